@@ -1,0 +1,35 @@
+# Two commands: `make h1` runs the main job, `make test` passes the tests. Each sets itself up once.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: h1 test lab clean
+h1: .venv/.ready
+	$(BIN)/flashoptim-nb run h1 --scale laptop
+	$(BIN)/flashoptim-nb book
+
+test: .venv/.ready-test
+	$(BIN)/python -m pytest -q tests
+	$(BIN)/nbdev_test --n_workers 2
+
+lab: .venv/.ready
+	$(BIN)/python -m pip install -q -e '.[lab]'
+	$(BIN)/jupyter lab nbs
+
+# The version check comes first: an older Python would fail much later, with a message about something else.
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ..."; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' || { echo "Python's venv module is needed; on Debian and Ubuntu: apt install python3-venv"; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/.ready: .venv/bin/python settings.ini setup.py
+	@echo "Setting up .venv (some minutes, once)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+.venv/.ready-test: .venv/.ready
+	@echo "Adding what only the tests need (a minute, once)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv _book
