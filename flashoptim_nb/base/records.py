@@ -45,8 +45,8 @@ class Run:
     "One run's record as it stands on disk."
     folder: Path
     rows: list[dict]  # header first, seals removed
-    seal: str  # of the last row
-    size: int  # bytes of the file that belong to whole rows
+    mark: tuple[int, str]  # where the record stands: bytes of whole rows, seal of the last
+    before_end: tuple[int, str]  # where it stood before its `end` row, if it has one
 
     @property
     def header(self) -> dict: return self.rows[0]
@@ -74,18 +74,20 @@ def read_run(
     path = Path(folder) / ROWS
     if not path.is_file(): raise RecordError(f"{folder} holds no {ROWS}: not the directory of a run")
     rows, seal, size = [], "", 0
+    before = (0, "")
     def damaged(what): return RecordError(f"{path}, row {len(rows) + 1}: {what}; restore the file from a copy, or delete the directory and run again")
     for line in path.read_bytes().splitlines(keepends=True):
         if not line.endswith(b"\n"): break
         try: row = json.loads(line)
         except ValueError: raise damaged("is not JSON, the file is damaged") from None
         if not isinstance(row, dict) or "kind" not in row: raise damaged("is not a row of a record")
+        if row.get("kind") == "end": before = (size, seal)
         if row.pop("seal", None) != (seal := _seal(seal, row)):
             raise damaged("its seal does not fit, so this row or one before it was altered, lost or doubled")
         rows.append(row)
         size += len(line)
     if not rows or rows[0]["kind"] != "header": raise damaged("the header is missing")
-    return Run(Path(folder), rows, seal, size)
+    return Run(Path(folder), rows, (size, seal), before if rows[-1]["kind"] == "end" else (size, seal))
 
 # %% ../../nbs/00_base/04_records.ipynb #0fe3f65c
 def read_study(
@@ -109,7 +111,7 @@ class RunWriter:
         self,
         folder: str | Path,  # the run's directory
         header: dict | None = None,  # starts a new record; None reopens the one that is there
-        mark: tuple[int, str] | None = None,  # where to reopen: (bytes, seal) as `mark` gave them; None at the last whole row
+        mark: tuple[int, str] | None = None,  # where to reopen: (bytes, seal) as `mark` gave them; None: after the last whole row, before an `end`
     ):
         self.folder, path = Path(folder), Path(folder) / ROWS
         if header is not None:
@@ -118,8 +120,8 @@ class RunWriter:
             self.size, self.seal = 0, ""
         else:
             run = read_run(folder)
-            self.size, self.seal = mark or (run.size, run.seal)
-            if self.size > run.size: raise RecordError(f"{path} is shorter ({run.size} bytes) than its checkpoint says ({self.size}); delete {folder} and run again")
+            self.size, self.seal = mark or run.before_end
+            if self.size > run.mark[0]: raise RecordError(f"{path} is shorter ({run.mark[0]} bytes) than its checkpoint says ({self.size}); delete {folder} and run again")
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.ftruncate(self._file, self.size)
         if header is not None:

@@ -1,0 +1,170 @@
+"The transformer against Hugging Face's, against itself under every choice, and the formulas about it."
+import random
+
+import pytest
+import torch
+
+from flashoptim_nb.base.compare import rel_err
+from flashoptim_nb.base.errors import UserError
+from flashoptim_nb.base.machine import capabilities
+from flashoptim_nb.models.gpt import CHECKPOINTING, GPT, LOSSES, GPTConfig, load_transformers
+from flashoptim_nb.models.sizes import SIZES, gpt_config
+from flashoptim_nb.models.sizing import count_parameters
+
+STYLES = ("gpt2", "llama2")
+
+
+def random_shape():
+    head, width = random.randint(1, 6), 2 * random.randint(2, 12)
+    return dict(n_layer=random.randint(1, 3), n_head=head, d_model=head * width, vocab_size=random.randint(11, 300), max_seq=random.randint(9, 70))
+
+
+def hugging_face(style, shape, ffn):
+    "A randomly initialized model of `transformers`, with weights large enough for every part to matter."
+    hf = pytest.importorskip("transformers")
+    if style == "gpt2":
+        config = hf.GPT2Config(n_layer=shape["n_layer"], n_head=shape["n_head"], n_embd=shape["d_model"], vocab_size=shape["vocab_size"],
+                               n_positions=shape["max_seq"], n_inner=ffn, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0)
+        model = hf.GPT2LMHeadModel(config)
+    else:
+        config = hf.LlamaConfig(num_hidden_layers=shape["n_layer"], num_attention_heads=shape["n_head"], hidden_size=shape["d_model"], vocab_size=shape["vocab_size"],
+                                max_position_embeddings=shape["max_seq"], intermediate_size=ffn, rms_norm_eps=10 ** -random.uniform(4, 6), bos_token_id=0, eos_token_id=0)
+        model = hf.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for p in model.parameters(): p.copy_(torch.randn_like(p) * 0.3 + (p.dim() == 1))
+    return model.eval()
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("trial", range(3))
+def test_logits_agree_with_transformers(style, trial, rng_seed):
+    shape = random_shape()
+    theirs = hugging_face(style, shape, random.randint(5, 90))
+    for attention in ("eager", "flash"):
+        ours = load_transformers(theirs, attention)
+        for length in {1, 2, shape["max_seq"], random.randint(1, shape["max_seq"])}:
+            tokens = torch.randint(shape["vocab_size"], (2, length))
+            with torch.no_grad(): assert rel_err(ours(tokens), theirs(tokens).logits.double()) < 2e-5, (attention, length)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_loss_and_gradient_agree_with_transformers(style, rng_seed):
+    shape = random_shape()
+    theirs = hugging_face(style, shape, 32)
+    ours, tokens = load_transformers(theirs), torch.randint(shape["vocab_size"], (3, shape["max_seq"]))
+    expected = theirs(tokens, labels=tokens).loss
+    loss = ours.loss(tokens[:, :-1], tokens[:, 1:])
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    loss.backward(), expected.backward()
+    assert rel_err(ours.wte.weight.grad, theirs.get_input_embeddings().weight.grad.double()) < 1e-4
+
+
+def test_the_copy_is_a_copy(rng_seed):
+    theirs = hugging_face("llama2", random_shape(), 16)
+    ours = load_transformers(theirs)
+    with torch.no_grad(): ours.wte.weight.zero_()
+    assert theirs.get_input_embeddings().weight.abs().sum() > 0
+
+
+def test_another_architecture_is_refused(rng_seed):
+    hf = pytest.importorskip("transformers")
+    grouped = hf.LlamaForCausalLM(hf.LlamaConfig(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, hidden_size=16, vocab_size=9, intermediate_size=8))
+    with pytest.raises(UserError, match="grouped keys"): load_transformers(grouped)
+    with pytest.raises(UserError, match="unknown architecture 'opt'"):
+        load_transformers(hf.OPTForCausalLM(hf.OPTConfig(num_hidden_layers=1, num_attention_heads=1, hidden_size=8, ffn_dim=8, vocab_size=9, word_embed_proj_dim=8)))
+
+
+def one_step(shape, style, attention="eager", checkpointing="none", how="plain", compiled=None, device="cpu", seed=5):
+    model = GPT(GPTConfig(style=style, **shape), attention, checkpointing).to(device).init_weights(seed)
+    if compiled: model.compile_blocks(compiled)
+    tokens = torch.randint(shape["vocab_size"], (2, 2, shape["max_seq"]), generator=torch.Generator().manual_seed(seed)).to(device)
+    loss = model.loss(*tokens, how)
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_no_choice_changes_the_result(style, rng_seed):
+    shape = random_shape()
+    loss, grad = one_step(shape, style)
+    for attention in ("eager", "math", "flash"):
+        for how in LOSSES:
+            plain = one_step(shape, style, attention, "none", how)
+            torch.testing.assert_close(plain, (loss, grad), rtol=1e-4, atol=1e-6)
+            for checkpointing in CHECKPOINTING:
+                for a, b in zip(one_step(shape, style, attention, checkpointing, how), plain): assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("style, attention, checkpointing, backend", [
+    ("gpt2", "eager", "none", "aot_eager"), ("llama2", "flash", "selective", "aot_eager"), ("llama2", "eager", "full", "aot_eager"),
+    pytest.param("gpt2", "flash", "none", "inductor", marks=pytest.mark.slow)])
+def test_compiled_blocks_give_the_same(style, attention, checkpointing, backend, rng_seed):
+    if not (able := capabilities()["compile"]).ok: pytest.skip(able.why)
+    torch._dynamo.reset()
+    shape = dict(n_layer=3, n_head=2, d_model=32, vocab_size=96, max_seq=24)
+    torch._dynamo.utils.counters.clear()
+    compiled = one_step(shape, style, attention, checkpointing, compiled=backend)
+    torch.testing.assert_close(compiled, one_step(shape, style, attention, checkpointing), rtol=1e-4, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "one graph for all blocks, one for the head"
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_the_gpu_agrees_with_float64(style, checkpointing, rng_seed):
+    shape = dict(n_layer=2, n_head=2, d_model=128, vocab_size=512, max_seq=200)
+    tokens = torch.randint(512, (2, 2, 200), device="cuda")
+    exact = GPT(GPTConfig(style=style, **shape)).init_weights(5).double().cuda()
+    exact_loss = exact.loss(*tokens)
+    exact_loss.backward()
+    errors = {}
+    for attention, how in (("eager", "plain"), ("flash", "fused_linear"), ("cudnn", "fused_linear")):
+        model = GPT(GPTConfig(style=style, **shape), attention, checkpointing).init_weights(5).cuda()
+        with torch.autocast("cuda", torch.bfloat16): loss = model.loss(*tokens, how)
+        loss.backward()
+        errors[attention] = [rel_err(p.grad, e.grad) for p, e in zip(model.parameters(), exact.parameters())]
+        assert abs(loss.item() - exact_loss.item()) < 0.01
+    for attention in ("flash", "cudnn"):
+        worst = max(e / max(s, 1e-3) for e, s in zip(errors[attention], errors["eager"]))
+        assert worst < 2, (attention, worst)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_compiled_on_the_gpu(checkpointing, rng_seed):
+    torch._dynamo.reset()
+    shape = dict(n_layer=2, n_head=2, d_model=128, vocab_size=512, max_seq=128)
+    for style in STYLES:
+        results = []
+        for compiled in (None, "inductor"):
+            with torch.autocast("cuda", torch.bfloat16): results.append(one_step(shape, style, "flash", checkpointing, compiled=compiled, device="cuda"))
+        assert abs(results[0][0] - results[1][0]) < 0.01 and rel_err(results[1][1], results[0][1].double()) < 0.03
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("style", STYLES)
+def test_precisions(style, weights, rng_seed):
+    "fp32 weights under autocast and bf16 weights both stay near the fp32 loss, and give gradients in the weights' dtype."
+    shape = random_shape()
+    tokens = torch.randint(shape["vocab_size"], (2, 2, shape["max_seq"]))
+    reference = GPT(GPTConfig(style=style, **shape)).init_weights(1).loss(*tokens).item()
+    for how in LOSSES:
+        model = GPT(GPTConfig(style=style, **shape), "flash").init_weights(1).to(weights)
+        with torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32): loss = model.loss(*tokens, how)
+        loss.backward()
+        assert loss.dtype == torch.float32 and abs(loss.item() - reference) < 0.03
+        assert all(p.grad.dtype == weights and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("style", STYLES)
+def test_counted_parameters_are_the_built_ones(size, style):
+    with torch.device("meta"): built = GPT(gpt_config(size, style))
+    assert count_parameters(built.config)["total"] == sum(p.numel() for p in built.parameters())
+
+
+def test_the_tensor_sets_that_optimizers_are_measured_on():
+    for size, tensors, total in (("124M", 100, 124e6), ("1B", 196, 1.315e9)):
+        with torch.device("meta"): shapes = [p.shape for p in GPT(gpt_config(size)).parameters()]
+        assert len(shapes) == tensors and abs(sum(s.numel() for s in shapes) - total) < 1e6

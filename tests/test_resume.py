@@ -1,0 +1,73 @@
+"""Interrupted work resumes: studies are killed for real, at random moments, and end as if nothing had happened."""
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from flashoptim_nb.base.records import problems, read_study
+
+# A small study of the real protocol: three stacks that do not compile, short runs. Its signals are handled as the command handles them.
+DRIVER = """
+import sys
+from flashoptim_nb.cli import h1, main
+from flashoptim_nb.cli.scales import LAPTOP
+part = LAPTOP.parts["1B"]
+part = part.replace(recipe=part.recipe.replace(steps=10, batch=4, micro=2, seq=64), micros=(2,), track_every=3,
+                    configs=("baseline", "ablation_split_only", "ablation_release_only"))
+scale = LAPTOP.replace(parts={"1B": part}, seeds=(0, 1, 2), checkpoint_every=2, eval_sets=(("sotu", 512),), track_set=("sotu", 512), stress_lengths=())
+h1.PREREQUISITES.clear()
+try: sys.exit(h1.Study(scale, sys.argv[1], device="cpu", stopped=main._Stop()).run())
+except h1.Interrupted: sys.exit(130)
+"""
+# What a clock says, what is derived from it, and decisions taken on it: not what the promise is about.
+TIMED = {"seconds", "cold", "started", "tokens_per_s", "seconds_per_step", "utilization", "steps", "values", "why", "action"}
+
+
+def start(out):
+    return subprocess.Popen([sys.executable, "-c", DRIVER, str(out)], env=os.environ | {"OMP_NUM_THREADS": "1", "FLASHOPTIM_DATA": ""},
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def content(out):
+    "Everything in the records that is not a time, by run."
+    def plain(value):
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items() if k not in TIMED}
+        return [plain(v) for v in value] if isinstance(value, list) else value
+    return {run.id: [plain(row) for row in run.rows] for run in read_study(out / "h1-laptop")}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    process = start(out)
+    told, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    return content(out)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_killed_at_random_moments(how, uninterrupted, tmp_path, rng_seed):
+    kills, told = 0, ""
+    while True:
+        process = start(tmp_path)
+        wait = random.uniform(4, 9) if kills < 3 else 300  # imports take the first seconds of each start
+        try:
+            told, _ = process.communicate(timeout=wait)
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(how)
+            process.communicate(timeout=60)
+            assert process.returncode in (-how, 128 + how, 130), "stopped in an orderly way, or at once"
+            kills += 1
+    assert process.returncode == 0, told
+    assert kills >= 1, "the study ended before it could be killed"
+    again = content(tmp_path)
+    assert again.keys() == uninterrupted.keys()
+    for run in again:
+        assert again[run] == uninterrupted[run], run
+    assert not [line for folder in (tmp_path / "h1-laptop").iterdir() if folder.is_dir() for line in problems(folder)]
+    assert not list((tmp_path / "h1-laptop").glob("*/*.safetensors")), "a finished run keeps no checkpoint"

@@ -1,0 +1,256 @@
+"Records on disk in, verdict out: pairing, arms, scales, failures, precedence."
+import json
+import os
+import random
+
+import pytest
+
+from flashoptim_nb.base.config import content_hash
+from flashoptim_nb.base.records import RunWriter, problems, read_run, read_study
+from flashoptim_nb.judge.criteria import CRITERIA, CRITERIA_HASH, H1
+from flashoptim_nb.judge.evidence import Evidence, evidence_table
+from flashoptim_nb.judge.expression import Q
+from flashoptim_nb.judge.verdict import _outcome, verdict
+
+SIZES = ("1B", "7B", "13B")
+STATUSES = {"met", "not met", "inconclusive", "not measured", "no evidence at this scale"}
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch): monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+def write(folder, config="baseline", seed=0, *, scale="gpu", role="1B", arm="best", device="GPU A", rate=1000.0, peak=16e9, nll=3.0, status="finished",
+          steps=11, losses=None, skipped=(), sets=("wikitext103", "c4"), curve=True, seq=2048, batch=4, reason="", utilization=0.9, **header):
+    "One run on disk, with every header field that a record needs."
+    settings = dict(config=config, role=role)
+    header = dict(run=f"{scale}-{role}-{arm}-{config}-{device}-{seed}", hypothesis="h1", study=f"h1-{scale}", scale=scale, role=role, size=role, arm=arm, config=config,
+                  seed=seed, settings=settings, settings_hash=content_hash(settings), criteria_hash=CRITERIA_HASH, package_version="0", commit="c", device=device,
+                  device_kind="cuda" if scale != "laptop" else "cpu", driver="d", libraries={"torch": "2"}, data_hash="data", started=f"2026-01-01T00:00:{seed:02}",
+                  command="test") | header
+    writer = RunWriter(folder / header["run"], header=header)
+    if status in ("finished", "failed"):
+        for n in range(1, steps + 1):
+            loss = losses[n - 1] if losses else 4 - n / 100
+            writer.append("step", step=n, loss=None if n in skipped else loss, grad_norm=1.0, lr=1e-3, skipped=n in skipped, seconds=0.1, tokens=1000)
+    if status == "finished":
+        for n in range(0, steps + 1) if curve else [steps]:
+            for name in sets: writer.append("eval", step=n, set=name, nll=1000 * (nll + 1 - n / steps), tokens=1000)
+        writer.append("throughput", tokens_per_s=rate, utilization=utilization)
+        writer.append("memory", peak=peak, seq=seq, batch=batch)
+    writer.end(status, reason)
+    return read_run(folder / header["run"])
+
+
+def pair(folder, seeds=3, roles=SIZES, arms=("best", "equal"), speed=1.3, saved=0.5, gap=0.001, references=("baseline", "baseline_strong"), **both):
+    "A study: references and the stack, `speed` times as fast, with `saved` of the memory gone, `gap` nats worse."
+    for role in roles:
+        for arm in arms:
+            for seed in range(seeds):
+                noise = 1 + seed / 1000
+                for config in references: write(folder, config, seed, role=role, arm=arm, rate=1000.0, **both)
+                write(folder, "flashoptim_full", seed, role=role, arm=arm, rate=1000 * speed * noise, peak=16e9 * (1 - saved), nll=3.0 + gap * noise, **both)
+    return read_study(folder)
+
+
+def by_id(entries, against="baseline_strong"): return {e["id"]: e for e in entries if e["against"] == against}
+
+
+def test_the_records_are_whole(tmp_path):
+    run = write(tmp_path)
+    assert problems(run.folder) == []
+
+
+def test_shape(tmp_path):
+    runs = pair(tmp_path)
+    entries = verdict(runs)
+    assert entries == json.loads(json.dumps(entries, allow_nan=False))
+    ids = ["H1", *CRITERIA]
+    assert [e["id"] for e in entries] == ids * 2
+    assert [e["against"] for e in entries[::23]] == ["baseline_strong", "baseline"]
+    for e in entries:
+        assert {"id", "statement", "status", "value", "threshold", "interval", "scale", "records", "against"} <= set(e)
+        assert e["kind"] == "overall" or e["status"] in STATUSES
+        assert set(e["records"]) <= {run.id for run in runs}
+        if e["status"] in ("met", "not met"): assert e["records"] and e["interval"] and e["scale"] == "gpu"
+
+
+def test_measured_values_and_their_intervals(tmp_path):
+    found = by_id(verdict(pair(tmp_path, speed=1.3, saved=0.5)))
+    parts = found["H1-S1"]["parts"]
+    assert found["H1-S1"]["status"] == "met" and len(parts) == 3
+    assert found["H1-S2"]["value"] == pytest.approx(0.5)
+    assert found["H1-S4"]["value"] == pytest.approx(1.3, rel=0.01)
+    assert found["H1-S3"]["status"] == "met" and found["H1-S3"]["value"] == pytest.approx(0.02, rel=0.01)
+    assert "nats" in found["H1-S3"]["reason"] and "TOST p" in found["H1-S3"]["reason"]
+    for part in parts: assert part["interval"][0] <= part["value"] <= part["interval"][1]
+
+
+def test_headline_saving_is_time_times_steps(tmp_path):
+    runs = pair(tmp_path, roles=("1B",), speed=1.25, gap=0.05)
+    e = Evidence(evidence_table(runs), "baseline")
+    steps, saving, time = (e.estimate(Q(name, "1B")).value for name in ("steps_ratio", "cost_saving", "throughput_ratio"))
+    assert steps == pytest.approx(1.055, abs=1e-3)  # .05 nats are half a step of eleven, ten to the target
+    assert saving == pytest.approx(1 - steps / time, abs=1e-6)
+
+
+def test_slower_learning_falsifies(tmp_path):
+    found = by_id(verdict(pair(tmp_path, speed=3.0, gap=0.12)))
+    assert found["H1-D3"]["status"] == "met" and found["H1"]["status"] == "falsified" and "H1-D3" in found["H1"]["reason"]
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_too_few_seeds_decide_nothing(tmp_path, seeds):
+    found = by_id(verdict(pair(tmp_path, seeds=seeds)))
+    for id in ("H1-S1", "H1-S2", "H1-S3", "H1-S4", "H1-F1", "H1-D1", "H1-D3"): assert found[id]["status"] == "inconclusive", id
+    assert found["H1-S1"]["value"] is not None and found["H1-S1"]["interval"] is None and found["H1"]["status"] == "undecided"
+
+
+def test_laptop_runs_never_decide(tmp_path, rng_seed):
+    for attempt in range(3):
+        found = verdict(pair(tmp_path / str(attempt), scale="laptop", speed=random.uniform(0.2, 5), saved=random.uniform(-1, 0.9), gap=random.uniform(-1, 1), roles=("1B",), seq=64))
+        assert {e["status"] for e in found} == {"no evidence at this scale", "not measured"}
+        assert by_id(found)["H1-S1"]["value"] is not None and by_id(found)["H1"]["status"] == "no evidence at this scale"
+        assert by_id(found)["H1-S6"]["status"] == "not measured"
+
+
+def test_gpu_evidence_goes_before_a_laptops(tmp_path):
+    pair(tmp_path, scale="laptop", speed=5.0, device="CPU")
+    pair(tmp_path, speed=1.05, roles=("1B",))
+    found = by_id(verdict(read_study(tmp_path)))
+    assert (found["H1-F1"]["status"], found["H1-F1"]["scale"]) == ("met", "gpu")
+    assert (found["H1-S1"]["status"], found["H1-S1"]["scale"]) == ("not met", "gpu")
+    assert (found["H1-S5"]["status"], found["H1-S5"]["scale"]) == ("no evidence at this scale", "laptop")  # 1B on a GPU and 13B on a laptop make no difference
+
+
+def test_full_scale_goes_before_gpu_and_counts_in_perplexity(tmp_path):
+    pair(tmp_path, speed=1.0)
+    pair(tmp_path, scale="full", gap=0.001)
+    found = by_id(verdict(read_study(tmp_path)))
+    assert found["H1-S1"]["scale"] == "full" and found["H1-S1"]["status"] == "met"
+    part = found["H1-S3"]["parts"][2]
+    assert part["value"] == pytest.approx(20.0855 * 0.001001, rel=0.01)  # e^3 times the gap
+
+
+def test_small_corpus_stands_in_on_a_laptop_only(tmp_path):
+    laptop = by_id(verdict(pair(tmp_path / "a", scale="laptop", sets=("sotu",), roles=("1B",))))["H1-S3"]
+    gpu = by_id(verdict(pair(tmp_path / "b", sets=("sotu",), roles=("1B",))))["H1-S3"]
+    assert laptop["value"] is not None and "stands in for WikiText-103" in laptop["reason"]
+    assert gpu["status"] == "not measured" and "wikitext103" in gpu["reason"]
+
+
+def test_a_baseline_that_does_not_fit_leaves_no_number(tmp_path):
+    pair(tmp_path, roles=("1B",))
+    for seed in range(3):
+        for arm in ("best", "equal"):
+            write(tmp_path, "baseline_strong", seed, role="7B", arm=arm, status="oom", reason="tried to allocate 112 GiB")
+            write(tmp_path, "flashoptim_full", seed, role="7B", arm=arm)
+    runs = read_study(tmp_path)
+    part = by_id(verdict(runs))["H1-S1"]["parts"][1]
+    assert (part["status"], part["value"]) == ("not measured", None)
+    assert "baseline_strong: oom (tried to allocate 112 GiB)" in part["reason"] and len(part["records"]) == 6
+    assert len(evidence_table(runs)) == len(runs)
+
+
+def test_arms(tmp_path):
+    pair(tmp_path, roles=("1B",), arms=("equal",), speed=2.0, saved=0.4)
+    pair(tmp_path, roles=("1B",), arms=("best",), speed=1.3, saved=0.0)
+    e = Evidence(evidence_table(read_study(tmp_path)), "baseline")
+    assert e.estimate(Q("memory_saving", "1B")).value == pytest.approx(0.4)
+    assert e.estimate(Q("throughput_ratio", "1B")).value == pytest.approx(1.3, rel=0.01)
+
+
+def test_memory_is_compared_at_equal_shapes_only(tmp_path):
+    for name, odd in (("seq", dict(seq=1024)), ("batch", dict(batch=2))):
+        for seed in range(3):
+            write(tmp_path / name, "baseline", seed, arm="equal")
+            write(tmp_path / name, "flashoptim_full", seed, arm="equal", **odd)
+        estimate = Evidence(evidence_table(read_study(tmp_path / name)), "baseline").estimate(Q("memory_saving", "1B"))
+        assert estimate.value is None and "not comparable" in estimate.note
+
+
+@pytest.mark.parametrize("apart", [dict(device="GPU B"), dict(data_hash="other"), dict(size="1B/2"), dict(scale="full")])
+def test_what_differs_is_not_paired(tmp_path, apart):
+    for seed in range(3):
+        write(tmp_path, "baseline", seed)
+        write(tmp_path, "flashoptim_full", seed, run=f"new-{seed}", **apart)
+    runs = read_study(tmp_path)
+    assert all(e["value"] is None for e in verdict(runs) if e["id"] in ("H1-S1", "H1-S3", "H1-S4", "H1-F1"))
+
+
+def test_two_devices_reproduce_or_not(tmp_path):
+    pair(tmp_path / "a", device="GPU A")
+    pair(tmp_path / "a", device="GPU B", speed=1.33)
+    found = by_id(verdict(read_study(tmp_path / "a")))
+    assert (found["H1-S6"]["status"], found["H1"]["status"]) == ("met", "success")
+    pair(tmp_path / "b", device="GPU A")
+    pair(tmp_path / "b", device="GPU B", speed=2.0)
+    found = by_id(verdict(read_study(tmp_path / "b")))
+    assert [found[id]["status"] for id in ("H1-S6", "H1-F6", "H1-D5", "H1")] == ["not met", "met", "met", "falsified"]
+
+
+def test_two_baselines_two_answers(tmp_path):
+    pair(tmp_path, references=("baseline",), speed=1.5)
+    for role in SIZES:
+        for arm in ("best", "equal"):
+            for seed in range(3): write(tmp_path, "baseline_strong", seed, role=role, arm=arm, rate=1450.0)
+    entries = verdict(read_study(tmp_path))
+    assert by_id(entries)["H1-D1"]["status"] == "met" and by_id(entries, "baseline")["H1-D1"]["status"] == "not met"
+    assert [by_id(entries, name)["H1"]["status"] for name in ("baseline_strong", "baseline")] == ["falsified", "partial"]
+
+
+def test_steps_carried_over_from_a_smaller_size_decide_nothing(tmp_path):
+    pair(tmp_path, roles=("124M",), sets=("wikitext103",))
+    pair(tmp_path, roles=("1B",), curve=False)
+    part = by_id(verdict(read_study(tmp_path)))["H1-F1"]["parts"][0]
+    assert part["status"] == "inconclusive" and part["projected"] and "124M" in part["reason"] and part["value"] == pytest.approx(0.23, abs=0.01)
+
+
+def test_a_part_of_the_layers_is_a_projection(tmp_path):
+    part = by_id(verdict(pair(tmp_path, roles=("1B",), size="1B/2")))["H1-S4"]["parts"][0]
+    assert part["status"] == "inconclusive" and part["projected"] and "1B/2" in part["reason"]
+
+
+def test_instability_is_counted_in_failed_runs_too(tmp_path):
+    pair(tmp_path, roles=("1B",))
+    write(tmp_path, "flashoptim_full", 0, run="again", status="failed", losses=[4, 9, 4, 9, 4, 9, 4, 9, 4, 4, 4], skipped=(10, 11), started="2026-02-01")
+    found = by_id(verdict(read_study(tmp_path)))
+    assert (found["H1-S7"]["status"], found["H1-S7"]["value"]) == ("not met", 2)
+    assert (found["H1-F7"]["status"], found["H1-F7"]["value"]) == ("met", 4)
+    assert (found["H1-D7"]["status"], found["H1-D7"]["value"]) == ("met", pytest.approx(2 / 11))
+
+
+def test_a_worse_ablation_fails_but_does_not_falsify(tmp_path):
+    pair(tmp_path, roles=("1B",))
+    for seed in range(3): write(tmp_path, "ablation_states_only", seed, nll=3.2)
+    found = by_id(verdict(read_study(tmp_path)))
+    assert [found[id]["status"] for id in ("H1-F2", "H1-D2", "H1")] == ["met", "not met", "failed"]
+
+
+def test_components_are_measured_against_the_plain_baseline(tmp_path):
+    pair(tmp_path, roles=("1B",))
+    for seed in range(3): write(tmp_path, "ablation_attn_only", seed, rate=1200.0)
+    for against in ("baseline", "baseline_strong"):
+        entry = by_id(verdict(read_study(tmp_path)), against)["H1-F8"]
+        assert entry["status"] == "not met" and entry["value"] == pytest.approx(1 / 6)
+
+
+def test_other_criteria_are_told(tmp_path):
+    found = by_id(verdict(pair(tmp_path, roles=("1B",), criteria_hash="000000000000")))["H1"]
+    assert found["stale"] and "other criteria" in found["reason"]
+
+
+@pytest.mark.parametrize("met, not_met, outcome", [
+    (CRITERIA.keys(), "", "falsified"),
+    ([id for id in CRITERIA if id[3] != "D"], "", "failed"),
+    ([id for id in CRITERIA if id[3] == "S"], "", "success"),
+    ([id for id in CRITERIA if id[3] == "S"][1:], ["H1-F1"], "partial"),
+    ([], ["H1-F1", "H1-S1"], "partial"),
+    (["H1-S7", "H1-S2"], [], "undecided"),
+    ([], [], "undecided"),
+    (["H1-F1", *(id for id in CRITERIA if id[3] == "S")], [], "failed"),
+    (["H1-D6", *(id for id in CRITERIA if id[3] == "S")], [], "falsified"),
+])
+def test_precedence(met, not_met, outcome):
+    status = lambda id: "met" if id in met else "not met" if id in not_met else "not measured"
+    assert _outcome(H1, [dict(id=c.id, kind=c.kind, status=status(c.id)) for c in H1.criteria])[0] == outcome
