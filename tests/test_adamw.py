@@ -187,6 +187,27 @@ def _round_both(x, a, b, DTYPE: tl.constexpr):
     tl.store(b + at, bits)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under the interpreter")
+@pytest.mark.parametrize("param,bits,quantize", [("bf16", 8, True), ("fp16", 16, True), ("fp32", 0, False)])
+def test_compiles_for_hopper_without_spills(param, bits, quantize, tmp_path):
+    "Triton brings its own assembler: no GPU is needed to see what one would run."
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from flashoptim_nb.kernels.adamw import BLOCK, WARPS, adamw_kernel
+
+    dtype = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[param]
+    flags = dict(PARAM=dtype, GRAD=dtype, BITS=bits, QUANTIZED=quantize, COMPANDED=True, SCALED=True, SKIPS=True, MAXIMIZE=False, ALIGNED=True, MASKED=False, BLOCK=BLOCK)
+    types = dict(table="*i64", blocks="*i32", rates="*fp32", multiplier="*fp32", skip="*fp32") | dict.fromkeys(("weight1", "beta2", "weight2", "eps", "shrink"), "fp32")
+    signature = types | dict.fromkeys(flags, "constexpr")
+    source = ASTSource(fn=adamw_kernel, signature=signature, constexprs={(list(signature).index(k),): v for k, v in flags.items()}, attrs={})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS})
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists(): pytest.skip("this build of Triton has no cuobjdump")
+    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    usage = subprocess.run([tool, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True).stdout
+    assert "STACK:0" in usage and "LOCAL:0" in usage, usage
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 def test_both_ways_of_rounding_agree_on_the_gpu(narrow, rng_seed):

@@ -10,8 +10,10 @@ import yaml
 
 from flashoptim_nb.base.machine import repo_root
 from flashoptim_nb.base.records import RunWriter
+from flashoptim_nb.judge.criteria import CRITERIA
+from flashoptim_nb.judge.decisions import CHECKPOINTS
 from flashoptim_nb.report.book import BookError, book_toc, build_book, check_site, is_chapter, notebook_paths, run_scales
-from flashoptim_nb.report.notebooks import Job, execute_all
+from flashoptim_nb.report.notebooks import Job, execute_all, split_directives
 from flashoptim_nb.report.readme import ROLES, render_readme, top_level
 
 REPO = repo_root()
@@ -61,6 +63,20 @@ def built(tmp_path_factory):
 
 
 def text_of(site, page): return (site / f"{page}.html").read_text()
+
+
+def code_of(path): return ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+
+
+def test_each_criterion_and_checkpoint_has_a_chapter():
+    text = "\n".join(source for path in sorted((REPO / "nbs" / "h1").glob("*.ipynb")) if "verdict" not in path.name for source in code_of(path))
+    absent = [id for id in [*CRITERIA, *CHECKPOINTS] if f'"{id}"' not in text]
+    assert not absent, f"no chapter shows {absent}"
+
+
+def test_chapters_export_nothing():
+    for path in (REPO / "nbs" / "h1").glob("*.ipynb"):
+        assert not any({"export", "exporti", "default_exp"} & set(split_directives(source)[0]) for source in code_of(path)), path.name
 
 
 def test_contents_file_is_in_sync():
@@ -128,7 +144,7 @@ def test_a_build_that_would_show_laptop_rows_as_evidence_fails(tmp_path):
 
 def test_only_what_changed_runs_again(built):
     folder, nbs, records, site = built
-    cache = folder / ".site-cache"
+    cache = folder / ".book-cache"
     before = {p.name for p in cache.glob("*.json")}
     build_book(site, [records], nbs=nbs)
     assert {p.name for p in cache.glob("*.json")} == before
@@ -147,7 +163,7 @@ def test_a_failing_cell_leaves_the_old_book(built, tmp_path):
     with pytest.raises(BookError, match=r"nbs/h1/01_cost.ipynb, cell 3 \(x / 0\): ZeroDivisionError"):
         build_book(site, [records], nbs=bad)
     assert text_of(site, "h1/01_cost") == before
-    assert not [p for p in site.parent.iterdir() if p.name.startswith(".site-") and p.name != ".site-cache"], "nothing is left behind"
+    assert not [p for p in site.parent.iterdir() if p.name.startswith(".book-") and p.name != ".book-cache"], "nothing is left behind"
 
 
 def test_a_warning_fails_the_build(built, tmp_path):

@@ -62,19 +62,22 @@ def _check(args) -> int:
         for study in sorted({path.parent.parent for path in folder.glob(f"**/{ROWS}")}):
             bad = [line for path in sorted(study.glob(f"*/{ROWS}")) for line in problems(path.parent)]
             n += len(list(study.glob(f"*/{ROWS}")))
-            found += bad or replay(read_study(study))
+            found += bad or [f"{study / one['run']}: {one['checkpoint']} does not replay: {one['difference']}" for one in replay(read_study(study)) if not one["agrees"]]
     for line in found: print(line, file=sys.stderr)
     print(f"{n} records, {len(found)} problems" + ("" if found else "; every decision replays from its records"))
     return 1 if found else 0
 
 def _doctor(args) -> int:
     found = {name: dict(ok=able.ok, why=able.why) for name, able in capabilities().items()}
-    from flashoptim_nb.kernels.attention import attention_backends
     import torch
+    from flashoptim_nb.data.text import SETS, find_text
+    from flashoptim_nb.kernels.attention import attention_backends
     device = pick_device("auto")
     found |= {f"attention {name}": dict(ok=able.ok, why=able.why) for name, able in attention_backends(device, torch.bfloat16, 64).items()}
-    from flashoptim_nb.data.text import whereabouts
-    found |= {f"data {name}": dict(ok=ok, why=why) for name, (ok, why) in whereabouts().items()}
+    for name, splits in SETS.items():
+        for split in splits:
+            try: found[f"data {name}, {split}"] = dict(ok=True, why=find_text(name, split)[0])
+            except UserError as error: found[f"data {name}, {split}"] = dict(ok=False, why=str(error).split(". Set")[0])
     if args.json: print(json.dumps(provenance(device) | {"can": found}, indent=1)); return 0
     origin = provenance(device)
     print(f"flashoptim_nb {origin['package_version']}, commit {origin['commit'][:12]}\n{origin['device']} (driver {origin['driver']})")
@@ -148,3 +151,6 @@ def main(
         from flashoptim_nb.train.loop import Interrupted
         return 130 if isinstance(error, Interrupted) else 2
     except BrokenPipeError: return 141
+
+# %% ../../nbs/10_cli/05_main.ipynb #5310c379
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

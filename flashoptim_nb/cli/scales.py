@@ -9,6 +9,7 @@ __all__ = ['ALL', 'MAIN', 'LAPTOP', 'GPU', 'FULL', 'SCALES', 'Part', 'Scale']
 from dataclasses import dataclass
 
 from ..base.config import Config
+from ..measure.plan import A100_40, Accelerator, H200
 from ..train.stack import STACKS
 from ..train.task import Recipe
 
@@ -43,7 +44,8 @@ class Scale(Config):
     memory_share: float = 0.9  # of the device's memory: the budget of the micro-batch search
     memory_bytes: int = 0  # a budget in bytes instead, where the device has no memory of its own
     checkpoint_every: int = 0  # optimizer steps
-    seconds_per_run: float = 0.0  # what a run took on the machine the scale was made for; 0: from FLOPs
+    accelerator: Accelerator  # the machine that projections are made for
+    platforms: tuple[str, ...] = ()  # of `measure.cost.PLATFORMS`: whose rates projections are priced at
 
 # %% ../../nbs/10_cli/00_scales.ipynb #823c6cc3
 ALL = tuple(STACKS)
@@ -56,6 +58,7 @@ def _tiny(size, configs, steps):
 
 LAPTOP = Scale(
     name="laptop", purpose="shows that everything works; never evidence", enforced=False, device="auto", seeds=(0, 1, 2),
+    accelerator=Accelerator(name="two CPU cores", flops=2e11, memory=8e9, bandwidth=2e10),
     parts={"1B": _tiny("tiny", ALL, 24), "7B": _tiny("tiny-7B", MAIN, 8), "13B": _tiny("tiny-13B", MAIN, 8)},
     tokenizer="sotu-2048", train_sets=(("sotu", "train"),), track_set=("sotu", 4_096),
     eval_sets=(("sotu", 8_192), ("wikitext103", 8_192), ("c4", 4_096), ("lambada", 512), ("pile", 512)),
@@ -64,12 +67,13 @@ LAPTOP = Scale(
 # %% ../../nbs/10_cli/00_scales.ipynb #dfb88243
 GPU = Scale(
     name="gpu", purpose="steady-state throughput, memory and loss on one GPU", enforced=False, device="cuda", seeds=(0, 1, 2),
-    parts={"124M": Part(size="124M", configs=MAIN, micros=(64, 32, 16), track_every=5,
-                        recipe=Recipe(steps=60, batch=64, micro=16, seq=1024, lr=6e-4, warmup=0.1)),
-           "1B": Part(size="1B", configs=MAIN, micros=(32, 16, 8), track_every=4,
-                      recipe=Recipe(steps=22, batch=32, micro=8, seq=2048, warmup=0.1))},
-    tokenizer="gpt2", train_sets=(("c4", "train"), ("pile", "train"), ("sotu", "train")), track_set=("wikitext103", 65_536),
-    eval_sets=(("wikitext103", 0), ("lambada", 0), ("pile", 32_768), ("c4", 131_072)), stress_lengths=(4096, 8192, 16384))
+    accelerator=H200, platforms=("aws-p4d", "gcp-a2-mega"),
+    parts={"124M": Part(size="124M", configs=MAIN, micros=(32, 16), track_every=4,
+                        recipe=Recipe(steps=48, batch=64, micro=16, seq=1024, lr=6e-4, warmup=0.1)),
+           "1B": Part(size="1B", configs=MAIN, micros=(8, 4), track_every=3,
+                      recipe=Recipe(steps=15, batch=32, micro=4, seq=2048, warmup=0.1))},
+    tokenizer="gpt2", train_sets=(("c4", "train"), ("pile", "train"), ("sotu", "train")), track_set=("wikitext103", 32_768),
+    eval_sets=(("wikitext103", 0), ("lambada", 2_048), ("pile", 8_192), ("c4", 65_536)), stress_lengths=(4096, 8192, 16384))
 
 # %% ../../nbs/10_cli/00_scales.ipynb #6eedbfc0
 def _full(size, micro, tokens, style="gpt2"):
@@ -78,6 +82,7 @@ def _full(size, micro, tokens, style="gpt2"):
 
 FULL = Scale(
     name="full", purpose="the protocol: its sizes, tokens and rules", enforced=True, device="cuda", seeds=(0, 1, 2),
+    accelerator=A100_40, platforms=("aws-p4d", "gcp-a2-mega"),
     parts={"1B": _full("1B", 8, 10e9), "7B": _full("7B", 4, 50e9), "13B": _full("13B", 2, 50e9)},
     tokenizer="gpt2", train_sets=(("c4", "train"),), train_tokens=50 * 10**9, track_set=("wikitext103", 65_536), checkpoint_every=500,
     eval_sets=(("wikitext103", 0), ("c4", 1_000_000), ("lambada", 0), ("pile", 0)))

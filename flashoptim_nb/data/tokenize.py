@@ -22,7 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from ..base.config import content_hash
 from ..base.errors import UserError, choose
 from ..base.machine import data_root
-from .text import TextSet, find_text, load_text, read_verified, read_xz
+from .text import TextSet, find_text, read_verified, read_xz
 
 # %% ../../nbs/01_data/01_tokenize.ipynb #49465391
 EOT = "<|endoftext|>"

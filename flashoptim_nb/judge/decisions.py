@@ -4,19 +4,23 @@
 
 # %% auto #0
 __all__ = ['ACTIONS', 'CHECKPOINTS', 'WINDOW', 'SETTLED', 'SPIKE_FACTOR', 'MEMORY_BUDGET', 'Rule', 'Checkpoint', 'Decision',
-           'checkpoint_quantities', 'decide', 'decide_from', 'Monitor', 'Instability', 'replay']
+           'checkpoint_quantities', 'decide', 'decide_from', 'early_values', 'decide_early', 'Monitor', 'Instability',
+           'replay']
 
 # %% ../../nbs/08_judge/05_decisions.ipynb #a853f1f6
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from math import exp
+from statistics import median
 
 from ..base.errors import choose
 from ..base.records import Run
-from .criteria import COMPONENTS, SIZES, UNITS
+from .criteria import COMPONENTS, REFERENCE_PPL, SIZES, UNITS
 from .evidence import Evidence
 from .expression import Any, AnyTested, EveryTested, Formula, Leaf, Q, Status, judge, number_text, quantities, text
 from .statistics import exact, missing
 from .table import evidence_table, nan_steps, spiked
+from ..measure.plan import plan_protocol
 
 # %% ../../nbs/08_judge/05_decisions.ipynb #f179efad
 ACTIONS = ("continue", "downgrade", "pause", "abort")  # from mildest to gravest
@@ -130,6 +134,34 @@ def decide_from(
     place = {name: getattr(evidence, name) for name in ("against", "stack", "scale", "device")}
     return decide(id, values, enforced, place | dict(records=records))
 
+# %% ../../nbs/08_judge/05_decisions.ipynb #e929fa9b
+def early_values(
+    run: Run,  # the stack's, still going on
+    baseline: Run,  # with the same seed
+    step: int,  # look no further than this
+) -> dict[str, float | None]:
+    "The values of H1-CB at a step; None for what the records do not tell."
+    def pace(r):
+        warm = [row["seconds"] / row["tokens"] for row in r.of("step") if row["step"] <= step and not row["cold"]]
+        return median(warm) if warm else None
+    def curve(r): return {(row["set"], row["step"]): row["nll"] / row["tokens"] for row in r.of("eval") if row["set"].endswith("(tracked)") and row["step"] <= step}
+    ours, theirs = pace(run), pace(baseline)
+    shared = sorted(curve(run).keys() & curve(baseline).keys(), key=lambda at: at[1])
+    gap = None
+    if shared:
+        new, old = curve(run)[shared[-1]], curve(baseline)[shared[-1]]
+        gap = exp(new) - exp(old) if run.header["scale"] == "full" else REFERENCE_PPL * (new - old)
+    return {_cost.key: 1 - ours / theirs if ours and theirs else None, _gap.key: gap, "projected_cost": float(plan_protocol().dollars.sum())}
+
+def decide_early(
+    run: Run,
+    baseline: Run,
+    step: int,
+    enforced: bool = False,
+) -> Decision:
+    "Checkpoint B at a step of a run."
+    return decide("H1-CB", early_values(run, baseline, step), enforced, dict(run=run.id, baseline=baseline.id, step=step))
+
 # %% ../../nbs/08_judge/05_decisions.ipynb #c9568944
 WINDOW = 100  # steps of the loss's moving average
 SETTLED = 20  # warm steps before the time per step is trusted
@@ -220,7 +252,7 @@ class Instability:
     def load_state_dict(self, state: dict): self.above = state["above"]
 
 # %% ../../nbs/08_judge/05_decisions.ipynb #ea7adfba
-def _recomputed(row: dict, run: Run, table) -> dict[str, float]:
+def _recomputed(row: dict, run: Run, table, by_id: dict[str, Run]) -> dict[str, float]:
     "The values of a decision row that the records can give again."
     if row["checkpoint"] == "H1-CM":
         monitor, upto = Monitor(steps=0), row["values"].get("step") or 0
@@ -228,6 +260,7 @@ def _recomputed(row: dict, run: Run, table) -> dict[str, float]:
             if step["step"] <= upto: monitor._loss(step.get("loss"))
         return dict(loss_streak=monitor.state["streak"])
     if not row.get("evidence"): return {}
+    if row["checkpoint"] == "H1-CB": return early_values(by_id[row["evidence"]["run"]], by_id[row["evidence"]["baseline"]], row["evidence"]["step"])
     place = {k: v for k, v in row["evidence"].items() if k != "records"}
     here = Evidence(table[table.run.isin(row["evidence"]["records"])], **place)
     estimates = {q.key: here.estimate(q) for q in checkpoint_quantities(row["checkpoint"])}
@@ -242,11 +275,11 @@ def replay(
 ) -> list[dict]:
     "Each recorded decision, taken again: run, checkpoint, recorded and replayed action, agrees, difference."
     runs, out = list(runs), []
-    table = evidence_table(runs)
+    table, by_id = evidence_table(runs), {run.id: run for run in runs}
     for run, row in ((run, row) for run in runs for row in run.of("decision")):
         again = decide(row["checkpoint"], row["values"], row["enforced"])
         differs = [f"{name}: recorded {row[name]!r}, replayed {getattr(again, name)!r}" for name in ("action", "why") if row[name] != getattr(again, name)]
-        differs += [f"{key}: recorded {row['values'].get(key)}, from the records {value}" for key, value in _recomputed(row, run, table).items()
+        differs += [f"{key}: recorded {row['values'].get(key)}, from the records {value}" for key, value in _recomputed(row, run, table, by_id).items()
                     if not _close(row["values"].get(key), value)]
         out.append(dict(run=run.id, checkpoint=row["checkpoint"], recorded=row["action"], replayed=again.action, agrees=not differs, difference="; ".join(differs)))
     return out

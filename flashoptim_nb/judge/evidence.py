@@ -108,7 +108,8 @@ def _memory_saving(e: Evidence, q: Q) -> Estimate:
     return _ratio(e, q, "peak", "equal").map(lambda ratio: 1 - ratio)
 
 # %% ../../nbs/08_judge/04_evidence.ipynb #ece557b8
-HELD_OUT = ("wikitext103", "c4", "sotu")  # in the order of preference for the curve
+_SETS = ("wikitext103", "c4", "sotu")
+HELD_OUT = (*(f"{name} (tracked)" for name in _SETS), *_SETS)  # in the order of preference for the curve: the tokens evaluated along the run, else whole sets
 
 def _steps_by_pair(pairs) -> dict[int, tuple[str, float]]:
     "Index of the pair to the set and the steps ratio, where it can be had."

@@ -133,6 +133,8 @@ def lambada(
     autocast: torch.dtype | None = None,
 ) -> dict:
     "The row `eval` of LAMBADA: correct of examples, nll and tokens of the last words alone."
+    longest = max((len(before) + len(target) - 1 for before, target in lambada_set.examples), default=context)
+    context = min(context, longest)  # padding beyond the longest passage is work for nothing
     pairs = [_target_window(before, target, context) for before, target in lambada_set.examples]
     if not pairs: raise UserError(f"the set {lambada_set.name!r} has no example")
     total, tokens, correct = torch.zeros((), dtype=torch.float64, device=device), 0, 0

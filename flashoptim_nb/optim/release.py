@@ -15,7 +15,7 @@ from torch import nn
 
 from ..base.errors import UserError
 from .base import FlashOptimizer, advance, check_gradient
-from .gradients import Control, control, sum_of_squares
+from .gradients import control, sum_of_squares
 
 # %% ../../nbs/03_optim/04_release.ipynb #78e201ff
 class GradientReleaseHandle:

@@ -137,7 +137,7 @@ def execute_book(
         chapter = is_chapter(name)
         key = content_hash([name, tree_hash(source, [source / name]), common, seen if chapter else ""])
         targets[name] = cache / f"{key}.json"
-        env = {RECORDS: os.pathsep.join(map(str, records if chapter else [nothing]))}
+        env = dict(os.environ) | {RECORDS: os.pathsep.join(map(str, records if chapter else [nothing]))}
         if not targets[name].is_file(): jobs.append(Job(f"nbs/{name}", source / name, targets[name], env, threads, _uses_gpu(source / name)))
     if failed := execute_all(jobs, workers): raise BookError("the book was not built: " + "\n".join(failed))
     for stale in set(cache.glob("*.json")) - set(targets.values()): stale.unlink()
@@ -213,15 +213,15 @@ def build_book(
     nbs: str | Path | None = None,  # folder of notebooks; None for the repository's
     strict: bool = True,  # a warning of Sphinx is an error
     workers: int = 2,  # notebooks executed at a time
-    cache: str | Path | None = None,  # where executed notebooks are kept; None for a hidden folder beside `out`
+    cache: str | Path | None = None,  # where executed notebooks are kept; None for `.book-cache` beside `out`
 ) -> Path:
     "Builds the whole book and returns its folder; raises `BookError` and leaves what was there if anything is wrong."
     out, nbs = Path(out).absolute(), Path(nbs or repo_root() / "nbs")
-    cache = Path(cache or out.with_name(f".{out.name}-cache")).absolute()
+    cache = Path(cache or out.with_name(".book-cache")).absolute()
     folders = [Path(f).absolute() for f in (record_folders() if records is None else records)]
     _writable(out)
     known, can = run_scales(folders), {"cuda": capabilities()["cuda"].ok}
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-", ignore_cleanup_errors=True) as aside:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".book-", ignore_cleanup_errors=True) as aside:
         aside = Path(aside)
         source = _prepare(nbs, aside)
         executed = execute_book(source, notebook_paths(source), cache, folders, workers)

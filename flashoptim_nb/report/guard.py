@@ -7,7 +7,7 @@ __all__ = ['RESULT_MARKS', 'LOADS', 'NOT_LOADED', 'HONEST', 'Page', 'read_page',
 
 # %% ../../nbs/09_report/05_guard.ipynb #9478bb9b
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path

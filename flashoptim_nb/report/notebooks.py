@@ -90,7 +90,7 @@ class Job:
     name: str  # how an error calls it
     source: Path
     target: Path  # where the executed notebook is written; errors go beside it, `.error`
-    env: Mapping[str, str]  # environment variables to set
+    env: Mapping[str, str]  # environment variables to set, over those of the fork server
     threads: int = 1
     alone: bool = False  # uses the GPU, so runs when nothing else does
 
@@ -128,18 +128,21 @@ def execute_all(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     waiting, running, failed = sorted(jobs, key=lambda job: job.alone), {}, []
-    while waiting or running:
-        while waiting and len(running) < (1 if waiting[0].alone else workers):
-            process = context.Process(target=_work, args=(job := waiting.pop(0),))
-            process.start()
-            running[process.sentinel] = job, process, time.monotonic() + limit
-        ready = wait(list(running), timeout=1)
-        for sentinel, (job, process, until) in list(running.items()):
-            if sentinel not in ready and time.monotonic() < until: continue
-            if sentinel not in ready: process.kill()
-            process.join()
-            if what := _outcome(job, process): failed.append(what if sentinel in ready else f"{job.name}: not done after {limit:.0f} s")
-            del running[sentinel]
+    try:
+        while waiting or running:
+            while waiting and len(running) < (1 if waiting[0].alone else workers):
+                process = context.Process(target=_work, args=(job := waiting.pop(0),))
+                process.start()
+                running[process.sentinel] = job, process, time.monotonic() + limit
+            ready = wait(list(running), timeout=1)
+            for sentinel, (job, process, until) in list(running.items()):
+                if sentinel not in ready and time.monotonic() < until: continue
+                if sentinel not in ready: process.kill()
+                process.join()
+                if what := _outcome(job, process): failed.append(what if sentinel in ready else f"{job.name}: not done after {limit:.0f} s")
+                del running[sentinel]
+    finally:
+        for _, process, _ in running.values(): process.kill()  # interrupted: nothing goes on behind the reader's back
     return failed
 
 # %% ../../nbs/09_report/04_notebooks.ipynb #e44dbcc9

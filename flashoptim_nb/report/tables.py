@@ -15,10 +15,9 @@ import pandas as pd
 
 from ..base.errors import choose
 from ..base.records import Run
-from ..judge.criteria import CRITERIA, QUANTITIES
+from ..judge.criteria import CRITERIA, QUANTITIES, Criterion
 from ..judge.expression import number_text, quantities
 from ..judge.verdict import verdict
-from .rows import checkpoint_rules, show_checks, show_decisions, show_runs, show_skips
 from .shown import Shown, attributes, full_name, load_runs, provenance_note, record_folders, table
 
 # %% ../../nbs/09_report/02_tables.ipynb #1159ca4f
@@ -52,9 +51,17 @@ def run_names(
     wanted = set(entry["records"])
     return sorted(full_name(run) for run in runs if run.id in wanted and run.header["scale"] == entry["scale"])
 
+_SYMBOLS = {">=": "≥", "<=": "≤"}
+
 def _number(value: float, unit: str) -> str:
     "Three digits, with the unit."
     return number_text(float(f"{value:.3g}"), unit)
+
+def _bounds(part: dict) -> str:
+    "The interval, in the unit of the value beside it; nothing where there is none or the value is a count."
+    if not part["interval"] or part["interval"][0] == part["interval"][1]: return ""
+    factor = 100 if part["unit"] == "share" else 1
+    return f" [{', '.join(number_text(float(f'{factor * end:.3g}')) for end in part['interval'])}]"
 
 def part_text(
     part: dict,  # one comparison of an entry
@@ -63,10 +70,9 @@ def part_text(
     "Value, interval, number of pairs and thresholds of one quantity."
     value, unit = part["value"], part["unit"]
     if value is None: return f"{part['term']}: not measured"
-    bounds = f" [{', '.join(_number(end, unit) for end in part['interval'])}]" if part["interval"] and part["interval"][0] != part["interval"][1] else ""
-    asks = " and ".join(f"{p['op']} {number_text(p['threshold'], unit)}" for p in (part, *more))
+    asks = " and ".join(f"{_SYMBOLS.get(p['op'], p['op'])} {number_text(p['threshold'], unit)}" for p in (part, *more))
     pairs = f", n = {part['n']}" if part["n"] else ""
-    return f"{part['term']} = {_number(value, unit)}{bounds}{pairs}; asks {asks}" + (" (projected)" if part["projected"] else "")
+    return f"{part['term']} = {_number(value, unit)}{_bounds(part)}{pairs}; asks {asks}" + (" (projected)" if part["projected"] else "")
 
 # %% ../../nbs/09_report/02_tables.ipynb #c1c91013
 def _parts(entry: dict, most: int = 4) -> list[str]:
@@ -134,15 +140,22 @@ def part_frame(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/09_report/02_tables.ipynb #2d472681
+def _folded(criterion: Criterion, most: int = 160) -> Shown:
+    "The formula as code; a long one shows its beginning and unfolds."
+    text, n = criterion.text, len(criterion.thresholds)
+    whole = Shown(f"<code>{escape(text)}</code>", f"`{text}`")
+    if len(text) <= most: return whole
+    head = f"{text[:most // 2].rsplit(' ', 1)[0]} ... ({n} comparisons)"
+    return Shown(f"<details><summary><code>{escape(head)}</code></summary>{whole.html}</details>", whole.markdown)
+
 def show_rules(
     *ids: str,  # criteria
 ) -> Shown:
     "The criteria as they are evaluated, and the quantities they speak of."
     criteria = [choose("criterion", id, CRITERIA) for id in ids]
-    code = lambda text: Shown(f"<code>{escape(text)}</code>", f"`{text}`")
-    rules = table([{"criterion": Shown(f"<strong>{c.id}</strong>", f"**{c.id}**"), "kind": c.kind, "holds if": code(c.text)} for c in criteria])
+    rules = table([{"criterion": Shown(f"<strong>{c.id}</strong>", f"**{c.id}**"), "kind": c.kind, "holds if": _folded(c)} for c in criteria])
     names = dict.fromkeys(q.name for c in criteria for q in quantities(c.formula))
-    return rules + table([{"quantity": code(name), "unit": QUANTITIES[name].unit, "meaning": QUANTITIES[name].meaning} for name in names])
+    return rules + table([{"quantity": Shown(f"<code>{name}</code>", f"`{name}`"), "unit": QUANTITIES[name].unit, "meaning": QUANTITIES[name].meaning} for name in names])
 
 # %% ../../nbs/09_report/02_tables.ipynb #e453c46c
 def decided_runs(

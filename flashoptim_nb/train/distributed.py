@@ -92,4 +92,4 @@ def main():
     dist.destroy_process_group()
 
 # %% ../../nbs/05_train/04_distributed.ipynb #0c7ad05b
-if __name__ == "__main__": main()
+if __name__ == "__main__" and "__file__" in globals(): main()

@@ -74,9 +74,8 @@ class LMTask:
         self.stack, self.recipe, self.windows, self.device = stack, recipe, windows, torch.device(device)
         narrow = stack.weights in ("bf16", "split24")
         self.attention = resolve_attention(stack.attention, self.device, torch.bfloat16, config.d_model // config.n_head)
-        self.model = GPT(config, attention=self.attention, checkpointing=stack.checkpointing)
-        self.model.init_weights(seed)
-        self.model.to(self.device, torch.bfloat16 if narrow else torch.float32)
+        with self.device: model = GPT(config, attention=self.attention, checkpointing=stack.checkpointing)
+        self.model = model.init_weights(seed).to(torch.bfloat16 if narrow else torch.float32)
         if stack.compile: self.model.compile_blocks()
         self.autocast_dtype = None if narrow else torch.bfloat16
         self.optimizer = make_optimizer(self.model, stack, recipe)

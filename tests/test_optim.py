@@ -1,0 +1,291 @@
+"""FlashAdamW as people use it: shapes, groups, schedulers, clipping, state dicts, bad input."""
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from flashoptim_nb.base.errors import UserError
+from flashoptim_nb.kernels.split import decode
+from flashoptim_nb.optim import FlashAdamW, NumericsError, cast_model
+
+KW = dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+def net(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(40, 33), nn.Tanh(), nn.LayerNorm(33), nn.Linear(33, 7)).to(dtype)
+
+
+def run(model, opt, steps, first=0, schedule=None):
+    dtype, losses = next(model.parameters()).dtype, []
+    for t in range(first, first + steps):
+        g = torch.Generator().manual_seed(t)
+        loss = (model(torch.randn(32, 40, generator=g).to(dtype)).float() - 1).square().mean()
+        loss.backward(); opt.step(); opt.zero_grad()
+        if schedule: schedule.step()
+        losses.append(loss.item())
+    return losses
+
+
+def equal(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+
+
+def masters(model, opt):
+    return [decode(p.detach(), opt.state[p]["error_bits"]) if "error_bits" in opt.state[p] else p.detach().float() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("options", [dict(), dict(maximize=True), dict(betas=(0.0, 0.9)), dict(eps=1e-3), dict(weight_decay=0.0)])
+def test_plain_adamw_is_torchs(options):
+    a, b = net(), net()
+    kw = KW | options
+    run(a, FlashAdamW(a.parameters(), quantize=False, master_weight_bits=None, **kw), 50); run(b, torch.optim.AdamW(b.parameters(), **kw), 50)
+    for p, q in zip(a.parameters(), b.parameters()): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype,quantize,bits,allowed", [(torch.float32, True, None, 0.15), (torch.bfloat16, True, 24, 0.25), (torch.bfloat16, True, 32, 0.25),
+                                                         (torch.bfloat16, False, 24, 0.15), (torch.float16, True, 24, 0.15)])
+def test_every_format_follows_fp32(dtype, quantize, bits, allowed):
+    "Distance from fp32 AdamW's weights after 40 steps, as a share of how far those moved. All gradients come from fp32's own run."
+    a = net(dtype).float(); b = copy.deepcopy(a).to(dtype)
+    start = [p.detach().clone() for p in a.parameters()]
+    exact, flash = torch.optim.AdamW(a.parameters(), **KW), FlashAdamW(b.parameters(), quantize=quantize, master_weight_bits=bits, **KW)
+    for t in range(40):
+        torch.manual_seed(t)
+        (a(torch.randn(32, 40)) - 1).square().mean().backward()
+        for p, q in zip(a.parameters(), b.parameters()): q.grad = p.grad.to(dtype)
+        exact.step(); flash.step(); exact.zero_grad()
+    moved = sum((p - s).square().sum() for p, s in zip(a.parameters(), start)).sqrt()
+    apart = sum((p - q).square().sum() for p, q in zip(a.parameters(), masters(b, flash))).sqrt()
+    assert apart < allowed * moved, apart / moved
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_any_shape(dtype):
+    shapes = [(), (0,), (1,), (31,), (3, 5, 7), (64, 32)]
+    ps = [nn.Parameter(torch.randn(s).to(dtype)) for s in shapes]
+    ps.append(nn.Parameter(torch.randn(6, 10).to(dtype).t()))  # not contiguous
+    twin = nn.Parameter(ps[-1].detach().contiguous().clone())
+    assert not ps[-1].is_contiguous()
+    opt, other = FlashAdamW(ps, **KW), FlashAdamW([twin], skip_nonfinite=False, **KW)
+    for _ in range(3):
+        for p in ps: p.grad = torch.randn_like(p)
+        twin.grad = ps[-1].grad.contiguous()
+        opt.step(); other.step()
+    assert all(p.isfinite().all() for p in ps)
+    assert torch.equal(ps[-1], twin) and torch.equal(opt.state[ps[-1]]["exp_avg::quantized"], other.state[twin]["exp_avg::quantized"])
+
+
+def test_groups_schedulers_closures_and_tensor_lr():
+    a, b = net(), net()
+    split = lambda m: [{"params": [p for p in m.parameters() if p.ndim > 1], "weight_decay": 0.3}, {"params": [p for p in m.parameters() if p.ndim < 2], "lr": 3e-3, "weight_decay": 0.0}]
+    ours, theirs = FlashAdamW(split(a), lr=1e-2, quantize=False), torch.optim.AdamW(split(b), lr=1e-2)
+    for m, o in (a, ours), (b, theirs): run(m, o, 30, schedule=torch.optim.lr_scheduler.CosineAnnealingLR(o, 30))
+    for p, q in zip(a.parameters(), b.parameters()): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+    c, d = net(), net()
+    run(c, FlashAdamW(c.parameters(), lr=torch.tensor(1e-2)), 3); run(d, FlashAdamW(d.parameters(), lr=1e-2), 3)
+    for p, q in zip(c.parameters(), d.parameters()): torch.testing.assert_close(p, q)
+
+    opt = FlashAdamW(c.parameters())
+    def closure():
+        opt.zero_grad(); loss = c(torch.ones(2, 40)).square().mean(); loss.backward(); return loss
+    assert opt.step(closure).requires_grad
+
+
+def test_decouple_lr():
+    a, b = net(), net()
+    run(a, FlashAdamW(a.parameters(), lr=1e-2, weight_decay=1e-3, decouple_lr=True, quantize=False), 10)
+    run(b, torch.optim.AdamW(b.parameters(), lr=1e-2, weight_decay=1e-1), 10)
+    for p, q in zip(a.parameters(), b.parameters()): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_matches_clip_grad_norm_and_leaves_gradients():
+    a, b = net(), net()
+    ours, theirs = FlashAdamW(a.parameters(), max_norm=0.05, quantize=False, **KW), torch.optim.AdamW(b.parameters(), **KW)
+    for t in range(10):
+        for m in a, b: torch.manual_seed(t); m(torch.randn(8, 40)).square().sum().backward()
+        kept = [p.grad.clone() for p in a.parameters()]
+        norm = nn.utils.clip_grad_norm_(b.parameters(), 0.05)
+        ours.step(); theirs.step()
+        torch.testing.assert_close(ours.grad_norm, norm)
+        assert all(torch.equal(p.grad, k) for p, k in zip(a.parameters(), kept))
+        ours.zero_grad(); theirs.zero_grad()
+    for p, q in zip(a.parameters(), b.parameters()): torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_bad_gradient_skips_the_step(bad):
+    m = net(torch.bfloat16); opt = FlashAdamW(m.parameters(), **KW); run(m, opt, 3)
+    before, state = [p.detach().clone() for p in m.parameters()], copy.deepcopy(opt.state_dict())
+    m(torch.ones(2, 40).bfloat16()).sum().backward()
+    list(m.parameters())[-1].grad[0] = bad
+    opt.step(); opt.zero_grad()
+    assert opt.skipped_steps == 1 and all(torch.equal(p, q) for p, q in zip(m.parameters(), before))
+    for i, s in opt.state_dict()["state"].items():
+        for k, t in s.items(): assert torch.equal(t, state["state"][i][k]), k
+    run(m, opt, 1); assert opt.skipped_steps == 1
+
+
+def test_grad_scaler_of_a_plain_loop():
+    m = net(torch.float32); opt = FlashAdamW(m.parameters(), max_norm=1.0, **KW); plain = net(); opt2 = FlashAdamW(plain.parameters(), max_norm=1.0, **KW)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for t in range(3):
+        for mod, o, scale in (m, opt, True), (plain, opt2, False):
+            torch.manual_seed(t); loss = mod(torch.randn(8, 40)).square().mean()
+            (scaler.scale(loss) if scale else loss).backward()
+            (scaler.step(o), scaler.update()) if scale else o.step()
+            o.zero_grad()
+        torch.testing.assert_close(opt.grad_norm, opt2.grad_norm)
+    for p, q in zip(m.parameters(), plain.parameters()): torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+def test_parameters_that_miss_gradients_keep_their_own_count():
+    p, q = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    opt = FlashAdamW([p, q], quantize=False, **KW)
+    ref_p, ref_q = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    ref = torch.optim.AdamW([ref_p, ref_q], **KW)
+    for t in range(12):
+        for x, r in (p, ref_p), (q, ref_q):
+            x.grad = r.grad = None if (x is q and t % 3 == 1) or (x is p and t % 4 == 2) else torch.full((4,), 0.1 * (t + 1))
+        opt.step(); ref.step()
+    assert opt.state[p]["step"] == ref.state[ref_p]["step"] and opt.state[q]["step"] == ref.state[ref_q]["step"]
+    torch.testing.assert_close(p, ref_p); torch.testing.assert_close(q, ref_q)
+
+
+def test_same_inputs_same_bits():
+    runs = []
+    for _ in range(2):
+        m = net(torch.bfloat16); o = FlashAdamW(m.parameters(), **KW); run(m, o, 10); runs.append((m, o))
+    assert equal(runs[0][0], runs[1][0])
+
+
+@pytest.mark.parametrize("options", [dict(), dict(master_weight_bits=32), dict(quantize=False), dict(master_weight_bits=None)])
+@pytest.mark.parametrize("how", ["disk", "deepcopy", "pickle"])
+def test_resume_is_bit_identical(options, how):
+    a = net(torch.bfloat16); o = FlashAdamW(a.parameters(), **KW, **options); run(a, o, 5)
+    if how == "disk":
+        torch.save({"m": a.state_dict(), "o": o.state_dict()}, f := io.BytesIO()); f.seek(0)
+        saved = torch.load(f, weights_only=True)
+        b = net(torch.bfloat16, seed=1); b.load_state_dict(saved["m"]); r = FlashAdamW(b.parameters(), **KW, **options); r.load_state_dict(saved["o"])
+    else:
+        b, r = copy.deepcopy((a, o)) if how == "deepcopy" else pickle.loads(pickle.dumps((a, o)))
+    run(a, o, 5, first=5); run(b, r, 5, first=5)
+    assert equal(a, b)
+    for p, q in zip(a.parameters(), b.parameters()):
+        assert o.state[p].keys() == r.state[q].keys() and all(torch.equal(t, r.state[q][k]) for k, t in o.state[p].items())
+
+
+def test_exchange_with_torch_both_ways():
+    a = net(); theirs = torch.optim.AdamW(a.parameters(), **KW); run(a, theirs, 5)
+    b = copy.deepcopy(a); ours = FlashAdamW(b.parameters(), quantize=False); ours.load_state_dict(theirs.state_dict())
+    run(a, theirs, 5, first=5); run(b, ours, 5, first=5)
+    for p, q in zip(a.parameters(), b.parameters()): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    c = copy.deepcopy(b); back = torch.optim.AdamW(c.parameters()); back.load_state_dict(copy.deepcopy(ours.state_dict()))  # torch does not copy
+    run(b, ours, 5, first=10); run(c, back, 5, first=10)
+    for p, q in zip(b.parameters(), c.parameters()): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert back.param_groups[0]["betas"] == KW["betas"]
+
+
+def test_checkpoints_of_the_public_package():
+    "Its layout: codes and scales as here, 8-bit corrections widened to 16 bits."
+    a = net(torch.bfloat16); o = FlashAdamW(a.parameters(), **KW); run(a, o, 4)
+    public = copy.deepcopy(o.state_dict())
+    for s in public["state"].values(): s["error_bits"] = s["error_bits"].to(torch.int16)
+    public["param_groups"] = [{k: g[k] for k in ("lr", "betas", "weight_decay", "eps", "params")} for g in public["param_groups"]]
+    b = copy.deepcopy(a); r = FlashAdamW(b.parameters()); r.load_state_dict(public)
+    run(a, o, 4, first=4); run(b, r, 4, first=4)
+    assert equal(a, b)
+    wide = FlashAdamW(b.parameters(), master_weight_bits=32); wide.load_state_dict(r.state_dict())
+    for p in b.parameters():
+        torch.testing.assert_close(decode(p.detach(), wide.state[p]["error_bits"]), decode(p.detach(), r.state[p]["error_bits"]), rtol=2.0**-22, atol=0)
+
+
+def test_fp32_weights_in_and_out():
+    m = net(torch.bfloat16); o = FlashAdamW(m.parameters(), **KW); run(m, o, 5)
+    sd = o.get_fp32_model_state_dict(m)
+    for p, w in zip(m.parameters(), sd.values()): assert w.dtype == torch.float32 and torch.equal(w, decode(p.detach(), o.state[p]["error_bits"]))
+    n = net(torch.bfloat16, seed=5); r = FlashAdamW(n.parameters(), **KW); r.set_fp32_model_state_dict(n, sd)
+    for a, b in zip(sd.values(), r.get_fp32_model_state_dict(n).values()): torch.testing.assert_close(a, b, rtol=2.0**-22, atol=0)
+
+
+def test_seven_bytes_a_parameter():
+    p = nn.Parameter(torch.randn(1024, 64).bfloat16()); p.grad = torch.randn_like(p)
+    opt = FlashAdamW([p]); opt.step()
+    assert opt.bytes_per_parameter() == {"weights": 2, "gradients": 2, "masters": 1, "states": 2, "scales": 0.125, "total": 7.125}
+    saved = [t for k, t in opt.state_dict()["state"][0].items() if k != "step"] + [p]
+    assert sum(t.numel() * t.element_size() for t in saved) / p.numel() == 5.125
+    q = nn.Parameter(torch.randn(64)); q.grad = torch.randn(64)
+    fp32 = FlashAdamW([q], quantize=False); fp32.step()
+    assert fp32.bytes_per_parameter()["total"] == 16
+
+
+def test_check_numerics():
+    p = nn.Parameter(torch.full((8,), 3.0).bfloat16()); p.grad = torch.ones_like(p)
+    FlashAdamW([p], lr=1e-3, check_numerics=True).step()
+    before = p.detach().clone()
+    with pytest.raises(NumericsError, match="at least"): FlashAdamW([p], lr=1e-3, master_weight_bits=None, check_numerics=True).step()
+    with pytest.raises(NumericsError): FlashAdamW([p], lr=1e-6, check_numerics=True).step()
+    assert torch.equal(p, before)
+    opt = FlashAdamW([p], lr=1e-6, check_numerics=True); p.data.mul_(1e-4); opt.recompute_param_stats(); opt.step()
+
+
+@pytest.mark.parametrize("make", [
+    lambda p: FlashAdamW([p], lr=-1), lambda p: FlashAdamW([p], betas=(1.0, 0.9)), lambda p: FlashAdamW([p], eps=-1e-8), lambda p: FlashAdamW([p], weight_decay=-1),
+    lambda p: FlashAdamW([p], amsgrad=True), lambda p: FlashAdamW([p], differentiable=True), lambda p: FlashAdamW([p], master_weight_bits=16),
+    lambda p: FlashAdamW([p], max_norm=0.0), lambda p: FlashAdamW([p], quantise=True), lambda p: FlashAdamW([nn.Parameter(torch.zeros(2, dtype=torch.float64))]),
+    lambda p: FlashAdamW([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])])
+def test_arguments_that_cannot_work(make):
+    with pytest.raises(UserError) as e: make(nn.Parameter(torch.zeros(3)))
+    assert isinstance(e.value, ValueError)
+
+
+def test_sparse_gradients_are_refused_with_everything_untouched():
+    dense, sparse = nn.Parameter(torch.ones(4)), nn.Embedding(5, 3, sparse=True)
+    opt = FlashAdamW([dense, sparse.weight])
+    dense.grad = torch.ones(4); sparse(torch.tensor([1])).sum().backward()
+    weight = sparse.weight.detach().clone()
+    with pytest.raises(UserError, match="sparse=False") as e: opt.step()
+    assert isinstance(e.value, TypeError) and torch.equal(dense, torch.ones(4)) and torch.equal(sparse.weight, weight) and not opt.state
+
+
+def test_state_dicts_that_do_not_fit():
+    m = net(torch.bfloat16); o = FlashAdamW(m.parameters(), **KW); run(m, o, 2)
+    good = copy.deepcopy(o.state_dict())
+    def spoil(change):
+        sd = copy.deepcopy(good); change(sd); return sd
+    for bad in (lambda sd: sd["param_groups"][0]["params"].pop(), lambda sd: sd["state"][0].pop("exp_avg_sq::quantized"), lambda sd: sd["state"][1].pop("exp_avg::scales"),
+                lambda sd: sd["state"][2].update({"exp_avg::quantized": torch.zeros(3, dtype=torch.int8)}), lambda sd: sd["state"][0]["exp_avg::scales"].fill_(torch.inf),
+                lambda sd: sd["state"][0].update({"error_bits": torch.zeros(2, dtype=torch.int8)}), lambda sd: sd["param_groups"][0].update(betas=(2.0, 0.9))):
+        with pytest.raises(UserError): o.load_state_dict(spoil(bad))
+    for i, s in o.state_dict()["state"].items():
+        for k, t in s.items(): assert torch.equal(t, good["state"][i][k])
+    sgd = torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9); run(m, sgd, 1)
+    with pytest.raises(UserError, match="another kind"): o.load_state_dict(sgd.state_dict())
+
+
+def test_cast_model_trains():
+    m = nn.Sequential(nn.Linear(40, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 7)); cast_model(m, full_precision_layers=["3"])
+    assert [m[0].weight.dtype, m[1].weight.dtype, m[3].weight.dtype] == [torch.bfloat16, torch.float32, torch.float32]
+    losses = run(m, FlashAdamW(m.parameters(), **KW), 40)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype,bits", [(torch.bfloat16, 24), (torch.float16, 32), (torch.float32, None)])
+def test_cuda_and_cpu_agree(dtype, bits):
+    a = net(dtype); b = copy.deepcopy(a).cuda()
+    ours, gpu = FlashAdamW(a.parameters(), master_weight_bits=bits, max_norm=1.0, **KW), FlashAdamW(b.parameters(), master_weight_bits=bits, max_norm=1.0, **KW)
+    for t in range(20):
+        g = torch.Generator().manual_seed(t)
+        for p, q in zip(a.parameters(), b.parameters()):
+            p.grad = torch.randn(p.shape, generator=g).to(dtype); q.grad = p.grad.cuda()
+            if t == 7: q.grad.view(-1)[0] = p.grad.view(-1)[0] = torch.nan
+        ours.step(); gpu.step()
+    assert ours.skipped_steps == 1 and gpu.skipped_steps.item() == 1
+    for p, q in zip(masters(a, ours), masters(b, gpu)): torch.testing.assert_close(p, q.cpu(), rtol=2e-2, atol=2e-3)
+    first = next(b.parameters())
+    assert gpu.state[first]["step"].is_cuda and gpu.state[first]["step"] == 19
