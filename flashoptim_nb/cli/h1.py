@@ -191,7 +191,7 @@ def callbacks(self: Study, spec: Spec, task, found: dict) -> list[Callback]:
     losses = {row["step"]: row["loss"] for row in read_run(baseline).of("step")} if spec.config != "baseline" and (baseline / ROWS).exists() else None
     looks = [Evaluation(task, self.corpus.track, self.scale.parts[spec.role].track_every, recipe.steps, self.corpus.evals), Speed(task), Watch(monitor, Instability(losses))]
     if (spec.role, spec.config, spec.seed) == ("1B", "flashoptim_full", self.scale.seeds[0]) and losses:
-        at = max(COLD_STEPS + 1, round(CB_SHARE * recipe.steps))
+        at = max(COLD_STEPS + 1, self.scale.parts[spec.role].track_every + 1, round(CB_SHARE * recipe.steps))
         looks.append(Gate(at, lambda: [("decision", asdict(decide_early(read_run(self.folder / spec.id), read_run(baseline), at, self.scale.enforced)))]))
     return looks
 

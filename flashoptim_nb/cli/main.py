@@ -49,9 +49,11 @@ def _run(args) -> int:
 
 # %% ../../nbs/10_cli/05_main.ipynb #37c569ae
 def _verdict(args) -> int:
+    from flashoptim_nb.cli.scales import SCALES
     from flashoptim_nb.judge.verdict import verdict
     from flashoptim_nb.report.tables import load_runs, verdict_text
-    entries = verdict(load_runs(_study_folders(args.records), args.hypothesis), scale=args.scale)
+    runs = [run for run in load_runs(_study_folders(args.records), args.hypothesis) if not args.scale or run.header["scale"] == choose("scale", args.scale, SCALES)]
+    entries = verdict(runs)
     print(json.dumps(entries, indent=1, allow_nan=False) if args.json else verdict_text(entries))
     return 0
 

@@ -138,13 +138,13 @@ def decide_from(
 def early_values(
     run: Run,  # the stack's, still going on
     baseline: Run,  # with the same seed
-    step: int,  # look no further than this
+    step: int,  # steps up to here, held-out losses before
 ) -> dict[str, float | None]:
     "The values of H1-CB at a step; None for what the records do not tell."
     def pace(r):
         warm = [row["seconds"] / row["tokens"] for row in r.of("step") if row["step"] <= step and not row["cold"]]
         return median(warm) if warm else None
-    def curve(r): return {(row["set"], row["step"]): row["nll"] / row["tokens"] for row in r.of("eval") if row["set"].endswith("(tracked)") and row["step"] <= step}
+    def curve(r): return {(row["set"], row["step"]): row["nll"] / row["tokens"] for row in r.of("eval") if row["set"].endswith("(tracked)") and row["step"] < step}
     ours, theirs = pace(run), pace(baseline)
     shared = sorted(curve(run).keys() & curve(baseline).keys(), key=lambda at: at[1])
     gap = None

@@ -166,7 +166,7 @@ def estimates(
     dots = base.mark_point(filled=True, size=80, opacity=1).encode(x, **offset)
     lines = alt.Chart(found.dropna(subset=["threshold"])[["what", "threshold"]]).mark_tick(
         thickness=2, size=26, strokeDash=[3, 2]).encode(alt.X("threshold:Q", title=axis), alt.Y("what:N", sort=list(dict.fromkeys(found["what"]))),
-                                     color=alt.value("#b00020"), tooltip=[alt.Tooltip("threshold", format=form)])
+                                     color=alt.value("#d6274a"), tooltip=[alt.Tooltip("threshold", format=form)])
     return titled(bars + dots + lines, title, found, "dashed: the threshold; bar: the interval")
 
 # %% ../../nbs/09_report/03_charts.ipynb #4e42e928
