@@ -32,4 +32,4 @@ lab: .venv/.ready
 	@touch $@
 
 clean:
-	rm -rf .venv _book
+	rm -rf .venv _book .book-cache

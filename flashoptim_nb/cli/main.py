@@ -6,9 +6,12 @@
 __all__ = ['HYPOTHESES', 'main']
 
 # %% ../../nbs/10_cli/05_main.ipynb #b518a5cb
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded: threads that wait must not spin where other work needs the cores
+
 import argparse
 import json
-import os
 import signal
 import sys
 from pathlib import Path

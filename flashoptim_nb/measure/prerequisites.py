@@ -82,7 +82,7 @@ def adamw_checks(
     grads = [[torch.randn(shape, generator=draw) * 1e-3 * (1 + n % 7) for shape in shapes] for n in range(steps)]
     settings = dict(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     def walk(make, dtype):
-        params = [torch.nn.Parameter(p.to(device, dtype)) for p in start]
+        params = [torch.nn.Parameter(p.to(device, dtype, copy=True)) for p in start]
         optimizer = make(params)
         for grad in grads:
             for p, g in zip(params, grad): p.grad = g.to(device, dtype)
