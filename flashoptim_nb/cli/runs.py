@@ -161,7 +161,7 @@ def probe(
     device: torch.device,
     corpus: Corpus | None,
     writer: RunWriter,
-    timed: int = 3,  # steps whose time is taken; the busy share is taken from as many more
+    timed: int = 2,  # steps whose time is taken; the busy share is taken from as many more
 ) -> None:
     "Measures memory and utilization of a stack and ends the record; what does not fit ends it as oom."
     kinds = CHECKPOINTING if spec.stack.checkpointing == "least" else (spec.stack.checkpointing,)

@@ -53,15 +53,15 @@ MAIN = ("baseline", "baseline_strong", "flashoptim_full")
 
 def _tiny(size, configs, steps):
     # One candidate for the micro-batch, because each further shape is compiled anew, which on two cores takes longer than the runs.
-    return Part(size=size, configs=configs, micros=(8,), track_every=steps // 8,
-                recipe=Recipe(steps=steps, batch=16, micro=8, seq=128, lr=1e-3, warmup=0.1))
+    return Part(size=size, configs=configs, micros=(4,), track_every=max(1, steps // 5),
+                recipe=Recipe(steps=steps, batch=8, micro=4, seq=128, lr=1e-3, warmup=0.1))
 
 LAPTOP = Scale(
     name="laptop", purpose="shows that everything works; never evidence", enforced=False, device="auto", seeds=(0, 1, 2),
     accelerator=Accelerator(name="two CPU cores", flops=2e11, memory=8e9, bandwidth=2e10),
-    parts={"1B": _tiny("tiny", ALL, 24), "7B": _tiny("tiny-7B", MAIN, 8), "13B": _tiny("tiny-13B", MAIN, 8)},
-    tokenizer="sotu-2048", train_sets=(("sotu", "train"),), track_set=("sotu", 4_096),
-    eval_sets=(("sotu", 8_192), ("wikitext103", 8_192), ("c4", 4_096), ("lambada", 512), ("pile", 512)),
+    parts={"1B": _tiny("tiny", ALL, 20), "7B": _tiny("tiny-7B", MAIN, 6), "13B": _tiny("tiny-13B", MAIN, 6)},
+    tokenizer="sotu-2048", train_sets=(("sotu", "train"),), track_set=("sotu", 2_048),
+    eval_sets=(("sotu", 4_096), ("wikitext103", 4_096), ("c4", 2_048), ("lambada", 256), ("pile", 256)),
     stress_lengths=(4096,), micro_rank="largest", memory_bytes=512 << 20, checkpoint_every=8)
 
 # %% ../../nbs/10_cli/00_scales.ipynb #dfb88243

@@ -20,9 +20,9 @@ def pad_vocab(
 def _shape(n_layer, d_model, n_head, max_seq, tokens=50_257): return dict(n_layer=n_layer, d_model=d_model, n_head=n_head, max_seq=max_seq, vocab_size=pad_vocab(tokens))
 
 SIZES = {  # name -> fields of a GPTConfig
-    "tiny": _shape(4, 128, 4, 128, tokens=2048),  # stands in for 1B
-    "tiny-7B": _shape(6, 128, 4, 128, tokens=2048),
-    "tiny-13B": _shape(8, 128, 4, 128, tokens=2048),
+    "tiny": _shape(2, 128, 4, 128, tokens=2048),  # stands in for 1B
+    "tiny-7B": _shape(3, 128, 4, 128, tokens=2048),
+    "tiny-13B": _shape(4, 128, 4, 128, tokens=2048),
     "124M": _shape(12, 768, 12, 1024),
     "1B": _shape(24, 2048, 16, 2048),
     "7B": _shape(32, 4096, 32, 2048),
