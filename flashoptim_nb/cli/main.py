@@ -54,10 +54,11 @@ def _run(args) -> int:
 def _verdict(args) -> int:
     from flashoptim_nb.cli.scales import SCALES
     from flashoptim_nb.judge.verdict import verdict
-    from flashoptim_nb.report.tables import load_runs, verdict_text
+    from flashoptim_nb.report.tables import load_runs, run_names, verdict_text
     runs = [run for run in load_runs(_study_folders(args.records), args.hypothesis) if not args.scale or run.header["scale"] == choose("scale", args.scale, SCALES)]
     entries = verdict(runs)
-    print(json.dumps(entries, indent=1, allow_nan=False) if args.json else verdict_text(entries))
+    named = [e | dict(records=run_names(e, runs)) for e in entries]  # study/run: the same run exists at several scales
+    print(json.dumps(named, indent=1, allow_nan=False) if args.json else verdict_text(entries))
     return 0
 
 def _check(args) -> int:
