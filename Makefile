@@ -7,9 +7,11 @@ h1: .venv/.ready
 	$(BIN)/flashoptim-nb run h1 --scale laptop
 	$(BIN)/flashoptim-nb book
 
+# One thread a process: tests run beside each other, and threads that wait for a core cost more than they give.
+test: export OMP_NUM_THREADS = 1
 test: .venv/.ready-test
-	$(BIN)/python -m pytest -q tests
 	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/python -m pytest -q --durations 10 tests
 
 lab: .venv/.ready
 	$(BIN)/python -m pip install -q -e '.[lab]'

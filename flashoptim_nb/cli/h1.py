@@ -28,7 +28,7 @@ from .scales import MAIN, Scale
 from ..judge.decisions import Decision, Instability, Monitor, decide_early, decide_from
 from ..judge.evidence import Evidence
 from ..judge.table import evidence_table
-from ..measure.cost import PLATFORMS
+from ..measure.cost import known_platforms
 from ..measure.memory import device_memory
 from ..measure.plan import gpu_hours
 from ..measure.prerequisites import PREREQUISITES
@@ -293,7 +293,7 @@ def projection(
     scale: Scale,
 ) -> pd.DataFrame:
     "A row for each size and stack: runs, tokens of each, hours of the scale's machine, dollars at each platform's rate."
-    rows = []
+    rows, rates = [], {name: platform.per_gpu_hour for name, platform in known_platforms().items() if scale.priced}
     for role, part in scale.parts.items():
         recipe, config = part.recipe, gpt_config(part.size, part.style, max_seq=part.recipe.seq)
         tokens = recipe.steps * recipe.batch * recipe.seq
@@ -302,7 +302,7 @@ def projection(
             flops = flops_per_token(config, recipe.seq, "none" if kind == "least" else kind) * tokens * len(scale.seeds)
             hours = gpu_hours(flops, scale.accelerator, UTILIZATION)
             rows.append(dict(role=role, size=part.size, config=name, runs=len(scale.seeds), tokens=tokens, hours=hours)
-                        | {f"${platform}": hours * PLATFORMS[platform].per_gpu_hour for platform in scale.platforms})
+                        | {f"${platform}": hours * rate for platform, rate in rates.items()})
     return pd.DataFrame(rows)
 
 def dry_run(

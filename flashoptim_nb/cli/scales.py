@@ -45,7 +45,7 @@ class Scale(Config):
     memory_bytes: int = 0  # a budget in bytes instead, where the device has no memory of its own
     checkpoint_every: int = 0  # optimizer steps
     accelerator: Accelerator  # the machine that projections are made for
-    platforms: tuple[str, ...] = ()  # of `measure.cost.PLATFORMS`: whose rates projections are priced at
+    priced: bool = True  # whether projections are priced at the rates of rented GPUs
 
 # %% ../../nbs/10_cli/00_scales.ipynb #823c6cc3
 ALL = tuple(STACKS)
@@ -58,7 +58,7 @@ def _tiny(size, configs, steps):
 
 LAPTOP = Scale(
     name="laptop", purpose="shows that everything works; never evidence", enforced=False, device="auto", seeds=(0, 1, 2),
-    accelerator=Accelerator(name="two CPU cores", flops=2e11, memory=8e9, bandwidth=2e10),
+    accelerator=Accelerator(name="two CPU cores", flops=2e11, memory=8e9, bandwidth=2e10), priced=False,
     parts={"1B": _tiny("tiny", ALL, 20), "7B": _tiny("tiny-7B", MAIN, 6), "13B": _tiny("tiny-13B", MAIN, 6)},
     tokenizer="sotu-2048", train_sets=(("sotu", "train"),), track_set=("sotu", 2_048),
     eval_sets=(("sotu", 4_096), ("wikitext103", 4_096), ("c4", 2_048), ("lambada", 256), ("pile", 256)),
@@ -67,7 +67,7 @@ LAPTOP = Scale(
 # %% ../../nbs/10_cli/00_scales.ipynb #dfb88243
 GPU = Scale(
     name="gpu", purpose="steady-state throughput, memory and loss on one GPU", enforced=False, device="cuda", seeds=(0, 1, 2),
-    accelerator=H200, platforms=("aws-p4d", "gcp-a2-mega"),
+    accelerator=H200,
     parts={"124M": Part(size="124M", configs=MAIN, micros=(32, 16), track_every=4,
                         recipe=Recipe(steps=48, batch=64, micro=16, seq=1024, lr=6e-4, warmup=0.1)),
            "1B": Part(size="1B", configs=MAIN, micros=(8, 4), track_every=3,
@@ -82,7 +82,7 @@ def _full(size, micro, tokens, style="gpt2"):
 
 FULL = Scale(
     name="full", purpose="the protocol: its sizes, tokens and rules", enforced=True, device="cuda", seeds=(0, 1, 2),
-    accelerator=A100_40, platforms=("aws-p4d", "gcp-a2-mega"),
+    accelerator=A100_40,
     parts={"1B": _full("1B", 8, 10e9), "7B": _full("7B", 4, 50e9), "13B": _full("13B", 2, 50e9)},
     tokenizer="gpt2", train_sets=(("c4", "train"),), train_tokens=50 * 10**9, track_set=("wikitext103", 65_536), checkpoint_every=500,
     eval_sets=(("wikitext103", 0), ("c4", 1_000_000), ("lambada", 0), ("pile", 0)))

@@ -96,7 +96,8 @@ def checkpoint_quantities(id: str) -> list[Q]:
 def _told(leaf: Leaf) -> str:
     "A comparison with its value: what was seen and the rule's threshold."
     unit = UNITS[quantities(leaf.compare)[0].name]
-    return f"{text(leaf.compare.left)} is {number_text(leaf.estimate.value, unit)} ({leaf.compare.op} {number_text(leaf.compare.right, unit)})"
+    left = leaf.compare.left
+    return f"{left.key if isinstance(left, Q) else text(left)} is {number_text(leaf.estimate.value, unit)} ({leaf.compare.op} {number_text(leaf.compare.right, unit)})"
 
 # %% ../../nbs/08_judge/05_decisions.ipynb #cf7cdd6e
 def decide(
