@@ -289,3 +289,22 @@ def test_cuda_and_cpu_agree(dtype, bits):
     for p, q in zip(masters(a, ours), masters(b, gpu)): torch.testing.assert_close(p, q.cpu(), rtol=2e-2, atol=2e-3)
     first = next(b.parameters())
     assert gpu.state[first]["step"].is_cuda and gpu.state[first]["step"] == 19
+
+
+@pytest.mark.parametrize("dtype, options", [(torch.bfloat16, {}), (torch.bfloat16, dict(quantize=False)), (torch.float32, dict(quantize=False, master_weight_bits=None))])
+def test_a_loaded_optimizer_goes_on_bit_for_bit(dtype, options, rng_seed):
+    "With several groups, each with its own step counter; the next steps, not only the states, must be the same."
+    def make():
+        params = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in [(40, 33), (64,), (7,)]]
+        return params, FlashAdamW([dict(params=params[:1], weight_decay=0.1), dict(params=params[1:], weight_decay=0.0)], max_norm=1.0, **options)
+    (params, optimizer), (others, other) = make(), make()
+    for n in range(6):
+        if n == 3:
+            with torch.no_grad():
+                for p, q in zip(params, others): q.copy_(p)
+            other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for p, q in zip(params, others): p.grad = q.grad = torch.randn_like(p)
+        optimizer.step()
+        if n >= 3: other.step()
+    assert all(p.equal(q) for p, q in zip(params, others))
+    assert all(a.equal(b) for p, q in zip(params, others) for a, b in zip(optimizer.state[p].values(), other.state[q].values()))

@@ -22,8 +22,8 @@ h1.PREREQUISITES.clear()
 try: sys.exit(h1.Study(scale, sys.argv[1], device="cpu", stopped=main._Stop()).run())
 except h1.Interrupted: sys.exit(130)
 """
-# What a clock says, what is derived from it, and decisions taken on it: not what the promise is about.
-TIMED = {"seconds", "cold", "started", "tokens_per_s", "seconds_per_step", "utilization", "steps", "values", "why", "action"}
+# What a clock says, what is derived from it, decisions taken on it, and the folder's name: not what the promise is about.
+TIMED = {"seconds", "cold", "started", "command", "tokens_per_s", "seconds_per_step", "utilization", "steps", "values", "why", "action"}
 
 
 def start(out):

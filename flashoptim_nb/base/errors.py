@@ -22,7 +22,8 @@ def choose(
     "`allowed[given]` of a table (`given` itself of plain names); raises `UserError` with the allowed names and the nearest one."
     names = [str(name) for name in allowed]
     if given not in names:
-        near = get_close_matches(str(given), names, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        folded = {name.casefold(): name for name in names}
+        near = get_close_matches(str(given).casefold(), folded, n=1)
+        hint = f" (did you mean {folded[near[0]]!r}?)" if near else ""
         raise UserError(f"unknown {kind} {given!r}{hint}; choose one of: {', '.join(names)}")
     return allowed[given] if isinstance(allowed, Mapping) else given

@@ -261,7 +261,7 @@ def _recomputed(row: dict, run: Run, table, by_id: dict[str, Run]) -> dict[str, 
             if step["step"] <= upto: monitor._loss(step.get("loss"))
         return dict(loss_streak=monitor.state["streak"])
     if not row.get("evidence"): return {}
-    if row["checkpoint"] == "H1-CB": return early_values(by_id[row["evidence"]["run"]], by_id[row["evidence"]["baseline"]], row["evidence"]["step"])
+    if "step" in row["evidence"]: return early_values(by_id[row["evidence"]["run"]], by_id[row["evidence"]["baseline"]], row["evidence"]["step"])
     place = {k: v for k, v in row["evidence"].items() if k != "records"}
     here = Evidence(table[table.run.isin(row["evidence"]["records"])], **place)
     estimates = {q.key: here.estimate(q) for q in checkpoint_quantities(row["checkpoint"])}
@@ -276,7 +276,7 @@ def replay(
 ) -> list[dict]:
     "Each recorded decision, taken again: run, checkpoint, recorded and replayed action, agrees, difference."
     runs, out = list(runs), []
-    table, by_id = evidence_table(runs), {run.id: run for run in runs}
+    table, by_id = evidence_table(runs), {run.header.get("run"): run for run in runs}
     for run, row in ((run, row) for run in runs for row in run.of("decision")):
         again = decide(row["checkpoint"], row["values"], row["enforced"])
         differs = [f"{name}: recorded {row[name]!r}, replayed {getattr(again, name)!r}" for name in ("action", "why") if row[name] != getattr(again, name)]

@@ -103,12 +103,13 @@ def load_state_dict(
     groups, saved = state_dict["param_groups"], state_dict["state"]
     sizes, wanted = [len(g["params"]) for g in groups], [len(g["params"]) for g in self.param_groups]
     if sizes != wanted: raise StateError(f"the state dict has groups of {sizes} parameters, the optimizer {wanted}: build it from the same model and groups")
-    pairs = [(i, p) for g, own in zip(groups, self.param_groups) for i, p in zip(g["params"], own["params"])]
+    pairs = [(n, i, p) for n, (g, own) in enumerate(zip(groups, self.param_groups)) for i, p in zip(g["params"], own["params"])]
     widened, counters, state = _is_widened(saved), {}, {}
-    for i, p in pairs:
+    for n, i, p in pairs:
         if not saved.get(i): continue
         where, t = f"parameter {i}", float(saved[i].get("step", 0))
-        step = counters.setdefault((p.device, t), torch.full((), t, dtype=torch.float32, device=p.device))
+        step = counters.setdefault((n, p.device, t),  # a counter belongs to one group: each group that steps advances its own
+                                    torch.full((), t, dtype=torch.float32, device=p.device))
         state[p] = {"step": step} | _correction(self, p, saved[i], widened, where)
         for key in self.moments: state[p] |= _moment(self, p, saved[i], key, where)
     for own, g in zip(self.param_groups, groups): self.check_group(own | {k: v for k, v in g.items() if k != "params"})
