@@ -122,9 +122,12 @@ class LMTask:
         return int(self.optimizer.skipped_steps) if self.flash else self.skipped
 
     def state_dict(self) -> dict:
-        return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), skipped=self.skipped)
+        clip = self.release.clip if self.release else None  # under release, the previous step's norm clips the next
+        return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), skipped=self.n_skipped, clip=clip)
 
     def load_state_dict(self, state: dict):
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.skipped = state["skipped"]
+        if self.flash: self.optimizer.skipped_steps.fill_(state["skipped"])
+        else: self.skipped = state["skipped"]
+        if self.release and state["clip"] is not None: self.release.clip = state["clip"].to(self.device)
