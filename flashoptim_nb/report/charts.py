@@ -118,6 +118,8 @@ def memory_bars(
     title: str = "Peak memory by class",
 ) -> alt.Chart:
     "One bar a configuration (or another column), stacked by what the bytes hold; averaged where a bar has several rows."
+    if "overlap" in memory:  # gradients and activations each at their own peak add up to more than both together ever held
+        memory = memory.assign(activations=memory["activations"] - memory["overlap"].fillna(0), other=memory["other"] + memory["overlap"].fillna(0))
     classes = list(MEMORY_CLASSES)
     unit, size = byte_unit(memory["peak"].max())
     mean = memory.groupby(by, sort=False)[classes + ["peak"]].mean().div(size).reset_index()

@@ -177,9 +177,10 @@ def verdict_banner(
         counts = Counter(e["status"] for e in mine if e["kind"] != "overall")
         tally = ", ".join(f"{counts[status]} {status}" for status in SIGNS if counts.get(status))
         head = f"Against {whole['against']}" + (" (the headline)" if whole["headline"] else "")
+        reason = whole["reason"][:1].upper() + whole["reason"][1:]
         mark = attributes(dict(verdict=whole["id"], against=whole["against"], status=whole["status"], runs=decided_runs(mine, runs) or None))
-        html = f'<div class="verdict {tone(whole["status"])}"{mark}><p><strong>{escape(head)}: {escape(whole["status"])}</strong></p><p>{escape(tally)}.</p></div>'
-        parts.append(Shown(html, f"- **{head}: {whole['status']}**. Criteria: {tally}."))
+        html = f'<div class="verdict {tone(whole["status"])}"{mark}><p><strong>{escape(head)}: {escape(whole["status"])}</strong></p><p>{escape(tally)}.</p><p>{escape(reason)}.</p></div>'
+        parts.append(Shown(html, f"- **{head}: {whole['status']}**. Criteria: {tally}. {reason}."))
     whole = Shown("\n".join(p.html for p in parts), "\n".join(p.markdown for p in parts))
     return whole + provenance_note(runs)
 
