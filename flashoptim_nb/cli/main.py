@@ -24,7 +24,7 @@ from ..base.records import ROWS, problems, read_study
 # %% ../../nbs/10_cli/05_main.ipynb #c6e882a7
 def _study_folders(given: list[str]) -> list[Path]:
     "The folders that were named, or where records usually are; raises `UserError` for one that holds none."
-    from flashoptim_nb.report.tables import record_folders
+    from flashoptim_nb.report.shown import record_folders
     folders = [Path(name) for name in given] or record_folders()
     for folder in folders:
         if not any(folder.glob(f"**/{ROWS}")): raise UserError(f"{folder} holds no records; name a folder of runs, or make some with `flashoptim-nb run h1 --scale laptop`")
@@ -54,7 +54,8 @@ def _run(args) -> int:
 def _verdict(args) -> int:
     from flashoptim_nb.cli.scales import SCALES
     from flashoptim_nb.judge.verdict import verdict
-    from flashoptim_nb.report.tables import load_runs, run_names, verdict_text
+    from flashoptim_nb.report.shown import load_runs
+    from flashoptim_nb.report.tables import run_names, verdict_text
     runs = [run for run in load_runs(_study_folders(args.records), args.hypothesis) if not args.scale or run.header["scale"] == choose("scale", args.scale, SCALES)]
     entries = verdict(runs)
     named = [e | dict(records=run_names(e, runs)) for e in entries]  # study/run: the same run exists at several scales

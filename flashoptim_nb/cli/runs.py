@@ -19,7 +19,7 @@ from ..base.errors import UserError
 from ..base.machine import capabilities, provenance
 from ..base.records import ROWS, RunWriter, read_run
 from .corpus import Corpus
-from .scales import Part, Scale
+from .scales import Scale
 from ..data.batches import Synthetic, Windows
 from ..judge.criteria import CRITERIA_HASH
 from ..kernels.attention import resolve_attention

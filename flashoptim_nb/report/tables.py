@@ -18,7 +18,7 @@ from ..base.records import Run
 from ..judge.criteria import CRITERIA, QUANTITIES, Criterion
 from ..judge.expression import number_text, quantities
 from ..judge.verdict import verdict
-from .shown import Shown, attributes, full_name, load_runs, provenance_note, record_folders, table
+from .shown import Shown, attributes, full_name, load_runs, provenance_note, table
 
 # %% ../../nbs/09_report/02_tables.ipynb #1159ca4f
 SIGNS = {"met": "●", "not met": "○", "inconclusive": "◐", "not measured": "", "no evidence at this scale": "·",
