@@ -28,6 +28,8 @@ def command(*words, limit=None, **env):
     (("run", "h1", "--scale", "laptop", "--sizes", "1b"), "did you mean '1B'"),
     (("run", "h1", "--scale", "laptop", "--configs", "flashoptim"), "choose one of: ablation_"),
     (("run", "h1", "--scale", "laptop", "--device", "cuda"), "sees no CUDA device"),
+    (("run", "h1", "--scale", "laptop", "--device", "xpu"), "choose one of: auto, cpu, cuda"),
+    (("run", "h1", "--scale", "gpu", "--dry-run", "--configs", "nope"), "unknown configuration 'nope'"),
     (("verdict", "h1", "--records", "nowhere"), "nowhere holds no records"),
     (("check", "nowhere"), "nowhere holds no records"),
 ], ids=lambda v: " ".join(v) if isinstance(v, tuple) else None)

@@ -79,6 +79,8 @@ def pick_device(
     name: str = "auto",  # "auto", "cpu", "cuda" or "cuda:N"
 ) -> torch.device:
     "The device to run on: the GPU if there is one; raises `UserError` if a GPU is asked for and there is none."
+    if name not in ("auto", "cpu", "cuda") and not name.removeprefix("cuda:").isdigit():
+        raise UserError(f"unknown device {name!r}; choose one of: auto, cpu, cuda, cuda:N")
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"{name!r} was asked for, and torch {torch.__version__} sees no CUDA device here; "

@@ -43,10 +43,10 @@ class _Stop:
         print("\nstopping after this step; the same command goes on from there (once more stops at once)", file=sys.stderr)
 
 def _run(args) -> int:
-    from flashoptim_nb.cli.h1 import Study, dry_run
+    from flashoptim_nb.cli.h1 import Study, dry_run, narrow
     from flashoptim_nb.cli.scales import SCALES
     scale = choose("scale", args.scale, SCALES)
-    if args.dry_run: return dry_run(scale)
+    if args.dry_run: return dry_run(narrow(scale, args.sizes, args.configs))
     study = Study(scale, args.out or repo_root() / "runs", device=args.device or scale.device, roles=args.sizes, configs=args.configs, stopped=_Stop())
     return study.run()
 
@@ -116,7 +116,7 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
                "  flashoptim-nb run h1 --scale gpu --dry-run     what it would run, how long, for how much\n"
                "  FLASHOPTIM_DATA=/data flashoptim-nb run h1 --scale gpu --sizes 124M")
     run.add_argument("hypothesis", help="h1: the cost of training language models")
-    run.add_argument("--scale", required=True, help="laptop, gpu or full")
+    run.add_argument("--scale", required=True, metavar="{laptop,gpu,full}", help="minutes on a CPU; about an hour on one GPU; the protocol itself")
     run.add_argument("--sizes", nargs="+", metavar="SIZE", help="only these sizes of the protocol (default: all of the scale's)")
     run.add_argument("--configs", nargs="+", metavar="NAME", help="only these configurations (default: all of the scale's)")
     run.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: what the scale says)")
