@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 
 from flashoptim_nb.base.compare import assert_2x
-from flashoptim_nb.kernels.adamw import TYPES, AdamWScalars, Operands, adamw_fused, adamw_reference, new_operands
+from flashoptim_nb.kernels.adamw import AdamWScalars, adamw_fused, adamw_reference
 from flashoptim_nb.kernels.codec import dequantize_m, dequantize_v
+from flashoptim_nb.kernels.many import TYPES, Many, Operands, new_operands
 from flashoptim_nb.kernels.split import decode, round_narrow
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -24,8 +25,14 @@ kernel = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs C
 B1, B2, LR, WD, EPS = 0.9, 0.95, 1e-2, 0.1, 1e-8
 
 
-def scalars(t, eps=EPS, **kw):
-    return AdamWScalars(LR, B1, B2, eps, 1 - LR * WD, 1 - B1**t, 1 - B2**t, **kw)
+def scalars(eps=EPS, decay=WD, **kw):
+    return AdamWScalars(LR, B1, B2, eps, decay, **kw)
+
+
+def fused(xs, h, t, multiplier=None, skip=None):
+    "One step of the kernel as step number t."
+    many = Many(xs)
+    adamw_fused(many, many.find([x.grad for x in xs]), h, torch.full((), t - 1.0, device=DEVICE), multiplier, skip)
 
 
 def values(x):
@@ -44,7 +51,7 @@ def random_operands(n, dtype, bits, quantize, size=1.0):
     "A tensor in mid-training: weights and moments of some age."
     x = new_operands((torch.randn(n, device=DEVICE) * size).to(dtype), torch.empty(n, device=DEVICE, dtype=dtype), bits, quantize)
     for t in range(1, 4):
-        adamw_reference([x._replace(grad=(torch.randn(n, device=DEVICE) * size).to(dtype))], scalars(t))
+        adamw_reference([x._replace(grad=(torch.randn(n, device=DEVICE) * size).to(dtype))], scalars(), t)
     return x
 
 
@@ -64,7 +71,7 @@ def test_reference_is_torch_adamw(maximize, rng_seed):
     opt = torch.optim.AdamW([p], lr=LR, betas=(B1, B2), eps=EPS, weight_decay=WD, maximize=maximize)
     for t in range(1, 201):
         p.grad = torch.randn(1000)
-        opt.step(); adamw_reference([x._replace(grad=p.grad)], scalars(t, maximize=maximize))
+        opt.step(); adamw_reference([x._replace(grad=p.grad)], scalars(maximize=maximize), t)
     torch.testing.assert_close(x.param, p.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(x.v, opt.state[p]["exp_avg_sq"], rtol=1e-5, atol=1e-10)
 
@@ -75,8 +82,8 @@ def test_packing_and_chunks_change_nothing(rng_seed):
     xs = [random_operands(n, torch.bfloat16, 8, True) for n in sizes]
     gs = [torch.randn(n).bfloat16() for n in sizes]
     alone = [clone(x) for x in xs]
-    adamw_reference([x._replace(grad=g) for x, g in zip(xs, gs)], scalars(4))
-    for x, g in zip(alone, gs): adamw_reference([x._replace(grad=g)], scalars(4))
+    adamw_reference([x._replace(grad=g) for x, g in zip(xs, gs)], scalars(), 4)
+    for x, g in zip(alone, gs): adamw_reference([x._replace(grad=g)], scalars(), 4)
     for x, y in zip(xs, alone):
         for name, a, b in zip(Operands._fields, x, y): assert name == "grad" or a is None or torch.equal(a, b), name
 
@@ -93,7 +100,7 @@ def test_never_nan_from_finite_gradients(dtype, bits, quantize, eps, rng_seed):
         g = (torch.randn(4096) * 10.0 ** torch.randint(-38, 31, (4096,))).clamp(-top, top)
         if t % 3 == 0: g[::32] = min(top, 1e30)
         if t > 20: g.zero_()
-        adamw_reference([x._replace(grad=g.to(dtype))], scalars(t, eps))
+        adamw_reference([x._replace(grad=g.to(dtype))], scalars(eps), t)
         assert all(y.isfinite().all() for y in values(x)[:2]), t
     assert not values(x)[2].isnan().any()
 
@@ -105,7 +112,7 @@ def test_vanished_second_moment_takes_no_giant_step(rng_seed):
     x = new_operands(torch.zeros(32).bfloat16(), g.bfloat16())
     for t in range(1, 50):
         before = decode(x.param, x.rho)
-        adamw_reference([x._replace(grad=g.bfloat16())], scalars(t))
+        adamw_reference([x._replace(grad=g.bfloat16())], scalars(), t)
         assert (decode(x.param, x.rho) - before).abs().max() <= 1.2 * LR
 
 
@@ -121,9 +128,8 @@ def test_kernel_errs_at_most_twice_as_much(dtype, bits, quantize, rng_seed):
     xs = [random_operands(n, dtype, bits, quantize) for n in sizes]
     gs = [torch.randn(n, device=DEVICE).to(dtype) for n in sizes]
     ours, same = [clone(x)._replace(grad=g) for x, g in zip(xs, gs)], [clone(x)._replace(grad=g) for x, g in zip(xs, gs)]
-    step = torch.full((), 4.0, device=DEVICE)
-    adamw_fused([x for x in ours if x.param.numel()], scalars(1), step)
-    adamw_reference(same, scalars(4))
+    fused([x for x in ours if x.param.numel()], scalars(), 4)
+    adamw_reference(same, scalars(), 4)
     for x, g, a, b in zip(xs, gs, ours, same):
         for mine, torchs, ref in zip(values(a), values(b), exact(x, g, 4)): assert_2x(mine, torchs, ref, floor=1e-6)
         if quantize:  # at most one code apart, and seldom
@@ -136,12 +142,16 @@ def test_kernel_errs_at_most_twice_as_much(dtype, bits, quantize, rng_seed):
 def test_kernel_multiplier_skip_and_maximize(rng_seed):
     torch.manual_seed(rng_seed)
     x = random_operands(3000, torch.bfloat16, 8, True)
-    g, half, step = torch.randn(3000, device=DEVICE).bfloat16(), torch.tensor(0.5, device=DEVICE), torch.full((), 4.0, device=DEVICE)
-    a, b, still = clone(x), clone(x), clone(x)
-    adamw_fused([a._replace(grad=g)], scalars(1, maximize=True), step, half, torch.zeros((), device=DEVICE))
-    adamw_reference([b._replace(grad=g)], scalars(4, maximize=True), half)
-    torch.testing.assert_close(values(a)[0], values(b)[0], rtol=1e-4, atol=1e-5)
-    adamw_fused([still._replace(grad=g)], scalars(1), step, half, torch.ones((), device=DEVICE))
+    g, half = torch.randn(3000, device=DEVICE).bfloat16(), torch.tensor(0.5, device=DEVICE)
+    for how in dict(maximize=True), dict(coupled=0.3, decay=0.0):
+        a, b = clone(x), clone(x)
+        fused([a._replace(grad=g)], scalars(**how), 4, half, torch.zeros((), device=DEVICE))
+        adamw_reference([b._replace(grad=g)], scalars(**how), 4, half)
+        torch.testing.assert_close(values(a)[0], values(b)[0], rtol=1e-4, atol=1e-5)
+    still, step = clone(x), torch.full((), 3.0, device=DEVICE)
+    many = Many([still])
+    adamw_fused(many, many.find([g]), scalars(), step, half, torch.ones((), device=DEVICE))
+    assert step == 3  # a skipped step does not count
     for name, t, u in zip(Operands._fields, still, x): assert name == "grad" or torch.equal(t, u), name
 
 
@@ -152,20 +162,18 @@ def test_kernel_unaligned_views(rng_seed):
     x = random_operands(2100, torch.bfloat16, 8, True)
     buffer = torch.randn(2103, device=DEVICE).bfloat16()
     a, b = clone(x)._replace(grad=buffer[3:]), clone(x)._replace(grad=buffer[3:].clone())
-    adamw_fused([a], scalars(1), step := torch.full((), 4.0, device=DEVICE))
-    adamw_fused([b], scalars(1), step)
+    for y in a, b: fused([y], scalars(), 4)
     for s, t in zip(a, b): assert torch.equal(s, t)
 
 
 @kernel
 def test_kernel_extremes(rng_seed):
     torch.manual_seed(rng_seed)
-    x, step = new_operands(torch.randn(4096, device=DEVICE).bfloat16(), torch.empty(0)), torch.zeros((), device=DEVICE)
+    x = new_operands(torch.randn(4096, device=DEVICE).bfloat16(), torch.empty(0))
     for t in range(1, 12):
-        step += 1
         g = torch.randn(4096, device=DEVICE) * 10.0 ** torch.randint(-38, 31, (4096,), device=DEVICE)
         if t > 8: g.zero_()
-        adamw_fused([x._replace(grad=g.bfloat16())], scalars(1, eps=0.0 if t % 2 else EPS), step)
+        fused([x._replace(grad=g.bfloat16())], scalars(eps=0.0 if t % 2 else EPS), t)
         assert all(y.isfinite().all() for y in values(x)), t
 
 
@@ -181,10 +189,8 @@ def test_kernel_in_the_interpreter():
 def _round_both(x, a, b, DTYPE: tl.constexpr):
     at = tl.program_id(0) * 1024 + tl.arange(0, 1024)
     value = tl.load(x + at)
-    _, hardware = round_narrow(value, DTYPE, False)
-    _, bits = round_narrow(value, DTYPE, True)
-    tl.store(a + at, hardware)
-    tl.store(b + at, bits)
+    tl.store(a + at, round_narrow(value, DTYPE, False))
+    tl.store(b + at, round_narrow(value, DTYPE, True))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under the interpreter")
@@ -193,11 +199,12 @@ def test_compiles_for_hopper_without_spills(param, bits, quantize, tmp_path):
     "Triton brings its own assembler: no GPU is needed to see what one would run."
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from flashoptim_nb.kernels.adamw import BLOCK, WARPS, adamw_kernel
+    from flashoptim_nb.kernels.adamw import adamw_kernel
+    from flashoptim_nb.kernels.many import BLOCK, WARPS
 
     dtype = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[param]
-    flags = dict(PARAM=dtype, GRAD=dtype, BITS=bits, QUANTIZED=quantize, COMPANDED=True, SCALED=True, SKIPS=True, MAXIMIZE=False, ALIGNED=True, MASKED=False, BLOCK=BLOCK)
-    types = dict(table="*i64", blocks="*i32", rates="*fp32", multiplier="*fp32", skip="*fp32") | dict.fromkeys(("weight1", "beta2", "weight2", "eps", "shrink"), "fp32")
+    flags = dict(PARAM=dtype, GRAD=dtype, BITS=bits, QUANTIZED=quantize, COMPANDED=True, COUPLED=False, MAXIMIZE=False, FLOOR=False, ALIGNED=True, MASK=0, BLOCK=BLOCK)
+    types = dict(rows="*i64", grads="*i64", blocks="*i32", rates="*fp32") | dict.fromkeys(("weight1", "beta1", "weight2", "beta2", "eps", "coupled"), "fp32")
     signature = types | dict.fromkeys(flags, "constexpr")
     source = ASTSource(fn=adamw_kernel, signature=signature, constexprs={(list(signature).index(k),): v for k, v in flags.items()}, attrs={})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NARROW', 'CODES', 'INTEGERS', 'ROUND', 'INTERPRETED', 'Narrow', 'compute_ecc_bits', 'encode', 'decode',
-           'reconstruct_fp32_param', 'round_narrow', 'encode_registers', 'decode_registers']
+           'reconstruct_fp32_param', 'round_narrow', 'widen', 'encode_registers', 'decode_registers']
 
 # %% ../../nbs/02_kernels/00_split.ipynb #4cd5357e
 from typing import NamedTuple
@@ -110,43 +110,59 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # fixed when t
 
 @triton.jit
 def round_narrow(x, DTYPE: tl.constexpr, INTEGER: tl.constexpr = INTERPRETED):
-    "fp32 x, saturated to what DTYPE (bf16 or fp16) can hold, and its rounding to nearest even; NaN stays."
-    bound: tl.constexpr = 65519.99609375 if DTYPE == tl.float16 else 3.396177326406364e38
-    x = tl.clamp(x, -bound, bound, propagate_nan=tl.PropagateNan.ALL)
-    if not INTEGER:
-        return x, x.to(DTYPE)
-    if DTYPE == tl.float16:  # below 2^-14 the spacing is fixed: let an addition round there
-        r = tl.where(tl.abs(x) < 6.103515625e-05, (x + 0.75) - 0.75, x)
+    "fp32 x to the nearest DTYPE (bf16 or fp16), ties to even; saturates, NaN stays."
+    if INTEGER:
+        narrow = _round_bits(x, DTYPE)
+    elif DTYPE == tl.bfloat16:
+        narrow = tl.inline_asm_elementwise("cvt.rn.satfinite.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.bfloat16, is_pure=True, pack=2)
     else:
-        r = x
+        narrow = tl.inline_asm_elementwise("cvt.rn.satfinite.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.float16, is_pure=True, pack=2)
+    return narrow
+
+
+@triton.jit
+def _round_bits(x, DTYPE: tl.constexpr):
+    "`round_narrow` by integer arithmetic."
+    bound: tl.constexpr = 65519.99609375 if DTYPE == tl.float16 else 3.396177326406364e38
+    r = tl.clamp(x, -bound, bound, propagate_nan=tl.PropagateNan.ALL)
+    if DTYPE == tl.float16:  # below 2^-14 the spacing is fixed: let an addition round there
+        r = tl.where(tl.abs(r) < 6.103515625e-05, (r + 0.75) - 0.75, r)
     b = r.to(tl.int32, bitcast=True)
     drop: tl.constexpr = 13 if DTYPE == tl.float16 else 16
     half: tl.constexpr = (1 << (drop - 1)) - 1
     b = tl.where(r == r, b + half + ((b >> drop) & 1), b) & ~((1 << drop) - 1)
-    return x, b.to(tl.float32, bitcast=True).to(DTYPE)
+    return b.to(tl.float32, bitcast=True).to(DTYPE)
+
+
+@triton.jit
+def widen(x, DTYPE: tl.constexpr):
+    "DTYPE x, any floating type, to fp32."
+    if INTERPRETED or DTYPE != tl.bfloat16:
+        wide = x.to(tl.float32)
+    else:
+        wide = tl.inline_asm_elementwise("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;", "=f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2)
+    return wide
 
 # %% ../../nbs/02_kernels/00_split.ipynb #8851a434
 @triton.jit
 def _exponent_bits(wide, E_MIN: tl.constexpr):
-    "`_exponent` on registers: int32, e << 23."
-    e = wide.to(tl.int32, bitcast=True) & 0x7F800000
-    return tl.minimum(tl.maximum(e, E_MIN << 23), 254 << 23)
+    "`_exponent` on registers, of finite numbers: int32, e << 23."
+    return tl.maximum(wide.to(tl.int32, bitcast=True) & 0x7F800000, E_MIN << 23)
 
 
 @triton.jit
 def _inverse_bits(wide, E_MIN: tl.constexpr):
-    "255 - e in place of e: 2^(128-e) when read as fp32."
-    e = ~wide.to(tl.int32, bitcast=True) & 0x7F800000
-    return tl.minimum(tl.maximum(e, 1 << 23), (255 - E_MIN) << 23)
+    "255 - e in place of e, of finite numbers: 2^(128-e) when read as fp32."
+    return tl.minimum(~wide.to(tl.int32, bitcast=True) & 0x7F800000, (255 - E_MIN) << 23)
 
 # %% ../../nbs/02_kernels/00_split.ipynb #031032e2
 @triton.jit
 def encode_registers(theta, narrow, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    "`compute_ecc_bits` on registers: what `round_narrow` returned, fp32 and DTYPE, gives rho, int8 or int16."
+    "`compute_ecc_bits` on registers: fp32 theta and its `round_narrow` give rho, int8 or int16."
     P: tl.constexpr = 11 if DTYPE == tl.float16 else 8
     E_MIN: tl.constexpr = 113 if DTYPE == tl.float16 else 1
     N: tl.constexpr = 127.0 if BITS == 8 else 32767.0
-    wide = narrow.to(tl.float32)
+    wide = widen(narrow, DTYPE)
     inverse = _inverse_bits(wide, E_MIN).to(tl.float32, bitcast=True)
     ratio = (theta - wide) * inverse  # exact, and at most 2^(1-P)
     code = tl.fma(ratio, N * 2.0 ** (P - 1), ROUND).to(tl.int32, bitcast=True)  # one rounding, also for N = 32767
@@ -159,9 +175,9 @@ def decode_registers(narrow, rho, BITS: tl.constexpr, DTYPE: tl.constexpr):
     P: tl.constexpr = 11 if DTYPE == tl.float16 else 8
     E_MIN: tl.constexpr = 113 if DTYPE == tl.float16 else 1
     UNIT: tl.constexpr = 127.0 if BITS == 8 else 32767.0 if DTYPE == tl.float16 else 32768.0
-    wide = narrow.to(tl.float32)
+    wide = widen(narrow, DTYPE)
     c = rho.to(tl.float32)
     if UNIT == 32768.0:
         c = c + tl.where(c > 16383.0, 1.0, 0.0) - tl.where(c < -16383.0, 1.0, 0.0)
     scale = _exponent_bits(wide, E_MIN).to(tl.float32, bitcast=True)
-    return wide + (c * (2.0**-P / UNIT)) * scale
+    return tl.fma(c * (2.0**-P / UNIT), scale, wide)
