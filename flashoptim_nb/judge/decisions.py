@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACTIONS', 'CHECKPOINTS', 'WINDOW', 'SETTLED', 'SPIKE_FACTOR', 'MEMORY_BUDGET', 'Rule', 'Checkpoint', 'Decision',
            'checkpoint_quantities', 'decide', 'decide_from', 'early_values', 'decide_early', 'Monitor', 'Instability',
-           'replay']
+           'replay', 'decide_against']
 
 # %% ../../nbs/08_judge/05_decisions.ipynb #a853f1f6
 from collections.abc import Iterable, Mapping
@@ -284,3 +284,21 @@ def replay(
                     if not _close(row["values"].get(key), value)]
         out.append(dict(run=run.id, checkpoint=row["checkpoint"], recorded=row["action"], replayed=again.action, agrees=not differs, difference="; ".join(differs)))
     return out
+
+# %% ../../nbs/08_judge/05_decisions.ipynb #b78a463c
+def decide_against(
+    row: Mapping,  # a recorded decision
+    runs: Iterable[Run],  # of its study
+    against: str,  # another reference configuration
+) -> Decision | None:
+    "The decision as it would have been against another reference; None where the record does not say what it rests on, or there is no such partner."
+    runs, evidence = list(runs), row.get("evidence")
+    if not isinstance(evidence, Mapping): return None
+    by_id = {run.header.get("run"): run for run in runs}
+    if "step" in evidence:
+        ours = by_id.get(evidence["run"])
+        same = {key: ours.header[key] for key in ("role", "arm", "seed")} if ours else {}
+        partner = next((run for run in runs if ours and run.header["config"] == against and same.items() <= run.header.items()), None)
+        return decide_early(ours, partner, evidence["step"]) if partner else None
+    place = {key: value for key, value in evidence.items() if key != "records"}
+    return decide_from(row["checkpoint"], Evidence(evidence_table(runs), **place | dict(against=against)))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Lookup', 'Ends', 'Term', 'Q', 'Number', 'Arithmetic', 'Formula', 'Compare', 'Count', 'All', 'Any', 'AtLeast',
            'EveryTested', 'AnyTested', 'Not', 'Falling', 'Equal', 'leaves', 'quantities', 'number_text', 'text',
-           'Status', 'Leaf', 'Judged', 'estimate_of', 'judge', 'to_z3']
+           'readable', 'Status', 'Leaf', 'Judged', 'estimate_of', 'judge', 'to_z3']
 
 # %% ../../nbs/08_judge/01_expression.ipynb #ab38191c
 import operator
@@ -155,6 +155,19 @@ def text(
             joined = (" and " if node.k is None else " or " if node.k == 1 else "; ").join(parts)
             if node.k not in (None, 1): joined = f"at least {node.k} of: {joined}"
             return f"of those tested: {joined}" if node.tested else joined
+
+# %% ../../nbs/08_judge/01_expression.ipynb #8fdf4fb8
+def readable(
+    value: float,
+    unit: str = "",  # "share" is shown in per cent
+    digits: int = 4,  # significant ones; a whole number that is an `int` keeps all of its own
+) -> str:
+    "A number for readers, with its unit."
+    if unit == "share": value, unit = 100 * value, "%"
+    if isinstance(value, float):
+        value = float(f"{value:.{digits}g}")
+        value = int(value) if abs(value) >= 10 ** (digits - 1) else value
+    return f"{value:,}{' ' * bool(unit)}{unit}" if isinstance(value, int) else f"{value:.{digits}g} {unit}".strip()
 
 # %% ../../nbs/08_judge/01_expression.ipynb #63ea94f3
 class Status(StrEnum):

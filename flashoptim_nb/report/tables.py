@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['SIGNS', 'tone', 'chip', 'run_names', 'part_text', 'verdict_cell', 'judged', 'show_criteria', 'part_frame',
-           'show_rules', 'decided_runs', 'verdict_banner', 'measured_saving', 'verdict_text']
+           'show_rules', 'decided_runs', 'verdict_banner', 'measured_saving', 'best_evidence_of', 'runs_of',
+           'verdict_text']
 
 # %% ../../nbs/09_report/02_tables.ipynb #ed3755d0
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from html import escape
 
 import pandas as pd
 
 from ..base.errors import choose
 from ..base.records import Run
-from ..judge.criteria import CRITERIA, QUANTITIES, Criterion
-from ..judge.expression import number_text, quantities
-from ..judge.verdict import verdict
+from ..judge.criteria import CRITERIA, QUANTITIES, REFERENCE_PPL, Criterion
+from ..judge.evidence import Evidence
+from ..judge.expression import Q, quantities, readable
+from ..judge.table import evidence_table, places
+from ..judge.verdict import value_text, verdict
 from .shown import Shown, attributes, full_name, load_runs, provenance_note, table
 
 # %% ../../nbs/09_report/02_tables.ipynb #1159ca4f
@@ -53,33 +55,31 @@ def run_names(
 
 _SYMBOLS = {">=": "≥", "<=": "≤"}
 
-def _number(value: float, unit: str) -> str:
-    "Three digits, with the unit."
-    return number_text(float(f"{value:.3g}"), unit)
-
-def _bounds(part: dict) -> str:
-    "The interval, in the unit of the value beside it; nothing where there is none or the value is a count."
-    if not part["interval"] or part["interval"][0] == part["interval"][1]: return ""
-    factor = 100 if part["unit"] == "share" else 1
-    return f" [{', '.join(number_text(float(f'{factor * end:.3g}')) for end in part['interval'])}]"
+def _asks(parts: Iterable[dict], unit: str, factor: float) -> str:
+    "The thresholds, in one unit."
+    return " and ".join(f"{_SYMBOLS.get(p['op'], p['op'])} {readable(float(factor * p['threshold']), unit)}" for p in parts)
 
 def part_text(
     part: dict,  # one comparison of an entry
     *more: dict,  # further comparisons of the same term
+    scale: str | None = None,  # at which it was measured; below `full` a gap in perplexity is one in nats, and said so
 ) -> str:
     "Value, interval, number of pairs and thresholds of one quantity."
     value, unit = part["value"], part["unit"]
     if value is None: return f"{part['term']}: not measured"
-    asks = " and ".join(f"{_SYMBOLS.get(p['op'], p['op'])} {number_text(p['threshold'], unit)}" for p in (part, *more))
+    as_nats = unit == "PPL" and scale != "full"
+    said, factor = (part | dict(unit="nats"), 1 / REFERENCE_PPL) if as_nats else (part, 1.0)
+    also = f", as {readable(value, unit, digits=2)} would be at PPL {REFERENCE_PPL:g}" if as_nats else ""
     pairs = f", n = {part['n']}" if part["n"] else ""
-    return f"{part['term']} = {_number(value, unit)}{_bounds(part)}{pairs}; asks {asks}" + (" (projected)" if part["projected"] else "")
+    asks = _asks((part, *more), said["unit"], factor)
+    return f"{part['term']} = {value_text(said, factor)}{also}{pairs}; asks {asks}" + (" (projected)" if part["projected"] else "")
 
 # %% ../../nbs/09_report/02_tables.ipynb #c1c91013
 def _parts(entry: dict, most: int = 4) -> list[str]:
     "The lines about an entry's parts: measured ones, then how many were not."
     terms = {}
     for part in entry["parts"]: terms.setdefault(part["term"], []).append(part)
-    known = [part_text(*parts) for parts in terms.values() if parts[0]["value"] is not None]
+    known = [part_text(*parts, scale=entry["scale"]) for parts in terms.values() if parts[0]["value"] is not None]
     lines = known[:most] + ([f"and {len(known) - most} more"] if len(known) > most else [])
     lacking = len(terms) - len(known)
     return lines + ([f"{lacking} of {len(terms)} quantities not measured"] if lacking and known else [])
@@ -125,7 +125,7 @@ def show_criteria(
         cells = {f"against {name}": verdict_cell(found[criterion.id, name], runs) for name in references}
         rows.append({criterion.kind if len(ids) == 1 else "criterion": first, "asks": criterion.statement} | cells)
     used = {name for id in ids or CRITERIA for ref in references for name in run_names(found[id, ref], runs)}
-    return table(rows, kind="criteria") + provenance_note([run for run in runs if full_name(run) in used])
+    return table(rows, kind="criteria") + provenance_note([run for run in runs if full_name(run) in used], "No pair of runs decides these.")
 
 # %% ../../nbs/09_report/02_tables.ipynb #4f884a40
 def part_frame(
@@ -169,18 +169,16 @@ def decided_runs(
 def verdict_banner(
     runs: Iterable[Run] | None = None,
 ) -> Shown:
-    "The verdict against each baseline, the headline first, with the count of statuses and the provenance of all runs."
+    "The verdict against each baseline, the headline first, with what decides it and the provenance of all runs."
     runs = load_runs() if runs is None else list(runs)
     entries, parts = judged(runs), []
     for whole in (e for e in entries if e["kind"] == "overall"):
         mine = [e for e in entries if e["against"] == whole["against"]]
-        counts = Counter(e["status"] for e in mine if e["kind"] != "overall")
-        tally = ", ".join(f"{counts[status]} {status}" for status in SIGNS if counts.get(status))
         head = f"Against {whole['against']}" + (" (the headline)" if whole["headline"] else "")
         reason = whole["reason"][:1].upper() + whole["reason"][1:]
         mark = attributes(dict(verdict=whole["id"], against=whole["against"], status=whole["status"], runs=decided_runs(mine, runs) or None))
-        html = f'<div class="verdict {tone(whole["status"])}"{mark}><p><strong>{escape(head)}: {escape(whole["status"])}</strong></p><p>{escape(tally)}.</p><p>{escape(reason)}.</p></div>'
-        parts.append(Shown(html, f"- **{head}: {whole['status']}**. Criteria: {tally}. {reason}."))
+        html = f'<div class="verdict {tone(whole["status"])}"{mark}><p><strong>{escape(head)}: {escape(whole["status"])}</strong></p><p>{escape(reason)}.</p></div>'
+        parts.append(Shown(html, f"- **{head}: {whole['status']}**. {reason}."))
     whole = Shown("\n".join(p.html for p in parts), "\n".join(p.markdown for p in parts))
     return whole + provenance_note(runs)
 
@@ -194,6 +192,27 @@ def measured_saving(
     if found.empty: return None
     rows = found[(found["at"] == size) & (found["against"] == "baseline_strong") & (found["scale"] != "laptop")]
     return None if rows.empty else rows.iloc[0].to_dict()
+
+# %% ../../nbs/09_report/02_tables.ipynb #c7767d62
+def best_evidence_of(
+    against: str = "baseline_strong",
+    runs: Iterable[Run] | None = None,
+    change: Callable[[pd.DataFrame], pd.DataFrame] = lambda table: table,  # of the table of runs, to ask what another statistic would give
+) -> Evidence | None:
+    "The evidence of the highest scale and of the device there that has most runs; None without runs."
+    table = evidence_table(load_runs() if runs is None else runs)
+    if table.empty: return None
+    scale, device = places(table)[0]
+    return Evidence(change(table[(table.scale == scale) & (table.device == device)].copy()), against, scale=scale, device=device)
+
+def runs_of(
+    evidence: Evidence,
+    records: Iterable[str],  # ids, as an estimate names them
+    runs: Iterable[Run] | None = None,
+) -> list[Run]:
+    "The runs that an estimate of this evidence rests on."
+    wanted = set(records)
+    return [run for run in (load_runs() if runs is None else runs) if run.id in wanted and (run.header["scale"], run.header["device"]) == (evidence.scale, evidence.device)]
 
 # %% ../../nbs/09_report/02_tables.ipynb #a344f170
 def verdict_text(
