@@ -43,7 +43,9 @@ class Estimate:
     @property
     def bound(self) -> str:
         "What the value is to the quantity, in words; empty where it is the quantity's own."
-        return {(True, True): "not established", (True, False): "at most", (False, True): "at least"}.get(tuple(map(isinf, self.reach or ())), "")
+        if not any(map(isinf, self.reach or ())): return ""
+        lo, hi = (self.value, self.value) if self.lo is None else (self.lo, self.hi)
+        return {(True, True): "not established", (True, False): "at most", (False, True): "at least"}[self.reach[0] < lo, self.reach[1] > hi]
 
     def map(self, f: Callable[[float], float]) -> "Estimate":
         "The estimate of `f` of the quantity, for a monotone `f`."

@@ -27,18 +27,20 @@ def best_evidence(
 ) -> tuple[Evidence | None, Judged]:
     "The place at which a criterion is judged, and the judgement; None where nothing of it was measured anywhere."
     tried = [(evidence, judge(criterion.formula, evidence.estimate)) for evidence in evidences]
-    above = [pair for pair in tried if pair[0].scale != SCALES[0]]
+    above = [pair for pair in tried if pair[0].proves]
     whole = [pair for pair in above if pair[1].status != Status.NOT_MEASURED]
     some = [pair for pair in [*above, *tried] if _measured(pair[1])]
-    if whole or some: return (whole or some)[0]
-    return None, tried[0][1] if tried else judge(criterion.formula, lambda q: missing("no runs"))
+    if not (whole or some): return None, tried[0][1] if tried else judge(criterion.formula, lambda q: missing("no runs"))
+    best = (whole or some)[0]
+    harmed = [pair for pair in whole if pair[0].scale == best[0].scale and pair[1].status == Status.MET] if criterion.kind != "success" else []
+    return (harmed or [best])[0]
 
 # %% ../../nbs/08_judge/07_verdict.ipynb #ba756d16
-def _part(leaf: Leaf, scale: str | None) -> dict:
+def _part(leaf: Leaf, proves: bool) -> dict:
     "One comparison as plain values."
     e, first = leaf.estimate, quantities(leaf.compare)[0]
-    status = Status.NO_EVIDENCE if scale == SCALES[0] and e.value is not None else leaf.status
-    return dict(term=text(leaf.compare.left), at=first.at, status=str(status), value=e.value, interval=None if e.lo is None else [e.lo, e.hi],
+    status = leaf.status if proves or e.value is None else Status.NO_EVIDENCE
+    return dict(term=text(leaf.compare.left), at=first.at, status=str(status), value=e.value, interval=None if e.lo is None else [e.lo, e.hi], bound=e.bound,
                 op=leaf.compare.op, threshold=leaf.compare.right, unit=UNITS[first.name], n=e.n, records=list(e.records), reason=e.note, projected=e.projected)
 
 def _deciding(judged: Judged) -> int:
@@ -53,7 +55,7 @@ def _reason(status: str, decider: dict, parts: list[dict]) -> str:
     "Why the status is what it is."
     lacking = [f"{part['term']} ({part['reason']})" for part in parts if part["value"] is None]
     lacks = "not measured: " + "; ".join(dict.fromkeys(lacking)) if lacking else ""
-    if status == Status.NOT_MEASURED: return lacks
+    if status == Status.NOT_MEASURED: return "; ".join(dict.fromkeys([lacks, *(part["reason"] for part in parts if part["bound"])]))
     return "; ".join(filter(None, [decider["reason"], lacks]))
 
 def entry(
@@ -63,12 +65,12 @@ def entry(
 ) -> dict:
     "The verdict on one criterion."
     evidence, judged = best_evidence(criterion, evidences)
-    scale = evidence.scale if evidence else None
-    parts = [_part(leaf, scale) for leaf in judged.leaves]
-    status = str(Status.NO_EVIDENCE if scale == SCALES[0] else judged.status)
+    scale, proves = (evidence.scale, evidence.proves) if evidence else (None, True)
+    parts = [_part(leaf, proves) for leaf in judged.leaves]
+    status = str(judged.status if proves else Status.NO_EVIDENCE)
     decider, shown = parts[_deciding(judged)], status != Status.NOT_MEASURED
     return dict(id=criterion.id, kind=criterion.kind, title=criterion.title, statement=criterion.statement, formula=criterion.text, against=against,
-                status=status, value=decider["value"] if shown else None, interval=decider["interval"] if shown else None,
+                status=status, value=decider["value"] if shown else None, interval=decider["interval"] if shown else None, bound=decider["bound"] if shown else "",
                 op=decider["op"], threshold=decider["threshold"], unit=decider["unit"], scale=scale, device=evidence.device if evidence else None,
                 records=sorted({run for part in parts for run in part["records"]}), reason=_reason(status, decider, parts), parts=parts)
 
@@ -80,8 +82,10 @@ def _outcome(hypothesis: Hypothesis, entries: list[dict]) -> tuple[str, list[str
     def having(status, kind=None): return [e["id"] for e in entries if e["status"] == status and kind in (None, e["kind"])]
     for kind, status in (("falsification", "falsified"), ("failure", "failed")):
         if met := having("met", kind): return status, met
-    if (met := having("met", "success")) == [e["id"] for e in entries if e["kind"] == "success"]: return "success", met
-    if hypothesis.floor in having("not met"): return "partial", [hypothesis.floor]
+    reached, spared = (all(e["status"] == status for e in entries if (e["kind"] == "success") == (status == "met")) for status in DECIDED)
+    if reached and spared: return "success", having("met", "success")
+    decided = {hypothesis.floor: ("not met",), hypothesis.goal: DECIDED}
+    if not reached and all(e["status"] in decided[e["id"]] for e in entries if e["id"] in decided): return "partial", list(decided)
     if not any(having(status) for status in (*DECIDED, "inconclusive")) and having(Status.NO_EVIDENCE): return str(Status.NO_EVIDENCE), []
     return "undecided", []
 
@@ -89,11 +93,13 @@ def value_text(
     part: dict,  # an entry or a part of one: value, interval, unit
     factor: float = 1.0,  # by which value and interval are multiplied first
 ) -> str:
-    "Value and interval in one unit; a count has no interval to show."
+    "Value and interval in one unit, and whether the value is a bound; a count has no interval to show."
     value, ends = factor * part["value"] if factor != 1 else part["value"], part["interval"] or []
     scale = factor * (100 if part["unit"] == "share" else 1)
     bounds = f" [{', '.join(readable(float(scale * end), digits=3) for end in ends)}]" if len(set(ends)) > 1 else ""
-    return readable(value, part["unit"], digits=3) + bounds
+    said = readable(value, part["unit"], digits=3) + bounds
+    bound = part.get("bound", "")
+    return f"{bound} {said}".strip() if bound.startswith("at ") else said + f" ({bound})" * bool(bound)
 
 def _decided(entry: dict) -> str:
     "The criterion that decides, with the number by which it does."
@@ -115,21 +121,28 @@ def tally(
 def _words(hypothesis: Hypothesis, status: str, deciding: list[str], entries: list[dict]) -> str:
     "The reason of the whole."
     said, by_id = tally(entries), {e["id"]: e for e in entries}
-    if status == Status.NO_EVIDENCE: return f"{said}; measured at laptop scale only"
-    if status == "undecided":
-        counts = Counter(e["status"] for e in entries if e["status"] not in DECIDED)
-        return f"{said}: " + ", ".join(f"{n} {name}" for name, n in counts.items())
+    if status == Status.NO_EVIDENCE: return f"{said}; measured only where nothing is evidence, at laptop scale or on a CPU"
+    if status == "undecided": return f"{said}: {_open(hypothesis, entries)}"
     named = [_decided(by_id[id]) for id in deciding]
-    return f"{said}; decided by {' and '.join(named) if status != 'success' else 'all success criteria'}"
+    return f"{said}; decided by {' and '.join(named) if status != 'success' else 'all criteria'}"
+
+def _open(hypothesis: Hypothesis, entries: list[dict]) -> str:
+    "What keeps the whole undecided."
+    still = [e for e in entries if e["status"] not in DECIDED]
+    if all(e["kind"] != "success" for e in still): return f"every success criterion is met so far; still to be decided: {', '.join(e['id'] for e in still)}"
+    counts = ", ".join(f"{n} {name}" for name, n in Counter(e["status"] for e in still).items())
+    known = [_decided(e) for e in entries if e["id"] in (hypothesis.floor, hypothesis.goal) and e["status"] in DECIDED]
+    bounds = dict.fromkeys(part["reason"] for e in still for part in e["parts"] if part["bound"] and part["status"] == "inconclusive")
+    return "; ".join([counts, *(["known: " + " and ".join(known)] if known else []), *(f"cost and speed are {reason}" for reason in bounds)])
 
 # %% ../../nbs/08_judge/07_verdict.ipynb #917ada95
 def coverage(
     table: pd.DataFrame,  # from `evidence_table`
-    used: list[str],  # ids of the runs that the criteria rest on
+    used: list[str],  # names of the runs that the criteria rest on
     scale: str | None,
 ) -> str:
     "The training runs behind a verdict, in words."
-    rows = table[table.run.isin(used) & (table.scale == scale) & (table.arm == "best")]
+    rows = table[table.name.isin(used) & (table.scale == scale) & (table.arm == "best")]
     if rows.empty: return ""
     def each(column): return ", ".join(map(str, sorted(set(rows[column]))))
     steps = ", ".join(f"{role} for {'/'.join(map(str, sorted(set(part.steps))))} steps" for role, part in rows.groupby("role"))
@@ -148,8 +161,7 @@ def overall(
     status, deciding = _outcome(hypothesis, entries)
     reason = _words(hypothesis, status, deciding, entries)
     used = sorted({run for e in entries for run in e["records"]})
-    hashes = dict(zip(table.run, table.criteria_hash))
-    stale = [run for run in used if hashes.get(run) and hashes[run] != hypothesis.hash]
+    stale = sorted(set(table.name[table.name.isin(used) & table.criteria_hash.notna() & (table.criteria_hash != hypothesis.hash)]))
     if stale: reason += f"; {len(stale)} of {len(used)} runs were taken under other criteria than these ({hypothesis.hash})"
     scales = [e["scale"] for e in entries if e["status"] in ("met", "not met", "inconclusive")] or [e["scale"] for e in entries if e["scale"]]
     scale = min(scales, key=SCALES.index, default=None)
