@@ -83,7 +83,7 @@ def _why(e: Evidence, config: str, role: str, arm: str, against: str | None = No
         endings = sorted({f"{row['status']} ({row['reason']})" if row["reason"] else row["status"] for row in rows if row["status"] != "finished"})
         if not rows: told.append(f"no run of {name}")
         elif endings and all(row["status"] != "finished" for row in rows): told.append(f"{name}: {', '.join(endings)}")
-    return missing(f"{role}, {arm} micro-batch: " + ("; ".join(told) or lacks or "no two runs with the same seed, size, data and recipe"), records)
+    return missing(f"{role}, {arm} micro-batch: " + ("; ".join(told) or (lacks if e.pairs(config, role, arm, against) else "no two runs with the same seed, size, data and recipe")), records)
 
 def _have(pair, column: str) -> bool: return all(pd.notna(row[column]) and row[column] > 0 for row in pair)
 
