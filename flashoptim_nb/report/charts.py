@@ -108,7 +108,7 @@ def loss_curves(
     base = alt.Chart(band, width=520, height=280).encode(
         x=alt.X("step:Q", title="step"), color=config_colour(band["config"]), opacity=alt.condition(pick, alt.value(1), alt.value(0.12)))
     area = base.mark_area().encode(alt.Y("lo:Q", title=axis, scale=scale), alt.Y2("hi:Q"),
-                                   opacity=alt.condition(pick, alt.value(0.2), alt.value(0.03)))
+                                   opacity=alt.condition(pick, alt.value(0.12), alt.value(0.03)))
     line = base.mark_line(strokeWidth=1.8).encode(alt.Y("mean:Q", title=axis, scale=scale), strokeDash=config_dash(band["config"]), tooltip=tips)
     seeds = steps["seed"].nunique()
     return titled((area + line).add_params(pick), title, steps, f"mean and range of {seeds} seed{'s' * (seeds > 1)}")
@@ -235,7 +235,7 @@ def equivalence(
     known = [name for name in CONFIG_COLOURS if name in set(gaps["config"])]
     tips = ["what", "against", "verdict", *(alt.Tooltip(name, format="+.4f") for name in ("value", "lo", "hi"))]
     base = alt.Chart(gaps[["config", "what", "against", "value", "lo", "hi", "verdict"]], width=480, height=alt.Step(24)).encode(
-        y=alt.Y("what:N", title=None, sort=list(dict.fromkeys(gaps["what"]))), color=config_colour(known, legend=None), tooltip=tips)
+        y=alt.Y("what:N", title=None, sort=list(dict.fromkeys(gaps["what"])), axis=alt.Axis(labelLimit=400)), color=config_colour(known, legend=None), tooltip=tips)
     bars, dots = base.mark_rule(strokeWidth=3, opacity=0.6).encode(x="lo:Q", x2="hi:Q"), base.mark_point(filled=True, size=80, opacity=1).encode(x="value:Q")
     return titled(band + zero + bars + dots, title, gaps, f"green: equivalent within ±{margin:g} nats")
 

@@ -8,6 +8,7 @@ __all__ = ['SIGNS', 'tone', 'chip', 'run_names', 'part_text', 'verdict_cell', 'j
            'verdict_text']
 
 # %% ../../nbs/09_report/02_tables.ipynb #ed3755d0
+import re
 from collections.abc import Callable, Iterable
 from html import escape
 
@@ -155,7 +156,8 @@ def show_rules(
     criteria = [choose("criterion", id, CRITERIA) for id in ids]
     rules = table([{"criterion": Shown(f"<strong>{c.id}</strong>", f"**{c.id}**"), "kind": c.kind, "holds if": _folded(c)} for c in criteria])
     names = dict.fromkeys(q.name for c in criteria for q in quantities(c.formula))
-    return rules + table([{"quantity": Shown(f"<code>{name}</code>", f"`{name}`"), "unit": QUANTITIES[name].unit, "meaning": QUANTITIES[name].meaning} for name in names])
+    def meaning(name): return Shown(re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(QUANTITIES[name].meaning)), QUANTITIES[name].meaning)
+    return rules + table([{"quantity": Shown(f"<code>{name}</code>", f"`{name}`"), "unit": QUANTITIES[name].unit, "meaning": meaning(name)} for name in names])
 
 # %% ../../nbs/09_report/02_tables.ipynb #e453c46c
 def decided_runs(
