@@ -68,12 +68,13 @@ def show_rows(
     kind: str,  # what the rows are, for the check of the page
     runs: Iterable[Run] | None = None,
     nothing: str = "Nothing of this kind is recorded.",
+    formats: Mapping[str, str] = {},  # column -> format specification, where `readable` is not what is wanted
 ) -> Shown:
     "Rows of records as a table with their provenance; one sentence where there are none."
     if rows.empty: return Shown(f"<p>{escape(nothing)}</p>", nothing)
     marks = [dict(result=kind, scale=row["scale"], runs=_names(row)) | ({"enforced": str(row["enforced"]).lower()} if kind == "decision" else {})
              for _, row in rows.iterrows()]
-    return table(cells(rows, columns), marks) + provenance_note(named_runs(rows, runs))
+    return table(cells(rows, columns, formats), marks) + provenance_note(named_runs(rows, runs))
 
 # %% ../../nbs/09_report/01_rows.ipynb #7975aa67
 def _reads(words: str) -> str:

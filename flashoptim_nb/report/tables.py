@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SIGNS', 'tone', 'chip', 'run_names', 'part_text', 'verdict_cell', 'judged', 'show_criteria', 'part_frame',
-           'show_rules', 'decided_runs', 'verdict_banner', 'measured_saving', 'best_evidence_of', 'runs_of',
+           'show_rules', 'decided_runs', 'verdict_banner', 'measured_saving', 'best_evidence_of', 'runs_of', 'paced_by',
            'verdict_text']
 
 # %% ../../nbs/09_report/02_tables.ipynb #ed3755d0
+import re
 from collections.abc import Callable, Iterable
 from html import escape
 
@@ -17,7 +18,7 @@ from ..base.errors import choose
 from ..base.records import Run
 from ..judge.criteria import CRITERIA, QUANTITIES, REFERENCE_PPL, Criterion
 from ..judge.evidence import Evidence
-from ..judge.expression import Q, quantities, readable
+from ..judge.expression import quantities, readable
 from ..judge.table import evidence_table, places
 from ..judge.verdict import value_text, verdict
 from .shown import Shown, attributes, full_name, load_runs, provenance_note, table
@@ -155,7 +156,8 @@ def show_rules(
     criteria = [choose("criterion", id, CRITERIA) for id in ids]
     rules = table([{"criterion": Shown(f"<strong>{c.id}</strong>", f"**{c.id}**"), "kind": c.kind, "holds if": _folded(c)} for c in criteria])
     names = dict.fromkeys(q.name for c in criteria for q in quantities(c.formula))
-    return rules + table([{"quantity": Shown(f"<code>{name}</code>", f"`{name}`"), "unit": QUANTITIES[name].unit, "meaning": QUANTITIES[name].meaning} for name in names])
+    def meaning(name): return Shown(re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(QUANTITIES[name].meaning)), QUANTITIES[name].meaning)
+    return rules + table([{"quantity": Shown(f"<code>{name}</code>", f"`{name}`"), "unit": QUANTITIES[name].unit, "meaning": meaning(name)} for name in names])
 
 # %% ../../nbs/09_report/02_tables.ipynb #e453c46c
 def decided_runs(
@@ -213,6 +215,21 @@ def runs_of(
     "The runs that an estimate of this evidence rests on."
     wanted = set(records)
     return [run for run in (load_runs() if runs is None else runs) if run.id in wanted and (run.header["scale"], run.header["device"]) == (evidence.scale, evidence.device)]
+
+# %% ../../nbs/09_report/02_tables.ipynb #0aee9c34
+def paced_by(
+    statistic: Callable[[list[float]], float],  # of the seconds of a run's warm steps
+    runs: Iterable[Run] | None = None,
+) -> Callable[[pd.DataFrame], pd.DataFrame]:
+    "A change for `best_evidence_of`: the speed of each run that recorded its steps is that statistic's."
+    rates = {}
+    for run in load_runs() if runs is None else runs:
+        warm = [row for row in run.of("step") if row.get("seconds") and not row.get("cold")]
+        if warm: rates[run.header["scale"], run.id] = warm[0]["tokens"] / statistic([row["seconds"] for row in warm])
+    def change(table):
+        rate = pd.Series([rates.get(key) for key in zip(table.scale, table.run)], index=table.index, dtype=float)
+        return table.assign(tokens_per_s=rate.fillna(table.tokens_per_s.astype(float)), gpu_s_per_token=(1 / rate).fillna(table.gpu_s_per_token.astype(float)))
+    return change
 
 # %% ../../nbs/09_report/02_tables.ipynb #a344f170
 def verdict_text(
