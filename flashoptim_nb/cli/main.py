@@ -56,13 +56,12 @@ def _verdict(args) -> int:
     from flashoptim_nb.cli.scales import SCALES
     from flashoptim_nb.judge.verdict import verdict
     from flashoptim_nb.report.shown import load_runs
-    from flashoptim_nb.report.tables import run_names, verdict_text
+    from flashoptim_nb.report.tables import verdict_text
     if args.scale: choose("scale", args.scale, SCALES)
     runs = [run for run in load_runs(_studies(args.records), args.hypothesis) if args.scale in (None, run.header["scale"])]
     if not runs: raise UserError(f"there are no {args.scale or ''} records of {args.hypothesis} to judge; name others with --records, or make some with `flashoptim-nb run {args.hypothesis} --scale laptop`")
     entries = verdict(runs)
-    named = [e | dict(records=run_names(e, runs)) for e in entries]  # study/run: the same run exists at several scales
-    print(json.dumps(named, indent=1, allow_nan=False) if args.json else verdict_text(entries))
+    print(json.dumps(entries, indent=1, allow_nan=False) if args.json else verdict_text(entries))
     return 0
 
 def _book(args) -> int:
