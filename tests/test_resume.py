@@ -23,8 +23,8 @@ for name in set(h1.PREREQUISITES) - {"checkpointing"}: del h1.PREREQUISITES[name
 try: sys.exit(h1.Study(scale, sys.argv[1], device="cpu", stopped=main._Stop()).run())
 except h1.Interrupted: sys.exit(130)
 """
-# What a clock says, what is derived from it, decisions taken on it, and the folder's name: not what the promise is about.
-TIMED = {"seconds", "cold", "started", "command", "tokens_per_s", "mean_tokens_per_s", "settling", "seconds_per_step", "utilization", "steps", "values", "why", "action"}
+# What a clock says, what is derived from it, decisions taken on it, and what names the moment: not what the promise is about.
+TIMED = {"seconds", "cold", "started", "command", "commit", "tokens_per_s", "mean_tokens_per_s", "settling", "seconds_per_step", "utilization", "steps", "values", "why", "action"}
 
 
 def start(out):
