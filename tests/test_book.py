@@ -1,5 +1,6 @@
 """The book: what readers get is executed, offline, and claims nothing that its records do not carry."""
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -77,6 +78,26 @@ def test_each_criterion_and_checkpoint_has_a_chapter():
 def test_chapters_export_nothing():
     for path in (REPO / "nbs" / "h1").glob("*.ipynb"):
         assert not any({"export", "exporti", "default_exp"} & set(split_directives(source)[0]) for source in code_of(path)), path.name
+
+
+MATH = re.compile(r"(?<!\\)(\$\$?)(?!\$)(.+?)(?<!\\)\1", re.S)  # as MyST finds it, blanks and digits allowed
+WORD = re.compile(r"(?<![\\A-Za-z])[a-z]{4,}")
+
+
+def words_in_math(markdown):
+    "Words within dollar signs that are neither commands nor marked as text: prices, taken for formulas."
+    prose = re.sub(r"```.*?```|`[^`]*`", "", markdown, flags=re.S)
+    spans = [re.sub(r"\\(?:text|mathrm|operatorname|begin|end)\{[^}]*\}", "", span[2]) for part in prose.split("\n\n") for span in MATH.finditer(part)]
+    return [word for span in spans for word in WORD.findall(span)]
+
+
+def test_no_price_is_taken_for_a_formula():
+    assert words_in_math("from $5 against $6") == ["against"] and words_in_math(r"from \$5 against \$6") == []
+    assert words_in_math(r"$\mathrm{saving} = 1 - \frac{t}{s}$") == []
+    for path in (REPO / "nbs").rglob("*.ipynb"):
+        for cell in json.loads(path.read_text())["cells"]:
+            found = words_in_math("".join(cell["source"])) if cell["cell_type"] == "markdown" else []
+            assert not found, f"{path.relative_to(REPO)}: {found} would be set as mathematics; escape the dollar signs"
 
 
 def test_contents_file_is_in_sync():

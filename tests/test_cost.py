@@ -4,7 +4,7 @@ import json
 import pytest
 
 from flashoptim_nb.base.errors import UserError
-from flashoptim_nb.measure.cost import PLATFORMS, WORLD, Platform, co2_kg, cost_per_token, cost_saving, load_platforms, project_cost
+from flashoptim_nb.measure.cost import PLATFORMS, WORLD, Platform, co2_kg, cost_per_token, load_platforms, project_cost
 from flashoptim_nb.measure.plan import A100_40, A100_80, against_budget, gpu_hours, longest_sequence, plan_protocol, plan_run, sequence_bytes, state_bytes, unlocks
 from flashoptim_nb.measure.worth import ASSUMPTIONS, Assumption, arithmetic, edit, worth
 from flashoptim_nb.models.sizes import gpt_config
@@ -29,13 +29,6 @@ def test_dollars_that_were_not_measured_say_so(device, trained, label, why):
     assert row["label"] == label and why in row["why"]
     assert row["gpu_hours"] == pytest.approx(2e-6 * 1e9 / 3600)
     assert row["dollars"] == pytest.approx(row["gpu_hours"] * 32.77 / 8)
-
-
-def test_a_saving_multiplies_cost_and_steps():
-    assert cost_saving(0.75, 1.0) == pytest.approx(0.25)
-    assert cost_saving(0.75, 1.0, steps_ratio=1.2) == pytest.approx(0.10)
-    assert cost_saving(1.1, 1.0) < 0
-    with pytest.raises(UserError, match="above 0"): cost_saving(0., 1.)
 
 
 def test_a_users_rates_are_added(tmp_path):

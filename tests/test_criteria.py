@@ -7,8 +7,8 @@ import pytest
 import z3
 
 from flashoptim_nb.judge.criteria import CRITERIA, CRITERIA_HASH, H1, QUANTITIES
-from flashoptim_nb.judge.expression import (All, Any, AnyTested, AtLeast, Count, EveryTested, Not, Q, Status, judge, leaves, quantities, text, to_z3)
-from flashoptim_nb.judge.statistics import Estimate, exact, missing
+from flashoptim_nb.judge.expression import (All, Any, AnyTested, AtLeast, Count, EveryTested, Not, Q, Status, estimate_of, judge, leaves, quantities, text, to_z3)
+from flashoptim_nb.judge.statistics import Estimate, exact, missing, opened
 
 IDS = [f"H1-{kind}{n}" for kind, last in (("S", 7), ("F", 8), ("D", 7)) for n in range(1, last + 1)]
 KINDS = dict(S="success", F="failure", D="falsification")
@@ -107,7 +107,14 @@ def random_formula(depth):
 
 def random_estimate():
     value, half = random.uniform(-1, 1), random.choice([0, 0.1, 1.0])
-    return random.choice([missing("lost"), Estimate(value=value, n=1), Estimate(value=value, lo=value - half, hi=value + half, n=3)])
+    known = Estimate(value=value, lo=value - half, hi=value + half, n=3)
+    return random.choice([missing("lost"), Estimate(value=value, n=1), known, opened(known, "not searched", less=random.random() < 0.5, more=random.random() < 0.5)])
+
+
+def inside(estimate):
+    "A number that the quantity can be."
+    lo, hi = (min(max(end, -5.0), 5.0) for end in estimate.ends)
+    return random.uniform(lo, hi)
 
 
 FLIP = {"met": "not met", "not met": "met"}
@@ -130,7 +137,7 @@ def test_more_knowledge_never_overturns_a_decision(rng_seed):
         status = judge(formula, lambda q: known[q.name]).status
         if status not in FLIP: continue
         def sharper(e):
-            value = random.uniform(-1, 1) if e.value is None else e.value if e.lo is None else random.uniform(e.lo, e.hi)
+            value = random.uniform(-1, 1) if e.value is None else e.value if e.lo is None else inside(e)
             return exact(value)
         learned = {name: sharper(e) for name, e in known.items()}
         assert judge(formula, lambda q: learned[q.name]).status == status, text(formula)
@@ -160,3 +167,23 @@ def nudge(formula, leaf):
 def test_quantities_have_a_unit_and_a_meaning():
     used = set(itertools.chain.from_iterable(quantities(c.formula) for c in H1.criteria))
     assert all(QUANTITIES[q.name].unit and QUANTITIES[q.name].meaning for q in used)
+
+
+def test_arithmetic_keeps_every_value_that_is_possible(rng_seed):
+    for _ in range(500):
+        known = {name: random_estimate() for name in "ab"}
+        if any(e.lo is None for e in known.values()): continue
+        look = lambda q: known[q.name]
+        a, b = (inside(known[name]) for name in "ab")
+        for term, value in ((Q("a") + Q("b"), a + b), (Q("a") - Q("b"), a - b), (Q("a") * Q("b"), a * b), (1 - Q("a") * Q("b"), 1 - a * b)):
+            found = estimate_of(term, look)
+            assert found.ends[0] - 1e-9 <= value <= found.ends[1] + 1e-9 and found.ends[0] <= found.lo <= found.hi <= found.ends[1]
+
+
+def test_a_bound_decides_in_one_direction_only():
+    at_least, at_most, neither = (opened(Estimate(value=0.2, lo=0.15, hi=0.25, n=3), "", **sides) for sides in (dict(more=True), dict(less=True), dict(less=True, more=True)))
+    statuses = lambda e: [judge(formula, lambda q: e).status for formula in (Q("a") >= 0.1, Q("a") < 0.1, Q("a") >= 0.3, Q("a") < 0.3)]
+    assert statuses(at_least) == ["met", "not met", "inconclusive", "inconclusive"]
+    assert statuses(at_most) == ["inconclusive", "inconclusive", "not met", "met"]
+    assert statuses(neither) == ["inconclusive"] * 4
+    assert [e.map(lambda x: 1 - x).bound for e in (at_least, at_most, neither)] == ["at most", "at least", "not established"]

@@ -14,10 +14,10 @@ from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.base.machine import Capability, data_root
 from flashoptim_nb.data import text as T
 from flashoptim_nb.data import tokenize as K
-from flashoptim_nb.data.batches import Windows, synthetic
+from flashoptim_nb.data.batches import Windows, check_repeats, synthetic
 from flashoptim_nb.data.evalsets import load_evalset
 from flashoptim_nb.data.text import SETS, DataUnavailable, load_text
-from flashoptim_nb.data.tokenize import load_tokenizer, stream_tokens, tokens_of, train_bpe
+from flashoptim_nb.data.tokenize import load_tokenizer, stream_tokens, token_set, tokens_of, train_bpe
 
 GIVEN = os.environ.get("FLASHOPTIM_DATA")
 needs_folder = pytest.mark.skipif(not GIVEN, reason="FLASHOPTIM_DATA is not set: the protocol's own sets are not here")
@@ -98,6 +98,33 @@ def test_a_damaged_file_is_refused(folder, rng_seed):
     with pytest.raises(UserError, match="truncated or not xz"): load_text("c4")
 
 
+@pytest.mark.parametrize("line, said", [
+    ("not json", "is not JSON"), ("", "is not JSON"), ("[1]", "holds list, not an object"), ('{"txt": "a"}', "has no text among its fields .txt."),
+    ('{"text": null}', "has no text"), ('{"text": "\\ud800"}', "not Unicode"), ("{}", "has no text among its fields .none.")])
+def test_a_line_that_is_no_document_is_named(folder, line, said):
+    path = folder("c4/c4_en_2k.jsonl.xz", json.dumps({"text": "one"}) + "\n" + line + "\n")
+    with pytest.raises(UserError, match=said) as caught: load_text("c4")
+    assert f"{path}, line 2: " in str(caught.value)
+
+
+def test_an_empty_document_is_a_document(folder):
+    folder("c4/c4_en_2k.jsonl.xz", [{"text": ""}, {"text": "one"}])
+    assert load_text("c4").documents == ["", "one"] == load_text("c4", limit_chars=10).documents
+
+
+@pytest.mark.parametrize("passage", ["word", "", " word", "two words "])
+def test_a_passage_without_a_last_word_is_named(folder, passage):
+    folder("lambada/lambada_test.jsonl.xz", [{"text": "there on my own, Shane"}, {"text": passage}])
+    with pytest.raises(UserError, match="passage 2 of lambada"): load_evalset("lambada", load_tokenizer("sotu-2048"))
+
+
+@pytest.mark.parametrize("line", ["deadbeef  c4/c4_en_2k.jsonl.xz", "no", "a" * 64, "a" * 64 + " c4/c4_en_2k.jsonl.xz"])
+def test_a_list_of_checksums_that_is_none(folder, line):
+    folder("c4/c4_en_2k.jsonl.xz", [{"text": "one"}])
+    (folder.root / "SHA256SUMS").write_text("\n" + line + "\n")
+    with pytest.raises(UserError, match="SHA256SUMS, line 2"): load_text("c4")
+
+
 def test_unknown_names():
     with pytest.raises(UserError, match="choose one of: sotu, c4, wikitext103, lambada, pile"): load_text("wikitext2")
     with pytest.raises(UserError, match="choose one of: train, validation"): load_text("c4", "test")
@@ -136,9 +163,10 @@ ROWS = {
 def hub(monkeypatch, tmp_path):
     "A hub that answers, whose data sets are files here; rows go through `datasets` streaming."
     datasets = pytest.importorskip("datasets")
-    real, pulled = datasets.load_dataset, []
-    def load_dataset(path, config, *, split, streaming):
-        assert streaming
+    class Pulled(list): commit = "c0ffee"
+    real, pulled = datasets.load_dataset, Pulled()
+    def load_dataset(path, config, *, split, streaming, revision):
+        assert streaming and revision == pulled.commit
         file = tmp_path / f"{len(pulled)}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[path, config, split]))
         stream = real("json", data_files=str(file), split="train", streaming=True)
@@ -147,6 +175,7 @@ def hub(monkeypatch, tmp_path):
         return stream
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(T, "hub_reachable", lambda: Capability(True, "a hub"))
+    monkeypatch.setattr(T, "_hub_commit", lambda spec: pulled.commit)
     monkeypatch.delenv("FLASHOPTIM_DATA", raising=False)
     monkeypatch.setenv("FLASHOPTIM_CACHE", str(tmp_path / "cache"))
     return pulled
@@ -182,6 +211,47 @@ def test_a_stream_becomes_a_file_of_tokens(hub):
     expected = tokenizer.encode_documents([row["text"] for row in ROWS["allenai/c4", "en", "train"]])[:100]
     assert isinstance(tokens, np.memmap) and np.array_equal(tokens, expected)
     assert np.array_equal(stream_tokens("c4", "train", tokenizer, limit_tokens=100), expected)
+
+
+def test_a_hub_that_moved_on_is_streamed_again(hub):
+    tokenizer = load_tokenizer("sotu-2048")
+    first = token_set("c4", "train", tokenizer, 100)
+    assert (first.source, len(hub)) == ("hub", 1)
+    token_set("c4", "train", tokenizer, 100)
+    assert len(hub) == 1, "kept"
+    hub.commit = "decade"
+    token_set("c4", "train", tokenizer, 100)
+    assert len(hub) == 2
+
+
+def test_two_folders_never_share_their_tokens(monkeypatch, tmp_path, no_hub):
+    tokenizer, found, mtime = load_tokenizer("sotu-2048"), {}, (1_700_000_000,) * 2
+    monkeypatch.setenv("FLASHOPTIM_CACHE", str(tmp_path / "cache"))
+    def content(text): return lzma.compress((json.dumps({"text": text}) + "\n").encode())
+    for name, text in (("A", "apples are red. " * 50), ("B", "bananas yellow. " * 50), ("A again", "apples are red. " * 50)):
+        path = tmp_path / name / "c4/c4_en_2k.jsonl.xz"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content(text))
+        os.utime(path, mtime)
+        monkeypatch.setenv("FLASHOPTIM_DATA", str(tmp_path / name))
+        found[name] = token_set("c4", "train", tokenizer, 100)
+    assert tokenizer.decode(found["B"].tokens[1:]).startswith("bananas") and found["A"].source == "folder"
+    assert found["A"].sha256 != found["B"].sha256 and found["A"].sha256 == found["A again"].sha256
+    assert len(list((tmp_path / "cache").glob("*.u16"))) == 2, "the same content is kept once, wherever it lies"
+    assert found["B"].note == dict(set="c4", split="train", source="folder", sha256=hashlib.sha256(found["B"].tokens).hexdigest(), tokens=100)
+    path.write_bytes(content("bananas yellow. " * 50))  # edited in place
+    assert token_set("c4", "train", tokenizer, 100).sha256 == found["B"].sha256
+
+
+def test_a_streamed_set_names_what_it_spoils(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("FLASHOPTIM_CACHE", str(tmp_path / "cache"))
+    for name in SETS["pile"]["train"].files: folder(name, [{"text": name}])
+    assert token_set("pile", "train", load_tokenizer("sotu-2048"), 10).overlaps == SETS["pile"]["train"].overlaps
+
+
+def test_a_set_that_is_taken_whole():
+    whole, text = token_set("sotu", "validation", load_tokenizer("sotu-2048")), load_text("sotu", "validation")
+    assert (whole.source, whole.sha256) == ("shipped", text.sha256) and np.array_equal(whole.tokens, tokens_of(text, load_tokenizer("sotu-2048")))
 
 
 def test_a_stream_that_breaks_off(hub, monkeypatch):
@@ -276,7 +346,24 @@ def test_an_epoch_predicts_each_token_once(rng_seed):
     for epoch in range(3):
         targets = torch.cat([w.batch(epoch * 5 + s)[1].flatten() for s in range(5)])
         assert torch.equal(targets.sort().values, torch.arange(1, 1001))
-    assert w.epochs(15) == 3.0
+    assert w.epochs(15) == 3.0 and check_repeats(w, 20) == 4.0
+    with pytest.raises(UserError, match="21 steps .* 4.2 times through the 1,001 tokens .* at most 20 steps"): check_repeats(w, 21)
+    assert check_repeats(synthetic(50, 10, 20, seed=0), 10**9) == 0
+
+
+def test_a_micro_batch_reads_its_own_windows_only(rng_seed):
+    class Counted:
+        reads, tokens = 0, np.arange(1001, dtype=np.uint16)
+        def __len__(self): return len(self.tokens)
+        def __getitem__(self, where):
+            Counted.reads += 1
+            return self.tokens[where]
+    w = Windows(Counted(), seq=10, batch=20, seed=rng_seed)
+    whole = w.batch(3)
+    Counted.reads = 0
+    parts = [w.slice(3, k, 10) for k in range(10)]
+    assert Counted.reads == 20
+    assert all(torch.equal(torch.cat(p), side) for p, side in zip(zip(*parts), whole))
 
 
 @pytest.mark.parametrize("seq", [4096, 8192, 16_384])

@@ -6,8 +6,8 @@ import pytest
 from test_verdict import no_waiting_for_the_disk, pair, read_study, write  # noqa: F401 - the first is a fixture of all tests here
 
 from flashoptim_nb.base.errors import UserError
-from flashoptim_nb.base.records import RunWriter
-from flashoptim_nb.judge.decisions import ACTIONS, CHECKPOINTS, SETTLED, WINDOW, Instability, Monitor, decide, decide_from, replay
+from flashoptim_nb.base.records import RunWriter, read_run
+from flashoptim_nb.judge.decisions import ACTIONS, CHECKPOINTS, MEMORY_BUDGET, SETTLED, WINDOW, Instability, Monitor, decide, decide_early, decide_from, projected_seconds, replay, still_holds
 from flashoptim_nb.judge.evidence import Evidence, evidence_table
 from flashoptim_nb.judge.table import count_spikes
 
@@ -98,6 +98,20 @@ def test_a_resumed_monitor_goes_on_exactly(rng_seed):
     assert told == expected and expected and second.state_dict() == whole.state_dict()
 
 
+@pytest.mark.parametrize("nan", [float("nan"), float("inf"), float("-inf")])
+def test_a_loss_that_is_not_a_number_does_not_disarm(nan):
+    live, recorded = ([5.0] * 50 + [bad] * 2 + [500.0] * 600 for bad in (nan, None))
+    told = [n for n, _ in observe(Monitor(steps=652), live)]
+    assert told == [551] == [n for n, _ in observe(Monitor(steps=652), recorded)]
+
+
+@pytest.mark.parametrize("nan", [None, float("nan"), float("inf")])
+def test_an_unskipped_nan_is_an_event_and_no_spike(nan):
+    events = Instability({n: 3.0 for n in range(1, 5)})
+    told = [event["event"] for n, loss in enumerate([3.0, nan, 9.0, 3.0], 1) for event in events.observe(dict(step=n, loss=loss, skipped=False))]
+    assert told == ["nan", "spike"]
+
+
 def test_the_state_does_not_grow():
     monitor, sizes = Monitor(steps=10**6), []
     for n in range(1, 2001):
@@ -159,7 +173,52 @@ def test_altered_decisions_are_found(tmp_path, change, told):
 def test_a_decision_whose_runs_are_gone_does_not_agree(tmp_path):
     study(tmp_path)
     runs = [run for run in read_study(tmp_path) if run.header.get("config") != "flashoptim_full"]
-    assert not all(row["agrees"] for row in replay(runs))
+    wrong = [row for row in replay(runs) if not row["agrees"]]
+    assert wrong and all("gpu-1B-best-flashoptim_full-GPU A-0: its record is missing" in row["difference"] for row in wrong)
+
+
+def early(folder):
+    "Checkpoint B's decision in a run's record, and the baseline that it names beside it."
+    for name, seconds in (("baseline", 1.0), ("flashoptim_full", 0.99)):
+        writer = RunWriter(folder / name, header=dict(run=name, scale="gpu", config=name))
+        for n in range(1, 6): writer.append("step", step=n, loss=3.0, seconds=seconds, tokens=10, cold=n < 2)
+        if name != "baseline": writer.append("decision", **decide_early(read_run(folder / name), read_run(folder / "baseline"), 5).row)
+        writer.end("finished")
+    return read_study(folder)
+
+
+def test_an_early_decision_without_its_baseline(tmp_path):
+    runs = early(tmp_path)
+    assert [row["agrees"] for row in replay(runs)] == [True]
+    row, = replay([run for run in runs if run.id != "baseline"])
+    assert not row["agrees"] and row["difference"] == "baseline: its record is missing; restore it, or take the decision anew"
+
+
+def test_a_decision_holds_until_the_records_say_otherwise(tmp_path):
+    runs = pair(tmp_path, roles=("1B",), seeds=2, speed=1.12)
+    def evidence(): return Evidence(evidence_table(read_study(tmp_path)), "baseline_strong", device="GPU A")
+    row = json.loads(json.dumps(decide_from("H1-CC", evidence()).row))
+    assert row["action"] == "downgrade" and still_holds(row, evidence()) and still_holds(row, Evidence(evidence_table(runs[::-1]), "baseline_strong", device="GPU A"))
+    supplied = decide_from("H1-CB", evidence(), supplied={"projected_cost": 9e4}).row
+    assert still_holds(supplied, evidence(), {"projected_cost": 9e4}) and not still_holds(supplied, evidence(), {"projected_cost": 8e4})
+    for config in ("baseline_strong", "flashoptim_full"): write(tmp_path, config, 2, rate=1120.0 if config != "baseline_strong" else 1000.0)  # the same saving, one pair more
+    assert not still_holds(row, evidence())
+    write(tmp_path, "baseline_strong", 0, rate=500.0)  # mended: another value
+    assert not still_holds(row, evidence())
+
+
+def test_of_decisions_taken_anew_the_last_stands(tmp_path):
+    study(tmp_path)
+    first = read_run(tmp_path / "protocol").of("decision")
+    write(tmp_path, "baseline_strong", 0, rate=500.0)  # what the first decision rests on is another run now
+    wrong = {row["checkpoint"] for row in replay(read_study(tmp_path)) if not row["agrees"]}
+    assert "H1-CC" in wrong
+    writer = RunWriter(tmp_path / "protocol")
+    evidence = Evidence(evidence_table(read_study(tmp_path)), "baseline_strong", device="GPU A")
+    for row in first: writer.append("decision", **decide_from(row["checkpoint"], evidence, supplied={"projected_cost": 9e4} if row["checkpoint"] == "H1-CB" else {}).row)
+    writer.end("finished")
+    again = replay(read_study(tmp_path))
+    assert len(again) == len(first) and all(row["agrees"] for row in again)
 
 
 def test_a_streak_is_counted_again(tmp_path):
@@ -179,3 +238,40 @@ def test_evidence_is_plain_json(tmp_path):
     write(tmp_path, "baseline", 9)
     for run in read_study(tmp_path):
         for row in run.of("decision"): assert json.loads(json.dumps(row, allow_nan=False)) == row
+
+
+def monitored(folder, alter=lambda values: values, **whole):
+    "A run that the monitor watched, its pace and device told by the journal."
+    recipe, search = dict(steps=200, batch=8, seq=16), dict(role="1B", config="x", micro=4, checkpointing="selective", tried=[
+        dict(checkpointing="none", micro_batch=4, fits=False, budget=int(MEMORY_BUDGET * 1000), peak=2000),
+        dict(checkpointing="selective", micro_batch=4, fits=True, budget=int(MEMORY_BUDGET * 1000), peak=500, tokens_per_s=256.0)])
+    journal = RunWriter(folder / "protocol", header=dict(run="protocol", scale="full", settings=dict(whole=whole)))
+    journal.append("search", **search)
+    journal.end("finished")
+    monitor = Monitor(steps=200, device_bytes=1000, projected_seconds=projected_seconds(search, 200 * 8 * 16))
+    writer = RunWriter(folder / "run", header=dict(run="run", scale="full", role="1B", config="x", settings=dict(recipe=recipe)))
+    for n in range(1, 201):
+        row = dict(step=n, loss=3.0, seconds=0.7 + n / 10_000, cold=n < 3, peak=900 + n)
+        writer.append("step", **row)
+        for decision in monitor.observe(row): writer.append("decision", **decide("H1-CM", alter(decision.values)).row)
+    writer.end("finished")
+    return replay(read_study(folder))
+
+
+def test_memory_and_cost_are_computed_again(tmp_path):
+    cost, memory = monitored(tmp_path / "true")
+    assert cost["agrees"] and memory["agrees"] and cost["unchecked"] == memory["unchecked"] == []
+    for name in ("memory_share", "cost_overrun"):
+        false = monitored(tmp_path / name, lambda values: values | {name: values[name] + 0.001})
+        assert all(f"{name}: recorded" in row["difference"] for row in false)
+
+
+def test_what_the_records_do_not_tell_is_named(tmp_path):
+    replayed = monitored(tmp_path, memory_bytes=700)  # a budget of one's own: the device's memory is not known
+    assert [row["unchecked"] for row in replayed] == [["memory_share"]] * 2 and all(row["agrees"] for row in replayed)
+
+
+def test_the_pace_is_that_of_what_was_chosen():
+    tried = [dict(checkpointing="none", micro_batch=8, fits=False), dict(checkpointing="selective", micro_batch=8, fits=True, tokens_per_s=1000.0)]
+    assert projected_seconds(dict(micro=8, checkpointing="selective", tried=tried), 5000) == 5.0
+    assert projected_seconds(dict(micro=8, checkpointing="none", tried=[]), 5000) is None

@@ -147,6 +147,17 @@ def test_long_passages_keep_their_end(gpt, rng_seed):
     assert rows[0] == rows[1]
 
 
+def test_a_text_without_words_has_no_perplexity_by_word(gpt):
+    row = evaluate(gpt, EvalSet("blanks", np.array([0, 1, 2], np.uint16), words=0, bytes=0, source="shipped", sha256=""), batch=1, device="cpu", context=C)
+    assert row["tokens"] == 2 and row["ppl"] > 1 and row["word_ppl"] is row["bpb"] is None
+
+
+def test_a_loss_that_is_no_number_has_no_perplexity(gpt, rng_seed):
+    with torch.no_grad(): gpt.norm_f.weight.fill_(float("nan"))
+    row = evaluate(gpt, text(rng_seed, 20), batch=2, device="cpu", context=C)
+    assert math.isnan(row["nll"]) and math.isnan(row["ppl"])
+
+
 def test_nothing_to_predict_is_said():
     with pytest.raises(UserError, match="no token"): evaluate(nn.Identity(), text(0, 1), batch=1, device="cpu", context=4)
     with pytest.raises(UserError, match="no example"): evaluate(nn.Identity(), passages([]), batch=1, device="cpu", context=4)

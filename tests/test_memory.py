@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from flashoptim_nb.base.machine import capabilities
 from flashoptim_nb.measure.memory import device_memory, largest_micro_batch, memory_budget, memory_by_class
 
-CLASSES = ("weights", "gradients", "states", "masters", "activations")
+CLASSES = ("weights", "gradients", "states", "masters", "copies", "activations")
 
 
 class Tower(nn.Module):
@@ -87,6 +87,36 @@ def test_repeats_to_the_byte_and_adds_up():
     assert sum(rows[0][c] for c in CLASSES) + rows[0]["other"] == rows[0]["peak"]
     assert rows[0]["other"] + rows[0]["overlap"] >= 0
     assert (rows[0]["batch"], rows[0]["seq"]) == (48, 1)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.skipif(not capabilities()["compile"].ok, reason="torch.compile: " + capabilities()["compile"].why)])])
+def test_autocasts_copies_grow_with_the_model_and_activations_with_the_batch(compiled):
+    d, rows = 256, {}
+    for batch in (1, 4):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(d, d, bias=False) for _ in range(4)))
+        sgd, x, run = torch.optim.SGD(model.parameters(), lr=0.0), torch.randn(batch, d), model
+        if compiled: run = torch.compile(model, dynamic=False)
+        def step():
+            sgd.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16): y = run(x)
+            y.float().sum().backward()
+        rows[batch] = memory_by_class(step, model=model, optimizer=sgd, device="cpu", inputs=x)
+    assert [row["copies"] for row in rows.values()] == [2 * 3 * d * d] * 2  # not the first layer's, whose input needs no gradient
+    assert rows[1]["activations"] <= 4 * 4 * 2 * d  # the inputs of four layers
+    for row in rows.values(): assert sum(row[c] for c in CLASSES) + row["other"] == row["peak"] and row["other"] + row["overlap"] >= 0
+
+
+def test_an_activation_that_looks_like_a_weight_is_none():
+    d = 32
+    model = nn.Sequential(nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False))  # as many rows as columns, as a batch of d
+    sgd, x = torch.optim.SGD(model.parameters(), lr=0.0), torch.randn(d, d)
+    def step():
+        sgd.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16): y = model(x)
+        y.float().sum().backward()
+    row = memory_by_class(step, model=model, optimizer=sgd, device="cpu", inputs=x)
+    assert (row["copies"], row["activations"]) == (2 * d * d, 2 * 2 * d * d)
 
 
 def test_agrees_with_torchs_own_tracker():
@@ -214,7 +244,7 @@ def test_peak_by_hand_on_the_device():
 def language_model(**stack):
     "A small GPT's training step under a stack, two micro-batches to a step."
     from flashoptim_nb.models.gpt import GPT, GPTConfig
-    from flashoptim_nb.optim.flash import FlashAdamW
+    from flashoptim_nb.optim.adam import FlashAdamW
     config = GPTConfig(n_layer=2, d_model=64, n_head=2, vocab_size=512, max_seq=64)
     model = GPT(config, stack.get("attention", "eager"), stack.get("checkpointing", "none")).init_weights(0)
     flash = stack.get("optimizer") == "flash_adamw"
@@ -240,7 +270,8 @@ def test_the_stacks_bytes_per_parameter():
     flash, n, tensors = language_model(optimizer="flash_adamw", loss="fused_linear", attention="flash")
     assert {c: flash[c] for c in ("weights", "gradients", "masters")} == dict(weights=2 * n, gradients=2 * n, masters=n)
     assert flash["states"] - 2 * n == pytest.approx(n / 8, rel=0.01)  # two fp16 scales to 32 values
-    assert flash["activations"] < row["activations"]  # no autocast copies of weights, no attention matrix, no logits
+    assert flash["activations"] < row["activations"]  # no attention matrix, no logits
+    assert row["copies"] > 0 == flash["copies"]  # nothing to copy where the weights are bf16
 
 
 @pytest.mark.parametrize("change", [dict(attention="flash"), dict(checkpointing="full"), dict(loss="fused_linear")])

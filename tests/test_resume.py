@@ -4,12 +4,13 @@ import random
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from flashoptim_nb.base.records import problems, read_study
 
-# A small study of the real protocol: three stacks that do not compile, short runs. Its signals are handled as the command handles them.
+# A small study of the real protocol: one prerequisite, three stacks that do not compile, short runs. Its signals are handled as the command handles them.
 DRIVER = """
 import sys
 from flashoptim_nb.cli import h1, main
@@ -18,12 +19,12 @@ part = LAPTOP.parts["1B"]
 part = part.replace(recipe=part.recipe.replace(steps=10, batch=4, micro=2, seq=64), micros=(2,), track_every=3,
                     configs=("baseline", "ablation_split_only", "ablation_release_only"))
 scale = LAPTOP.replace(parts={"1B": part}, seeds=(0, 1, 2), checkpoint_every=2, eval_sets=(("sotu", 512),), track_set=("sotu", 512), stress_lengths=())
-h1.PREREQUISITES.clear()
+for name in set(h1.PREREQUISITES) - {"checkpointing"}: del h1.PREREQUISITES[name]
 try: sys.exit(h1.Study(scale, sys.argv[1], device="cpu", stopped=main._Stop()).run())
 except h1.Interrupted: sys.exit(130)
 """
-# What a clock says, what is derived from it, decisions taken on it, and the folder's name: not what the promise is about.
-TIMED = {"seconds", "cold", "started", "command", "tokens_per_s", "seconds_per_step", "utilization", "steps", "values", "why", "action"}
+# What a clock says, what is derived from it, decisions taken on it, and what names the moment: not what the promise is about.
+TIMED = {"seconds", "cold", "started", "command", "commit", "tokens_per_s", "mean_tokens_per_s", "settling", "seconds_per_step", "utilization", "steps", "values", "why", "action"}
 
 
 def start(out):
@@ -49,20 +50,34 @@ def uninterrupted(tmp_path_factory):
     return content(out)
 
 
+def rows(out):
+    "How many rows a study has written so far."
+    return sum(path.read_bytes().count(b"\n") for path in out.glob("*/*/*.jsonl"))
+
+
+def wait_for(process, out, more):
+    "Waits until the study has written some rows more, and a random moment longer; returns whether it still runs."
+    wanted, began = rows(out) + more, time.monotonic()
+    while process.poll() is None and rows(out) < wanted:
+        assert time.monotonic() - began < 300, "no progress"
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.1))
+    return process.poll() is None
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
 def test_killed_at_random_moments(how, uninterrupted, tmp_path, rng_seed):
-    kills, told = 0, ""
-    while True:
+    kills = 0
+    for most in (2, 40, 40, 40):  # the first within the prerequisite or the first run
         process = start(tmp_path)
-        wait = random.uniform(4, 9) if kills < 3 else 300  # imports take the first seconds of each start
-        try:
-            told, _ = process.communicate(timeout=wait)
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(how)
-            process.communicate(timeout=60)
-            assert process.returncode in (-how, 128 + how, 130), "stopped in an orderly way, or at once"
-            kills += 1
+        if not wait_for(process, tmp_path, random.randint(1, most)): break
+        process.send_signal(how)
+        process.communicate(timeout=120)
+        if process.returncode == 0: break  # it had written its last row
+        assert process.returncode in (-how, 128 + how, 130), "stopped in an orderly way, or at once"
+        kills += 1
+    process = start(tmp_path)
+    told, _ = process.communicate(timeout=300)
     assert process.returncode == 0, told
     assert kills >= 1, "the study ended before it could be killed"
     again = content(tmp_path)

@@ -1,12 +1,12 @@
 """Clocks, busy shares and energy: properties, never times."""
 import time
 
+import numpy as np
 import pytest
 import torch
 
-from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.measure.energy import EnergyMeter, PowerSampler, trapezoid
-from flashoptim_nb.measure.timing import BusyWindow, Stopwatch, busy_time, throughput, utilization
+from flashoptim_nb.measure.timing import BusyWindow, Stopwatch, busy_time, settling, throughput, utilization
 
 
 def test_a_stopwatch_keeps_order_and_forgets_on_drain():
@@ -29,7 +29,34 @@ def test_throughput_is_the_medians_and_ignores_warm_up():
     row = throughput([100., 1., 2., 3., 50.], 600, warmup=1)
     assert row["seconds_per_step"] == 2.5 and row["tokens_per_s"] == 240 and row["steps"] == 4
     assert row["energy_j_per_token"] is None and row["utilization"] is None
-    with pytest.raises(UserError, match="at least 4"): throughput([1., 1., 1.], 600, warmup=3)
+
+
+def test_no_step_that_counts_is_a_row_that_says_so():
+    for seconds in ([1., 1., 1.], []):
+        row = throughput(seconds, 600, warmup=3, micro_batch=2)
+        assert row["tokens_per_s"] is row["seconds_per_step"] is row["mean_tokens_per_s"] is row["energy_j_per_token"] is None
+        assert row["steps"] == 0 and row["micro_batch"] == 2 and "take at least 4" in row["reason"]
+
+
+def test_a_slow_beginning_is_left_out_and_a_late_delay_is_not(rng_seed):
+    rng = np.random.default_rng(rng_seed)
+    for _ in range(50):
+        level, slow = rng.integers(12, 40), rng.integers(0, 7)
+        steady = 1 + 0.005 * rng.standard_normal(level)
+        seconds = [*(1.2 + 0.05 * rng.random(slow)), *steady]
+        assert slow <= settling(seconds) <= len(seconds) // 2
+        row = throughput(seconds, 1000)
+        assert row["seconds_per_step"] == pytest.approx(1, abs=0.01) and row["steps"] + row["settling"] == len(seconds)
+        assert row["mean_tokens_per_s"] == pytest.approx(1000 * len(seconds) / sum(seconds)) and (not slow or row["mean_tokens_per_s"] < row["tokens_per_s"])
+        steady[-3] = 30.0
+        assert throughput([*seconds[:slow], *steady], 1000)["seconds_per_step"] == pytest.approx(1, abs=0.01)
+
+
+def test_energy_is_of_the_steps_whose_time_counts():
+    seconds, joules = [9.] + [2.] * 3 + [1.] * 9, [1e6] + [500.] * 3 + [100.] * 8 + [None]
+    row = throughput(seconds, 10, warmup=1, joules=joules)
+    assert (row["settling"], row["steps"], row["energy_j_per_token"]) == (3, 9, 10)
+    assert throughput(seconds, 10, joules=[None] * 13)["energy_j_per_token"] is None
 
 
 def test_busy_time_is_the_union(rng_seed):

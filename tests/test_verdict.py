@@ -21,9 +21,9 @@ def no_waiting_for_the_disk(monkeypatch): monkeypatch.setattr(os, "fsync", lambd
 
 
 def write(folder, config="baseline", seed=0, *, scale="gpu", role="1B", arm="best", device="GPU A", rate=1000.0, peak=16e9, nll=3.0, status="finished",
-          steps=11, losses=None, skipped=(), sets=("wikitext103", "c4"), curve=True, seq=2048, batch=4, reason="", utilization=0.9, **header):
+          steps=11, losses=None, skipped=(), sets=("wikitext103", "c4"), curve=True, seq=2048, batch=4, reason="", utilization=0.9, micro=None, recipe=None, **header):
     "One run on disk, with every header field that a record needs."
-    settings = dict(config=config, role=role)
+    settings = dict(config=config, role=role) | (dict(recipe=recipe) if recipe else {})
     header = dict(run=f"{scale}-{role}-{arm}-{config}-{device}-{seed}", hypothesis="h1", study=f"h1-{scale}", scale=scale, role=role, size=role, arm=arm, config=config,
                   seed=seed, settings=settings, settings_hash=content_hash(settings), criteria_hash=CRITERIA_HASH, package_version="0", commit="c", device=device,
                   device_kind="cuda" if scale != "laptop" else "cpu", driver="d", libraries={"torch": "2"}, data_hash="data", started=f"2026-01-01T00:00:{seed:02}",
@@ -36,7 +36,7 @@ def write(folder, config="baseline", seed=0, *, scale="gpu", role="1B", arm="bes
     if status == "finished":
         for n in range(0, steps + 1) if curve else [steps]:
             for name in sets: writer.append("eval", step=n, set=name, nll=1000 * (nll + 1 - n / steps), tokens=1000)
-        writer.append("throughput", tokens_per_s=rate, utilization=utilization)
+        writer.append("throughput", tokens_per_s=rate, utilization=utilization, micro_batch=micro)
         writer.append("memory", peak=peak, seq=seq, batch=batch)
     writer.end(status, reason)
     return read_run(folder / header["run"])
@@ -51,6 +51,15 @@ def pair(folder, seeds=3, roles=SIZES, arms=("best", "equal"), speed=1.3, saved=
                 for config in references: write(folder, config, seed, role=role, arm=arm, rate=1000.0, **both)
                 write(folder, "flashoptim_full", seed, role=role, arm=arm, rate=1000 * speed * noise, peak=16e9 * (1 - saved), nll=3.0 + gap * noise, **both)
     return read_study(folder)
+
+
+def journal(folder, peaks, role="1B", scale="gpu", device="GPU A", budget=135):
+    "The study's journal: of each configuration the peaks at micro-batch 4, 8, ..., the last that fits chosen."
+    writer = RunWriter(folder / f"{scale}-protocol", header=dict(run="protocol", study=f"h1-{scale}", scale=scale, arm="protocol", config="protocol", device=device, device_kind="cuda"))
+    for config, found in peaks.items():
+        tried = [dict(checkpointing="none", micro_batch=4 * 2**n, fits=peak <= budget, peak=peak, budget=budget) for n, peak in enumerate(found)]
+        writer.append("search", role=role, config=config, micro=max((row["micro_batch"] for row in tried if row["fits"]), default=None), checkpointing="none", tried=tried)
+    writer.end("finished")
 
 
 def by_id(entries, against="baseline_strong"): return {e["id"]: e for e in entries if e["against"] == against}
@@ -71,7 +80,7 @@ def test_shape(tmp_path):
     for e in entries:
         assert {"id", "statement", "status", "value", "threshold", "interval", "scale", "records", "against"} <= set(e)
         assert e["kind"] == "overall" or e["status"] in STATUSES
-        assert set(e["records"]) <= {run.id for run in runs}
+        assert set(e["records"]) <= {f"{run.header['study']}/{run.id}" for run in runs}
         if e["status"] in ("met", "not met"): assert e["records"] and e["interval"] and e["scale"] == "gpu"
 
 
@@ -182,11 +191,29 @@ def test_two_devices_reproduce_or_not(tmp_path):
     pair(tmp_path / "a", device="GPU A")
     pair(tmp_path / "a", device="GPU B", speed=1.33)
     found = by_id(verdict(read_study(tmp_path / "a")))
-    assert (found["H1-S6"]["status"], found["H1"]["status"]) == ("met", "success")
+    assert (found["H1-S6"]["status"], found["H1"]["status"]) == ("met", "undecided")
+    assert "every success criterion is met so far; still to be decided: H1-F8, H1-D6" in found["H1"]["reason"]
     pair(tmp_path / "b", device="GPU A")
     pair(tmp_path / "b", device="GPU B", speed=2.0)
     found = by_id(verdict(read_study(tmp_path / "b")))
     assert [found[id]["status"] for id in ("H1-S6", "H1-F6", "H1-D5", "H1")] == ["not met", "met", "met", "falsified"]
+
+
+def test_success_leaves_nothing_open(tmp_path):
+    for device in ("GPU A", "GPU B"):
+        for n, role in enumerate(SIZES): pair(tmp_path, roles=(role,), speed=1.4 + 0.1 * n, device=device)
+        for seed in range(3): write(tmp_path, "ablation_attn_only", seed, rate=1200.0, device=device)
+    found = by_id(verdict(read_study(tmp_path)))
+    assert {e["status"] for e in found.values() if e["kind"] in ("failure", "falsification")} == {"not met"}
+    assert found["H1"]["status"] == "success"
+
+
+def test_the_largest_gap_of_three_devices(tmp_path):
+    for device, speed in (("GPU A", 1.3), ("GPU B", 1.33), ("GPU C", 2.0)): pair(tmp_path, roles=("1B",), speed=speed, device=device)
+    table = evidence_table(read_study(tmp_path))
+    a, c = (Evidence(table, "baseline", device=device).estimate(Q("cost_saving", "1B")) for device in ("GPU A", "GPU C"))
+    gap = Evidence(table, "baseline", device="GPU A").estimate(Q("platform_gap", "1B"))
+    assert gap.value == pytest.approx(c.value - a.value) and (gap.lo, gap.hi) == pytest.approx((c.lo - a.hi, c.hi - a.lo))
 
 
 def test_two_baselines_two_answers(tmp_path):
@@ -243,9 +270,14 @@ def test_other_criteria_are_told(tmp_path):
 @pytest.mark.parametrize("met, not_met, outcome", [
     (CRITERIA.keys(), "", "falsified"),
     ([id for id in CRITERIA if id[3] != "D"], "", "failed"),
-    ([id for id in CRITERIA if id[3] == "S"], "", "success"),
-    ([id for id in CRITERIA if id[3] == "S"][1:], ["H1-F1"], "partial"),
+    ([id for id in CRITERIA if id[3] == "S"], [id for id in CRITERIA if id[3] != "S"], "success"),
+    ([id for id in CRITERIA if id[3] == "S"], [id for id in CRITERIA if id[3] != "S"][:-1], "undecided"),  # D7 could still falsify
+    ([id for id in CRITERIA if id[3] == "S"], "", "undecided"),
+    ([id for id in CRITERIA if id[3] == "S"][1:], ["H1-F1"], "undecided"),  # S1 could still be met, and success with it
+    ([id for id in CRITERIA if id[3] == "S"][1:], ["H1-F1", "H1-S1"], "partial"),
+    (["H1-S1"], ["H1-F1"], "partial"),
     ([], ["H1-F1", "H1-S1"], "partial"),
+    ([], ["H1-F1"], "undecided"),
     (["H1-S7", "H1-S2"], [], "undecided"),
     ([], [], "undecided"),
     (["H1-F1", *(id for id in CRITERIA if id[3] == "S")], [], "failed"),
@@ -254,3 +286,118 @@ def test_other_criteria_are_told(tmp_path):
 def test_precedence(met, not_met, outcome):
     status = lambda id: "met" if id in met else "not met" if id in not_met else "not measured"
     assert _outcome(H1, [dict(id=c.id, kind=c.kind, status=status(c.id)) for c in H1.criteria])[0] == outcome
+
+
+BATCH = dict(recipe=dict(batch=32, steps=11), micro=8)
+
+
+@pytest.mark.parametrize("stack, reference, bound, slow, quick", [  # the peaks that each search saw; S1's part, S4's part, F1 and F3's part of a saving of 5 %, and of one of 60 %
+    ((60, 120), (70, 134), "", ("not met", "met", "met", "not met"), ("met", "met", "not met", "not met")),  # neither can go to 16
+    ((20, 34), (70, 134), "at least", ("inconclusive", "met", "inconclusive", "not met"), ("met", "met", "not met", "not met")),
+    ((60, 120), (33, 48), "at most", ("not met", "inconclusive", "met", "inconclusive"), ("inconclusive", "inconclusive", "inconclusive", "inconclusive")),
+    ((20, 34), (33, 48), "not established", ("inconclusive",) * 4, ("inconclusive",) * 4),
+    ((), (), "not established", ("inconclusive",) * 4, ("inconclusive",) * 4),  # nobody looked
+])
+def test_a_search_that_stopped_too_early(tmp_path, stack, reference, bound, slow, quick):
+    for name, speed, expected in (("slow", 1.053, slow), ("quick", 2.5, quick)):
+        pair(tmp_path / name, roles=("1B",), speed=speed, references=("baseline_strong",), **BATCH)
+        if stack: journal(tmp_path / name, dict(flashoptim_full=stack, baseline_strong=reference))
+        found = by_id(verdict(read_study(tmp_path / name)))
+        assert [found[id]["parts"][0]["status"] for id in ("H1-S1", "H1-S4", "H1-F1", "H1-F3")] == list(expected)
+        part = found["H1-F1"]["parts"][0]
+        assert part["bound"] == bound and part["value"] == pytest.approx(1 - 1 / speed, abs=0.01) and len(part["interval"]) == 2
+        assert ("not known to be at the best micro-batch" in part["reason"]) == bool(bound)
+        assert found["H1-S2"]["parts"][0]["status"] == "met" and found["H1-S3"]["status"] == "met"  # neither asks for speed
+
+
+def test_an_open_saving_leaves_its_difference_open(tmp_path):
+    pair(tmp_path, references=("baseline",), roles=("1B",), **BATCH)
+    pair(tmp_path, references=("baseline",), roles=("13B",), speed=1.05)
+    journal(tmp_path, dict(flashoptim_full=(20, 34), baseline=(70, 134)))
+    found = by_id(verdict(read_study(tmp_path)), "baseline")
+    assert (found["H1-S5"]["status"], found["H1-F5"]["status"]) == ("not met", "met")  # the drop is at least what was measured
+    assert found["H1-S5"]["bound"] == "at least"
+
+
+def test_a_laptop_has_one_candidate_and_says_nothing_of_it(tmp_path):
+    found = by_id(verdict(pair(tmp_path, roles=("1B",), scale="laptop", device="CPU", seq=64, **BATCH)))
+    assert found["H1-S1"]["bound"] == "" and found["H1-S1"]["status"] == "no evidence at this scale"
+
+
+def test_a_cpu_is_no_evidence_at_any_scale(tmp_path):
+    for scale in ("gpu", "full"): pair(tmp_path, scale=scale, device_kind="cpu", device="Some CPU")
+    found = by_id(verdict(read_study(tmp_path)))
+    assert {e["status"] for e in found.values()} == {"no evidence at this scale", "not measured"}
+    pair(tmp_path, roles=("1B",), speed=1.02)
+    found = by_id(verdict(read_study(tmp_path)))
+    assert (found["H1-F1"]["status"], found["H1-F1"]["device"]) == ("met", "GPU A")
+
+
+def test_stability_is_counted_on_every_device_and_scale(tmp_path):
+    pair(tmp_path, scale="full")
+    write(tmp_path, "baseline_strong", 7, device="GPU B")
+    write(tmp_path, "flashoptim_full", 7, device="GPU B", losses=[4, 9, 4, 9, 4, 9, 4, 9, 4, 4, 4], skipped=(10, 11), status="failed")
+    found = by_id(verdict(read_study(tmp_path)))
+    assert [found[id]["status"] for id in ("H1-S7", "H1-D7", "H1-F7", "H1")] == ["not met", "met", "met", "falsified"]
+    assert any("GPU B" in name for name in found["H1-S7"]["records"])
+
+
+def test_a_second_device_can_fail_what_the_first_passed(tmp_path):
+    pair(tmp_path, roles=("1B", "7B"), speed=1.3)
+    pair(tmp_path, roles=("1B",), speed=1.02, device="GPU B")
+    found = by_id(verdict(read_study(tmp_path)))
+    assert [(found[id]["status"], found[id]["device"]) for id in ("H1-F1", "H1-D1")] == [("met", "GPU B")] * 2
+    assert found["H1-S2"]["device"] == "GPU A"  # what asks for success is judged where most was run
+
+
+@pytest.mark.parametrize("status, skipped, decided, interval", [
+    ("finished", (11,), "inconclusive", [0, 1 / 11]), ("finished", (6,), "not met", [0, 0]), ("failed", (11,), "met", [1 / 11] * 2), ("finished", tuple(range(2, 12)), "met", [10 / 11] * 2)])
+def test_recovery_that_cannot_be_seen(tmp_path, status, skipped, decided, interval):
+    pair(tmp_path, roles=("1B",))
+    write(tmp_path, "flashoptim_full", 0, run="again", status=status, skipped=skipped, started="2026-02-01")
+    entry = by_id(verdict(read_study(tmp_path)))["H1-D7"]
+    assert entry["status"] == decided and entry["interval"] == pytest.approx(interval)
+    assert ("recovery cannot be seen: h1-gpu/again ended on 1 skipped step" in entry["reason"]) == (decided == "inconclusive")
+
+
+def test_without_power_nothing_is_equivalent(tmp_path):
+    for seed, gap in enumerate((0.012, -0.012, 0.0)):
+        for config, nll in (("baseline_strong", 3.0), ("flashoptim_full", 3.0 + gap)): write(tmp_path, config, seed, nll=nll)
+    found = by_id(verdict(read_study(tmp_path)))
+    lo, hi = found["H1-S3"]["parts"][2]["interval"]
+    assert -0.5 < lo < hi < 0.5 and found["H1-S3"]["status"] == "inconclusive" and "without which nothing is called equivalent" in found["H1-S3"]["reason"]
+    assert [found[id]["status"] for id in ("H1-F2", "H1-D2")] == ["not met"] * 2  # that it is not 1.0 worse needs no equivalence
+
+
+def test_a_gap_clearly_outside_needs_no_power(tmp_path):
+    for seed, gap in enumerate((0.15, 0.16, 0.17)):
+        for config, nll in (("baseline_strong", 3.0), ("flashoptim_full", 3.0 + gap)): write(tmp_path, config, seed, nll=nll)
+    found = by_id(verdict(read_study(tmp_path)))
+    assert [found[id]["status"] for id in ("H1-S3", "H1-F2")] == ["not met", "met"]
+
+
+@pytest.mark.parametrize("apart", [dict(steps=500), dict(lr=1e-3), dict(batch=64)])
+def test_other_recipes_are_not_paired(tmp_path, apart):
+    for seed in range(3):
+        write(tmp_path, "baseline_strong", seed, recipe=dict(steps=11, lr=1e-4, batch=32, micro=4))
+        write(tmp_path, "flashoptim_full", seed, recipe=dict(steps=11, lr=1e-4, batch=32, micro=4) | apart)
+    found = by_id(verdict(read_study(tmp_path)))
+    assert all(found[id]["value"] is None for id in ("H1-S1", "H1-S3", "H1-S4", "H1-F1", "H1-F7"))
+    assert "recipe" in found["H1-F1"]["reason"]
+
+
+def test_the_asked_micro_batch_does_not_keep_runs_apart(tmp_path):
+    for seed in range(3):
+        for config, micro in (("baseline_strong", 4), ("flashoptim_full", 8)): write(tmp_path, config, seed, recipe=dict(steps=11, batch=32, micro=micro))
+    assert by_id(verdict(read_study(tmp_path)))["H1-F1"]["value"] is not None
+
+
+def test_runs_of_the_same_id_in_two_studies_are_told_apart(tmp_path):
+    for scale, hash in (("gpu", "old"), ("laptop", CRITERIA_HASH)):
+        for config in ("baseline_strong", "flashoptim_full"):
+            for seed in range(3): write(tmp_path / scale, config, seed, scale=scale, run=f"1B-best-{config}-s{seed}", criteria_hash=hash)
+    runs = [run for scale in ("gpu", "laptop") for run in read_study(tmp_path / scale)]
+    for order in (runs, runs[::-1]):
+        whole = by_id(verdict(order))["H1"]
+        assert len(whole["stale"]) == 6 and all(name.startswith("h1-gpu/") for name in whole["stale"])
+        assert "6 training runs" in whole["reason"] and "3 seeds" in whole["reason"]

@@ -67,10 +67,12 @@ def lambada_set(
     tokenizer: Tokenizer,
     limit_tokens: int | None = None,  # tokens to go through at most, contexts included; None: all
 ) -> LambadaSet:
-    "Splits each passage before its last word; contexts begin with end-of-text."
+    "Splits each passage before its last word; contexts begin with end-of-text. Raises `UserError` for a passage that has none."
     examples, used = [], 0
-    for passage in text.documents:
-        context, target = passage.rsplit(" ", 1)
+    for number, passage in enumerate(text.documents, 1):
+        context, _, target = passage.rpartition(" ")
+        if not context.strip() or not target.strip():
+            raise UserError(f"passage {number} of {text.name} ({text.split}, {text.source}) is {passage[:60]!r}, which has no last word after a blank to predict; correct that line or leave it out")
         examples.append((tokenizer.encode_documents([context]), tokenizer.encode(" " + target)))
         used += sum(map(len, examples[-1]))
         if limit_tokens is not None and used > limit_tokens: examples.pop(); break

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETS', 'HELD_OUT', 'Split', 'DataUnavailable', 'TextSet', 'text_hash', 'read_verified', 'read_xz', 'hub_reachable',
-           'find_text', 'load_text']
+           'find_text', 'shared_with', 'text_identity', 'load_text']
 
 # %% ../../nbs/01_data/00_text.ipynb #3a81dad0
 import hashlib
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from ..base.config import content_hash
 from ..base.errors import UserError, choose
 from ..base.machine import Capability, data_root
 
@@ -78,10 +79,17 @@ def text_hash(
     return sha.hexdigest()
 
 # %% ../../nbs/01_data/00_text.ipynb #4e025855
-def _listed_hash(root: Path, path: Path) -> str | None:
-    sums = root / "SHA256SUMS"
-    lines = (line.split(maxsplit=1) for line in sums.read_text().splitlines() if line.strip()) if sums.is_file() else ()
-    return {name.strip().lstrip("*").removeprefix("./"): digest for digest, name in lines}.get(path.relative_to(root).as_posix())
+_SUM = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)?(.+)")  # as sha256sum writes it: digest, a mode, a name
+
+def _listed_hash(root: Path, name: str) -> str | None:
+    "What SHA256SUMS lists for a file, if there is such a list; raises `UserError` for a line that is none of its kind."
+    sums, listed = root / "SHA256SUMS", {}
+    for number, line in enumerate(sums.read_text(errors="replace").splitlines() if sums.is_file() else (), 1):
+        if not line.strip(): continue
+        if not (found := _SUM.fullmatch(line.rstrip())):
+            raise UserError(f"{sums}, line {number}: {line[:60]!r} is not a SHA-256 of 64 hexadecimal digits, two blanks and a file's name; write the list with sha256sum, or delete it")
+        listed[found[2]] = found[1].lower()
+    return listed.get(name)
 
 def read_verified(
     root: Path,  # a folder, with SHA256SUMS or without
@@ -89,7 +97,7 @@ def read_verified(
 ) -> bytes:
     "A file's content; raises `UserError` if it is not what SHA256SUMS lists."
     path = root / name
-    raw, expected = path.read_bytes(), _listed_hash(root, path)
+    raw, expected = path.read_bytes(), _listed_hash(root, name)
     found = hashlib.sha256(raw).hexdigest()
     if expected and found != expected:
         raise UserError(f"{path} is damaged or was changed: SHA256SUMS lists {expected[:16]}..., its SHA-256 is {found[:16]}... ({len(raw):,} bytes); fetch it again")
@@ -106,6 +114,18 @@ def read_xz(
         raise UserError(f"{root / name} cannot be read ({error}; {len(raw):,} bytes): it is truncated or not xz-compressed UTF-8; fetch it again") from None
 
 # %% ../../nbs/01_data/00_text.ipynb #091b49dc
+def _json_row(line: str, where: str) -> dict:
+    "A JSON line that holds a text; raises `UserError` for one that does not."
+    def bad(what): return UserError(f"{where}: {what}; each line has to be a JSON object with a \"text\"")
+    try: row = json.loads(line)
+    except ValueError as error: raise bad(f"{line[:40]!r} is not JSON ({error})") from None
+    if not isinstance(row, dict): raise bad(f"holds {type(row).__name__}, not an object")
+    if not isinstance(row.get("text"), str): raise bad(f"has no text among its fields ({', '.join(row) or 'none'})")
+    try: row["text"].encode()
+    except UnicodeEncodeError as error: raise bad(f"its text is not Unicode that can be written ({error.reason} at character {error.start})") from None
+    return row
+
+# %% ../../nbs/01_data/00_text.ipynb #20d717a6
 _TITLE = re.compile(r" = [^=].* = \n")
 
 def _articles(lines) -> Iterator[str]:
@@ -120,8 +140,9 @@ def _articles(lines) -> Iterator[str]:
 
 def _kind(row: dict) -> str | None:
     "The Pile's subset of a document, spelled one way: Wikipedia (en) -> wikipedia_(en)."
-    name = row.get("pile_set_name") or (row.get("meta") or {}).get("pile_set_name")
-    return name and re.sub(r"[ -]", "_", name.lower())
+    meta = row["meta"] if isinstance(row.get("meta"), dict) else {}
+    name = row.get("pile_set_name") or meta.get("pile_set_name")
+    return name and re.sub(r"[ -]", "_", str(name).lower())
 
 def _documents(spec: Split, rows) -> Iterator[tuple[str, str | None]]:
     if spec.continuous: return ((article, None) for article in _articles((row["text"].rstrip("\n") or " ") + "\n" for row in rows))
@@ -138,7 +159,7 @@ def _is_held_out(row: dict) -> bool:
 def _file_rows(root: Path, name: str, split: str, spec: Split) -> Iterator[dict]:
     for path in spec.files:
         lines = io.StringIO(read_xz(root, path), newline="\n")
-        rows = ({"text": line} for line in lines) if spec.continuous else map(json.loads, lines)
+        rows = ({"text": line} for line in lines) if spec.continuous else (_json_row(line, f"{root / path}, line {number}") for number, line in enumerate(lines, 1))
         for row in rows:
             if name != "sotu" or _is_held_out(row) == (split == "validation"): yield row
 
@@ -157,13 +178,23 @@ def hub_reachable(
     except (OSError, ValueError) as error: return Capability(False, f"{endpoint} cannot be reached ({error})")
     return Capability(True, endpoint)
 
+def _hub_failed(spec: Split, error: Exception) -> DataUnavailable:
+    return DataUnavailable(f"streaming {spec.hub[0]} ({spec.hub[2]}) from the hub failed: {type(error).__name__}: {error}; try again, or name a folder that holds it in FLASHOPTIM_DATA")
+
+@lru_cache(maxsize=None)
+def _hub_commit(spec: Split) -> str:
+    "The commit that a data set stands at, asked once in a process: what is streamed is of this one."
+    from huggingface_hub import HfApi
+    try: return HfApi().dataset_info(spec.hub[0]).sha
+    except Exception as error: raise _hub_failed(spec, error) from error  # the library raises whatever its transport does
+
 def _hub_rows(spec: Split) -> Iterator[dict]:
     "Rows as they are streamed; a stream that breaks off is `DataUnavailable`."
     from datasets import load_dataset
     path, config, split = spec.hub
-    try: yield from load_dataset(path, config, split=split, streaming=True)
-    except Exception as error:  # the library raises whatever its transport does
-        raise DataUnavailable(f"streaming {path} ({split}) from the hub failed: {type(error).__name__}: {error}; try again, or name a folder that holds it in FLASHOPTIM_DATA") from error
+    try: yield from load_dataset(path, config, split=split, streaming=True, revision=_hub_commit(spec))
+    except DataUnavailable: raise
+    except Exception as error: raise _hub_failed(spec, error) from error
 
 # %% ../../nbs/01_data/00_text.ipynb #592a1b81
 def _folder() -> Path | None:
@@ -171,21 +202,45 @@ def _folder() -> Path | None:
     if not Path(given).is_dir(): raise UserError(f"FLASHOPTIM_DATA names {given}, which is not a folder; correct it, or unset it to use the hub")
     return Path(given)
 
+def _locate(name: str, split: str) -> tuple[Split, str, Path | None]:
+    "A split, its source and, where that has files, their root; raises `DataUnavailable` with what each place answered."
+    spec = choose(f"split of {name}", split, choose("text", name, SETS))
+    root = data_root() if spec.shipped else _folder()
+    missing = [f for f in spec.files if root is None or not (root / f).is_file()]
+    if not missing: return spec, ("shipped" if spec.shipped else "folder"), root
+    if spec.shipped: raise DataUnavailable(f"{root} lacks {', '.join(missing)}, which the project ships; restore it with `git checkout -- data`")
+    tried = ["FLASHOPTIM_DATA is not set" if root is None else f"{root} lacks {', '.join(missing)}"]
+    if spec.hub:
+        if (hub := hub_reachable()).ok: return spec, "hub", None
+        tried.append(hub.why)
+    raise DataUnavailable(f"{name} ({split}) is not available: {'; '.join(tried)}. Set FLASHOPTIM_DATA to a folder that holds {', '.join(spec.files)}" + (f", or make the hub's {spec.hub[0]} reachable" if spec.hub else ""))
+
 def find_text(
     name: str,  # a name in `SETS`
     split: str = "train",  # one of its splits
 ) -> tuple[str, Iterator[tuple[str, str | None]]]:  # source; documents with their kinds, one by one
     "Looks in the three places, in order; raises `DataUnavailable` with what each of them answered."
-    spec = choose(f"split of {name}", split, choose("text", name, SETS))
-    root = data_root() if spec.shipped else _folder()
-    missing = [f for f in spec.files if root is None or not (root / f).is_file()]
-    if not missing: return ("shipped" if spec.shipped else "folder"), _documents(spec, _file_rows(root, name, split, spec))
-    if spec.shipped: raise DataUnavailable(f"{root} lacks {', '.join(missing)}, which the project ships; restore it with `git checkout -- data`")
-    tried = ["FLASHOPTIM_DATA is not set" if root is None else f"{root} lacks {', '.join(missing)}"]
-    if spec.hub:
-        if (hub := hub_reachable()).ok: return "hub", _documents(spec, _hub_rows(spec))
-        tried.append(hub.why)
-    raise DataUnavailable(f"{name} ({split}) is not available: {'; '.join(tried)}. Set FLASHOPTIM_DATA to a folder that holds {', '.join(spec.files)}" + (f", or make the hub's {spec.hub[0]} reachable" if spec.hub else ""))
+    spec, source, root = _locate(name, split)
+    return source, _documents(spec, _hub_rows(spec) if root is None else _file_rows(root, name, split, spec))
+
+def shared_with(
+    name: str,  # a name in `SETS`
+    split: str,  # one of its splits
+    source: str,  # where it came from
+) -> frozenset[str]:
+    "The evaluation sets that share documents with a split: the folder's cut has some, the hub's own splits have none."
+    return SETS[name][split].overlaps if source == "folder" else frozenset()
+
+# %% ../../nbs/01_data/00_text.ipynb #305cfa74
+def text_identity(
+    name: str,  # a name in `SETS`
+    split: str,  # one of its splits
+) -> str:  # 12 hexadecimal digits
+    "Names the content that `find_text` would give, without reading it as text."
+    spec, source, root = _locate(name, split)
+    def digest(path):
+        with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
+    return content_hash([name, split, *([*spec.hub, _hub_commit(spec)] if source == "hub" else [digest(root / f) for f in spec.files])])
 
 # %% ../../nbs/01_data/00_text.ipynb #b8f2455a
 def load_text(
@@ -198,10 +253,10 @@ def load_text(
     spec, documents, groups, used = SETS[name][split], [], [], Counter()
     for document, kind in found:
         room = len(document) if limit_chars is None else limit_chars - used[kind]
-        if room > 0:
+        if limit_chars is None or room > 0:
             documents.append(document[:room])
             groups.append(kind)
             used[kind] += len(documents[-1])
         elif len(used) == spec.n_groups and all(n >= limit_chars for n in used.values()): break
     return TextSet(name, split, documents, source, text_hash(documents), groups if any(groups) else None,
-                   spec.continuous, spec.overlaps if source == "folder" else frozenset())
+                   spec.continuous, shared_with(name, split, source))

@@ -172,7 +172,8 @@ class Hypothesis:
     stack: str  # the configuration that is judged
     references: tuple[str, ...]  # the configurations it is judged against
     headline: str  # the reference whose verdict comes first
-    floor: str  # id of the failure criterion that must be decided before anything is called partial
+    floor: str  # id of the failure criterion, and
+    goal: str  # of the success criterion, that must be decided before anything is called partial
 
     @property
     def hash(self) -> str:
@@ -183,7 +184,7 @@ class Hypothesis:
 
 H1 = Hypothesis(id="H1", criteria=SUCCESS + FAILURE + FALSIFICATION, stack="flashoptim_full",
     claim="At 1B parameters and above the FlashOptim stack lowers the cost of training by at least 20 %, at equivalent perplexity and equal or faster convergence.",
-    references=("baseline", "baseline_strong"), headline="baseline_strong", floor="H1-F1")
+    references=("baseline", "baseline_strong"), headline="baseline_strong", floor="H1-F1", goal="H1-S1")
 HYPOTHESES = {"h1": H1}
 CRITERIA = {criterion.id: criterion for criterion in H1.criteria}
 CRITERIA_HASH = H1.hash

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ACTIONS', 'CHECKPOINTS', 'WINDOW', 'SETTLED', 'SPIKE_FACTOR', 'MEMORY_BUDGET', 'Rule', 'Checkpoint', 'Decision',
-           'checkpoint_quantities', 'decide', 'decide_from', 'early_values', 'decide_early', 'Monitor', 'Instability',
-           'replay']
+           'checkpoint_quantities', 'decide', 'decide_from', 'still_holds', 'standing', 'early_values', 'decide_early',
+           'Monitor', 'Instability', 'projected_seconds', 'replay', 'decide_against']
 
 # %% ../../nbs/08_judge/05_decisions.ipynb #a853f1f6
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ from .criteria import COMPONENTS, REFERENCE_PPL, SIZES, UNITS
 from .evidence import Evidence
 from .expression import Any, AnyTested, EveryTested, Formula, Leaf, Q, Status, judge, number_text, quantities, text
 from .statistics import exact, missing
-from .table import evidence_table, nan_steps, spiked
+from .table import evidence_table, is_number, nan_steps, spiked
 from ..measure.plan import plan_protocol
 
 # %% ../../nbs/08_judge/05_decisions.ipynb #f179efad
@@ -122,6 +122,10 @@ def decide(
     return Decision(checkpoint=id, action=action, enforced=enforced, why=why, values=dict(values), evidence=evidence)
 
 # %% ../../nbs/08_judge/05_decisions.ipynb #003ef8bf
+def _id(name: str) -> str:
+    "A run's id within its study, from its name study/run."
+    return name.rpartition("/")[2]
+
 def decide_from(
     id: str,
     evidence: Evidence,
@@ -131,9 +135,29 @@ def decide_from(
     "A checkpoint decided on the evidence; the decision names the runs that it rests on."
     estimates = {q.key: evidence.estimate(q) for q in checkpoint_quantities(id)}
     values = {key: estimate.value for key, estimate in estimates.items()} | dict(supplied)
-    records = sorted({run for estimate in estimates.values() for run in estimate.records})
+    records = sorted({_id(name) for estimate in estimates.values() for name in estimate.records})
     place = {name: getattr(evidence, name) for name in ("against", "stack", "scale", "device")}
     return decide(id, values, enforced, place | dict(records=records))
+
+# %% ../../nbs/08_judge/05_decisions.ipynb #412cff40
+def _close(a: float | None, b: float | None) -> bool:
+    return a is b if None in (a, b) else abs(a - b) <= 1e-9 * max(1.0, abs(a), abs(b))
+
+def still_holds(
+    row: Mapping,  # a recorded decision of a checkpoint between runs
+    evidence: Evidence,  # of the present records
+    supplied: Mapping[str, float] = {},  # values that runs do not hold, by key
+) -> bool:
+    "Whether the present records give the decision again: the same action for the same reason, on the same values and runs."
+    again = decide_from(row["checkpoint"], evidence, row["enforced"], supplied)
+    alike = all(row[name] == getattr(again, name) for name in ("action", "why")) and row["values"].keys() == again.values.keys()
+    return (alike and all(_close(value, again.values[key]) for key, value in row["values"].items())
+            and list(map(_id, (row.get("evidence") or {}).get("records", ()))) == again.evidence["records"])
+
+def standing(run: Run) -> list[dict]:
+    "The decisions of a record that stand: all of the monitor's, and of each checkpoint the last."
+    last = {row["checkpoint"]: row for row in run.of("decision")}
+    return [row for row in run.of("decision") if row["checkpoint"] == "H1-CM" or row is last[row["checkpoint"]]]
 
 # %% ../../nbs/08_judge/05_decisions.ipynb #e929fa9b
 def early_values(
@@ -183,14 +207,18 @@ class Monitor:
         self.steps, self.device_bytes, self.projected_seconds, self.enforced = steps, device_bytes, projected_seconds, enforced
         self.state = dict(mean=None, seen=0, streak=0, spent=0.0, warm=0, warm_seconds=0.0, peak=0, holding=[])
 
-    def observe(
+    def look(
         self,
         row: Mapping,  # a step row: step, loss, seconds; cold and peak (bytes) where there are
-    ) -> list[Decision]:
-        "The decision, when a rule begins to hold; none otherwise."
+    ) -> dict[str, float]:
+        "Takes a step in; the values that the rules are about, as far as they are watched."
         self._loss(row.get("loss"))
         self._spend(row)
-        values = dict(step=row["step"], loss_streak=self.state["streak"]) | self._memory(row) | self._overrun(row["step"])
+        return dict(step=row["step"], loss_streak=self.state["streak"]) | self._memory(row) | self._overrun(row["step"])
+
+    def observe(self, row: Mapping) -> list[Decision]:
+        "The decision on a step row, when a rule begins to hold; none otherwise."
+        values = self.look(row)
         look = lambda q: exact(values[q.key]) if q.key in values else missing("")
         leaves = judge(CHECKPOINTS["H1-CM"].rules[0].formula, look).leaves
         holds = {quantities(leaf.compare)[0].name for leaf in leaves if leaf.status == Status.MET}
@@ -208,7 +236,7 @@ from fastcore.basics import patch
 def _loss(self: Monitor, loss: float | None):
     "Moves the average, or, above three times it, leaves it and counts."
     s = self.state
-    if loss is None or (s["mean"] is not None and loss > SPIKE_FACTOR * s["mean"]): s["streak"] += 1
+    if not is_number(loss) or (s["mean"] is not None and loss > SPIKE_FACTOR * s["mean"]): s["streak"] += 1
     else:
         s["seen"], s["streak"] = s["seen"] + 1, 0
         s["mean"] = loss if s["mean"] is None else s["mean"] + (loss - s["mean"]) / min(s["seen"], WINDOW)
@@ -252,35 +280,77 @@ class Instability:
     def state_dict(self) -> dict: return dict(above=self.above)
     def load_state_dict(self, state: dict): self.above = state["above"]
 
+# %% ../../nbs/08_judge/05_decisions.ipynb #224f7b66
+def projected_seconds(
+    search: Mapping,  # the journal's row: `micro` and `checkpointing` as chosen, and the rows `tried`
+    tokens: int,  # of the whole run
+) -> float | None:
+    "What a run takes at the pace that the search measured for its choice; None where it measured none."
+    pace = next((row.get("tokens_per_s") for row in search["tried"] if row["fits"] and (row["micro_batch"], row["checkpointing"]) == (search["micro"], search["checkpointing"])), None)
+    return tokens / pace if pace else None
+
+def _monitor_of(run: Run, runs: Iterable[Run]) -> Monitor:
+    "A monitor set up as the run's was, as far as its study tells."
+    recipe = (run.header.get("settings") or {}).get("recipe") or {}
+    journal, search = next(((other, row) for other in runs for row in other.of("search") if all(row[name] == run.header.get(name) for name in ("role", "config"))), (None, None))
+    if not (recipe and search and search["tried"]): return Monitor(steps=recipe.get("steps", 0))
+    asked = ((journal.header.get("settings") or {}).get("whole") or {}).get("memory_bytes")  # a budget of one's own says nothing of the device
+    return Monitor(steps=recipe["steps"], device_bytes=None if asked else round(search["tried"][0]["budget"] / MEMORY_BUDGET),
+                   projected_seconds=projected_seconds(search, recipe["steps"] * recipe["batch"] * recipe["seq"]))
+
 # %% ../../nbs/08_judge/05_decisions.ipynb #ea7adfba
+def _absent(row: dict, by_id: dict[str, Run]) -> list[str]:
+    "The runs that a decision names and that are not there."
+    evidence = row.get("evidence") or {}
+    return [id for id in map(_id, evidence.get("records") or filter(None, map(evidence.get, ("run", "baseline")))) if id not in by_id]
+
 def _recomputed(row: dict, run: Run, table, by_id: dict[str, Run]) -> dict[str, float]:
     "The values of a decision row that the records can give again."
     if row["checkpoint"] == "H1-CM":
-        monitor, upto = Monitor(steps=0), row["values"].get("step") or 0
+        monitor, seen = _monitor_of(run, by_id.values()), {}
         for step in run.of("step"):
-            if step["step"] <= upto: monitor._loss(step.get("loss"))
-        return dict(loss_streak=monitor.state["streak"])
+            if step["step"] <= (row["values"].get("step") or 0): seen = monitor.look(step)
+        return {key: value for key, value in seen.items() if key in row["values"]}
     if not row.get("evidence"): return {}
     if "step" in row["evidence"]: return early_values(by_id[row["evidence"]["run"]], by_id[row["evidence"]["baseline"]], row["evidence"]["step"])
     place = {k: v for k, v in row["evidence"].items() if k != "records"}
-    here = Evidence(table[table.run.isin(row["evidence"]["records"])], **place)
+    here = Evidence(table[table.run.isin(list(map(_id, row["evidence"]["records"])))], **place)
     estimates = {q.key: here.estimate(q) for q in checkpoint_quantities(row["checkpoint"])}
     return {key: estimate.value for key, estimate in estimates.items() if estimate.value is not None or not estimate.note.endswith("supplied at its checkpoint")}
 
 # %% ../../nbs/08_judge/05_decisions.ipynb #72097302
-def _close(a: float | None, b: float | None) -> bool:
-    return a is b if None in (a, b) else abs(a - b) <= 1e-9 * max(1.0, abs(a), abs(b))
+def _replayed(row: dict, run: Run, table, by_id: dict[str, Run]) -> dict:
+    "One decision taken again."
+    again, gone = decide(row["checkpoint"], row["values"], row["enforced"]), _absent(row, by_id)
+    values = {} if gone else _recomputed(row, run, table, by_id)
+    differs = [f"{name}: recorded {row[name]!r}, replayed {getattr(again, name)!r}" for name in ("action", "why") if row[name] != getattr(again, name)]
+    differs += [f"{id}: its record is missing; restore it, or take the decision anew" for id in gone]
+    differs += [f"{key}: recorded {row['values'].get(key)}, from the records {value}" for key, value in values.items() if not _close(row["values"].get(key), value)]
+    return dict(run=run.id, checkpoint=row["checkpoint"], recorded=row["action"], replayed=again.action, agrees=not differs, difference="; ".join(differs),
+                unchecked=[key for key in row["values"] if key not in values])
 
 def replay(
     runs: Iterable[Run],  # a whole study: the runs with decisions and those that they rest on
 ) -> list[dict]:
-    "Each recorded decision, taken again: run, checkpoint, recorded and replayed action, agrees, difference."
-    runs, out = list(runs), []
+    "Each decision that stands, taken again: run, checkpoint, recorded and replayed action, agrees, difference, and the values that the records could not give."
+    runs = list(runs)
     table, by_id = evidence_table(runs), {run.header.get("run"): run for run in runs}
-    for run, row in ((run, row) for run in runs for row in run.of("decision")):
-        again = decide(row["checkpoint"], row["values"], row["enforced"])
-        differs = [f"{name}: recorded {row[name]!r}, replayed {getattr(again, name)!r}" for name in ("action", "why") if row[name] != getattr(again, name)]
-        differs += [f"{key}: recorded {row['values'].get(key)}, from the records {value}" for key, value in _recomputed(row, run, table, by_id).items()
-                    if not _close(row["values"].get(key), value)]
-        out.append(dict(run=run.id, checkpoint=row["checkpoint"], recorded=row["action"], replayed=again.action, agrees=not differs, difference="; ".join(differs)))
-    return out
+    return [_replayed(row, run, table, by_id) for run in runs for row in standing(run)]
+
+# %% ../../nbs/08_judge/05_decisions.ipynb #b78a463c
+def decide_against(
+    row: Mapping,  # a recorded decision
+    runs: Iterable[Run],  # of its study
+    against: str,  # another reference configuration
+) -> Decision | None:
+    "The decision as it would have been against another reference; None where the record does not say what it rests on, or there is no such partner."
+    runs, evidence = list(runs), row.get("evidence")
+    if not isinstance(evidence, Mapping): return None
+    by_id = {run.header.get("run"): run for run in runs}
+    if "step" in evidence:
+        ours = by_id.get(evidence["run"])
+        same = {key: ours.header[key] for key in ("role", "arm", "seed")} if ours else {}
+        partner = next((run for run in runs if ours and run.header["config"] == against and same.items() <= run.header.items()), None)
+        return decide_early(ours, partner, evidence["step"]) if partner else None
+    place = {key: value for key, value in evidence.items() if key != "records"}
+    return decide_from(row["checkpoint"], Evidence(evidence_table(runs), **place | dict(against=against)))

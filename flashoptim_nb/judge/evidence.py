@@ -10,14 +10,15 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import inf, nextafter
 
 import numpy as np
 import pandas as pd
 
 from .criteria import ALPHA, MARGIN_NATS, MARGIN_PPL, QUALITY_SIZES, QUANTITIES, REFERENCE_PPL, SEQUENCE, SIZES
 from .expression import Q, estimate_of
-from .statistics import Estimate, exact, hedges_g, missing, paired_interval, paired_ratio, tost, tost_power
-from .table import count_spikes, evidence_table, steps_ratio  # noqa: F401 - the table belongs to the evidence
+from .statistics import POWER, Estimate, exact, hedges_g, missing, opened, paired_interval, paired_ratio, tost, tost_power
+from .table import SCALES, count_spikes, evidence_table, steps_ratio  # noqa: F401 - the table belongs to the evidence
 
 # %% ../../nbs/08_judge/04_evidence.ipynb #8dc4675a
 _MEASURES: dict[str, Callable[["Evidence", Q], Estimate]] = {}
@@ -38,12 +39,19 @@ class Evidence:
     stack: str = "flashoptim_full"  # the configuration that is judged
     scale: str = "gpu"
     device: str | None = None  # its name in the records; None: all there is must be one device
+    anywhere: bool = False  # instead: all runs that are evidence, whatever their scale and device
 
     @cached_property
     def here(self) -> list[dict]:
         "The runs of this scale and device, in the order in which they began."
-        wanted = self.table[(self.table.scale == self.scale) & ((self.table.device == self.device) | (self.device is None))]
+        t = self.table
+        wanted = t[t.evidence == True] if self.anywhere else t[(t.scale == self.scale) & ((t.device == self.device) | (self.device is None))]  # noqa: E712 - a column
         return sorted(wanted.to_dict("records"), key=lambda row: str(row["started"]))
+
+    @property
+    def proves(self) -> bool:
+        "Whether it is evidence: what ran on a GPU, above laptop scale."
+        return bool(self.here) and all(row["evidence"] for row in self.here)
 
     def rows(self, config: str, role: str | None = None, arm: str | None = None) -> list[dict]:
         "The runs of a configuration."
@@ -51,7 +59,7 @@ class Evidence:
 
     def pairs(self, config: str, role: str, arm: str, against: str | None = None, status: tuple = ("finished",)) -> list[tuple[dict, dict]]:
         "Runs of `config` that ended so, with their partners; of runs that were repeated the last counts."
-        key = lambda row: tuple(str(row[name]) for name in ("seed", "size", "device", "data_hash"))
+        key = lambda row: tuple(str(row[name]) for name in ("seed", "size", "scale", "device", "data_hash", "recipe"))
         new, old = ({key(row): row for row in self.rows(c, role, arm) if row["status"] in status} for c in (config, against or self.against))
         return [(new[k], old[k]) for k in sorted(new.keys() & old.keys())]
 
@@ -71,20 +79,22 @@ def _why(e: Evidence, config: str, role: str, arm: str, against: str | None = No
     told, records = [], []
     for name in (config, against or e.against):
         rows = e.rows(name, role, arm)
-        records += [row["run"] for row in rows]
+        records += [row["name"] for row in rows]
         endings = sorted({f"{row['status']} ({row['reason']})" if row["reason"] else row["status"] for row in rows if row["status"] != "finished"})
         if not rows: told.append(f"no run of {name}")
         elif endings and all(row["status"] != "finished" for row in rows): told.append(f"{name}: {', '.join(endings)}")
-    return missing(f"{role}, {arm} micro-batch: " + ("; ".join(told) or lacks or "no two runs with the same seed, size and data"), records)
+    return missing(f"{role}, {arm} micro-batch: " + ("; ".join(told) or (lacks if e.pairs(config, role, arm, against) else "no two runs with the same seed, size, data and recipe")), records)
 
 def _have(pair, column: str) -> bool: return all(pd.notna(row[column]) and row[column] > 0 for row in pair)
 
-def _ids(pairs) -> tuple[str, ...]: return tuple(dict.fromkeys(row["run"] for pair in pairs for row in pair))
+def _names(rows) -> tuple[str, ...]: return tuple(dict.fromkeys(row["name"] for row in rows))
+
+def _ids(pairs) -> tuple[str, ...]: return _names(itertools.chain.from_iterable(pairs))
 
 def _smaller(e: Evidence, pairs) -> dict:
     "Marks what was measured on a model other than the one it stands for."
     sizes = {row["size"] for pair in pairs for row in pair if row["size"] != row["role"]}
-    if e.scale == "laptop" or not sizes: return {}
+    if e.scale == SCALES[0] or not sizes: return {}
     return dict(projected=True, note=f"projected from a model of size {', '.join(map(str, sorted(sizes)))}")
 
 # %% ../../nbs/08_judge/04_evidence.ipynb #598e7b2d
@@ -96,13 +106,19 @@ def _ratio(e: Evidence, q: Q, column: str, arm: str = "best", config: str | None
     new, old = ([row[column] for row in side] for side in zip(*pairs))
     return paired_ratio(new, old, QUANTITIES[q.name].confidence, records=_ids(pairs), **_smaller(e, pairs))
 
+def _as_searched(e: Evidence, estimate: Estimate, config: str, role: str, against: str | None = None) -> Estimate:
+    "A saving or speed, larger being better, opened on the sides where a larger micro-batch might move it."
+    pairs = [] if e.scale == SCALES[0] else e.pairs(config, role, "best", against)
+    told = dict.fromkeys(f"{row['config']}: {row['untried']}" for pair in pairs for row in pair[::-1] if row["untried"])
+    return opened(estimate, f"not known to be at the best micro-batch ({'; '.join(told)})", less=any(old["untried"] for _, old in pairs), more=any(new["untried"] for new, _ in pairs))
+
 @measures("throughput_ratio")
-def _throughput_ratio(e: Evidence, q: Q) -> Estimate: return _ratio(e, q, "tokens_per_s")
+def _throughput_ratio(e: Evidence, q: Q) -> Estimate: return _as_searched(e, _ratio(e, q, "tokens_per_s"), q.config or e.stack, q.size)
 
 @measures("memory_saving")
 def _memory_saving(e: Evidence, q: Q) -> Estimate:
     pairs = [p for p in e.pairs(q.config or e.stack, q.size, "equal") if _have(p, "peak")]
-    odd = [f"{row['run']} has sequence {row['seq']}" for pair in pairs for row in pair if e.scale != "laptop" and row["seq"] != SEQUENCE[q.size]]
+    odd = [f"{row['run']} has sequence {row['seq']}" for pair in pairs for row in pair if e.scale != SCALES[0] and row["seq"] != SEQUENCE[q.size]]
     odd += [f"{new['run']} has micro-batch {new['micro_batch']}, its partner {old['micro_batch']}" for new, old in pairs if new["micro_batch"] != old["micro_batch"]]
     if odd: return missing(f"not comparable: {'; '.join(odd)}", _ids(pairs))
     return _ratio(e, q, "peak", "equal").map(lambda ratio: 1 - ratio)
@@ -137,10 +153,11 @@ def _saving(e: Evidence, q: Q, config: str, against: str | None = None) -> Estim
     if time.value is None: return time
     pairs = [p for p in e.pairs(config, q.size, "best", against) if _have(p, "gpu_s_per_token")]
     steps = _steps_by_pair(pairs)
-    if not steps: return _projected_saving(e, q, time, config, against)
+    if not steps: return _as_searched(e, _projected_saving(e, q, time, config, against), config, q.size, against)
     ratios = [pairs[i][0]["gpu_s_per_token"] / pairs[i][1]["gpu_s_per_token"] * ratio for i, (_, ratio) in steps.items()]
     used = [pairs[i] for i in steps]
-    return paired_ratio(ratios, [1.0] * len(ratios), QUANTITIES[q.name].confidence, records=_ids(used), **_smaller(e, used)).map(lambda ratio: 1 - ratio)
+    ratio = paired_ratio(ratios, [1.0] * len(ratios), QUANTITIES[q.name].confidence, records=_ids(used), **_smaller(e, used))
+    return _as_searched(e, ratio.map(lambda ratio: 1 - ratio), config, q.size, against)
 
 def _projected_saving(e: Evidence, q: Q, time: Estimate, config: str, against: str | None) -> Estimate:
     "The saving with the steps ratio of a smaller size."
@@ -168,7 +185,7 @@ def quality_gaps(
 ) -> tuple[str, list[float], list[tuple[dict, dict]]]:
     "Set, paired gaps in nats per token, and the pairs; no gaps if nothing fits."
     pairs = e.pairs(q.config or e.stack, q.size, "best")
-    for name in [q.set] if q.set else ["wikitext103", "sotu"] if e.scale == "laptop" else ["wikitext103"]:
+    for name in [q.set] if q.set else ["wikitext103", "sotu"] if e.scale == SCALES[0] else ["wikitext103"]:
         used = [(new, old, max(common)) for new, old in pairs if (common := new["curves"].get(name, {}).keys() & old["curves"].get(name, {}).keys())]
         if used: return name, [new["curves"][name][n] - old["curves"][name][n] for new, old, n in used], [pair[:2] for pair in used]
     return name, [], []
@@ -186,31 +203,43 @@ def _quality_gap(e: Evidence, q: Q) -> Estimate:
     if not gaps: return _why(e, q.config or e.stack, q.size, "best", lacks=f"no pair was evaluated on {name}")
     points = _in_ppl(e, name, gaps, pairs)
     nats, test, effect = paired_interval(gaps, 1 - 2 * ALPHA), tost(points, MARGIN_PPL, ALPHA), hedges_g(gaps)
+    power = None if test.p is None else tost_power(len(gaps), float(np.std(points, ddof=1)), MARGIN_PPL, ALPHA)
+    weak = bool(test.equivalent) and power < POWER
     told = [f"{nats.value:+.4f} nats on {name}"]
     if q.set is None and name != "wikitext103": told.append("it stands in for WikiText-103, which was not there")
     if e.scale != "full": told.append(f"margin {MARGIN_NATS:g} nats")
     if test.p is not None: told.append(f"TOST p = {test.p:.2g}")
-    if effect is not None: told.append(f"g = {effect:.2g}, power {tost_power(len(gaps), float(np.std(points, ddof=1)), MARGIN_PPL, ALPHA):.0%}")
+    if effect is not None: told.append(f"g = {effect:.2g}")
+    if power is not None: told.append(f"power {power:.0%}" + (f", below the {POWER:.0%} without which nothing is called equivalent" if weak else ""))
     also = _smaller(e, pairs)
-    return paired_interval(points, QUANTITIES[q.name].confidence, records=_ids(pairs), **(also | dict(note="; ".join([*told, *filter(None, [also.get("note")])]))))
+    reach = (nextafter(-MARGIN_PPL, -inf), nextafter(MARGIN_PPL, inf)) if weak else None
+    return paired_interval(points, QUANTITIES[q.name].confidence, records=_ids(pairs), reach=reach, **(also | dict(note="; ".join([*told, *filter(None, [also.get("note")])]))))
 
 # %% ../../nbs/08_judge/04_evidence.ipynb #160a0b7b
-def _stack_runs(e: Evidence) -> list[dict]: return [row for row in e.rows(e.stack) if row["steps"]]
+def _anywhere(e: Evidence) -> Evidence:
+    "All that is evidence, or, where this is none, this."
+    return replace(e, anywhere=True) if e.proves else e
+
+def _stack_runs(e: Evidence) -> list[dict]: return [row for row in _anywhere(e).rows(e.stack) if row["steps"]]
 
 @measures("nan_events")
 def _nan_events(e: Evidence, q: Q) -> Estimate:
     rows = _stack_runs(e)
     if not rows: return missing(f"no run of {e.stack} took a step")
-    return exact(sum(row["nan_steps"] for row in rows), n=len(rows), records=tuple(row["run"] for row in rows))
+    return exact(sum(row["nan_steps"] for row in rows), n=len(rows), records=_names(rows))
 
 @measures("nan_unrecovered")
 def _nan_unrecovered(e: Evidence, q: Q) -> Estimate:
     rows = _stack_runs(e)
     if not rows: return missing(f"no run of {e.stack} took a step")
-    return exact(max(row["nan_unrecovered"] / row["steps"] for row in rows), n=len(rows), records=tuple(row["run"] for row in rows))
+    worst = max(row["nan_unrecovered"] / row["steps"] for row in rows)
+    most = max((row["nan_unrecovered"] + row["nan_open"]) / row["steps"] for row in rows)
+    told = [f"{row['name']} ended on {row['nan_open']} skipped step{'s' * (row['nan_open'] > 1)}" for row in rows if row["nan_open"]]
+    return replace(exact(worst, n=len(rows), records=_names(rows), note=f"recovery cannot be seen: {', '.join(told)}" if told else ""), hi=most)
 
 @measures("loss_spikes")
 def _loss_spikes(e: Evidence, q: Q) -> Estimate:
+    e = _anywhere(e)
     where = sorted({(row["role"], row["arm"]) for row in _stack_runs(e)}, key=str)
     pairs = [pair for role, arm in where for pair in e.pairs(e.stack, role, arm, status=("finished", "failed", "aborted", "oom"))]
     if not pairs: return missing(f"no run of {e.stack} has a partner of {e.against}")
@@ -221,13 +250,13 @@ def _loss_spikes(e: Evidence, q: Q) -> Estimate:
 def _utilization(e: Evidence, q: Q) -> Estimate:
     rows = [row for row in e.rows(e.against) if pd.notna(row["utilization"])]
     if not rows: return missing(f"no run of {e.against} recorded the device's utilization")
-    return paired_interval([row["utilization"] for row in rows], records=tuple(row["run"] for row in rows))
+    return paired_interval([row["utilization"] for row in rows], records=_names(rows))
 
 @measures("nan_rate")
 def _nan_rate(e: Evidence, q: Q) -> Estimate:
     rows = [row for row in e.rows(e.against) if row["steps"]]
     if not rows: return missing(f"no run of {e.against} took a step")
-    return exact(1000 * sum(row["nan_steps"] for row in rows) / sum(row["steps"] for row in rows), n=len(rows), records=tuple(row["run"] for row in rows))
+    return exact(1000 * sum(row["nan_steps"] for row in rows) / sum(row["steps"] for row in rows), n=len(rows), records=_names(rows))
 
 # %% ../../nbs/08_judge/04_evidence.ipynb #133b0909
 @measures("platform_gap")
@@ -237,6 +266,13 @@ def _platform_gap(e: Evidence, q: Q) -> Estimate:
     savings = {device: saving for device, saving in savings.items() if saving.value is not None}
     if len(savings) < 2: return missing(f"{q.size}: needs two GPU models really measured; here {len(savings)}")
     gaps = [estimate_of(Q("a") - Q("b"), {Q("a"): savings[a], Q("b"): savings[b]}.get) for a, b in itertools.combinations(savings, 2)]
-    widest = max(gaps, key=lambda gap: abs(gap.value))
-    ends = [None, None] if widest.lo is None else [max(0.0, widest.lo, -widest.hi), max(abs(widest.lo), abs(widest.hi))]
-    return replace(widest, value=abs(widest.value), lo=ends[0], hi=ends[1], note="; ".join([*savings, *filter(None, [widest.note])]))
+    return _largest(gaps, "; ".join([*savings, *dict.fromkeys(gap.note for gap in gaps if gap.note)]))
+
+def _largest(gaps: list[Estimate], note: str) -> Estimate:
+    "The largest distance, of differences."
+    def distance(ends): return [(max(0.0, lo, -hi), max(abs(lo), abs(hi))) for lo, hi in ends]
+    def largest(ends): return tuple(map(max, zip(*distance(ends))))
+    known = all(gap.lo is not None for gap in gaps)
+    lo, hi = largest([(gap.lo, gap.hi) for gap in gaps]) if known else (None, None)
+    return Estimate(value=max(abs(gap.value) for gap in gaps), lo=lo, hi=hi, reach=largest([gap.ends for gap in gaps]) if known and any(gap.reach for gap in gaps) else None,
+                    n=min(gap.n for gap in gaps), records=tuple(dict.fromkeys(run for gap in gaps for run in gap.records)), note=note, projected=any(gap.projected for gap in gaps))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLATFORMS', 'JOULES_PER_KWH', 'WORLD', 'BUDGET', 'Platform', 'load_platforms', 'known_platforms', 'cost_per_token',
-           'project_cost', 'cost_saving', 'Grid', 'co2_kg', 'Budget']
+           'project_cost', 'Grid', 'co2_kg', 'Budget']
 
 # %% ../../nbs/07_measure/04_cost.ipynb #559edc89
 import json
@@ -101,16 +101,6 @@ def project_cost(
     return dict(platform=f"{platform.name} {platform.instance}", gpu_hours=seconds_per_token * tokens * n_gpus / 3600,
                 dollars=cost_per_token(seconds_per_token, platform, n_gpus) * tokens, per_token=cost_per_token(seconds_per_token, platform, n_gpus),
                 label="projected" if reasons else "measured", why="; ".join(reasons))
-
-# %% ../../nbs/07_measure/04_cost.ipynb #c2d96375
-def cost_saving(
-    cost: float,  # per token, of the stack
-    baseline: float,  # per token, of what it is compared with; same unit
-    steps_ratio: float = 1.0,  # steps to equal loss, the stack's over the baseline's
-) -> float:
-    "Share of the baseline's cost that is saved, 1 - (cost ratio) x (steps ratio); negative where it costs more."
-    if not (cost > 0 and baseline > 0 and steps_ratio > 0): raise UserError(f"a saving needs costs and a ratio above 0; given were {cost}, {baseline} and {steps_ratio}")
-    return 1 - cost / baseline * steps_ratio
 
 # %% ../../nbs/07_measure/04_cost.ipynb #aad3b108
 JOULES_PER_KWH = 3.6e6

@@ -63,7 +63,7 @@ def _batches(pairs, batch, device):
         filling = [(np.zeros_like(part[0][0]), np.full_like(part[0][1], IGNORE))] * (min(batch, len(pairs)) - len(part))
         yield tuple(torch.from_numpy(np.stack(side)).to(device) for side in zip(*(part + filling), strict=True))
 
-def _exp(nats): return math.exp(nats) if nats < 709 else math.inf
+def _exp(nats): return math.inf if nats >= 709 else math.exp(nats)  # NaN stays NaN
 
 # %% ../../nbs/07_measure/03_evaluate.ipynb #e8c44c37
 class scoring:
@@ -107,8 +107,9 @@ def evaluate(
     return _row(evalset.name, total.item(), int(tokens), evalset.words, evalset.bytes, context)
 
 def _row(name, nll, tokens, words, size, context, correct=None, examples=None):
-    return dict(set=name, nll=nll, tokens=tokens, words=words, bytes=size, ppl=_exp(nll / tokens), word_ppl=_exp(nll / words),
-                bpb=nll / math.log(2) / size, correct=correct, examples=examples, context=context)
+    "A ratio over what the text has none of, words or bytes, is None."
+    return dict(set=name, nll=nll, tokens=tokens, words=words, bytes=size, ppl=_exp(nll / tokens), word_ppl=_exp(nll / words) if words else None,
+                bpb=nll / math.log(2) / size if size else None, correct=correct, examples=examples, context=context)
 
 # %% ../../nbs/07_measure/03_evaluate.ipynb #0e9e8824
 def _target_window(before, target, context):

@@ -10,11 +10,13 @@ __all__ = ['HEADROOM', 'tensors_in', 'storages', 'resident_classes', 'Ledger', '
 import dataclasses
 import gc
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -63,18 +65,31 @@ def resident_classes(
     declared = optimizer.memory_classes() if hasattr(optimizer, "memory_classes") else {}
     return classes | {choose("memory class", name, {c: c for c in classes}): int(size) for name, size in declared.items()}
 
+# %% ../../nbs/07_measure/00_memory.ipynb #960a7ae2
+def _copy_of(wide: torch.Tensor, tensor: torch.Tensor) -> bool:
+    "Whether `tensor` holds the values of `wide` in its own narrower type; a row is compared before the whole."
+    def same(a, b): return torch.equal(a.to(b.dtype), b)
+    return any(side.shape == tensor.shape and same(side[:1], tensor[:1]) and same(side, tensor) for side in (wide, wide.t()))
+
+@torch.no_grad()
+def _is_copy(weights: list[torch.Tensor], tensor: torch.Tensor) -> bool:
+    "Whether a saved tensor is a narrower copy of one of the matrices `weights`."
+    if type(tensor) is not torch.Tensor or tensor.dim() != 2 or not tensor.is_floating_point(): return False
+    tensor = tensor.detach()
+    return any(w.element_size() > tensor.element_size() and w.numel() == tensor.numel() and _copy_of(w, tensor) for w in weights)
+
 # %% ../../nbs/07_measure/00_memory.ipynb #2346b6ae
 class _Ticket:
     "One saved tensor, for as long as autograd keeps it."
     def __init__(self, ledger, tensor):
         self.ledger, self.tensor, self.held = ledger, tensor.detach(), storages(tensor, ledger.device)
-        ledger.admit(self.held)
+        ledger.admit(self.held, "copies" if self.held and _is_copy(ledger.wide, tensor) else "activations")
 
     def __del__(self): self.ledger.release(self.held)
 
 # %% ../../nbs/07_measure/00_memory.ipynb #46d334de
 class Ledger:
-    "Activations and gradients as they come and go within a step: `with Ledger(...) as seen: step()`."
+    "Activations, copies and gradients as they come and go within a step: `with Ledger(...) as seen: step()`."
     def __init__(
         self,
         model: torch.nn.Module,
@@ -83,41 +98,53 @@ class Ledger:
     ):
         self.parameters, self.optimizer, self.device = list(model.parameters()), optimizer, torch.device(device)
         self.known = set(storages([*self.parameters, *model.buffers()], device))  # not the gradients: what they free, activations take
-        self.tickets, self.live = {}, 0
-        self.activations = self.gradients = self.joint = 0  # the peaks: of each, and of both together
+        self.wide = [p.detach() for p in self.parameters if p.dim() == 2 and type(p) is torch.nn.Parameter and p.is_floating_point()]  # what autocast may copy
+        self.tickets, self.kinds, self.live = Counter(), {}, Counter(activations=0, copies=0)
+        self.peaks = Counter(activations=0, copies=0, gradients=0)
+        self.joint = 0  # the peak of the three together
 
-    def admit(self, held):
-        for at, size in held.items():
-            if at in self.known: continue
-            if at not in self.tickets: self.live += size
-            self.tickets[at] = self.tickets.get(at, 0) + 1
-        self.note()
+# %% ../../nbs/07_measure/00_memory.ipynb #48357004
+@patch
+def admit(self: Ledger, held: dict[int, int], kind: str):
+    "Counts storages that autograd has begun to keep."
+    for at, size in held.items():
+        if at in self.known: continue
+        if not self.tickets[at]:
+            self.kinds[at] = kind
+            self.live[kind] += size
+        self.tickets[at] += 1
+    self.note()
 
-    def release(self, held):
-        for at, size in held.items():
-            if at not in self.tickets: continue
-            self.tickets[at] -= 1
-            if not self.tickets[at]:
-                del self.tickets[at]
-                self.live -= size
+@patch
+def release(self: Ledger, held: dict[int, int]):
+    "Counts storages that autograd has let go of."
+    for at, size in held.items():
+        if not self.tickets[at]: continue
+        self.tickets[at] -= 1
+        if not self.tickets[at]: self.live[self.kinds.pop(at)] -= size
 
-    def note(self, arriving=None, gradient=None):
-        "Takes the peaks; `arriving` is the parameter that is about to receive `gradient`."
-        held = [p.grad if p.grad is not None else gradient if p is arriving else None for p in self.parameters]
-        gradients = sum(t.nbytes for t in tensors_in(held) if t.device.type == self.device.type)
-        self.activations, self.gradients = max(self.activations, self.live), max(self.gradients, gradients)
-        self.joint = max(self.joint, self.live + gradients)
+# %% ../../nbs/07_measure/00_memory.ipynb #9e224e3d
+@patch
+def note(self: Ledger, arriving=None, gradient=None):
+    "Takes the peaks; `arriving` is the parameter that is about to receive `gradient`."
+    held = [p.grad if p.grad is not None else gradient if p is arriving else None for p in self.parameters]
+    gradients = sum(t.nbytes for t in tensors_in(held) if t.device.type == self.device.type)
+    now = self.live | Counter(gradients=gradients)
+    self.peaks = Counter({name: max(peak, now[name]) for name, peak in self.peaks.items()})
+    self.joint = max(self.joint, sum(now.values()))
 
-    def __enter__(self):
-        self.hooks = [p.register_hook(lambda gradient, p=p: self.note(p, gradient)) for p in self.parameters if p.requires_grad]
-        self.hooks.append(self.optimizer.register_step_pre_hook(lambda *_: self.note()))
-        self.saving = saved_tensors_hooks(lambda tensor: _Ticket(self, tensor), lambda ticket: ticket.tensor)
-        self.saving.__enter__()
-        return self
+@patch
+def __enter__(self: Ledger):
+    self.hooks = [p.register_hook(lambda gradient, p=p: self.note(p, gradient)) for p in self.parameters if p.requires_grad]
+    self.hooks.append(self.optimizer.register_step_pre_hook(lambda *_: self.note()))
+    self.saving = saved_tensors_hooks(lambda tensor: _Ticket(self, tensor), lambda ticket: ticket.tensor)
+    self.saving.__enter__()
+    return self
 
-    def __exit__(self, *error):
-        self.saving.__exit__(*error)
-        for hook in self.hooks: hook.remove()
+@patch
+def __exit__(self: Ledger, *error):
+    self.saving.__exit__(*error)
+    for hook in self.hooks: hook.remove()
 
 # %% ../../nbs/07_measure/00_memory.ipynb #ba393b41
 _MARK = "flashoptim_nb: the counted step begins"
@@ -182,7 +209,7 @@ def memory_by_class(
     inputs=(),  # tensors that the step reads and that live outside it (a batch); on the CPU they count towards the peak
     **fields,  # goes into the row as it is: batch, seq
 ) -> dict:
-    "The row `memory`, in bytes: each class, their overlap, the peak of a step, and the remainder `other` = peak - sum of the classes."
+    "The row `memory`, in bytes: each class, the overlap, the peak of a step, and the remainder `other` = peak - sum of the classes."
     device = torch.device(device)
     step_fn()
     window = (_CudaPeak if device.type == "cuda" else _CpuPeak)(device)
@@ -192,12 +219,12 @@ def memory_by_class(
         window.begin(sum(resident.values()) + sum(storages(inputs, device).values()))
         step_fn()
     finally: window.close()
-    classes = resident | dict(gradients=seen.gradients, activations=seen.activations)
+    classes = resident | seen.peaks
     row = classes | window.read()
-    return row | dict(other=row["peak"] - sum(classes.values()), overlap=seen.gradients + seen.activations - seen.joint) | fields
+    return row | dict(other=row["peak"] - sum(classes.values()), overlap=sum(seen.peaks.values()) - seen.joint) | fields
 
 # %% ../../nbs/07_measure/00_memory.ipynb #9de6b48b
-HEADROOM = 0.90  # the share of a device's memory that a search may plan with
+HEADROOM = 0.90  # the share of a device's memory that a search or a plan may fill; the one place that says so
 
 def device_memory(
     device: torch.device | str,

@@ -91,8 +91,7 @@ def state_bytes(
 ) -> float:
     "Bytes a parameter: weight, correction, states with their scales, and the gradient."
     stack = choose("configuration", stack_name, STACKS)
-    parts = bytes_per_parameter(stack.weights, stack.states, stack.release)
-    return sum(size for part, size in parts.items() if part != "copy" and (gradients or part != "gradients"))
+    return stack.bytes_per_parameter - (0 if gradients else bytes_per_parameter(stack.weights, stack.states, stack.release)["gradients"])
 
 def sequence_bytes(
     config: GPTConfig,
@@ -103,7 +102,7 @@ def sequence_bytes(
     "Bytes on each GPU, estimated, to train on one sequence without checkpointing."
     stack = choose("configuration", stack_name, STACKS)
     attention = "flash" if stack.attention == "best" else stack.attention
-    held = activation_bytes(config, 1, seq, attention=attention, loss=stack.loss, weights=stack.weights)
+    held = activation_bytes(config, 1, seq, attention=attention, loss=stack.loss, weights=stack.weights, compiled=stack.compile)
     return count_parameters(config)["total"] * state_bytes(stack_name) / n_gpus + held
 
 # %% ../../nbs/07_measure/05_plan.ipynb #1df389bd
@@ -114,7 +113,7 @@ def longest_sequence(
     accelerator: Accelerator = A100_80,
     multiple: int = 256,  # tokens; the answer is a multiple of it
 ) -> int:
-    "Tokens of the longest sequence that fits into 90 % of each GPU; 0 if none does."
+    "Tokens of the longest sequence that fits into `HEADROOM` of each GPU; 0 if none does."
     low, high = 0, 1 << 24
     while high - low > 1:
         middle = (low + high) // 2
@@ -135,9 +134,9 @@ def _figures(n_gpus: int, accelerator: Accelerator) -> list[tuple]:
         ("inference cost", f"7B served, with keys and values of {SEQ} tokens", "GB", "2 N + 4 L d T", lambda name: served / 1e9),
         ("inference cost", "7B, one stream, at most", "tokens/s", "bandwidth / (2 N + 4 L d T)", lambda name: accelerator.bandwidth / served),
         ("70B scale", "weights, gradients and states", "GB", "bytes N", lambda name: big * state_bytes(name) / 1e9),
-        ("70B scale", holds, "GPUs", "bytes N / (0.9 memory)", lambda name: gpus(big * state_bytes(name))),
+        ("70B scale", holds, "GPUs", f"bytes N / ({HEADROOM:g} memory)", lambda name: gpus(big * state_bytes(name))),
         ("memory-efficient RLHF", "7B policy, value, reference and reward", "GB", "2 bytes N + 2 x 2 N", lambda name: four(name) / 1e9),
-        ("memory-efficient RLHF", holds, "GPUs", "(2 bytes N + 2 x 2 N) / (0.9 memory)", lambda name: gpus(four(name))),
+        ("memory-efficient RLHF", holds, "GPUs", f"(2 bytes N + 2 x 2 N) / ({HEADROOM:g} memory)", lambda name: gpus(four(name))),
         ("sequence above 4096", f"7B, longest sequence over {n_gpus} GPUs", "tokens", "largest T that fits", lambda name: longest_sequence(seven, name, n_gpus, accelerator)),
         ("continual pretraining", "7B checkpoint from stage to stage", "GB", "(bytes - gradient) N", lambda name: small * state_bytes(name, gradients=False) / 1e9),
     ]

@@ -16,7 +16,7 @@ from ..data.batches import synthetic
 from ..kernels.attention import attend, attention_backends
 from ..kernels.split import reconstruct_fp32_param
 from ..models.gpt import GPT, GPTConfig
-from ..optim.flash import FlashAdamW
+from ..optim.adam import FlashAdamW
 from ..train.distributed import launch
 
 # %% ../../nbs/07_measure/07_prerequisites.ipynb #0b5104b6

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -170,7 +171,7 @@ class GPT(nn.Module):
     def __init__(
         self,
         config: GPTConfig,
-        attention: str = "eager",  # a name in `kernels.attention.ATTENTION`; resolve "best" first
+        attention: str = "eager",  # a name of kernels.attention; resolve "best" first
         checkpointing: str = "none",  # or "selective", "full"
     ):
         super().__init__()
@@ -188,62 +189,72 @@ class GPT(nn.Module):
         "V x D: the head, which in GPT-2 is the embedding."
         return self.wte.weight if self.config.tied else self.head.weight
 
-    def hidden(
-        self,
-        tokens_BT: torch.Tensor,  # int64, each in [0, V)
-    ) -> torch.Tensor:  # B T D
-        "The last hidden states, normalized; raises `UserError` for a sequence longer than `max_seq`."
-        c, T = self.config, tokens_BT.shape[1]
-        if T > c.max_seq: raise UserError(f"a sequence of {T} tokens was given, the model has {c.max_seq} positions; shorten it or raise max_seq")
-        x_BTD, rotary = self.wte(tokens_BT), None
-        if c.style == "gpt2": x_BTD = x_BTD + self.wpe.weight[:T]
-        else: rotary = rotary_table(T, c.head_dim, c.rope_theta, x_BTD.device, torch.promote_types(x_BTD.dtype, torch.float32))
-        for block in self.blocks: x_BTD = block(x_BTD, rotary)
-        return self.norm_f(x_BTD)
+# %% ../../nbs/04_models/00_gpt.ipynb #989cc205
+@patch
+def hidden(
+    self: GPT,
+    tokens_BT: torch.Tensor,  # int64, each in [0, V)
+) -> torch.Tensor:  # B T D
+    "The last hidden states, normalized; raises `UserError` for a sequence longer than `max_seq`."
+    c, T = self.config, tokens_BT.shape[1]
+    if T > c.max_seq: raise UserError(f"a sequence of {T} tokens was given, the model has {c.max_seq} positions; shorten it or raise max_seq")
+    x_BTD, rotary = self.wte(tokens_BT), None
+    if c.style == "gpt2": x_BTD = x_BTD + self.wpe.weight[:T]
+    else: rotary = rotary_table(T, c.head_dim, c.rope_theta, x_BTD.device, torch.promote_types(x_BTD.dtype, torch.float32))
+    for block in self.blocks: x_BTD = block(x_BTD, rotary)
+    return self.norm_f(x_BTD)
 
-    def logits(
-        self,
-        x: torch.Tensor,  # ... D, of `hidden`
-    ) -> torch.Tensor:  # ... V
-        "Unnormalized log-probabilities of the next token."
-        return F.linear(x, self.head_weight)
+@patch
+def logits(
+    self: GPT,
+    x: torch.Tensor,  # ... D, of `hidden`
+) -> torch.Tensor:  # ... V
+    "Unnormalized log-probabilities of the next token."
+    return F.linear(x, self.head_weight)
 
-    def forward(self, tokens_BT, targets_BT=None, how: str = "plain"):
-        x_BTD = self.hidden(tokens_BT)
-        if targets_BT is None: return self.logits(x_BTD)
-        return choose("loss", how, self._losses)(x_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten())
+# %% ../../nbs/04_models/00_gpt.ipynb #1e06e83b
+@patch
+def forward(self: GPT, tokens_BT, targets_BT=None, how: str = "plain"):
+    "The mean loss; without targets, the logits."
+    x_BTD = self.hidden(tokens_BT)
+    if targets_BT is None: return self.logits(x_BTD)
+    return choose("loss", how, self._losses)(x_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten())
 
-    def loss(
-        self,
-        tokens_BT: torch.Tensor,  # int64
-        targets_BT: torch.Tensor,  # int64, the token after each
-        how: str = "plain",  # or "fused_linear"
-    ) -> torch.Tensor:  # scalar, fp32, nats a token
-        "Mean negative log-likelihood of the targets."
-        return self(tokens_BT, targets_BT, how)
+@patch
+def loss(
+    self: GPT,
+    tokens_BT: torch.Tensor,  # int64
+    targets_BT: torch.Tensor,  # int64, the token after each
+    how: str = "plain",  # or "fused_linear"
+) -> torch.Tensor:  # scalar, fp32, nats a token
+    "Mean negative log-likelihood of the targets."
+    return self(tokens_BT, targets_BT, how)
 
-    @torch.no_grad()
-    def init_weights(
-        self,
-        seed: int,
-    ) -> "GPT":
-        "Draws all weights (GPT-2's scheme, scaled by depth) and returns the model."
-        draw = torch.Generator(self.wte.weight.device).manual_seed(seed)
-        into_stream = 0.02 / (2 * self.config.n_layer) ** 0.5
-        for name, p in self.named_parameters():
-            if p.dim() == 1: p.fill_(1.0 if name.endswith("weight") else 0.0)  # a normalization's weight; any bias
-            else: p.normal_(0.0, into_stream if name.endswith(("proj.weight", "down.weight")) else 0.02, generator=draw)
-        return self
+# %% ../../nbs/04_models/00_gpt.ipynb #b7c4015a
+@patch
+@torch.no_grad()
+def init_weights(
+    self: GPT,
+    seed: int,
+) -> GPT:
+    "Draws all weights (GPT-2's scheme, scaled by depth) and returns the model."
+    draw = torch.Generator(self.wte.weight.device).manual_seed(seed)
+    into_stream = 0.02 / (2 * self.config.n_layer) ** 0.5
+    for name, p in self.named_parameters():
+        if p.dim() == 1: p.fill_(1.0 if name.endswith("weight") else 0.0)  # a normalization's weight; any bias
+        else: p.normal_(0.0, into_stream if name.endswith(("proj.weight", "down.weight")) else 0.02, generator=draw)
+    return self
 
-    def compile_blocks(
-        self,
-        backend: str = "inductor",  # of torch.compile
-    ) -> "GPT":
-        "Compiles each block, and the head with its plain loss; raises `UserError` where there is no compiler."
-        if not (able := capabilities()["compile"]).ok: raise UserError(f"the model cannot be compiled here: {able.why}; install what is missing, or choose a configuration without compile")
-        for block in self.blocks: block.compile(dynamic=False, backend=backend)  # one graph serves all: weights are its inputs
-        self._losses["plain"] = torch.compile(LOSSES["plain"], dynamic=False, backend=backend)
-        return self
+@patch
+def compile_blocks(
+    self: GPT,
+    backend: str = "inductor",  # of torch.compile
+) -> GPT:
+    "Compiles each block, and the head with its plain loss; raises `UserError` where there is no compiler."
+    if not (able := capabilities()["compile"]).ok: raise UserError(f"the model cannot be compiled here: {able.why}; install what is missing, or choose a configuration without compile")
+    for block in self.blocks: block.compile(dynamic=False, backend=backend)  # one graph serves all: weights are its inputs
+    self._losses["plain"] = torch.compile(LOSSES["plain"], dynamic=False, backend=backend)
+    return self
 
 # %% ../../nbs/04_models/00_gpt.ipynb #7b09105f
 def _from_gpt2(hf) -> tuple[GPTConfig, dict]:

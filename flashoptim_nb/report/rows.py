@@ -7,14 +7,17 @@ __all__ = ['SCALES', 'rows_of', 'summarize', 'named_runs', 'show_rows', 'show_de
            'show_skips', 'show_runs']
 
 # %% ../../nbs/09_report/01_rows.ipynb #560da814
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from html import escape
 
 import pandas as pd
 
 from ..base.records import Run, frame
-from ..judge.decisions import CHECKPOINTS, Decision
-from .shown import Shown, attributes, full_name, load_runs, provenance_note, table
+from ..judge.decisions import CHECKPOINTS, Decision, decide_against
+from ..judge.expression import readable
+from ..judge.table import brief
+from .shown import Shown, cells, full_name, load_runs, provenance_note, table, told
 
 # %% ../../nbs/09_report/01_rows.ipynb #1b59ae6e
 SCALES = ("laptop", "gpu", "full")
@@ -65,58 +68,78 @@ def show_rows(
     kind: str,  # what the rows are, for the check of the page
     runs: Iterable[Run] | None = None,
     nothing: str = "Nothing of this kind is recorded.",
+    formats: Mapping[str, str] = {},  # column -> format specification, where `readable` is not what is wanted
 ) -> Shown:
     "Rows of records as a table with their provenance; one sentence where there are none."
     if rows.empty: return Shown(f"<p>{escape(nothing)}</p>", nothing)
-    cells = [{title: row[name] if isinstance(row[name], Shown) else _plain(row[name]) for name, title in columns.items()} for _, row in rows.iterrows()]
     marks = [dict(result=kind, scale=row["scale"], runs=_names(row)) | ({"enforced": str(row["enforced"]).lower()} if kind == "decision" else {})
              for _, row in rows.iterrows()]
-    return table(cells, marks) + provenance_note(named_runs(rows, runs))
-
-def _plain(value) -> str:
-    "A cell's text: numbers with four digits, nothing for what is missing."
-    if value is None or (isinstance(value, float) and value != value): return ""
-    if isinstance(value, bool): return "yes" if value else "no"
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+    return table(cells(rows, columns, formats), marks) + provenance_note(named_runs(rows, runs))
 
 # %% ../../nbs/09_report/01_rows.ipynb #7975aa67
+def _reads(words: str) -> str:
+    "Recorded words with their large numbers as readers want them."
+    return re.sub(r"-?\d(?:\.\d+)?e\+\d+", lambda found: readable(float(found[0])), words)
+
+def _action(decision: Decision) -> str: return decision.words.partition(": ")[2].partition(": ")[0]
+
+def _otherwise(recorded: Decision, again: Decision | None) -> str:
+    "What the rule says of another reference, in fewer words; empty where nobody can say."
+    if again is None: return ""
+    return "the same" if (again.action, again.why) == (recorded.action, recorded.why) else f"{_action(again)}: {_reads(again.why.partition('; then: ')[0])}"
+
 def show_decisions(
     *ids: str,  # checkpoints, "H1-CA" to "H1-CM"; none for all
     runs: Iterable[Run] | None = None,
+    other: str = "baseline_strong",  # the reference that nobody asked about
 ) -> Shown:
-    "What the checkpoints decided at each scale, and why; advice says `would`."
+    "What the checkpoints decided at each scale, and why, and what the same rule says of another reference; advice says `would`."
+    runs = load_runs() if runs is None else list(runs)
     rows = rows_of("decision", runs, every_scale=True)
     if not rows.empty and ids: rows = rows[rows["checkpoint"].isin(ids)]
     if not rows.empty:
-        say = lambda r: Decision(**{k: r[k] for k in ("checkpoint", "action", "enforced", "why", "values")}).words.partition(": ")[2].partition(": ")[0]
-        rows = rows.assign(decided=[say(row) for _, row in rows.iterrows()]).sort_values(["checkpoint", "scale", "run"])
-        rows = rows.drop_duplicates(["checkpoint", "scale", "decided", "why"])
-    return show_rows(rows, {"checkpoint": "checkpoint", "scale": "scale", "decided": "decision", "why": "because"}, "decision", runs,
+        recorded = [Decision(**{k: r[k] for k in ("checkpoint", "action", "enforced", "why", "values")}) for _, r in rows.iterrows()]
+        again = [decide_against(r, [run for run in runs if run.header["study"] == r["study"]], other) for _, r in rows.iterrows()]
+        rows = rows.assign(decided=list(map(_action, recorded)), reads=[_reads(d.why) for d in recorded],
+                           otherwise=[_otherwise(first, second) for first, second in zip(recorded, again)])
+        rows = rows.sort_values(["checkpoint", "scale", "run"]).drop_duplicates(["checkpoint", "scale", "decided", "why"])
+    return show_rows(rows, {"checkpoint": "checkpoint", "scale": "scale", "decided": "decision", "reads": "because", "otherwise": f"against {other} it says"}, "decision", runs,
                      "No decision of these checkpoints is recorded.")
 
 def checkpoint_rules() -> Shown:
     "When each checkpoint looks, its rules as they are evaluated, and what follows."
-    return table([{"checkpoint": c.id, "day": "always" if c.day is None else str(c.day), "when": c.stage, "rule": c.text, "then": c.then} for c in CHECKPOINTS.values()])
+    return table([{"checkpoint": c.id, "day": "always" if c.day is None else str(c.day), "when": c.stage, "rule": _reads(c.text), "then": c.then} for c in CHECKPOINTS.values()])
 
 # %% ../../nbs/09_report/01_rows.ipynb #93af9939
+def _worst(
+    rows: pd.DataFrame,  # checks of one run
+    fold: Callable[[str], str],  # name of a check -> what it is a case of
+) -> pd.DataFrame:
+    "One row a group: its worst case, a failed one or else that nearest to its threshold, and how many cases there were."
+    rows = rows.assign(of=rows["name"].map(fold), near=rows["value"] / rows["threshold"])
+    rows = rows.assign(cases=rows.groupby("of")["name"].transform("size")).sort_values(["passed", "near"], ascending=[True, False], kind="stable")
+    return rows.drop_duplicates("of").sort_index()
+
 def show_checks(
     name: str,  # of the prerequisite: the run's configuration
     runs: Iterable[Run] | None = None,
-    most: int = 40,  # rows shown of one scale
+    fold: Callable[[str], str] | None = None,  # name of a check -> what it is a case of: only the worst case of each is shown
 ) -> Shown:
-    "A prerequisite's checks at each scale: value, threshold and whether it passed; what could not be done says why."
+    "A prerequisite's checks, the largest scale first: value, threshold and whether it passed; what could not be done says why."
     runs = [run for run in (load_runs() if runs is None else runs) if run.header.get("arm") == "prereq" and run.header.get("config") == name]
     if not runs: return Shown("<p>This prerequisite was not checked.</p>", "This prerequisite was not checked.")
     parts = []
-    for run in sorted(runs, key=lambda run: SCALES.index(run.header["scale"])):
+    for run in sorted(runs, key=lambda run: -SCALES.index(run.header["scale"])):
         rows = rows_of("check", [run], every_scale=True)
         where = f"On {run.header['device']} ({run.header['device_kind']}): "
-        told = where + (run.status + (f", {run.reason}" if run.reason else "") if rows.empty else
-                        f"{int(rows['passed'].sum())} of {len(rows)} checks passed.")
-        parts.append(Shown(f"<p{attributes(dict(result='check', scale=run.header['scale'], runs=full_name(run)))}>{escape(told)}</p>", told))
-        if rows.empty: parts.append(provenance_note([run]))
-        else: parts.append(show_rows(rows.assign(passed=["passed" if p else "NOT passed" for p in rows["passed"]]).head(most),
-                           {"name": "check", "value": "value", "threshold": "at most", "passed": "outcome", "detail": "detail"}, "check", [run]))
+        said = where + (run.status + (f", {run.reason}" if run.reason else "") if rows.empty else
+                        f"{int(rows['passed'].sum())} of {len(rows)} checks passed{'; shown is the worst case of each' if fold else ''}.")
+        parts.append(told(said, [run]))
+        if rows.empty: parts.append(provenance_note([run])); continue
+        rows = _worst(rows, fold) if fold else rows
+        rows = rows.assign(passed=["passed" if p else "NOT passed" for p in rows["passed"]])
+        heads = {"of": "of", "cases": "cases", "name": "worst case"} if fold else {"name": "check"}
+        parts.append(show_rows(rows, heads | {"value": "value", "threshold": "at most", "passed": "outcome", "detail": "detail"}, "check", [run]))
     return sum(parts[1:], parts[0])
 
 # %% ../../nbs/09_report/01_rows.ipynb #197a63e8
@@ -126,7 +149,7 @@ def show_skips(
     "What was left out at each scale and why: data that was not there, and stacks that the machine cannot run."
     runs = load_runs() if runs is None else list(runs)
     rows = rows_of("skip", runs, every_scale=True)
-    ended = [{key: run.header.get(key) for key in _BESIDE} | dict(what=f"{run.header['config']} at {run.header['role']}", reason=f"{run.status}: {run.reason}")
+    ended = [{key: run.header.get(key) for key in _BESIDE} | dict(what=f"{run.header['config']} at {run.header['role']}", reason=f"{run.status}: {brief(run.reason)}")
              for run in runs if run.status in ("unavailable", "oom", "failed", "aborted")]
     both = pd.concat([rows, pd.DataFrame(ended)], ignore_index=True) if len(ended) + len(rows) else rows
     if not both.empty: both = both.drop_duplicates(["scale", "what", "reason"])

@@ -26,12 +26,13 @@ def pack(
     tensors = {}
     def walk(node, path):
         if isinstance(node, torch.Tensor):
-            tensors[path] = node.detach().contiguous()
-            return {"tensor": path}
+            name = f"{len(tensors)}{path}"  # paths alone may coincide: {"a.b": x, "a": {"b": y}}, {1: x, "1": y}
+            tensors[name] = node.detach().contiguous()
+            return {"tensor": name}
         if isinstance(node, dict): return {"dict": [[walk(k, f"{path}#"), walk(v, f"{path}.{k}")] for k, v in node.items()]}
         if isinstance(node, (list, tuple)): return {type(node).__name__: [walk(v, f"{path}.{i}") for i, v in enumerate(node)]}
         if node is None or isinstance(node, (bool, int, float, str)): return node
-        raise TypeError(f"{path} is a {type(node).__name__}, which a checkpoint cannot hold")
+        raise TypeError(f"{path or 'the tree'} is a {type(node).__name__}, which a checkpoint cannot hold")
     return walk(tree, ""), tensors
 
 def unpack(packed, tensors: dict[str, torch.Tensor]):

@@ -11,12 +11,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from fastcore.basics import patch
 
 from ..base.config import Config
-from ..data.batches import Windows
+from ..data.batches import Synthetic, Windows, check_repeats
 from ..kernels.attention import resolve_attention
 from ..models.gpt import GPT, GPTConfig
-from ..optim.flash import FlashAdamW
+from ..optim.adam import FlashAdamW
 from ..optim.release import enable_gradient_release
 from .stack import Stack
 
@@ -60,18 +61,19 @@ def make_optimizer(
 
 # %% ../../nbs/05_train/02_task.ipynb #ac0ab3ca
 class LMTask:
-    "Trains a GPT on windows of tokens, one optimizer step at a time (a `train.loop.Task`)."
+    "Trains a GPT on windows of tokens, one optimizer step at a time (a `train.loop.Task`); raises `UserError` if the text repeats too often."
     def __init__(
         self,
         config: GPTConfig,
         stack: Stack,  # with `checkpointing` resolved: none, selective or full
         recipe: Recipe,
-        windows: Windows,  # batches of (recipe.batch, recipe.seq) tokens
+        windows: Windows | Synthetic,  # batches of (recipe.batch, recipe.seq) tokens
         *,
         seed: int,  # of the initial weights
         device: torch.device | str = "cpu",
     ):
         self.stack, self.recipe, self.windows, self.device = stack, recipe, windows, torch.device(device)
+        self.epochs = check_repeats(windows, recipe.steps)  # how often the whole recipe goes through the text
         narrow = stack.weights in ("bf16", "split24")
         self.attention = resolve_attention(stack.attention, self.device, torch.bfloat16, config.d_model // config.n_head)
         with self.device: model = GPT(config, attention=self.attention, checkpointing=stack.checkpointing)
@@ -83,51 +85,63 @@ class LMTask:
         self.release = enable_gradient_release(self.model, self.optimizer) if stack.release else None
         self.skipped = 0
 
-    def _backward(self, n: int) -> torch.Tensor:
-        "Accumulates the step's gradients; returns its mean loss."
-        n_micro = self.recipe.batch // self.recipe.micro
-        total = torch.zeros((), device=self.device)
-        for k in range(n_micro):
-            inputs_BT, targets_BT = (t.to(self.device, non_blocking=True) for t in self.windows.slice(n - 1, k, n_micro))
-            accumulating = self.release.accumulate() if self.release and k < n_micro - 1 else nullcontext()
-            with accumulating:
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast_dtype is not None): loss = self.model.loss(inputs_BT, targets_BT, self.stack.loss)
-                (loss / n_micro).backward()
-            total += loss.detach() / n_micro
-        return total
+# %% ../../nbs/05_train/02_task.ipynb #13b268be
+@patch
+def _backward(self: LMTask, n: int) -> torch.Tensor:
+    "Accumulates the step's gradients; returns its mean loss."
+    n_micro = self.recipe.batch // self.recipe.micro
+    total = torch.zeros((), device=self.device)
+    for k in range(n_micro):
+        inputs_BT, targets_BT = (t.to(self.device, non_blocking=True) for t in self.windows.slice(n - 1, k, n_micro))
+        accumulating = self.release.accumulate() if self.release and k < n_micro - 1 else nullcontext()
+        with accumulating:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast_dtype is not None): loss = self.model.loss(inputs_BT, targets_BT, self.stack.loss)
+            (loss / n_micro).backward()
+        total += loss.detach() / n_micro
+    return total
 
-    def _update(self) -> torch.Tensor:
-        "Applies the gradients; returns their norm before clipping."
-        if self.flash:
-            self.optimizer.step()  # clips and skips inside; under release it only closes what the backward pass did
-            norm = self.optimizer.grad_norm
-        else:
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
-            if torch.isfinite(norm): self.optimizer.step()
-            else: self.skipped += 1
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+# %% ../../nbs/05_train/02_task.ipynb #5a3cfe76
+@patch
+def _update(self: LMTask) -> torch.Tensor:
+    "Applies the gradients; returns their norm before clipping."
+    if self.flash:
+        self.optimizer.step()  # clips and skips inside; under release it only closes what the backward pass did
+        norm = self.optimizer.grad_norm
+    else:
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        if torch.isfinite(norm): self.optimizer.step()
+        else: self.skipped += 1
+    self.optimizer.zero_grad(set_to_none=True)
+    return norm
 
-    def step(self, n: int) -> dict:
-        "Optimizer step `n` (from 1): loss before it (nats a token), gradient norm, learning rate, whether it was skipped, tokens."
-        for group in self.optimizer.param_groups: group["lr"] = self.recipe.lr_at(n)
-        before = self.n_skipped
-        loss, norm = self._backward(n), self._update()
-        return dict(loss=loss.item(), grad_norm=float(norm), lr=self.recipe.lr_at(n), skipped=self.n_skipped > before,
-                    tokens=self.recipe.batch * self.recipe.seq)
+@patch(as_prop=True)
+def n_nonfinite(self: LMTask) -> int:
+    "Steps so far with a gradient that was not finite: skipped, or under gradient release partial."
+    return int(self.optimizer.skipped_steps) if self.flash else self.skipped
 
-    @property
-    def n_skipped(self) -> int:
-        "Steps skipped so far because a gradient was not finite."
-        return int(self.optimizer.skipped_steps) if self.flash else self.skipped
+# %% ../../nbs/05_train/02_task.ipynb #b33f671f
+@patch
+def step(self: LMTask, n: int) -> dict:
+    "Optimizer step `n` (from 1): loss before it (nats a token), gradient norm, learning rate, tokens; whether it was skipped, or partial."
+    for group in self.optimizer.param_groups: group["lr"] = self.recipe.lr_at(n)
+    before = self.n_nonfinite
+    loss, norm = self._backward(n), self._update()
+    bad, released = self.n_nonfinite > before, self.release is not None
+    return dict(loss=loss.item(), grad_norm=float(norm), lr=self.recipe.lr_at(n), skipped=bad and not released, partial=bad and released,
+                tokens=self.recipe.batch * self.recipe.seq)
 
-    def state_dict(self) -> dict:
-        clip = self.release.clip if self.release else None  # under release, the previous step's norm clips the next
-        return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), skipped=self.n_skipped, clip=clip)
+# %% ../../nbs/05_train/02_task.ipynb #c77f3d43
+@patch
+def state_dict(self: LMTask) -> dict:
+    "Weights, optimizer, and what the stack remembers from step to step."
+    clip = self.release.clip if self.release else None  # under release, the previous step's norm clips the next
+    return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), skipped=self.n_nonfinite, clip=clip)
 
-    def load_state_dict(self, state: dict):
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.flash: self.optimizer.skipped_steps.fill_(state["skipped"])
-        else: self.skipped = state["skipped"]
-        if self.release and state["clip"] is not None: self.release.clip = state["clip"].to(self.device)
+@patch
+def load_state_dict(self: LMTask, state: dict):
+    "Puts the task where `state_dict` was taken."
+    self.model.load_state_dict(state["model"])
+    self.optimizer.load_state_dict(state["optimizer"])
+    if self.flash: self.optimizer.skipped_steps.fill_(state["skipped"])
+    else: self.skipped = state["skipped"]
+    if self.release and state["clip"] is not None: self.release.clip = state["clip"].to(self.device)
