@@ -122,6 +122,7 @@ def look(self: FlashOptimizer) -> list[tuple[dict, Batch]]:
 
 # %% ../../nbs/03_optim/02_base.ipynb #4a23574e
 @patch
+@torch.compiler.disable  # inside a compiled training step it is what it is outside: a handful of launches
 def step(
     self: FlashOptimizer,
     closure: Callable | None = None,  # evaluates the model again and returns the loss
@@ -140,6 +141,7 @@ def step(
 
 
 @patch
+@torch.compiler.disable
 def step_param(
     self: FlashOptimizer,
     p: torch.Tensor,  # one parameter; without a gradient nothing happens

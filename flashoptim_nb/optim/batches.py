@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from operator import is_
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from ..base.errors import UserError
 from ..kernels.codec import GROUP
 from ..kernels.many import Many, Operands
 from ..kernels.split import INTEGERS, INTERPRETED, NARROW
+from .shards import like, local, scale_count, scales_like
 
 # %% ../../nbs/03_optim/01_batches.ipynb #c8225618
 class OptionError(UserError, ValueError):
@@ -33,8 +35,6 @@ def check_parameter(
     "Raises `OptionError` for a parameter that no Flash optimizer can step."
     if type(p).__name__ == "FlatParameter" or getattr(p, "_is_flat_param", False):
         raise OptionError("an FSDP1 parameter: FSDP1 flattens parameters and shards states itself; use FSDP2 (torch.distributed.fsdp.fully_shard)")
-    if hasattr(p, "placements"):
-        raise OptionError("a DTensor parameter: give the optimizer local tensors (p.to_local())")
     if p.dtype not in (torch.float32, *NARROW):
         raise OptionError(f"a parameter of dtype {p.dtype}: bf16, fp16 and fp32 can be optimized; convert the model with cast_model(model) or model.float()")
 
@@ -65,12 +65,12 @@ def new_state(
     step: torch.Tensor,  # 0-d fp32, shared
 ) -> dict[str, torch.Tensor]:
     "The state of a parameter that has not been stepped."
-    zeros = lambda shape, dtype: torch.zeros(shape, dtype=dtype, device=p.device)
+    zeros = lambda dtype: like(p, torch.zeros(local(p).shape, dtype=dtype, device=p.device))
     state = {"step": step}
-    if bits := correction_bits(p.dtype, opt.master_weight_bits): state["error_bits"] = zeros(p.shape, INTEGERS[bits])
+    if bits := correction_bits(p.dtype, opt.master_weight_bits): state["error_bits"] = zeros(INTEGERS[bits])
     for key, code in opt.moments_of(group).items():
-        if opt.quantize: state |= {f"{key}::quantized": zeros(p.shape, code), f"{key}::scales": zeros(-(-p.numel() // GROUP), torch.float16)}
-        else: state[key] = zeros(p.shape, torch.float32)
+        if opt.quantize: state |= {f"{key}::quantized": zeros(code), f"{key}::scales": scales_like(p, torch.zeros(scale_count(p), dtype=torch.float16, device=p.device))}
+        else: state[key] = zeros(torch.float32)
     return state
 
 # %% ../../nbs/03_optim/01_batches.ipynb #3f9c7201
@@ -104,8 +104,9 @@ def state_operands(
     state, moments = opt.state[p], list(opt.moments_of(group))
     names = [*moments, *[None] * (2 - len(moments))]
     codes = [state[f"{k}::quantized" if opt.quantize else k] if k else None for k in names]
+    groups = -(-local(p).numel() // GROUP)  # a shard may keep more scales than it has groups
     scales = [state.get(f"{k}::scales") for k in names]
-    return [t if t is None else t.view(-1) for t in (state.get("error_bits"), *codes, *scales)]
+    return [*(t if t is None else local(t).view(-1) for t in (state.get("error_bits"), *codes)), *(t if t is None else local(t)[:groups] for t in scales)]
 
 # %% ../../nbs/03_optim/01_batches.ipynb #5c18147e
 class Batch:
@@ -119,13 +120,15 @@ class Batch:
     ):
         self.params, self.states = params, [opt.state[p] for p in params]
         self.device, self.step, self.grad_dtype = params[0].device, self.states[0]["step"], params[0].grad.dtype
-        self.addresses = [p.data_ptr() for p in params]
+        self.sharded = any(isinstance(p, DTensor) for p in params)
+        self.local = [local(p.detach()) for p in params] if self.sharded else params
+        self.addresses = [p.data_ptr() for p in self.local]
         self.key = next((key for key in self.states[0] if key != "step"), "step")
         self.kept = [state[self.key] for state in self.states]  # to notice that somebody replaced them
-        self.strided = any(not p.is_contiguous() for p in params)
+        self.strided = any(not p.is_contiguous() for p in self.local)
         self.on_gpu = opt.fused and (self.device.type == "cuda" or bool(INTERPRETED))
         self.moments = opt.moments_of(group)
-        self.flat = [p.detach().reshape(-1) for p in self.params]  # views, or copies of what is strided
+        self.flat = [p.detach().reshape(-1) for p in self.local]  # views, or copies of what is strided
         self.operands = [Operands(flat, None, *state_operands(opt, group, p)) for p, flat in zip(self.params, self.flat)]
         self.many = Many(self.operands) if self.on_gpu else None
 
@@ -143,7 +146,7 @@ class Batch:
 
     def write_back(self):
         "Puts stepped copies of strided parameters where they belong."
-        for p, flat in zip(self.params, self.flat):
+        for p, flat in zip(self.local, self.flat):
             if not p.is_contiguous(): p.detach().copy_(flat.view(p.shape))
 
 # %% ../../nbs/03_optim/01_batches.ipynb #5807a1bb
@@ -153,10 +156,12 @@ def current_gradients(
     "The gradients of this step; None where the batch does not fit any more."
     try:
         grads = [p.grad for p in batch.params]
+        if batch.sharded: grads = [local(g) for g in grads]
         if not all(map(torch.Tensor.is_contiguous, grads)): grads = [g.contiguous() for g in grads]
         at = tuple(map(torch.Tensor.data_ptr, grads))
     except (TypeError, AttributeError, RuntimeError): return None  # none, or a sparse one
-    if list(map(torch.Tensor.data_ptr, batch.params)) != batch.addresses: return None
+    now = [local(p.detach()) for p in batch.params] if batch.sharded else batch.params
+    if list(map(torch.Tensor.data_ptr, now)) != batch.addresses: return None
     if not all(map(is_, [state.get(batch.key) for state in batch.states], batch.kept)): return None
     if (batch.many is None or at not in batch.many.known) and any(g.dtype != batch.grad_dtype for g in grads): return None
     return grads
@@ -186,6 +191,6 @@ def gather(
 ) -> list[Batch]:
     "Batches of those parameters that have gradients, made anew."
     made = [Batch(opt, group, company) for company in share_steps(opt, group, [p for p in params if p.grad is not None])]
-    for batch in made: batch.take([p.grad.contiguous() for p in batch.params])
+    for batch in made: batch.take([local(p.grad).contiguous() for p in batch.params])
     opt.remembered[key] = made, [p for p in params if p.grad is None]
     return made

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels.many import control_fused
+from .shards import over_shards
 
 # %% ../../nbs/03_optim/00_gradients.ipynb #a1ec0e38
 @torch.no_grad()
@@ -66,12 +67,12 @@ def controls(
     scaler = [getattr(opt, name, None) for name in ("grad_scale", "found_inf")]
     if not batches: return {}
     if not (looks := max_norm is not None or opt.skip_nonfinite) and scaler == [None, None]: return dict.fromkeys(devices, Control())
-    if looks and len(devices) == 1 and all(batch.many is not None for batch in batches) and opt.skipped_steps.device in devices:
+    if looks and len(devices) == 1 and all(batch.many is not None and not batch.sharded for batch in batches) and opt.skipped_steps.device in devices:
         norm, multiplier, skip = control_fused([(batch.many, batch.found) for batch in batches], opt.skipped_steps, max_norm, *scaler).unbind()
         c = Control(multiplier, skip, norm)
     else:
         home = opt.skipped_steps.device
-        squares = sum(sum_of_squares([g for batch in batches if batch.device == d for g in batch.grads]).to(home) for d in devices) if looks else None
+        squares = sum(over_shards(sum_of_squares(batch.grads), batch.params[0]).to(home) for batch in batches) if looks else None
         c = control(squares, max_norm, *(t if t is None else t.to(home) for t in scaler))
         if c.skip is not None: opt.skipped_steps += (c.skip > 0)
     opt.grad_norm = c.norm

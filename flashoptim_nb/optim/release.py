@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from fastcore.basics import patch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..base.errors import UserError
 from .base import FlashOptimizer, advance
@@ -50,6 +51,7 @@ class GradientReleaseHandle:
 
 # %% ../../nbs/03_optim/06_release.ipynb #8bc1b45b
 @patch
+@torch.compiler.disable
 @torch.no_grad()
 def release(
     self: GradientReleaseHandle,
@@ -113,6 +115,8 @@ def enable_gradient_release(
         raise UserError(f"gradient release needs an optimizer that steps one parameter at a time, not {type(optimizer).__name__}: FlashAdamW(params, quantize=False, master_weight_bits=None) is plain AdamW")
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise UserError("gradient release under DistributedDataParallel: gradients are averaged in buckets after they are released; train without DDP or without release")
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        raise UserError("gradient release of sharded parameters: FSDP2 sets gradients itself, after its reduction, where no hook sees them; train without release, whose gradients are shards there anyway")
     if optimizer.release is not None: raise UserError("gradient release is enabled on this optimizer already: call remove() on its handle first")
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if missing := [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]:

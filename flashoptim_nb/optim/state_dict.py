@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from fastcore.basics import patch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from ..base.errors import UserError
@@ -18,6 +19,7 @@ from ..kernels.codec import GROUP, dequantize_m, dequantize_v, quantize_m, quant
 from ..kernels.split import INTEGERS, compute_ecc_bits, decode, encode
 from .base import FlashOptimizer
 from .batches import correction_bits, new_state
+from .shards import like, local, scale_shape, scales_like
 
 # %% ../../nbs/03_optim/03_state_dict.ipynb #e9813702
 class StateError(UserError, ValueError):
@@ -27,6 +29,12 @@ class StateError(UserError, ValueError):
 def _codec(code: torch.dtype):
     "Encoder and decoder of a moment whose codes have this dtype."
     return (quantize_m, dequantize_m) if code == torch.int8 else (quantize_v, dequantize_v)
+
+
+def _decoded(code, scales, companded):
+    "A moment in fp32, sharded as its codes are."
+    shard = local(code)
+    return like(code, _codec(code.dtype)[1](shard, local(scales)[:-(-shard.numel() // GROUP)], companded))
 
 # %% ../../nbs/03_optim/03_state_dict.ipynb #704f9be4
 @patch
@@ -45,54 +53,57 @@ def exported(
     "A parameter's state for a state dict."
     state = state | {"step": state["step"].detach().cpu().clone()}
     if self.compress_state_dict or not self.quantize: return state
-    for key, code in self.moments.items():
+    for key in self.moments:
         if f"{key}::quantized" not in state: continue
-        state[key] = _codec(code)[1](state.pop(f"{key}::quantized"), state.pop(f"{key}::scales"), self.companded)
+        state[key] = _decoded(state.pop(f"{key}::quantized"), state.pop(f"{key}::scales"), self.companded)
     return state
 
 # %% ../../nbs/03_optim/03_state_dict.ipynb #a9db8495
 def _moment(opt, p, saved, key, where):
     "One moment of one parameter in the form this optimizer keeps: a dict of one or two tensors."
     code = opt.moments[key]
-    quantize, dequantize = _codec(code)
     if f"{key}::quantized" in saved:
         q, s = saved[f"{key}::quantized"], saved.get(f"{key}::scales")
-        _fits(q, p.shape, code, f"{where}: {key}::quantized")
-        _fits(s, (-(-p.numel() // GROUP),), torch.float16, f"{where}: {key}::scales")
+        _fits(q, p, p.shape, code, f"{where}: {key}::quantized")
+        _fits(s, p, scale_shape(p), torch.float16, f"{where}: {key}::scales")
         if opt.quantize: return {f"{key}::quantized": q.to(p.device, copy=True), f"{key}::scales": s.to(p.device, copy=True)}
-        return {key: dequantize(q.to(p.device), s.to(p.device), opt.companded)}
+        return {key: _decoded(q.to(p.device), s.to(p.device), opt.companded)}
     x = saved.get(key)
-    _fits(x, p.shape, None, f"{where}: {key}")
+    _fits(x, p, p.shape, None, f"{where}: {key}")
     x = x.detach().to(p.device, torch.float32, copy=True).contiguous()
     if not opt.quantize: return {key: x}
-    return dict(zip((f"{key}::quantized", f"{key}::scales"), quantize(x, opt.companded)))
+    codes, scales = _codec(code)[0](local(x), opt.companded)
+    return {f"{key}::quantized": like(p, codes), f"{key}::scales": scales_like(p, scales)}
 
 
-def _fits(t, shape, dtype, where):
-    "Raises `StateError` unless `t` is a tensor of this shape and dtype (None: any floating one, all finite)."
+def _fits(t, p, shape, dtype, where):
+    "Raises `StateError` unless `t` is a tensor of this shape and dtype (None: any floating one, all finite), sharded where `p` is."
     kind = dtype or "floating point"
     if not isinstance(t, torch.Tensor): raise StateError(f"{where} is missing; a {kind} tensor of shape {tuple(shape)} is needed: is this the state of another kind of optimizer?")
     right = t.is_floating_point() if dtype is None else t.dtype == dtype
     if t.shape != torch.Size(shape) or not right: raise StateError(f"{where} is {t.dtype} {tuple(t.shape)}; {kind} {tuple(shape)} is needed")
-    if t.is_floating_point() and not t.isfinite().all(): raise StateError(f"{where} has values that are not finite: the checkpoint is damaged")
+    if isinstance(p, DTensor) != isinstance(t, DTensor): raise StateError(f"{where} is {'whole' if isinstance(p, DTensor) else 'sharded'} and its parameter is not: load it with torch.distributed.checkpoint, which deals states out to the ranks")
+    if t.is_floating_point() and not local(t).isfinite().all(): raise StateError(f"{where} has values that are not finite: the checkpoint is damaged")
 
 # %% ../../nbs/03_optim/03_state_dict.ipynb #53d658f9
 def _correction(opt, p, saved, widened, where):
     "The correction of one parameter in this optimizer's width; an empty dict where it keeps none."
     bits, rho = correction_bits(p.dtype, opt.master_weight_bits), saved.get("error_bits")
     if bits is None: return {}
-    if rho is None: return {"error_bits": torch.zeros(p.shape, dtype=INTEGERS[bits], device=p.device)}
+    if rho is None: return {"error_bits": like(p, torch.zeros(local(p).shape, dtype=INTEGERS[bits], device=p.device))}
     if rho.shape != p.shape or rho.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
         raise StateError(f"{where}: error_bits is {rho.dtype} {tuple(rho.shape)}; int8 or int16 {tuple(p.shape)} is needed")
     rho = rho.to(p.device, torch.int8 if widened else torch.int16, copy=True)
-    if rho.dtype != INTEGERS[bits]: rho = compute_ecc_bits(decode(p.detach(), rho), p.detach(), 2 + bits // 8)
+    if rho.dtype != INTEGERS[bits]:
+        narrow = local(p.detach())
+        rho = like(p, compute_ecc_bits(decode(narrow, local(rho)), narrow, 2 + bits // 8))
     return {"error_bits": rho.contiguous()}
 
 
 def _is_widened(states):
     "Whether every correction of a state dict fits in 8 bits."
     rhos = [s["error_bits"] for s in states.values() if isinstance(s.get("error_bits"), torch.Tensor)]
-    return all(r.dtype == torch.int8 or not r.numel() or r.abs().max() <= 127 for r in rhos)
+    return all(r.dtype == torch.int8 or not isinstance(r, DTensor) and (not r.numel() or r.abs().max() <= 127) for r in rhos)
 
 # %% ../../nbs/03_optim/03_state_dict.ipynb #4b2ddd56
 @patch
@@ -132,7 +143,7 @@ def get_fp32_model_state_dict(
     out = {}
     for name, t in model.state_dict().items():
         rho = self.state.get(params.get(name), {}).get("error_bits")
-        out[name] = decode(t, rho) if rho is not None else t.float().clone() if t.is_floating_point() else t.clone()
+        out[name] = like(t, decode(local(t), local(rho))) if rho is not None else t.float().clone() if t.is_floating_point() else t.clone()
     return out
 
 
@@ -153,6 +164,7 @@ def set_fp32_model_state_dict(
         bits = correction_bits(t.dtype, self.master_weight_bits) if p in groups else None
         if bits is None: t.copy_(new); continue
         if not self.state[p]: self.state[p].update(new_state(self, groups[p], p, torch.zeros((), dtype=torch.float32, device=p.device)))
-        narrow, rho = encode(new.float(), t.dtype, bits)
-        t.copy_(narrow); self.state[p]["error_bits"].copy_(rho)
+        if isinstance(t, DTensor) and not isinstance(new, DTensor): new = distribute_tensor(new, t.device_mesh, t.placements)
+        narrow, rho = encode(local(new).float(), t.dtype, bits)
+        local(t).copy_(narrow); local(self.state[p]["error_bits"]).copy_(rho)
     self._largest = {}
