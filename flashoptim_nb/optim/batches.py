@@ -33,6 +33,7 @@ def check_parameter(
     p: torch.Tensor,  # as given to the optimizer
 ):
     "Raises `OptionError` for a parameter that no Flash optimizer can step."
+    if not isinstance(p, torch.Tensor): raise OptionError(f"a {type(p).__name__} among the parameters: tensors are needed, as model.parameters() gives them")
     if type(p).__name__ == "FlatParameter" or getattr(p, "_is_flat_param", False):
         raise OptionError("an FSDP1 parameter: FSDP1 flattens parameters and shards states itself; use FSDP2 (torch.distributed.fsdp.fully_shard)")
     if p.dtype not in (torch.float32, *NARROW):
