@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..base.errors import UserError
-from ..base.records import RunWriter, only_writer, read_run
+from ..base.records import RunWriter, only_writer, read_run, read_study
 from .instruments import Evaluation, Gate, Speed, Watch
 from .runs import Spec, end_at_once, free, fresh, is_done, make_task, pace, probe, recorded, search, unavailable
 from .scales import MAIN
@@ -198,4 +198,6 @@ def run(
             self.journal.end("paused", str(pause))
             return 1
         self.journal.end("aborted" if ended else "finished", ended)
+        if not self.scale.enforced: self.console.print("  what a checkpoint *would* do is advice at this scale: nothing was cut short")
+        self.console.print(f"{len(read_study(self.folder))} records in {self.folder}{f', {failed} runs failed' if failed else ''}; next: flashoptim-nb verdict h1, flashoptim-nb book")
     return 1 if failed or ended else 0

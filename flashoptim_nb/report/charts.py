@@ -208,9 +208,9 @@ def estimates(
     bars = base.mark_rule(strokeWidth=3, opacity=0.55).encode(alt.X("lo:Q", title=axis, scale=scale), alt.X2("hi:Q"), **offset)
     dots = base.mark_point(filled=True, size=80, opacity=1).encode(x, **offset)
     lines = alt.Chart(found.dropna(subset=["threshold"])[["what", "threshold"]]).mark_tick(
-        thickness=2, size=26, strokeDash=[3, 2]).encode(alt.X("threshold:Q", title=axis, scale=scale), alt.Y("what:N", sort=list(dict.fromkeys(found["what"]))),
+        thickness=2, size=26).encode(alt.X("threshold:Q", title=axis, scale=scale), alt.Y("what:N", sort=list(dict.fromkeys(found["what"]))),
                                      color=alt.value("#d6274a"), tooltip=[alt.Tooltip("threshold", format=form)])
-    return titled(bars + dots + lines, title, found, "dashed: the threshold; bar: the interval")
+    return titled(bars + dots + lines, title, found, "red: the threshold; bar: the interval")
 
 # %% ../../nbs/09_report/03_charts.ipynb #c47129a4
 def as_cost(

@@ -127,7 +127,7 @@ def part_frame(
     "A row for each measured quantity: what, at, against, value, lo, hi, n, threshold, scale, runs (their names), status."
     runs = load_runs() if runs is None else list(runs)
     rows = [dict(what=part["term"], at=part["at"], against=e["against"], value=part["value"], lo=(part["interval"] or [None])[0], hi=(part["interval"] or [None])[-1],
-                 n=part["n"], threshold=part["threshold"], scale=e["scale"], runs=list(part["records"]), status=part["status"])
+                 n=part["n"], threshold=part["threshold"], bound=part["bound"], scale=e["scale"], runs=list(part["records"]), status=part["status"])
             for e in judged(runs) if e["id"] in ids for part in e["parts"] if part["value"] is not None]
     return pd.DataFrame(rows)
 
