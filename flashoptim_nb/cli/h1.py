@@ -121,12 +121,16 @@ def bar(self: Study, spec: Spec):
 
 class _Bar(Callback):
     def __init__(self, console, spec):
-        self.progress = Progress(TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[loss]}"), console=console, transient=not console.is_terminal)
+        self.progress = Progress(TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[loss]}"), console=console, disable=not console.is_terminal)
+        self.id, self.told = spec.id, "nothing was left to do"
         self.bar = self.progress.add_task(spec.id, total=spec.recipe.steps, loss="")
     def __enter__(self): self.progress.start(); return self
-    def __exit__(self, *error): self.progress.stop()
+    def __exit__(self, kind, *error):
+        self.progress.stop()
+        if kind is None and self.progress.disable: self.progress.console.print(f"  {self.id}: {self.told}")  # a log has no bar
     def after(self, n, row):
-        self.progress.update(self.bar, completed=n, loss="loss not finite" if row["loss"] is None else f"loss {row['loss']:.3f}")
+        self.told = "loss not finite" if row["loss"] is None else f"loss {row['loss']:.3f}"
+        self.progress.update(self.bar, completed=n, loss=self.told)
         return ()
 
 @patch
@@ -175,6 +179,7 @@ def protocol(self: Study) -> tuple[int, str]:
         if downgraded and stage.role in LARGER:
             self.note_once("skip", what=stage.role, reason=f"left out by {downgraded}")
             continue
+        self.check_stop()
         self.console.print(f"{stage.role}: {', '.join(stage.configs)}")
         failed += self.attempts(self.stage_specs(stage))
         action = self.settle(stage)

@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch.optim import Optimizer
 
-from ..base.errors import UserError
+from ..base.errors import UserError, choose
 from ..kernels.codec import GROUP
 from ..kernels.split import CODES, INTEGERS, NARROW
 from .gradients import Control, control, sum_of_squares
@@ -37,6 +37,7 @@ def check_parameter(
     p: torch.Tensor,  # as given to the optimizer
 ):
     "Raises `OptionError` for a parameter that no Flash optimizer can step."
+    if not isinstance(p, torch.Tensor): raise OptionError(f"a {type(p).__name__} among the parameters: tensors are needed, as model.parameters() gives them")
     if type(p).__name__ == "FlatParameter" or getattr(p, "_is_flat_param", False):
         raise OptionError("an FSDP1 parameter: FSDP1 flattens parameters and shards states itself; use FSDP2 (torch.distributed.fsdp.fully_shard)")
     if hasattr(p, "placements"):
@@ -69,12 +70,15 @@ class FlashOptimizer(Optimizer):
         defaults: dict,  # options of a group and their defaults
         **options,  # of `FlashOptimizer.options`
     ):
-        if unknown := options.keys() - self.options: raise OptionError(f"unknown options {sorted(unknown)}; known are {sorted(self.options)}")
+        for name in options:
+            try: choose("option", name, [*defaults, *self.options])
+            except UserError as error: raise OptionError(str(error)) from None
+        if isinstance(params, torch.nn.Module): raise OptionError(f"a whole {type(params).__name__}: give its parameters, model.parameters()")
         self.__dict__ |= self.options | options
         if self.master_weight_bits not in (None, 24, 32):
             raise OptionError(f"master_weight_bits={self.master_weight_bits}: choose 24 (a 16-bit weight and 8 bits beside it), 32, or None (no master weights)")
-        if self.max_norm is not None and not self.max_norm > 0:
-            raise OptionError(f"max_norm={self.max_norm}: a positive limit of the gradient norm, or None for no clipping")
+        if self.max_norm is not None and not (isinstance(self.max_norm, (int, float)) and self.max_norm > 0):
+            raise OptionError(f"max_norm={self.max_norm!r}: a positive limit of the gradient norm, or None for no clipping")
         self.grad_norm: torch.Tensor | None = None  # 0-d fp32: the global norm before clipping, of the last step
         self.skipped_steps = torch.zeros((), dtype=torch.int64)  # 0-d, on the first parameter's device
         self.release = None  # the active GradientReleaseHandle
@@ -94,8 +98,9 @@ class FlashOptimizer(Optimizer):
 
     def check_group(self, group: dict):
         "Raises `OptionError` for options of a group that cannot work; subclasses add theirs."
-        if not float(group["lr"]) >= 0 or not group["weight_decay"] >= 0:
-            raise OptionError(f"lr={group['lr']}, weight_decay={group['weight_decay']}: both must be 0 or more")
+        given = [group["lr"], group["weight_decay"]]
+        if not all(isinstance(x, (int, float, torch.Tensor)) for x in given) or not all(float(x) >= 0 for x in given):
+            raise OptionError(f"lr={group['lr']!r}, weight_decay={group['weight_decay']!r}: both must be numbers, 0 or more")
 
     def __getstate__(self):
         "torch keeps only groups and states when an optimizer is copied or pickled; the options go with them."

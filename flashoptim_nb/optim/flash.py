@@ -42,8 +42,8 @@ class FlashAdamW(FlashOptimizer):
     def check_group(self, group: dict):
         "Raises `OptionError` for options of a group that cannot work."
         super().check_group(group)
-        if not all(0 <= b < 1 for b in group["betas"]) or not group["eps"] >= 0:
-            raise OptionError(f"betas={group['betas']}, eps={group['eps']}: betas lie in [0, 1), eps is 0 or more")
+        if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2 or not all(0 <= b < 1 for b in group["betas"]) or not group["eps"] >= 0:
+            raise OptionError(f"betas={group['betas']}, eps={group['eps']}: two betas in [0, 1) and an eps of 0 or more are needed")
         for name in "amsgrad", "differentiable":
             if group.get(name): raise OptionError(f"{name}=True is not available in {type(self).__name__}; use torch.optim.AdamW for it")
 
