@@ -149,10 +149,10 @@ def coverage(
     if rows.empty: return ""
     def each(column): return ", ".join(map(str, sorted(set(rows[column]))))
     steps = ", ".join(f"{role} for {'/'.join(map(str, sorted(set(part.steps))))} steps" for role, part in rows.groupby("role"))
-    ends = [f"{np.exp(np.mean(last)):,.0f} at {role}" for role, part in rows.groupby("role") if (last := [curve[max(curve)] for curves in part.curves if (curve := (curves or {}).get(HELD_OUT_SET))])]
+    ends = [f"{float(format(np.exp(np.mean(last)), '.2g')):,.0f} at {role}" for role, part in rows.groupby("role") if (last := [curve[max(curve)] for curves in part.curves if (curve := (curves or {}).get(HELD_OUT_SET))])]
     absent = [size for size in SIZES if size not in set(rows.role)]
     return (f"this rests on {len(rows)} training runs ({steps}; {rows.seed.nunique()} seeds) on {each('device')} at {scale} scale"
-            + (f", whose models ended at a perplexity of {', '.join(ends)}" if ends else "")
+            + (f", whose models ended at a perplexity of about {', '.join(ends)}" if ends else "")
             + (f"; of the protocol's sizes, {', '.join(absent)} {'was' if len(absent) == 1 else 'were'} not run" if absent else ""))
 
 # %% ../../nbs/08_judge/07_verdict.ipynb #8fc2a70f
