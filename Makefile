@@ -5,6 +5,7 @@ BIN := .venv/bin
 .PHONY: h1 test lab clean
 h1: .venv/.ready
 	$(BIN)/flashoptim-nb run h1 --scale laptop
+	$(BIN)/flashoptim-nb verdict h1
 	$(BIN)/flashoptim-nb book
 
 # One thread a process: tests run beside each other, and threads that wait for a core cost more than they give.

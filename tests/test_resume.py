@@ -18,7 +18,7 @@ from flashoptim_nb.cli.scales import LAPTOP
 part = LAPTOP.parts["1B"]
 part = part.replace(recipe=part.recipe.replace(steps=10, batch=4, micro=2, seq=64), micros=(2,), track_every=3,
                     configs=("baseline", "ablation_split_only", "ablation_release_only"))
-scale = LAPTOP.replace(parts={"1B": part}, seeds=(0, 1, 2), checkpoint_every=2, eval_sets=(("sotu", 512),), track_set=("sotu", 512), stress_lengths=())
+scale = LAPTOP.replace(parts={"1B": part}, seeds=(0, 1, 2), checkpoint_every=2, eval_sets=(("sotu", 512),), track_set=("sotu", 512), stress_lengths=(128,))
 for name in set(h1.PREREQUISITES) - {"checkpointing"}: del h1.PREREQUISITES[name]
 try: sys.exit(h1.Study(scale, sys.argv[1], device="cpu", stopped=main._Stop()).run())
 except h1.Interrupted: sys.exit(130)
@@ -42,12 +42,24 @@ def content(out):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     process = start(out)
     told, _ = process.communicate(timeout=300)
     assert process.returncode == 0, told
-    return content(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(whole): return content(whole)
+
+
+def test_a_finished_study_run_again_changes_nothing(whole, uninterrupted):
+    "Not even its decisions, which rest on the runs before them and not on those that came later."
+    process = start(whole)
+    told, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    assert content(whole) == uninterrupted
 
 
 def rows(out):

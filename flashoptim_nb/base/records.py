@@ -301,5 +301,5 @@ def problems(
     if run.header.get("settings") and content_hash(run.header["settings"]) != run.header.get("settings_hash"):
         found.append(f"{folder}: its settings do not have the hash that it states")
     if run.header.get("run") not in (None, Path(folder).resolve().name): found.append(f"{folder}: holds the run {run.id}, so it was copied or renamed")
-    if run.status == "unfinished": found.append(f"{folder}: the run did not end; give its command again to finish it")
+    if run.status == "unfinished": found.append(f"{folder}: the run did not end, or its last rows are missing; its command finishes it: {run.header.get('command')}")
     return found

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..base.errors import UserError
-from ..base.records import RunWriter, only_writer, read_run
+from ..base.records import RunWriter, only_writer, read_run, read_study
 from .instruments import Evaluation, Gate, Speed, Watch
 from .runs import Spec, end_at_once, free, fresh, is_done, make_task, pace, probe, recorded, search, unavailable
 from .scales import MAIN
@@ -121,12 +121,16 @@ def bar(self: Study, spec: Spec):
 
 class _Bar(Callback):
     def __init__(self, console, spec):
-        self.progress = Progress(TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[loss]}"), console=console, transient=not console.is_terminal)
+        self.progress = Progress(TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[loss]}"), console=console, disable=not console.is_terminal)
+        self.id, self.told = spec.id, "nothing was left to do"
         self.bar = self.progress.add_task(spec.id, total=spec.recipe.steps, loss="")
     def __enter__(self): self.progress.start(); return self
-    def __exit__(self, *error): self.progress.stop()
+    def __exit__(self, kind, *error):
+        self.progress.stop()
+        if kind is None and self.progress.disable: self.progress.console.print(f"  {self.id}: {self.told}")  # a log has no bar
     def after(self, n, row):
-        self.progress.update(self.bar, completed=n, loss="loss not finite" if row["loss"] is None else f"loss {row['loss']:.3f}")
+        self.told = "loss not finite" if row["loss"] is None else f"loss {row['loss']:.3f}"
+        self.progress.update(self.bar, completed=n, loss=self.told)
         return ()
 
 @patch
@@ -175,6 +179,7 @@ def protocol(self: Study) -> tuple[int, str]:
         if downgraded and stage.role in LARGER:
             self.note_once("skip", what=stage.role, reason=f"left out by {downgraded}")
             continue
+        self.check_stop()
         self.console.print(f"{stage.role}: {', '.join(stage.configs)}")
         failed += self.attempts(self.stage_specs(stage))
         action = self.settle(stage)
@@ -198,4 +203,6 @@ def run(
             self.journal.end("paused", str(pause))
             return 1
         self.journal.end("aborted" if ended else "finished", ended)
+        if not self.scale.enforced: self.console.print("  what a checkpoint *would* do is advice at this scale: nothing was cut short")
+        self.console.print(f"{len(read_study(self.folder))} records in {self.folder}{f', {failed} runs failed' if failed else ''}; next: flashoptim-nb verdict h1, flashoptim-nb book")
     return 1 if failed or ended else 0

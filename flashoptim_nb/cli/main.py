@@ -46,20 +46,31 @@ def _run(args) -> int:
     from flashoptim_nb.cli.h1 import Study
     from flashoptim_nb.cli.scales import SCALES
     from flashoptim_nb.cli.stages import dry_run, narrow
+    from flashoptim_nb.judge.decisions import CHECKPOINTS
     scale = choose("scale", args.scale, SCALES)
+    for id in args.confirm: choose("checkpoint", id, CHECKPOINTS)
     if args.dry_run: return dry_run(narrow(scale, args.sizes, args.configs))
     study = Study(scale, args.out or repo_root() / "runs", device=args.device or scale.device, roles=args.sizes, configs=args.configs, stopped=_Stop())
     return study.run(args.confirm)
 
 # %% ../../nbs/10_cli/08_main.ipynb #37c569ae
+def _tell_unfinished(studies: list[Path]):
+    "Says which runs are left out because they did not end."
+    from flashoptim_nb.base.records import read_study
+    for study in studies:
+        runs = [run.id for run in read_study(study) if run.status == "unfinished"]
+        if runs: print(f"{study}: {len(runs)} of its runs did not end and are left out ({', '.join(runs[:3])}{', ...' * (len(runs) > 3)}); `flashoptim-nb check` says how to finish them", file=sys.stderr)
+
 def _verdict(args) -> int:
     from flashoptim_nb.cli.scales import SCALES
     from flashoptim_nb.judge.verdict import verdict
     from flashoptim_nb.report.shown import load_runs
     from flashoptim_nb.report.tables import verdict_text
     if args.scale: choose("scale", args.scale, SCALES)
-    runs = [run for run in load_runs(_studies(args.records), args.hypothesis) if args.scale in (None, run.header["scale"])]
-    if not runs: raise UserError(f"there are no {args.scale or ''} records of {args.hypothesis} to judge; name others with --records, or make some with `flashoptim-nb run {args.hypothesis} --scale laptop`")
+    studies = _studies(args.records)
+    _tell_unfinished(studies)
+    runs = [run for run in load_runs(studies, args.hypothesis) if args.scale in (None, run.header["scale"])]
+    if not runs: raise UserError(f"there are no records of {args.hypothesis}{f' at scale {args.scale}' if args.scale else ''} to judge; name others with --records, or make some with `flashoptim-nb run {args.hypothesis} --scale {args.scale or 'laptop'}`")
     entries = verdict(runs)
     print(json.dumps(entries, indent=1, allow_nan=False) if args.json else verdict_text(entries))
     return 0
@@ -67,7 +78,9 @@ def _verdict(args) -> int:
 def _book(args) -> int:
     from flashoptim_nb.base.machine import repo_root
     from flashoptim_nb.report.book import build_book, serve
-    out = build_book(args.out or repo_root() / "_book", _studies(args.records) if args.records else None)
+    studies = _studies(args.records)
+    _tell_unfinished(studies)
+    out = build_book(args.out or repo_root() / "_book", studies if args.records else None)
     print(f"the book is at {out / 'index.html'}")
     return serve(out, args.port) if args.serve else 0
 
@@ -109,7 +122,8 @@ def _check(args) -> int:
         folders = [path.parent for path in sorted(study.glob(f"*/{ROWS}"))]
         bad = [line for folder in folders for line in problems(folder)]
         n += len(folders)
-        found += bad or _replayed(study)
+        try: found += bad + _replayed(study)
+        except UserError: found += bad  # one of the bad cannot be read at all
     for line in found: print(line, file=sys.stderr)
     print(f"{n} records, {len(found)} problems" + ("" if found else "; every decision replays from its records"))
     return 1 if found else 0
@@ -164,7 +178,7 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
                "  flashoptim-nb run h1 --scale gpu --dry-run     what it would run, how long, for how much\n"
                "  FLASHOPTIM_DATA=/data flashoptim-nb run h1 --scale gpu --sizes 124M")
     run.add_argument("hypothesis", help="h1: the cost of training language models")
-    run.add_argument("--scale", required=True, metavar="{laptop,gpu,full}", help="minutes on a CPU; about an hour on one GPU; the protocol itself")
+    run.add_argument("--scale", required=True, metavar="{laptop,gpu,full}", help="minutes on a CPU; minutes of training, and as much again of searches, on one GPU; the protocol itself")
     run.add_argument("--sizes", nargs="+", metavar="SIZE", help="only these sizes of the protocol (default: all of the scale's)")
     run.add_argument("--configs", nargs="+", metavar="NAME", help="only these configurations (default: all of the scale's)")
     run.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: what the scale says)")

@@ -111,10 +111,11 @@ def siblings(self: Study) -> list[Run]:
     return [run for folder in beside if study_origin(folder).get("scale") == self.scale.name for run in read_study(folder)]
 
 @patch
-def decide(self: Study, id: str) -> Decision:
-    "A checkpoint's decision on the records so far, against `baseline`; the one between platforms also looks at the studies beside."
+def decide(self: Study, stage: Stage) -> Decision:
+    "A stage's decision on the runs that its checkpoint rests on, against `baseline`, whatever ran since; the one between platforms also looks at the studies beside."
+    id, wanted = stage.checkpoint, rests_on(stage, self.whole)
     runs = read_study(self.folder) + (self.siblings() if id == "H1-CF" else [])
-    return decide_from(id, Evidence(evidence_table(runs), scale=self.scale.name), self.scale.enforced)
+    return decide_from(id, Evidence(evidence_table([run for run in runs if (run.header["role"], run.header["config"]) in wanted]), scale=self.scale.name), self.scale.enforced)
 
 @patch
 def left_out(self: Study, stage: Stage) -> list[str]:
@@ -131,7 +132,7 @@ def settle(self: Study, stage: Stage) -> str:
         if not self.noted("skip", what=id, reason=reason): self.console.print(f"  {id} {reason}")
         self.note_once("skip", what=id, reason=reason)
     else:
-        decision, last = self.decide(id), self.noted("decision", checkpoint=id)
+        decision, last = self.decide(stage), self.noted("decision", checkpoint=id)
         if last != dict(kind="decision") | finite(asdict(decision)):
             self.note("decision", **finite(asdict(decision)))
             self.console.print(f"  {decision.words}")

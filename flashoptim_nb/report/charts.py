@@ -105,7 +105,7 @@ def loss_curves(
     pick = alt.selection_point(fields=["config"], bind="legend")
     scale = alt.Scale(zero=False, type="log" if log else "linear")
     tips = ["config", "step", alt.Tooltip("mean", format=".4f"), alt.Tooltip("lo", format=".4f"), alt.Tooltip("hi", format=".4f"), "seeds"]
-    base = alt.Chart(band, width=520, height=280).encode(
+    base = alt.Chart(band, width=460, height=280).encode(
         x=alt.X("step:Q", title="step"), color=config_colour(band["config"]), opacity=alt.condition(pick, alt.value(1), alt.value(0.12)))
     area = base.mark_area().encode(alt.Y("lo:Q", title=axis, scale=scale), alt.Y2("hi:Q"),
                                    opacity=alt.condition(pick, alt.value(0.12), alt.value(0.03)))
@@ -134,7 +134,7 @@ def run_lines(
 ) -> alt.Chart:
     "One line a run, coloured by configuration, a mark at each step."
     data = thin(steps.dropna(subset=[value]))
-    chart = alt.Chart(data[["config", "seed", "step", value]], width=520, height=280).mark_line(strokeWidth=1.4, point=alt.OverlayMarkDef(size=22)).encode(
+    chart = alt.Chart(data[["config", "seed", "step", value]], width=460, height=280).mark_line(strokeWidth=1.4, point=alt.OverlayMarkDef(size=22)).encode(
         x=alt.X("step:Q", title="step"), y=alt.Y(f"{value}:Q", title=axis, scale=alt.Scale(zero=False)), color=config_colour(data["config"]),
         detail="seed:N", tooltip=["config", "seed", "step", alt.Tooltip(value, format=".4~g")])
     return titled(chart, title, steps, "one line a run")
@@ -162,7 +162,7 @@ def memory_bars(
     long = mean.dropna(subset=["peak"]).melt([by, "peak"], classes, "class", "amount").assign(order=lambda d: d["class"].map(classes.index))
     colour = alt.Color("class:N", title="holds", scale=alt.Scale(domain=classes, range=list(MEMORY_CLASSES.values())))
     y = alt.Y(f"{by}:N", title=None, sort=list(mean[by]), scale=alt.Scale(domain=list(mean[by])))
-    bars = alt.Chart(long, width=480, height=alt.Step(24)).mark_bar().encode(
+    bars = alt.Chart(long, width=400, height=alt.Step(24)).mark_bar().encode(
         x=alt.X("sum(amount):Q", title=unit), y=y, color=colour,
         order="order:Q", tooltip=[by, "class", alt.Tooltip("amount", title=unit, format=".3f"), alt.Tooltip("peak", title=f"peak, {unit}", format=".3f")])
     burst = mean[mean["peak"].isna()][[by]].assign(zero=0.0, said="ran out of memory")
@@ -179,7 +179,7 @@ def throughput_points(
     "One point a run and a tick at the mean, by configuration."
     known = [name for name in CONFIG_COLOURS if name in set(rates["config"])]
     rates = rates.dropna(subset=[value])
-    base = alt.Chart(rates[["config", "seed", value]], width=480, height=alt.Step(24)).encode(y=alt.Y("config:N", title=None, sort=known))
+    base = alt.Chart(rates[["config", "seed", value]], width=420, height=alt.Step(24)).encode(y=alt.Y("config:N", title=None, sort=known))
     tick = base.mark_tick(thickness=2, size=18).encode(alt.X(f"mean({value}):Q", title=axis, scale=alt.Scale(zero=True)),
                                                       color=config_colour(known, legend=None))
     dots = base.mark_circle(size=60, opacity=0.6).encode(alt.X(f"{value}:Q"), color=config_colour(known, legend=None),
@@ -208,9 +208,9 @@ def estimates(
     bars = base.mark_rule(strokeWidth=3, opacity=0.55).encode(alt.X("lo:Q", title=axis, scale=scale), alt.X2("hi:Q"), **offset)
     dots = base.mark_point(filled=True, size=80, opacity=1).encode(x, **offset)
     lines = alt.Chart(found.dropna(subset=["threshold"])[["what", "threshold"]]).mark_tick(
-        thickness=2, size=26, strokeDash=[3, 2]).encode(alt.X("threshold:Q", title=axis, scale=scale), alt.Y("what:N", sort=list(dict.fromkeys(found["what"]))),
+        thickness=2, size=26).encode(alt.X("threshold:Q", title=axis, scale=scale), alt.Y("what:N", sort=list(dict.fromkeys(found["what"]))),
                                      color=alt.value("#d6274a"), tooltip=[alt.Tooltip("threshold", format=form)])
-    return titled(bars + dots + lines, title, found, "dashed: the threshold; bar: the interval")
+    return titled(bars + dots + lines, title, found, "red: the threshold; bar: the interval")
 
 # %% ../../nbs/09_report/03_charts.ipynb #c47129a4
 def as_cost(
@@ -234,7 +234,7 @@ def equivalence(
     zero = alt.Chart(pd.DataFrame([dict(x=0.0)])).mark_rule(color="#888888").encode(x="x:Q")
     known = [name for name in CONFIG_COLOURS if name in set(gaps["config"])]
     tips = ["what", "against", "verdict", *(alt.Tooltip(name, format="+.4f") for name in ("value", "lo", "hi"))]
-    base = alt.Chart(gaps[["config", "what", "against", "value", "lo", "hi", "verdict"]], width=480, height=alt.Step(24)).encode(
+    base = alt.Chart(gaps[["config", "what", "against", "value", "lo", "hi", "verdict"]], width=400, height=alt.Step(24)).encode(
         y=alt.Y("what:N", title=None, sort=list(dict.fromkeys(gaps["what"])), axis=alt.Axis(labelLimit=400)), color=config_colour(known, legend=None), tooltip=tips)
     bars, dots = base.mark_rule(strokeWidth=3, opacity=0.6).encode(x="lo:Q", x2="hi:Q"), base.mark_point(filled=True, size=80, opacity=1).encode(x="value:Q")
     return titled(band + zero + bars + dots, title, gaps, f"green: equivalent within ±{margin:g} nats")

@@ -68,14 +68,13 @@ def part_text(
     return f"{part['term']} = {value_text(said, factor)}{also}{pairs}; asks {asks}" + (" (projected)" if part["projected"] else "")
 
 # %% ../../nbs/09_report/02_tables.ipynb #c1c91013
-def _parts(entry: dict, most: int = 4) -> list[str]:
+def _parts(entry: dict) -> list[str]:
     "The lines about an entry's parts: measured ones, then how many were not."
     terms = {}
     for part in entry["parts"]: terms.setdefault(part["term"], []).append(part)
     known = [part_text(*parts, scale=entry["scale"]) for parts in terms.values() if parts[0]["value"] is not None]
-    lines = known[:most] + ([f"and {len(known) - most} more"] if len(known) > most else [])
     lacking = len(terms) - len(known)
-    return lines + ([f"{lacking} of {len(terms)} quantities not measured"] if lacking and known else [])
+    return known + ([f"{lacking} of {len(terms)} quantities not measured"] if lacking and known else [])
 
 def verdict_cell(
     entry: dict,  # of the judge
@@ -127,7 +126,7 @@ def part_frame(
     "A row for each measured quantity: what, at, against, value, lo, hi, n, threshold, scale, runs (their names), status."
     runs = load_runs() if runs is None else list(runs)
     rows = [dict(what=part["term"], at=part["at"], against=e["against"], value=part["value"], lo=(part["interval"] or [None])[0], hi=(part["interval"] or [None])[-1],
-                 n=part["n"], threshold=part["threshold"], scale=e["scale"], runs=list(part["records"]), status=part["status"])
+                 n=part["n"], threshold=part["threshold"], bound=part["bound"], scale=e["scale"], runs=list(part["records"]), status=part["status"])
             for e in judged(runs) if e["id"] in ids for part in e["parts"] if part["value"] is not None]
     return pd.DataFrame(rows)
 
