@@ -45,7 +45,7 @@ class Report:
         origin = provenance(pick_device("auto"))
         scale = "gpu" if origin["device_kind"] == "cuda" else REHEARSAL
         folder, arguments = self.config.getoption("--record"), list(self.config.invocation_params.args)
-        settings = dict(arguments=[a for a in arguments if a not in ("--record", folder, f"--record={folder}")], seed=os.environ.get("FLASHOPTIM_TEST_SEED", "fresh in each test"))
+        settings = dict(arguments=[a for a in arguments if a not in ("--record", folder, f"--record={folder}")], test_seed=os.environ.get("FLASHOPTIM_TEST_SEED", "fresh in each test"))
         sources = {path.name: path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))}
         study = study_name("tests", scale, origin["device"], origin["device_kind"])
         header = dict(run="tests", hypothesis="tests", study=study, scale=scale, role="all", size="all", arm="tests", config="all", seed=0, settings=settings,
