@@ -17,6 +17,7 @@ import time
 
 import torch
 
+from .. import __version__
 from ..base.errors import UserError, choose
 from .timing import Stopwatch
 from ..optim import FlashAdam, FlashAdamW, FlashLion, FlashSGD
@@ -178,7 +179,7 @@ def measure_peer(
     row = dict(optimizer=name, algorithm=peer.algorithm, work=work, clip=clip, version=None, ms=None, wall_ms=None, host_ms=None, bytes_per_parameter=None,
                moved=None, gbps=None, floor_ms=None, of_floor=None, hidden_bytes=None, reason="")
     try:
-        row["version"] = version(peer.package)
+        row["version"] = __version__ if peer.package == "flashoptim_nb" else version(peer.package)  # a checkout need not be installed
         params = parameters(work, peer.dtype, device)
         opt = peer.make(params, 1.0 if clip and peer.clips else None)
         def step():
