@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .codec import GROUP, _code_m, _code_root, decode_m, decode_root, dequantize_m, dequantize_v, encode_m, encode_root, reciprocal, root
-from .many import (BLOCK, TYPES, WARPS, Located, Many, Operands, address, get, in_chunks, inside, load_weights, my_block, on, put, rates_kernel,
+from .many import (BLOCK, TYPES, WARPS, Located, Many, Operands, address, get, in_chunks, inside, launch, load_weights, my_block, on, put, rates_kernel,
                                         read_weights, store_weights, values_at, write_weights)
 from .split import widen
 
@@ -147,13 +147,13 @@ def adamw_fused(
     rates = many.rates(step, h.lr, h.decay, _logs(h.beta1, h.beta2), multiplier, skip)
     quantized = x.m_scale is not None
     with on(many.device):
-        for launch in found.launches:
-            adamw_kernel[(len(launch.blocks),)](
-                many.rows, found.addresses, launch.blocks, rates, 1.0 - h.beta1, float(h.beta1), sqrt(1.0 - h.beta2),
-                sqrt(h.beta2) if quantized and h.companded else float(h.beta2), float(h.eps), float(h.coupled),
+        for share in found.launches:
+            launch(adamw_kernel, len(share.blocks), (
+                many.rows, found.addresses, share.blocks, rates, 1.0 - h.beta1, float(h.beta1), sqrt(1.0 - h.beta2),
+                sqrt(h.beta2) if quantized and h.companded else float(h.beta2), float(h.eps), float(h.coupled)), dict(
                 PARAM=TYPES[x.param.dtype], GRAD=found.dtype, BITS=0 if x.rho is None else 8 * x.rho.element_size(), QUANTIZED=quantized,
-                COMPANDED=h.companded, COUPLED=h.coupled != 0, MAXIMIZE=h.maximize, FLOOR=h.eps < ROOT_MIN, ALIGNED=launch.ALIGNED, MASK=launch.MASK,
-                BLOCK=BLOCK, num_warps=WARPS)
+                COMPANDED=h.companded, COUPLED=h.coupled != 0, MAXIMIZE=h.maximize, FLOOR=h.eps < ROOT_MIN, ALIGNED=share.ALIGNED, MASK=share.MASK,
+                BLOCK=BLOCK), WARPS)
 
 
 @lru_cache(maxsize=64)

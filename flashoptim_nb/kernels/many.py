@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'WARPS', 'TYPES', 'COLUMNS', 'WIDTH', 'RATES', 'FEW', 'PROGRAMS', 'Operands', 'new_operands', 'in_chunks',
-           'read_weights', 'write_weights', 'Launch', 'Located', 'Many', 'my_block', 'values_at', 'inside', 'address',
-           'get', 'put', 'load_weights', 'store_weights', 'squares_kernel', 'control_kernel', 'control_fused', 'on',
-           'rates_kernel']
+           'read_weights', 'write_weights', 'Launch', 'Located', 'Many', 'launch', 'on', 'my_block', 'values_at',
+           'inside', 'address', 'get', 'put', 'load_weights', 'store_weights', 'squares_kernel', 'control_kernel',
+           'control_fused', 'rates_kernel']
 
 # %% ../../nbs/02_kernels/02_many.ipynb #2cb7953d
 from collections import defaultdict
@@ -186,6 +186,29 @@ class Many:
         self.known[at] = found
         return found
 
+# %% ../../nbs/02_kernels/02_many.ipynb #77a2c0de
+_BINARIES = {}
+
+
+def launch(
+    kernel: triton.JITFunction,  # its integer arguments are not to be specialized
+    programs: int,
+    arguments: Sequence,  # tensors on the current device, floats and integers below 2^31, before the constants
+    constants: dict,  # in the kernel's order
+    num_warps: int = 4,
+):
+    "Runs a kernel; from the second time on without Triton's search for the binary."
+    if INTERPRETED: return kernel[(programs,)](*arguments, **constants)
+    kinds = [(a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, torch.Tensor) else type(a) for a in arguments]
+    key = (id(kernel), torch.cuda.current_device(), num_warps, *constants.values(), *kinds)
+    if (binary := _BINARIES.get(key)) is None: _BINARIES[key] = kernel[(programs,)](*arguments, **constants, num_warps=num_warps)
+    else: binary[(programs, 1, 1)](*arguments, *constants.values())
+
+
+def on(device: torch.device):
+    "A context in which launches go to this device."
+    return nullcontext() if device.type != "cuda" or device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
 # %% ../../nbs/02_kernels/02_many.ipynb #2c545ad6
 @triton.jit
 def my_block(blocks, rows, i, BLOCK: tl.constexpr):
@@ -301,22 +324,17 @@ def control_fused(
     "One read of all gradients, and what follows from it; nothing waits for the device."
     device, todo, size = work[0][0].device, [], 0
     for many, found in work:
-        for launch in found.launches:
-            todo.append((many, found, launch, size, min(len(launch.blocks), 4 if INTERPRETED else PROGRAMS)))
+        for share in found.launches:
+            todo.append((many, found, share, size, min(len(share.blocks), 4 if INTERPRETED else PROGRAMS)))
             size += todo[-1][-1]
     partial, out = torch.empty(max(size, 1), dtype=torch.float32, device=device), torch.empty(3, dtype=torch.float32, device=device)
     with on(device):
-        for many, found, launch, start, programs in todo:
-            squares_kernel[(programs,)](many.rows, found.addresses, launch.blocks, len(launch.blocks), partial[start:], GRAD=found.dtype,
-                                        ALIGNED=launch.ALIGNED, MASK=launch.MASK, BLOCK=BLOCK, num_warps=WARPS)
-        control_kernel[(1,)](partial, size, out, skipped, partial if grad_scale is None else grad_scale, partial if found_inf is None else found_inf,
-                             float(max_norm or 0.0), SCALED=grad_scale is not None, FOUND=found_inf is not None, CLIPS=max_norm is not None, CHUNK=1024)
+        for many, found, share, start, programs in todo:
+            launch(squares_kernel, programs, (many.rows, found.addresses, share.blocks, len(share.blocks), partial[start:]),
+                   dict(GRAD=found.dtype, ALIGNED=share.ALIGNED, MASK=share.MASK, BLOCK=BLOCK), WARPS)
+        launch(control_kernel, 1, (partial, size, out, skipped, partial if grad_scale is None else grad_scale, partial if found_inf is None else found_inf,
+                                   float(max_norm or 0.0)), dict(SCALED=grad_scale is not None, FOUND=found_inf is not None, CLIPS=max_norm is not None, CHUNK=1024))
     return out
-
-
-def on(device: torch.device):
-    "A context in which launches go to this device."
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 # %% ../../nbs/02_kernels/02_many.ipynb #2186ecd3
 @triton.jit
@@ -357,7 +375,7 @@ def rates(
     "The numbers of a step over these tensors, formed on their device."
     there = isinstance(lr, torch.Tensor) and lr.device == self.device
     with on(self.device):
-        rates_kernel[(1,)](self.numbers, step, self.numbers if multiplier is None else multiplier, self.numbers if skip is None else skip,
-                           lr.float() if there else float(lr), float(decay), *logs,
-                           SCALED=multiplier is not None, SKIPS=skip is not None, LR_TENSOR=there, num_warps=1)
+        launch(rates_kernel, 1, (self.numbers, step, self.numbers if multiplier is None else multiplier, self.numbers if skip is None else skip,
+                                 lr.float() if there else float(lr), float(decay), *logs),
+               dict(SCALED=multiplier is not None, SKIPS=skip is not None, LR_TENSOR=there), num_warps=1)
     return self.numbers

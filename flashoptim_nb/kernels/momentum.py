@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .codec import _code_m, decode_m, dequantize_m, encode_m
-from .many import (BLOCK, TYPES, WARPS, Located, Many, Operands, address, get, in_chunks, inside, load_weights, my_block, on, put,
+from .many import (BLOCK, TYPES, WARPS, Located, Many, Operands, address, get, in_chunks, inside, launch, load_weights, my_block, on, put,
                                         read_weights, store_weights, values_at, write_weights)
 from .split import widen
 
@@ -129,9 +129,9 @@ def momentum_fused(
     "`momentum_reference` in one launch for all tensors, in place; nothing waits for the device."
     x, rates = many.first, many.rates(step, h.lr, h.decay, multiplier=multiplier, skip=skip)
     with on(many.device):
-        for launch in found.launches:
-            momentum_kernel[(len(launch.blocks),)](
-                many.rows, found.addresses, launch.blocks, rates, float(h.momentum), float(h.fresh), float(h.look), float(h.coupled),
+        for share in found.launches:
+            launch(momentum_kernel, len(share.blocks), (
+                many.rows, found.addresses, share.blocks, rates, float(h.momentum), float(h.fresh), float(h.look), float(h.coupled)), dict(
                 LION=h.rule == "lion", NESTEROV=h.nesterov, KEPT=x.m is not None, PARAM=TYPES[x.param.dtype], GRAD=found.dtype,
                 BITS=0 if x.rho is None else 8 * x.rho.element_size(), QUANTIZED=x.m_scale is not None, COMPANDED=h.companded, COUPLED=h.coupled != 0,
-                MAXIMIZE=h.maximize, ALIGNED=launch.ALIGNED, MASK=launch.MASK, BLOCK=BLOCK, num_warps=WARPS)
+                MAXIMIZE=h.maximize, ALIGNED=share.ALIGNED, MASK=share.MASK, BLOCK=BLOCK), WARPS)
