@@ -80,7 +80,7 @@ def test_packing_and_chunks_change_nothing(rng_seed):
     torch.manual_seed(rng_seed)
     sizes = [32, 1, 0, 64, 33, 4096, 200_000, 96]
     xs = [random_operands(n, torch.bfloat16, 8, True) for n in sizes]
-    gs = [torch.randn(n).bfloat16() for n in sizes]
+    gs = [torch.randn(n, device=DEVICE).bfloat16() for n in sizes]
     alone = [clone(x) for x in xs]
     adamw_reference([x._replace(grad=g) for x, g in zip(xs, gs)], scalars(), 4)
     for x, g in zip(alone, gs): adamw_reference([x._replace(grad=g)], scalars(), 4)

@@ -79,9 +79,10 @@ LEAST_ROOT = tl.constexpr(ROOT_MIN)
 def adamw_registers(theta, m, v, step_size, unbias, eps, shrink, FLOOR: tl.constexpr):
     "The update from new moments, on fp32 registers: new theta and the root of v; FLOOR where eps is too small to keep the denominator from zero."
     r = root(v)
-    denominator = tl.fma(r, unbias, eps)
-    if FLOOR: denominator = tl.maximum(denominator, LEAST_ROOT)
-    return tl.fma(m * reciprocal(denominator), -step_size, theta * shrink), r
+    moves = step_size > 1e-30  # the denominator is divided by the step size, once for all values; of an infinite one the reciprocal is 0
+    denominator = tl.fma(r, tl.where(moves, unbias / step_size, 0.0), tl.where(moves, eps / step_size, float("inf")))
+    if FLOOR: denominator = tl.maximum(denominator, (1.0 / step_size) * LEAST_ROOT)
+    return tl.fma(theta, shrink, -m * reciprocal(denominator)), r
 
 # %% ../../nbs/02_kernels/03_adamw.ipynb #186fd23b
 @triton.jit

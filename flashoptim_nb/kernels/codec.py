@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'SCALE_MAX', 'SCALE_MIN', 'HALF_MAX', 'HALF_MIN', 'quantize_m', 'dequantize_m', 'm_error_bound', 'quantize_v',
-           'dequantize_v', 'v_error_bound', 'reciprocal', 'root', 'nearest_scale', 'encode_m', 'decode_m',
-           'encode_root', 'decode_root']
+           'dequantize_v', 'v_error_bound', 'reciprocal', 'root', 'fma_saturated', 'nearest_scale', 'encode_m',
+           'decode_m', 'encode_root', 'decode_root']
 
 # %% ../../nbs/02_kernels/01_codec.ipynb #3fb480a3
 import torch
@@ -146,6 +146,17 @@ def root(v):
 
 
 @triton.jit
+def fma_saturated(a, b, c):
+    "a b + c between 0 and 1, rounded once; NaN gives 0. The bounds cost no instruction."
+    if INTERPRETED:
+        y = tl.fma(a, b, c)
+        y = tl.where(y > 0.0, tl.minimum(y, 1.0), 0.0)
+    else:
+        y = tl.inline_asm_elementwise("fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], dtype=tl.float32, is_pure=True, pack=1)
+    return y
+
+
+@triton.jit
 def nearest_scale(peak, LEAST: tl.constexpr = 0.0):
     "`_scale` on registers: fp32 `peak` to the nearest fp16 in range."
     if LEAST > 0.0:
@@ -159,11 +170,8 @@ def encode_m(m, COMPANDED: tl.constexpr = True):
     size = tl.abs(m)
     scale = nearest_scale(tl.max(size, axis=1))
     s = tl.maximum(scale.to(tl.float32), HALF_MIN)[:, None]
-    if COMPANDED:
-        code = tl.fma(m, reciprocal(tl.fma(size, 1.0 / 254.0, s * (1.0 / 254.0))), ROUND)
-    else:
-        code = tl.fma(m, 127.0 * reciprocal(s), ROUND)
-    code = tl.minimum(tl.maximum(code, ROUND - 127.0), ROUND + 127.0)
+    half = reciprocal(size + s) if COMPANDED else 0.5 * reciprocal(s)
+    code = tl.fma(fma_saturated(m, half, 0.5), 254.0, ROUND - 127.0)  # (phi + 1) / 2 is what lies between 0 and 1
     return code.to(tl.int32, bitcast=True).to(tl.int8), scale
 
 
@@ -183,7 +191,7 @@ def encode_root(r):
     "`quantize_v` on registers: fp32 roots (G, 32), infinity too, give uint8 (G, 32) and fp16 scales (G,)."
     scale = nearest_scale(tl.max(r, axis=1), HALF_MIN)
     s = tl.maximum(scale.to(tl.float32), HALF_MIN)[:, None]
-    code = tl.minimum(tl.maximum(tl.fma(r, 255.0 * reciprocal(s), ROUND), ROUND + 1.0), ROUND + 255.0)
+    code = tl.fma(fma_saturated(r, (255.0 / 254.0) * reciprocal(s), -1.0 / 254.0), 254.0, ROUND + 1.0)  # 1 to 255
     return code.to(tl.int32, bitcast=True).to(tl.uint8), scale
 
 

@@ -9,7 +9,8 @@ __all__ = ['OptionError', 'GradientError', 'check_parameter', 'check_gradient', 
 # %% ../../nbs/03_optim/01_batches.ipynb #dbef7b01
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from operator import is_
+from itertools import repeat
+from operator import attrgetter, is_
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -133,9 +134,9 @@ class Batch:
         self.operands = [Operands(flat, None, *state_operands(opt, group, p)) for p, flat in zip(self.params, self.flat)]
         self.many = Many(self.operands) if self.on_gpu else None
 
-    def take(self, grads: Sequence[torch.Tensor]):
-        "Sets the gradients of the next step: contiguous, in the parameters' order."
-        self.grads, self.found = grads, self.many.find(grads) if self.many else None
+    def take(self, grads: Sequence[torch.Tensor], at: tuple[int, ...] | None = None):
+        "Sets the gradients of the next step, and their addresses where they are known: contiguous, in the parameters' order."
+        self.grads, self.found = grads, self.many.find(grads, at) if self.many else None
 
     def with_grads(self) -> list[Operands]:
         "The operands for the reference."
@@ -153,19 +154,19 @@ class Batch:
 # %% ../../nbs/03_optim/01_batches.ipynb #5807a1bb
 def current_gradients(
     batch: Batch,
-) -> list[torch.Tensor] | None:  # contiguous, in the order of its parameters
+) -> tuple[list[torch.Tensor], tuple[int, ...]] | None:  # contiguous, in the order of its parameters; their addresses
     "The gradients of this step; None where the batch does not fit any more."
     try:
-        grads = [p.grad for p in batch.params]
+        grads = list(map(attrgetter("grad"), batch.params))
         if batch.sharded: grads = [local(g) for g in grads]
         if not all(map(torch.Tensor.is_contiguous, grads)): grads = [g.contiguous() for g in grads]
         at = tuple(map(torch.Tensor.data_ptr, grads))
     except (TypeError, AttributeError, RuntimeError): return None  # none, or a sparse one
     now = [local(p.detach()) for p in batch.params] if batch.sharded else batch.params
     if list(map(torch.Tensor.data_ptr, now)) != batch.addresses: return None
-    if not all(map(is_, [state.get(batch.key) for state in batch.states], batch.kept)): return None
+    if not all(map(is_, map(dict.get, batch.states, repeat(batch.key)), batch.kept)): return None
     if (batch.many is None or at not in batch.many.known) and any(g.dtype != batch.grad_dtype for g in grads): return None
-    return grads
+    return grads, at
 
 
 def remembered(
@@ -179,8 +180,8 @@ def remembered(
     if not known or any(p.grad is not None for p in absent): return None
     for batch in known:
         if batch.strided or batch.on_gpu > opt.fused or batch.moments != opt.moments_of(group) or batch.states[0] is not opt.state.get(batch.params[0]): return None
-        if (grads := current_gradients(batch)) is None: return None
-        batch.take(grads)
+        if (now := current_gradients(batch)) is None: return None
+        batch.take(*now)
     return known
 
 
