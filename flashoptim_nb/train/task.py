@@ -18,6 +18,8 @@ from ..data.batches import Synthetic, Windows, check_repeats
 from ..kernels.attention import resolve_attention
 from ..models.gpt import GPT, GPTConfig
 from ..optim.adam import FlashAdamW
+from ..optim.base import FlashOptimizer
+from ..optim.momentum import FlashLion
 from ..optim.release import enable_gradient_release
 from .stack import Stack
 
@@ -54,10 +56,11 @@ def make_optimizer(
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=recipe.weight_decay),
               dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
-    common = dict(lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
-    if stack.optimizer == "adamw": return torch.optim.AdamW(groups, fused=stack.fused or None, **common)
-    return FlashAdamW(groups, quantize=stack.states == "int8", master_weight_bits=24 if stack.weights == "split24" else None,
-                      fused=stack.fused, max_norm=recipe.clip, **common)
+    common = dict(lr=recipe.lr, betas=recipe.betas)
+    if stack.optimizer == "adamw": return torch.optim.AdamW(groups, fused=stack.fused or None, eps=recipe.eps, **common)
+    formats = dict(quantize=stack.states.startswith("int8"), companded=stack.states != "int8_linear", master_weight_bits=24 if stack.weights == "split24" else None)
+    if stack.optimizer == "flash_lion": return FlashLion(groups, fused=stack.fused, max_norm=recipe.clip, **formats, **common)
+    return FlashAdamW(groups, fused=stack.fused, max_norm=recipe.clip, eps=recipe.eps, **formats, **common)
 
 # %% ../../nbs/05_train/02_task.ipynb #ac0ab3ca
 class LMTask:
@@ -81,7 +84,7 @@ class LMTask:
         if stack.compile: self.model.compile_blocks()
         self.autocast_dtype = None if narrow else torch.bfloat16
         self.optimizer = make_optimizer(self.model, stack, recipe)
-        self.flash = isinstance(self.optimizer, FlashAdamW)
+        self.flash = isinstance(self.optimizer, FlashOptimizer)
         self.release = enable_gradient_release(self.model, self.optimizer) if stack.release else None
         self.skipped = 0
 
