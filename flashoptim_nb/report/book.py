@@ -33,7 +33,7 @@ from .notebooks import Job, dress, execute_all, split_directives
 from .shown import RECORDS, full_name, load_runs, record_folders, study_folders
 
 # %% ../../nbs/09_report/06_book.ipynb #841b5cce
-PARTS = {"h1": "Part one: hypothesis 1"}
+PARTS = {"h1": "Part one: hypothesis 1", "h2": "Part two: hypothesis 2", "opt": "Part three: the optimizers"}
 LAYERS = {"base": "what everything speaks", "data": "real data in, tensors out", "kernels": "the arithmetic, and its reference beside it",
           "optim": "optimizers over the kernels", "models": "networks", "train": "one loop, small callbacks",
           "amortize": "proposals over a surrogate", "measure": "bytes, seconds, joules, dollars", "judge": "rows and criteria in, verdicts out",
@@ -68,7 +68,7 @@ def book_toc(
     parts = [dict(caption=PARTS[name], chapters=_chapters([s for s in stems if s.startswith(f"{name}/")])) for name in PARTS if name in folders]
     for folder in (name for name in folders if not is_chapter(name)):
         layer = folder.partition("_")[2]
-        parts.append(dict(caption=f"Part two: {layer}, {LAYERS[layer]}" if layer in LAYERS else f"Part two: {layer}", chapters=_chapters([s for s in stems if s.startswith(f"{folder}/")])))
+        parts.append(dict(caption=f"Library: {layer}, {LAYERS[layer]}" if layer in LAYERS else f"Library: {layer}", chapters=_chapters([s for s in stems if s.startswith(f"{folder}/")])))
     return dict(format="jb-book", root="index", parts=parts)
 
 # %% ../../nbs/09_report/06_book.ipynb #42112b4b
