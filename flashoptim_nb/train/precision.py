@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..base.config import Config
-from ..base.errors import UserError, choose
+from ..base.errors import choose
 from ..optim.adam import FlashAdamW
 from ..optim.cast import cast_model
 
