@@ -47,6 +47,7 @@ def _run(args) -> int:
     from flashoptim_nb.cli.scales import SCALES
     from flashoptim_nb.cli.stages import dry_run, narrow
     from flashoptim_nb.judge.decisions import CHECKPOINTS
+    if args.hypothesis != "h1": raise UserError(f"this command does not run the protocol of {args.hypothesis} yet; it runs h1's, and `verdict` judges records of both")
     scale = choose("scale", args.scale, SCALES)
     for id in args.confirm: choose("checkpoint", id, CHECKPOINTS)
     if args.dry_run: return dry_run(narrow(scale, args.sizes, args.configs))
@@ -63,6 +64,7 @@ def _tell_unfinished(studies: list[Path]):
 
 def _verdict(args) -> int:
     from flashoptim_nb.cli.scales import SCALES
+    from flashoptim_nb.judge.surrogates import HYPOTHESES
     from flashoptim_nb.judge.verdict import verdict
     from flashoptim_nb.report.shown import load_runs
     from flashoptim_nb.report.tables import verdict_text
@@ -71,7 +73,7 @@ def _verdict(args) -> int:
     _tell_unfinished(studies)
     runs = [run for run in load_runs(studies, args.hypothesis) if args.scale in (None, run.header["scale"])]
     if not runs: raise UserError(f"there are no records of {args.hypothesis}{f' at scale {args.scale}' if args.scale else ''} to judge; name others with --records, or make some with `flashoptim-nb run {args.hypothesis} --scale {args.scale or 'laptop'}`")
-    entries = verdict(runs)
+    entries = verdict(runs, HYPOTHESES[args.hypothesis])
     print(json.dumps(entries, indent=1, allow_nan=False) if args.json else verdict_text(entries))
     return 0
 
@@ -222,7 +224,7 @@ def main(
     args = _parser().parse_args(words)
     try:
         if getattr(args, "hypothesis", None):
-            from flashoptim_nb.judge.criteria import HYPOTHESES
+            from flashoptim_nb.judge.surrogates import HYPOTHESES
             choose("hypothesis", args.hypothesis, HYPOTHESES)
         return args.function(args)
     except UserError as error:
