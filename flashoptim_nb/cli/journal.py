@@ -20,7 +20,7 @@ from ..base.errors import UserError, choose
 from ..base.machine import pick_device, provenance
 from ..base.records import RunWriter, finite, only_writer, read_study, study_name, study_origin
 from .runs import end_at_once, free, recorded
-from ..judge.decisions import CHECKPOINTS
+from ..judge.decisions import checkpoints_of
 from ..train.loop import CHECKPOINT, Callback, Interrupted, Paused, same_origin
 
 # %% ../../nbs/10_cli/04a_journal.ipynb #6a40c006
@@ -124,7 +124,7 @@ def pauses(self: Journal) -> dict[str, dict]:
 def confirm(self: Journal, ids: Iterable[str]):
     "Lets the study go on after pauses; raises `UserError` for a checkpoint that nothing waits for."
     for id in ids:
-        choose("checkpoint", id, CHECKPOINTS)
+        choose("checkpoint", id, checkpoints_of(self.hypothesis))
         waiting = self.pauses()
         if id not in waiting: raise UserError(f"nothing waits for {id} to be confirmed; " + (f"what waits: {', '.join(waiting)}" if waiting else "leave --confirm out"))
         self.note("confirm", checkpoint=id, why=waiting[id]["why"])
