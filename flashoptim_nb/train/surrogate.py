@@ -267,3 +267,15 @@ def load_state_dict(self: SurrogateTask, state: dict):
     if self.shadow is not None:
         for mine, its in zip(self.shadow, state["shadow"], strict=True): mine.copy_(its)
     if self.release and state["clip"] is not None: self.release.clip = state["clip"].to(self.device)
+
+# %% ../../nbs/05_train/07_surrogate.ipynb #6a30c020
+@patch
+@torch.no_grad()
+def begin_from(
+    self: SurrogateTask,  # has taken no step
+    other: SurrogateTask,  # of the same width
+):
+    "Takes over the other's weights and their mean."
+    for p, w in zip(self.model.parameters(), other.weights(), strict=True): p.copy_(w)
+    for mine, its in zip(self.model.buffers(), other.model.buffers(), strict=True): mine.copy_(its)
+    if self.shadow is not None: self.shadow = [w.clone() for w in (other.shadow or other.weights())]
