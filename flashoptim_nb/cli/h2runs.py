@@ -7,7 +7,6 @@ __all__ = ['SurrogateSpec', 'surrogate_spec', 'task_of', 'Epochs', 'Held', 'solu
            'labels']
 
 # %% ../../nbs/10_cli/06b_h2runs.ipynb #6a70c003
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -16,7 +15,7 @@ import torch
 from ..base.config import Config
 from ..base.errors import UserError
 from ..base.records import RunWriter
-from .h2scales import Solve, SurrogatePart, SurrogateScale, problems_of
+from .h2scales import Solve, SurrogateScale, problems_of
 from .runs import free
 from ..measure.largest import split_batch, worst_batch
 from ..measure.memory import memory_by_class

@@ -13,7 +13,7 @@ from importlib import import_module
 from ..base.config import Config
 from ..base.errors import choose
 from ..measure.plan import A100_40, Accelerator, H200
-from ..train.precision import ABLATIONS, CONFIGS, PRECISIONS, TWICE
+from ..train.precision import ABLATIONS, PRECISIONS, TWICE
 from ..train.surrogate import Domain, SurrogateRecipe
 
 # %% ../../nbs/10_cli/06a_h2scales.ipynb #6a60c006
