@@ -88,7 +88,9 @@ def bayes(
 ) -> list[Outcome]:  # one per instance
     "Searches a pool by expected improvement over surrogate plus residual process."
     _botorch()
-    return [_search(problem, seed, t, policy, samples, most, max(2, first), refit) for t in (range(problem.instances) if instances is None else instances)]
+    with torch.random.fork_rng(devices=[]):  # a fit that has to be restarted draws from the global generator
+        torch.manual_seed(seed)
+        return [_search(problem, seed, t, policy, samples, most, max(2, first), refit) for t in (range(problem.instances) if instances is None else instances)]
 
 def _search(problem: Problem, seed: int, instance: int, policy, samples: int, most: int, first: int, refit: int) -> Outcome:
     "One instance."
