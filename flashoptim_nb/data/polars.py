@@ -20,7 +20,7 @@ from ..base.errors import UserError
 from ..base.machine import data_root
 from .airfoils import coordinates, cst_matrix, load_shapes, stations
 from .solvers import Xfoil, NeuralFoil
-from .text import read_verified, read_xz
+from .text import read_xz
 
 # %% ../../nbs/01_data/05b_polars.ipynb #a3f00006
 def drag_floor(
