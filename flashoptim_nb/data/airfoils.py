@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['N_SIDE', 'PARAMETERS', 'CROSSING', 'RIDGE', 'MAX_ERROR', 'MAX_WEIGHT', 'cst_matrix', 'stations', 'coordinates',
-           'Geometry', 'geometry', 'Fit', 'check_contour', 'fit_cst', 'Shapes', 'parameterize', 'read_contours',
-           'load_shapes', 'shape_frame']
+           'Geometry', 'geometry', 'Fit', 'check_contour', 'sound_contour', 'fit_cst', 'Shapes', 'parameterize',
+           'read_contours', 'load_shapes', 'shape_frame']
 
 # %% ../../nbs/01_data/05_airfoils.ipynb #a1f00003
 import json
@@ -105,14 +105,21 @@ def _side_lines(xy, x):
     up, low = xy[lead::-1], xy[lead:]
     return (np.interp(x, *side[np.argsort(side[:, 0], kind="stable")].T) for side in (up, low))
 
-def fit_cst(
-    xy,  # (n, 2) in Selig's order
-) -> Fit:
-    "The parameters of a contour by least squares; raises `UserError` if it crosses itself."
+def sound_contour(
+    xy,  # (n, 2), in Selig's order, any unit
+) -> np.ndarray:  # fp64 (n, 2), chord 1, leading edge at the origin
+    "A contour that a solver can be given; raises `UserError` for what is none, or crosses itself."
     xy = check_contour(xy)
     upper, lower = _side_lines(xy, stations(101)[2:-2])
     if (gap := (upper - lower).min()) < -CROSSING:
         raise UserError(f"the contour crosses itself: its upper side lies {-gap:.4f} chords below its lower side; give a shape whose upper side comes first and stays above")
+    return xy
+
+def fit_cst(
+    xy,  # (n, 2) in Selig's order
+) -> Fit:
+    "The parameters of a contour by least squares; raises `UserError` if it crosses itself."
+    xy = sound_contour(xy)
     lead = int(xy[:, 0].argmin())
     A = np.concatenate([cst_matrix(xy[: lead + 1, 0], "upper"), cst_matrix(xy[lead:, 0], "lower")])
     y = np.concatenate([xy[: lead + 1, 1], xy[lead:, 1]])

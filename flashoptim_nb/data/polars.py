@@ -82,7 +82,7 @@ def same_shapes(
 ) -> np.ndarray:  # int (A,), the group of each
     "Numbers groups of shapes that are alike, directly or through others."
     x = stations(33)
-    Y = np.concatenate([parameters @ cst_matrix(x, side).T for side in ("upper", "lower")], 1)
+    Y = np.concatenate([np.asarray(parameters).reshape(-1, 18) @ cst_matrix(x, side).T for side in ("upper", "lower")], 1)
     group = np.arange(len(Y))
     for i, y in enumerate(Y):
         for j in group[np.flatnonzero(np.abs(Y[:i] - y).max(1) < tolerance)]: group[group == j] = group[i]
@@ -95,7 +95,7 @@ def split_airfoils(
 ) -> dict[str, np.ndarray]:
     "Airfoils (their numbers) of `train`, `val` and `test`; shapes that are the same stay together. Raises `UserError` if there are too few."
     group = same_shapes(parameters)
-    n = group.max() + 1
+    n = len(set(group.tolist()))
     if n < 3: raise UserError(f"{n} different airfoils cannot be split in three; give at least 3")
     order, n_val, n_test = np.random.default_rng([seed, 11]).permutation(n), *(max(1, round(share * n)) for share in held_out)
     parts = dict(val=order[:n_val], test=order[n_val:n_val + n_test], train=order[n_val + n_test:])

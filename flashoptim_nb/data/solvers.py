@@ -6,6 +6,7 @@
 __all__ = ['Polar', 'n_workers', 'trap_stub', 'Xfoil', 'NeuralFoil', 'pick_solver']
 
 # %% ../../nbs/01_data/05a_solvers.ipynb #a2f00003
+import atexit
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..base.errors import UserError, choose
-from .airfoils import N_SIDE, fit_cst
+from .airfoils import N_SIDE, fit_cst, sound_contour
 
 # %% ../../nbs/01_data/05a_solvers.ipynb #a2f00006
 class Polar(NamedTuple):
@@ -30,7 +31,7 @@ class Polar(NamedTuple):
     CD: np.ndarray  # (n,), drag coefficient
     CM: np.ndarray  # (n,), moment coefficient about a quarter of the chord
     converged: np.ndarray  # bool (n,)
-    note: str = ""  # "", "timed out" or "crashed"
+    note: str = ""  # "", "timed out", "crashed" or "no airfoil"
 
     def rows(self) -> list[dict]:
         "One dict an angle."
@@ -56,6 +57,7 @@ def trap_stub() -> Path:
     cc = next(filter(None, map(shutil.which, ("gcc", "cc", "clang"))), None)
     if cc is None: raise UserError("XFOIL needs a small stub that a C compiler builds, and none was found (gcc, cc, clang); on Debian and Ubuntu: apt install gcc libc6-dev. Without it: pick_solver('neuralfoil')")
     folder = Path(tempfile.mkdtemp(prefix="flashoptim-xfoil-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     (folder / "stub.c").write_text("void _gfortran_set_fpe(int flags) {}\n")
     done = subprocess.run([cc, "-shared", "-fPIC", "-o", "stub.so", "stub.c"], cwd=folder, capture_output=True, text=True)
     if done.returncode: raise UserError(f"{cc} could not build XFOIL's stub ({done.stderr.strip()[-200:]}); on Debian and Ubuntu: apt install gcc libc6-dev. Without it: pick_solver('neuralfoil')")
@@ -106,7 +108,8 @@ def polar(
     alphas,  # degrees
     Re: float,  # Reynolds number of the chord
 ) -> Polar:
-    "The polar of a contour; what does not converge, crash or time out included, is recorded in it."
+    "The polar of a contour; what does not converge, crash or time out included, is recorded in it. Raises `UserError` for a contour that is none or crosses itself."
+    sound_contour(xy)
     with tempfile.TemporaryDirectory(prefix="flashoptim-xfoil-") as folder:
         (Path(folder) / "shape.dat").write_text("shape\n" + "".join(f"{x:.7f} {y:.7f}\n" for x, y in np.asarray(xy, float)))
         env = os.environ | {"LD_PRELOAD": str(self.stub)}
@@ -126,8 +129,11 @@ def many(
     alphas,  # degrees, the same for all
     Re: float,
 ) -> list[Polar]:
-    "Polars of many contours, several processes at a time."
-    with ThreadPoolExecutor(self.workers) as pool: return list(pool.map(lambda xy: self.polar(xy, alphas, Re), shapes))
+    "Polars of many contours, several processes at a time; one that is no airfoil is noted as such, not raised."
+    def one(xy):
+        try: return self.polar(xy, alphas, Re)
+        except UserError: return _polar(np.atleast_1d(alphas), {}, "no airfoil")
+    with ThreadPoolExecutor(self.workers) as pool: return list(pool.map(one, shapes))
 
 # %% ../../nbs/01_data/05a_solvers.ipynb #a2f00015
 class NeuralFoil:
@@ -164,7 +170,7 @@ def many(
     alphas,  # degrees, the same for all
     Re: float,
 ) -> list[Polar]:
-    "Polars of many contours; one that cannot be parameterized counts as not converged."
+    "Polars of many contours; one that is no airfoil is noted as such, not raised."
     alphas = np.atleast_1d(np.asarray(alphas, float))
     fits = []
     for xy in shapes:
@@ -177,11 +183,12 @@ def many(
     def one(i):
         keep = (sure["analysis_confidence"][i] >= self.confidence) & np.isfinite(sure["CL"][i]) & (sure["CD"][i] > 0)
         return Polar(alphas, *(np.where(keep, sure[k][i], np.nan) for k in ("CL", "CD", "CM")), keep)
-    return [_polar(alphas, {}, "crashed") if p is None else one(next(rest)) for p in fits]
+    return [_polar(alphas, {}, "no airfoil") if p is None else one(next(rest)) for p in fits]
 
 @patch
 def polar(self: NeuralFoil, xy: np.ndarray, alphas, Re: float) -> Polar:
-    "The polar of a contour (n, 2) at `alphas` (degrees)."
+    "The polar of a contour (n, 2) at `alphas` (degrees); raises `UserError` for one that is none or crosses itself."
+    sound_contour(xy)
     return self.many([xy], alphas, Re)[0]
 
 # %% ../../nbs/01_data/05a_solvers.ipynb #a2f0001a

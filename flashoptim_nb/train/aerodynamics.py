@@ -64,7 +64,7 @@ class Aerodynamics:
         train = self.rows["train"]
         self.shift, self.scale = raw[train].mean(0), np.maximum(raw[train].std(0), 1e-6)
         self.mean, self.std = (torch.tensor(f(y[train], axis=0), dtype=torch.float32) for f in (np.mean, np.std))
-        self.y = torch.tensor(y, dtype=torch.float32)
+        self.y, self._whole = torch.tensor(y, dtype=torch.float32), None
 
 # %% ../../nbs/05_train/11_aerodynamics.ipynb #a6f0000a
 @patch
@@ -97,8 +97,9 @@ def batch(
     which: np.ndarray,  # int (n,), row numbers within the split
 ) -> Batch:
     "Rows of a split."
-    t, rows = self.table, choose("split", split, self.rows)[which]
-    return self.encode(t.parameters[t.airfoil[rows]], t.alpha[rows], t.Re[rows], self.y[torch.as_tensor(rows)])
+    if self._whole is None: self._whole = self.encode(self.table.parameters[self.table.airfoil], self.table.alpha, self.table.Re, self.y)
+    rows, whole = torch.as_tensor(choose("split", split, self.rows)[which]), self._whole
+    return Batch(whole.x[rows], whole.y[rows], None if whole.contour is None else whole.contour[rows])
 
 # %% ../../nbs/05_train/11_aerodynamics.ipynb #a6f0000b
 @patch
@@ -129,6 +130,7 @@ def load_aerodynamics(
     chosen = choose("scale", scale, SCALES)
     for name in limits: choose("limit", name, chosen)
     s, table = chosen | limits, load_table()
+    if s["step"] < 1 or s["airfoils"] is not None and s["airfoils"] < 3: raise UserError(f"limits of step={s['step']} degrees and airfoils={s['airfoils']}: the step has to be at least 1, the airfoils at least 3 (or None: all)")
     if s["airfoils"] is not None:
         keep = np.random.default_rng([seed, 12]).permutation(len(table.names))[: s["airfoils"]]
         table = select(table, np.isin(table.airfoil, keep), "left out at this scale")
