@@ -88,9 +88,10 @@ def width_for(
     n_targets: int = 2,
     depth: int = 6,
     contour: bool = False,
-    multiple: int = 8,  # widths to choose from
+    multiple: int | None = None,  # of which the width is one; None: 8, which suits tensor cores, from a width of 128, else 1
 ) -> int:
     "The width whose number of parameters comes nearest to the one wanted."
     def off(w): return abs(n_parameters(w, n_features, n_targets, depth, contour) - parameters)
     guess = (parameters / (2 * EXPAND * depth)) ** 0.5
+    multiple = multiple or (8 if guess >= 128 else 1)
     return min((multiple * k for k in range(1, int(guess / multiple) + 3)), key=off)
