@@ -30,8 +30,8 @@ def partial_set(
     rng: np.random.Generator,
 ) -> np.ndarray:  # int64, sorted; 1 to `most` nodes, independent
     "A random independent set: part of a largest one, then free nodes, drawn evenly or greedily."
-    k, careful = int(rng.integers(1, most + 1)), rng.random() < 0.5
-    chosen = rng.permutation(np.asarray(best))[:int(rng.integers(0, k + 1))].tolist()
+    k, careful = int(rng.integers(1, most + 1)), rng.random() < 1 / 3
+    chosen = rng.permutation(np.asarray(best))[:int(k * rng.random() ** 2)].tolist()
     free = ~graph.adjacency[chosen].any(0)
     free[chosen] = False
     while len(chosen) < k and free.any():
