@@ -109,6 +109,7 @@ def draw_labels(
         which += [len(kept)] * len(proven)
         drawn += [s for s, _ in proven]; value += [v for _, v in proven]
         kept.append(graph); optimum.append(best.size)
+        vars(graph).pop("adjacency", None)  # thousands of these would fill the memory
     if not drawn: raise UserError(f"no partial set of {', '.join(families)} has a value to learn from: {dict(skipped) or 'no graphs were asked for'}; take another family, more nodes or more time")
     counts = dict(graphs=dict(read=sum(r.read for r in read), used=len(kept), skipped=dict(skipped)),
                   sets=dict(read=len(kept) * sets, used=len(drawn), skipped={f"value not proven in {seconds:g} s": unproven} if unproven else {}))

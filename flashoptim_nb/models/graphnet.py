@@ -128,5 +128,7 @@ def graphnet_parameters(inputs: int, width: int, depth: int, targets: int = 1) -
     return (inputs + 1) * width + depth * layer + 2 * width + (width + 1) * width + (2 * width + 1) * width + (width + 1) * targets
 
 def graphnet_width(parameters: int, inputs: int, depth: int, targets: int = 1) -> int:
-    "The multiple of 8 whose network comes nearest to so many parameters."
-    return min(range(8, 8 * 513, 8), key=lambda w: abs(graphnet_parameters(inputs, w, depth, targets) - parameters))
+    "The width whose network comes nearest to so many parameters; a multiple of 8 where that is within 3 % of them."
+    off = lambda w: abs(graphnet_parameters(inputs, w, depth, targets) / parameters - 1)
+    even = min(range(8, 8 * 1025, 8), key=off)
+    return even if off(even) < 0.03 else min(range(1, 8 * 1025), key=off)
