@@ -186,7 +186,7 @@ def _tiles(x_EC, w2_CB, q, tile):
     C, B = w2_CB.shape
     tf32 = x_EC.is_cuda and torch.backends.cuda.matmul.allow_tf32
     return dict(C=C, B=B, L=q.shape[1] // B, BLOCK_C=max(16, triton.next_power_of_2(C)), BLOCK_B=max(16, triton.next_power_of_2(B)), TILE=tile,
-                TYPE=TYPES[x_EC.dtype], DOT="tf32" if tf32 else "ieee", num_warps=4)
+                TYPE=TYPES[x_EC.dtype], DOT="tf32" if tf32 else "ieee", num_warps=8 if x_EC.dtype == torch.float32 else 4)
 
 # %% ../../nbs/02_kernels/07_triplets.ipynb #6d0c2014
 class _TripletSum(torch.autograd.Function):
