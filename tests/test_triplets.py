@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import triton
 
 from flashoptim_nb.base.compare import assert_2x
+from flashoptim_nb.data.geometry import Geometry
+from flashoptim_nb.kernels.gathered import gated_sum, gated_sum_reference
 from flashoptim_nb.kernels.triplets import Edges, meeting, triplet_errors, triplet_sum, triplet_sum_reference
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -62,6 +65,42 @@ def test_kernel_repeats_to_the_bit(rng_seed):
     x, q, w2 = (torch.randn(*s, device=DEVICE, requires_grad=True) for s in ((E, 16), (E, 14), (16, 2)))
     runs = [torch.autograd.grad(triplet_sum(x, q, w2, g).square().sum(), (x, q, w2)) for _ in range(2)]
     assert all(map(torch.equal, *runs))
+
+
+@kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("H", [24, 128, 200])
+def test_kernel_of_gated_sums(dtype, H, rng_seed):
+    g = cloud(5, device=DEVICE)
+    E, N = len(g.source), len(g.incoming) - 1
+    x, e, w = (torch.randn(*s, device=DEVICE).to(dtype) for s in ((E, H), (E, 6), (H, 6)))
+    def run(f, *given):
+        leaves = [t.detach().requires_grad_() for t in given]
+        out = f(*leaves)
+        return out.detach(), *torch.autograd.grad(out.float().cos().sum(), leaves)
+    plain = lambda *a: gated_sum_reference(*a, g.target, N)
+    for ours, same, exact in zip(run(lambda *a: gated_sum(*a, g.target, g.incoming), x, e, w), run(plain, x, e, w), run(plain, *(t.double() for t in (x, e, w)))):
+        assert ours.dtype == dtype
+        assert_2x(ours, same, exact, floor=1e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)
+
+
+@kernel
+def test_kernel_in_the_network(rng_seed):
+    "The fused form, padded, against the plain one, gradients included."
+    from flashoptim_nb.models.dimenet import DimeNetConfig, DimeNetPP
+    counts = np.array([5, 1, 3])
+    pos = torch.randn(9, 3) * 1.5
+    g = Geometry(torch.randint(1, 9, (9,)), pos, counts, device=DEVICE).batch(np.arange(3), torch.zeros(3, 1)).with_triplets()
+    model = DimeNetPP(DimeNetConfig(hidden=16, blocks=1, int_emb=8, basis_emb=4, out_emb=16)).to(DEVICE)
+    for output in model.output_blocks: torch.nn.init.normal_(output.lin.weight)
+    found = []
+    for interaction, batch in (("triplets", g), ("fused", g.pad(12, 40, 200))):
+        model.interaction = interaction
+        model.zero_grad()
+        out = model(batch)
+        out.square().sum().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*found): torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4 * float(a.abs().max()) + 1e-6)
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests above run the kernel here")

@@ -184,19 +184,30 @@ def _fused(x_EC: torch.Tensor) -> bool:
 
 def _tiles(x_EC, w2_CB, q, tile):
     C, B = w2_CB.shape
-    tf32 = x_EC.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    tf32 = x_EC.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"  # also where it was allowed by its older name
     return dict(C=C, B=B, L=q.shape[1] // B, BLOCK_C=max(16, triton.next_power_of_2(C)), BLOCK_B=max(16, triton.next_power_of_2(B)), TILE=tile,
                 TYPE=TYPES[x_EC.dtype], DOT="tf32" if tf32 else "ieee", num_warps=8 if x_EC.dtype == torch.float32 else 4)
+
+# %% ../../nbs/02_kernels/07_triplets.ipynb #6d0c2021
+def _plainly(x_EC, q, w2_CB, g):
+    return triplet_sum_reference(x_EC, q, w2_CB, g.unit.to(torch.promote_types(g.unit.dtype, x_EC.dtype)), *meeting(g))
+
+def _gradients_plainly(x_EC, q, w2_CB, g, grad):
+    "The three gradients by autograd through the reference, formed again."
+    leaves = [t.detach().requires_grad_() for t in (x_EC, q, w2_CB)]
+    with torch.enable_grad(): out = _plainly(*leaves, g)
+    return torch.autograd.grad(out, leaves, grad)
 
 # %% ../../nbs/02_kernels/07_triplets.ipynb #6d0c2014
 class _TripletSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_EC, q, w2_CB, g, tile):
+        ctx.save_for_backward(x_EC, q, w2_CB, *g)
+        ctx.tile = tile
+        if not _fused(x_EC): return _plainly(x_EC, q, w2_CB, g)
         out, atoms = torch.zeros_like(x_EC), len(g.incoming) - 1
         if atoms and len(x_EC):
             with on(x_EC.device): triplets_forward_kernel[(atoms,)](x_EC, q, w2_CB, g.unit, g.source, g.target, g.incoming, g.outgoing, g.out_edge, out, **_tiles(x_EC, w2_CB, q, tile))
-        ctx.save_for_backward(x_EC, q, w2_CB, *g)
-        ctx.tile = tile
         return out
 
     @staticmethod
@@ -204,6 +215,7 @@ class _TripletSum(torch.autograd.Function):
     def backward(ctx, grad):
         x_EC, q, w2_CB, *g = ctx.saved_tensors
         g, (C, B) = Edges(*g), w2_CB.shape
+        if not _fused(x_EC): return *_gradients_plainly(x_EC, q, w2_CB, g, grad), None, None
         atoms, grad = len(g.incoming) - 1, grad.contiguous()
         programs = max(1, min(atoms, _programs(x_EC.device)))
         dx, dq, dw2 = torch.zeros_like(x_EC), torch.zeros_like(q), torch.zeros(programs, B, C, device=q.device)
@@ -225,8 +237,7 @@ def triplet_sum(
     if x_EC.dim() != 2 or q_ELB.shape[1] % w2_CB.shape[1] or w2_CB.shape[0] != x_EC.shape[1] or len(q_ELB) != len(x_EC):
         raise UserError(f"shapes do not belong together: messages {tuple(x_EC.shape)} (E, C), basis {tuple(q_ELB.shape)} (E, L * B), weight {tuple(w2_CB.shape)} (C, B)")
     q_ELB, w2_CB = q_ELB.to(x_EC.dtype), w2_CB.to(x_EC.dtype)
-    if _fused(x_EC): return _TripletSum.apply(x_EC.contiguous(), q_ELB.contiguous(), w2_CB.contiguous(), Edges(*(t.contiguous() for t in g)), tile)
-    return triplet_sum_reference(x_EC, q_ELB, w2_CB, g.unit.to(torch.promote_types(g.unit.dtype, x_EC.dtype)), *meeting(g))
+    return _TripletSum.apply(x_EC.contiguous(), q_ELB.contiguous(), w2_CB.contiguous(), Edges(*(t.contiguous() for t in g)), tile)
 
 # %% ../../nbs/02_kernels/07_triplets.ipynb #6d0c2018
 def triplet_errors(

@@ -44,6 +44,7 @@ class DimeNetConfig(Config):
 
     def scaled(self, hidden: int):
         "Another width, with the messages' and the output's in proportion, in multiples of 8."
+        if hidden == self.hidden: return self
         def near(n): return max(8, 8 * round(n * hidden / self.hidden / 8))
         return self.replace(hidden=hidden, int_emb=near(self.int_emb), out_emb=near(self.out_emb))
 
