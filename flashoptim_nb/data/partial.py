@@ -12,8 +12,7 @@ import json
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,8 +45,8 @@ def partial_set(
     return np.sort(np.array(chosen, np.int64))
 
 def most_nodes(graph: Graph, optimum: int) -> int:
-    "How many nodes the largest partial sets have: as many as there are variables, or half the optimum of a graph that is no formula."
-    return max(1, min(optimum, graph.variables) if graph.clauses else optimum // 2)
+    "How many nodes the largest partial sets have: half the optimum, at most one and a half for each variable of a formula, which settles almost all of them."
+    return max(1, min(optimum // 2, round(1.5 * graph.variables)) if graph.clauses else optimum // 2)
 
 # %% ../../nbs/01_data/07a_partial.ipynb #7a010009
 class Labels(NamedTuple):
