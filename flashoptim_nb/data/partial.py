@@ -9,9 +9,10 @@ __all__ = ['SPLITS', 'partial_set', 'most_nodes', 'Labels', 'draw_labels', 'save
 # %% ../../nbs/01_data/07a_partial.ipynb #7a010003
 import hashlib
 import json
+import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,8 +45,8 @@ def partial_set(
     return np.sort(np.array(chosen, np.int64))
 
 def most_nodes(graph: Graph, optimum: int) -> int:
-    "How many nodes the largest partial sets have: as many as there are variables, or half the optimum of a graph that is no formula."
-    return max(1, min(optimum, graph.variables) if graph.clauses else optimum // 2)
+    "How many nodes the largest partial sets have: half the optimum, at most one and a half for each variable of a formula, which settles almost all of them."
+    return max(1, min(optimum // 2, round(1.5 * graph.variables)) if graph.clauses else optimum // 2)
 
 # %% ../../nbs/01_data/07a_partial.ipynb #7a010009
 class Labels(NamedTuple):
@@ -136,7 +137,7 @@ def load_labels(path: str | Path) -> Labels:
         with np.load(path) as z: d = {k: z[k] for k in ("about", "formulas", "formula_ends", "edges", "edge_ends", "optimum", "which", "sets", "value")}
         about = json.loads(str(d["about"]))
     except FileNotFoundError: raise UserError(f"there are no labels at {path}; make them with make_labels({str(path)!r})") from None
-    except (KeyError, ValueError, OSError, EOFError) as error: raise UserError(f"{path} is no file of labels ({type(error).__name__}); make it with make_labels") from error
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error: raise UserError(f"{path} is no file of labels ({type(error).__name__}); make it with make_labels") from error
     def graph(g, literals, edges):
         if not len(literals): return make_graph(g["name"], g["n"], edges, family=g["family"])
         return formula_graph(g["name"], [c[:-1] for c in np.split(literals, np.flatnonzero(literals == 0) + 1) if len(c)], g["family"])

@@ -18,7 +18,7 @@ from torch import nn
 from ..base.errors import UserError, choose
 from ..data.graphs import Graph, graphs_folder
 from ..data.partial import SPLITS, Labels, draw_labels, load_labels, make_labels, split_graphs
-from ..models.graphnet import GraphBatch, GraphNet, graphnet_parameters, graphnet_width, pad_graphs
+from ..models.graphnet import GraphBatch, GraphNet, graphnet_width, pad_graphs
 
 # %% ../../nbs/05_train/12_combinatorial.ipynb #12a10006
 INPUTS = 6  # numbers of a node: three states, degree, free degree, chosen neighbours
