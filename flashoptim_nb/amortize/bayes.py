@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .problem import VERIFY, Outcome, Problem, distinct, join, outcome, take
+from .reinforce import train_reinforce
 from ..base.errors import UserError
 
 # %% ../../nbs/06_amortize/03_bayes.ipynb #f0000006
@@ -31,7 +32,7 @@ def residual_model(
     features: Tensor,  # n x d, fp64, in the unit cube
     predicted: Tensor,  # n, fp64: the surrogate's scores
     true: Tensor,  # n, fp64
-    fit_it: bool = True,  # hyperparameters too; otherwise the priors' modes stand
+    fitted: dict | None = None,  # hyperparameters (a state_dict) found before, taken over; fitted anew if none are given
 ):
     "A Gaussian process of (features, predicted / scale) -> true / scale with the surrogate as its mean; and the scale."
     gpytorch, fit, models, _, kernel = _botorch()
@@ -43,7 +44,8 @@ def residual_model(
         warnings.simplefilter("ignore")  # inputs are scaled, outputs are not standardized on purpose
         model = models.SingleTaskGP(inputs, true[:, None] / scale, outcome_transform=None, mean_module=Mean(),
                                     covar_module=kernel(ard_num_dims=d, active_dims=tuple(range(d))))
-        if fit_it: fit.fit_gpytorch_mll(gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model))
+        if fitted is None: fit.fit_gpytorch_mll(gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model))
+        else: model.load_state_dict(fitted)
     return model, scale
 
 # %% ../../nbs/06_amortize/03_bayes.ipynb #f000000b
@@ -64,15 +66,16 @@ def next_candidate(
     features: Tensor, predicted: Tensor,  # of the pool: m x d and m, fp64
     seen: list[int],  # indices evaluated so far, at least two
     true: Tensor,  # their true scores, fp64
-    fit_it: bool = True,
-) -> int:  # index into the pool
+    fitted: dict | None = None,  # as in `residual_model`
+) -> tuple[int, dict]:  # index into the pool, and the hyperparameters it was found with
     "The candidate not yet seen with the highest log expected improvement."
     *_, LogExpectedImprovement, _ = _botorch()
-    model, scale = residual_model(features[seen], predicted[seen], true, fit_it)
+    model, scale = residual_model(features[seen], predicted[seen], true, fitted)
     acquisition = LogExpectedImprovement(model, best_f=true.max() / scale)
     with torch.no_grad(): gain = acquisition(torch.cat([features, predicted[:, None] / scale], 1)[:, None])
     gain[seen] = -torch.inf
-    return int(gain.nan_to_num(nan=-torch.inf).argmax()) if gain.isfinite().any() else next(i for i in range(len(gain)) if i not in seen)
+    best = int(gain.nan_to_num(nan=-torch.inf).argmax()) if gain.isfinite().any() else next(i for i in range(len(gain)) if i not in seen)
+    return best, model.state_dict()
 
 # %% ../../nbs/06_amortize/03_bayes.ipynb #f000000d
 def bayes(
@@ -80,31 +83,39 @@ def bayes(
     seed: int,  # of the candidates
     *,
     instances: list[int] | None = None,  # to search for; all if none are given
-    policy: nn.Module | None = None,  # a trained one, whose proposals join the pool
+    policy: nn.Module | None = None,  # a trained one, whose proposals are half of the pool
+    steps: int = 0,  # of training one by REINFORCE, where none is given; 0: random candidates only
+    batch: int = 64,  # samples a step
     samples: int = 512,  # candidates in the pool
     most: int = VERIFY,  # true evaluations
     first: int = 5,  # of them, how many go to the surrogate's favourites
-    refit: int = 1,  # evaluations between two fits of the hyperparameters
+    refit: int = 5,  # evaluations between two fits of the hyperparameters
 ) -> list[Outcome]:  # one per instance
     "Searches a pool by expected improvement over surrogate plus residual process."
     _botorch()
     with torch.random.fork_rng(devices=[]):  # a fit that has to be restarted draws from the global generator
         torch.manual_seed(seed)
-        return [_search(problem, seed, t, policy, samples, most, max(2, first), refit) for t in (range(problem.instances) if instances is None else instances)]
+        bad = 0
+        if policy is None and steps:
+            policy, rows = train_reinforce(problem, seed, steps=steps, batch=batch)
+            bad = sum(row["skipped"] for row in rows)
+        return [_search(problem, seed, t, policy, samples, most, max(2, first), refit, bad) for t in (range(problem.instances) if instances is None else instances)]
 
-def _search(problem: Problem, seed: int, instance: int, policy, samples: int, most: int, first: int, refit: int) -> Outcome:
+def _search(problem: Problem, seed: int, instance: int, policy, samples: int, most: int, first: int, refit: int, bad: int) -> Outcome:
     "One instance."
     generator = torch.Generator(problem.device).manual_seed(seed * 1_000_003 + instance)
     x, predicted, features, skipped = _pool(problem, policy, instance, samples, generator)
     if not len(x): raise UserError(f"{problem.name}: the surrogate gives none of {skipped} candidates of instance {instance} a finite score; train it further, or look at its loss")
     asked = predicted.argsort(descending=True, stable=True)[: min(first, most)].tolist()
     true = _true(problem, instance, take(x, torch.tensor(asked)))
+    fitted = None
     while len(asked) < min(most, len(x)):
-        i = next_candidate(features, predicted, asked, true, (len(asked) - first) % refit == 0)
+        if (len(asked) - first) % refit == 0: fitted = None
+        i, fitted = next_candidate(features, predicted, asked, true, fitted)
         asked.append(i)
         true = torch.cat([true, _true(problem, instance, take(x, torch.tensor([i])))])
     index = torch.tensor(asked)
-    return outcome(problem, instance, "bayes", take(x, index), true, predicted[index], len(x), skipped)
+    return outcome(problem, instance, "bayes", take(x, index), true, predicted[index], len(x), skipped + bad)
 
 def _true(problem: Problem, instance: int, x) -> Tensor:
     "True scores, fp64 on the CPU, 0 where they are not finite."

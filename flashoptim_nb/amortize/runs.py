@@ -51,7 +51,7 @@ def solve(
     runs: int = 100,  # for each problem and method
     seed: int = 0,  # policy seeds count from here
     *,
-    steps: int = 100,  # of training a policy
+    steps: int = 100,  # of training a policy; Bayesian optimization takes half its candidates from one
     batch: int = 64,  # samples a step
     most: int = VERIFY,  # true evaluations for each run, equal for all methods
     instances: int = 20,  # most that one policy seed proposes for
@@ -63,7 +63,7 @@ def solve(
     total, done = len(problems) * len(methods) * runs, 0
     for problem in problems:
         for method in methods:
-            options = dict(most=most, **({} if method == "bayes" else dict(steps=steps, batch=batch)), **(settings or {}).get(method, {}))
+            options = dict(most=most, steps=steps, batch=batch) | (settings or {}).get(method, {})
             run = 0
             for s, chosen in enumerate(shared_out(runs, problem.instances, instances)):
                 began = time.perf_counter()

@@ -19,13 +19,14 @@ from ..base.errors import choose
 # %% ../../nbs/06_amortize/00b_toy.ipynb #c0000006
 class Toy:
     "Candidates with features near a wanted point; the surrogate predicts the score from features and wanted point."
-    domain, unit, dims, device = "toy", "score in [0, 1]", 2, torch.device("cpu")
+    domain, unit, dims = "toy", "score in [0, 1]", 2
 
     def __init__(
         self,
         kind: str,  # pool, box or subset
         predict: Callable | None = None,  # (n x 4 features and wanted point) -> n x 1; the true score if none is given
         instances: int = 4,
+        device: torch.device | str = "cpu",
     ):
         g = torch.Generator().manual_seed(11)
         self.kind, self.name, self.instances, self.predict = choose("kind", kind, ["pool", "box", "subset"]), f"toy-{kind}", instances, predict
@@ -33,22 +34,24 @@ class Toy:
         self.sets = torch.zeros(56, 8, dtype=torch.bool).scatter(1, torch.tensor(list(combinations(range(8), 3))), True)
         every = self.enumerate() if kind != "box" else torch.rand(50, 2, generator=g) * 0.8 + 0.1
         self.wanted = self.features(0, every)[torch.randperm(len(every), generator=g)[:instances]]
+        self.device = torch.device(device)
+        self.table, self.sets, self.wanted = (t.to(device) for t in (self.table, self.sets, self.wanted))
 
     def enumerate(self):
         "Every candidate there is, of a pool or of subsets."
-        return torch.arange(24) if self.kind == "pool" else self.sets
+        return torch.arange(24, device=self.table.device) if self.kind == "pool" else self.sets
 
     def features(self, instance: int, x) -> Tensor:
         return self.table[x] if self.kind == "pool" else x.float() if self.kind == "box" else x.float() @ self.table / 3
 
     def policy(self, width: int) -> nn.Module:
-        context = torch.cat([waves(self.wanted), torch.eye(self.instances)], 1)  # which instance it is helps a policy that has few
+        context = torch.cat([waves(self.wanted), torch.eye(self.instances, device=self.device)], 1)  # which instance it is helps a policy that has few
         if self.kind == "pool": return PoolPolicy(context, self.table, width)
         return BoxPolicy(context, self.dims, width) if self.kind == "box" else SubsetPolicy(context, 8, 3, width)
 
     def random(self, instance: int, n: int, generator: torch.Generator):
-        if self.kind == "box": return torch.rand(n, self.dims, generator=generator)
-        return self.enumerate()[torch.randint(24 if self.kind == "pool" else 56, (n,), generator=generator)]
+        if self.kind == "box": return torch.rand(n, self.dims, generator=generator, device=self.device)
+        return self.enumerate()[torch.randint(24 if self.kind == "pool" else 56, (n,), generator=generator, device=self.device)]
 
     def objective(self, instance: int, x) -> Tensor:
         return (-(self.features(instance, x).double() - self.wanted[instance]).square().sum(1) / 0.05).exp()

@@ -80,9 +80,9 @@ def fingerprints(
     smiles: Sequence[str | None],
     places: int = PLACES,
 ) -> tuple[np.ndarray, np.ndarray]:  # counts n x places (uint8), and which of them are molecules (n, bool)
-    "Folded Morgan counts of radius 2; rows of zeros where there is no molecule."
+    "Folded Morgan counts of radius 1; rows of zeros where there is no molecule."
     Chem, *_, generators = _rdkit()
-    generator = generators.GetMorganGenerator(radius=2, fpSize=places)
+    generator = generators.GetMorganGenerator(radius=1, fpSize=places)
     counts, ok = np.zeros((len(smiles), places), np.uint8), np.zeros(len(smiles), bool)
     for i, s in enumerate(smiles):
         molecule = Chem.MolFromSmiles(s) if s else None
