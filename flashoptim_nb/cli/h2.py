@@ -105,7 +105,7 @@ def domain(self: SurrogateStudy, role: str):
     "The domain with its data, loaded once; or the words that say why it cannot be had."
     if role not in self.loaded:
         part, begin = self.scale.parts[role], time.perf_counter()
-        try: self.loaded[role] = load_domain(role, part.load, part.limits)
+        try: self.loaded[role] = load_domain(role, part.load, part.limits, self.device)
         except (UserError, ImportError) as error: self.loaded[role] = f"{error}"
         else: self.console.print(f"  {role}: loaded in {time.perf_counter() - begin:.1f} s")
     return self.loaded[role]

@@ -184,13 +184,15 @@ def label_ways(
 ) -> tuple[dict[str, list[Domain]], dict]:
     "For each recipe the domains that it trains on in turn, and what the labels cost; raises `UserError` where the domain has no inexpensive labels."
     if hasattr(domain, "label_ways"): return domain.label_ways()
-    if domain.name == "aerodynamics":
+    if domain.name == "aerodynamics":  # once: labelling and timing the solvers takes longer than training
+        if hasattr(domain, "_label_ways"): return domain._label_ways
         from flashoptim_nb.train.aerodynamics import cheap_labels
         made = cheap_labels(domain)
         full = domain.size("train")
         fine = domain.limited(made.fine_rows(full))
         cost = dict(full=full * made.full_seconds, cheap_then_fine=made.domain.size("train") * made.seconds + fine.size("train") * made.full_seconds)
-        return dict(full=[domain], cheap_then_fine=[made.domain, fine]), cost
+        domain._label_ways = dict(full=[domain], cheap_then_fine=[made.domain, fine]), cost
+        return domain._label_ways
     raise UserError(f"{domain.name} has no inexpensive labels here")
 
 def labels(

@@ -16,7 +16,7 @@ import torch
 from ..base.errors import UserError
 from .memory import _attempt, device_memory, memory_by_class, tensors_in
 from ..train.precision import Precision
-from ..train.surrogate import Domain, SurrogateRecipe, SurrogateTask, count_parameters
+from ..train.surrogate import Domain, SurrogateRecipe, SurrogateTask, count_parameters, network
 
 # %% ../../nbs/07_measure/10_largest.ipynb #6a50c006
 @contextmanager
@@ -128,7 +128,7 @@ def largest(
         return not why, dict(width=width, parameters=parameters(width), fits=not why, oom=failure is not None, peak=found.get("peak"), allocated=found.get("allocated"), budget=budget, reason=why)
     def parameters(width):
         if width not in counted:
-            with torch.random.fork_rng(devices=[]): counted[width] = count_parameters(domain.build(width, **precision.options))
+            with torch.random.fork_rng(devices=[]): counted[width] = count_parameters(network(domain, width, precision))
         return counted[width]
     rows = bisect_width(attempt, domain.width_for, parameters, domain.width, tolerance=tolerance, most=most)
     best = max((row for row in rows if row["fits"]), key=lambda row: row["parameters"], default=None)
