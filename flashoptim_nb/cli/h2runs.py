@@ -58,7 +58,7 @@ def surrogate_spec(
     "The run of one configuration in one domain of a scale."
     part, precision = scale.parts[role], CONFIGS[config]
     width, parameters = sized(domain, precision.times) if domain else (0, 0)
-    arms = dict(train=dict(solve=part.solve if config in part.solved else None), speed=dict(batches=part.batches), largest=dict(budget=scale.budget), labels={})
+    arms = dict(train=dict(solve=part.solve if config in part.solved else None), speed=dict(batches=part.batches), largest=dict(budget=part.budget or scale.budget), labels={})
     return SurrogateSpec(scale=scale.name, role=role, size=precision.size, arm=arm, config=config, seed=seed, precision=precision, recipe=part.recipe,
                          width=width, parameters=parameters, load=part.load, limits=part.limits, **arms[arm])
 
@@ -144,7 +144,6 @@ def measured(
     device: torch.device,
     batch: int,
     timed: int,  # steps
-    typical: int = 4,  # ordinary batches that are timed in turn
 ) -> Iterator[tuple[str, dict]]:
     "The rows `memory` and `throughput` of a configuration at a batch."
     task = task_of(spec, domain, device, batch=batch, ema=0)
@@ -152,6 +151,7 @@ def measured(
     told = dict(batch=batch, parameters=task.parameters)
     yield "memory", memory_by_class(lambda: task.learn(worst), model=task.model, optimizer=task.optimizer, device=device, inputs=worst, **told)
     worst = None
+    typical = min(4, timed)  # ordinary batches, timed in turn
     batches, watch = [task.micros(n + 1) for n in range(typical)], Stopwatch(device)
     for n in range(max(COLD_STEPS, typical)): task.learn(batches[n % typical])  # each shape once
     for n in range(timed):

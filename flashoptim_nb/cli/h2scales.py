@@ -73,6 +73,7 @@ class SurrogatePart(Config):
     timed: int = 20  # steps behind each median
     searched: tuple[str, ...] = ALL  # configurations whose largest model is searched for
     tries: int = 24  # of each such search
+    budget: int = 0  # bytes, of those searches; 0: the scale's
     labels: tuple[str, ...] = ()  # configurations that the recipe of inexpensive labels is tried with
     label_epochs: float = 0.0  # of each of its two ways; 0: as the recipe
     evaluated: int = 1000  # rows of the validation split looked at after each epoch
@@ -96,13 +97,13 @@ class SurrogateScale(Config):
 # %% ../../nbs/10_cli/06a_h2scales.ipynb #6a60c00b
 def _small(load, epochs, batch=64, lr=3e-3, limits={}, solve={}, **fields):
     return SurrogatePart(load=load, limits=limits, recipe=SurrogateRecipe(epochs=epochs, batch=batch, lr=lr, schedule="cosine", warmup=0.1, ema=0.99, ema_every=2),
-                         solve=Solve(**dict(runs=2, steps=4, batch=16, most=3) | solve), batches=(64,), timed=5, tries=7, evaluated=100, **fields)
+                         solve=Solve(**dict(runs=2, steps=4, batch=16, most=3) | solve), batches=(64,), timed=2, evaluated=100, **dict(tries=4, searched=MAIN) | fields)
 
 LAPTOP = SurrogateScale(
     name="laptop", purpose="shows that everything works; never evidence", enforced=False, device="auto", seeds=(0, 1, 2),
-    parts={"molecules": _small("laptop", 1, configs=MOLECULES, searched=ALL + tuple(FUSED)), "aerodynamics": _small("laptop", 2, labels=("fp32",)), "combinatorial": _small("laptop", 1)},
+    parts={"molecules": _small("laptop", 1, configs=MOLECULES, budget=256 << 20), "aerodynamics": _small("laptop", 2, labels=("fp32",)), "combinatorial": _small("laptop", 1)},
     budget=48 << 20, checkpoints=1, accelerator=Accelerator(name="two CPU cores", flops=2e11, memory=8e9, bandwidth=2e10), priced=False,
-    cut=("epochs 100 -> 1 or 2", "rows: a few hundred", "seeds 5 -> 3", "surrogates of some thousand parameters", "learning rate 3e-4 -> 3e-3 with a cosine", "100 optimizer runs -> 6", "a budget of 48 MiB"))
+    cut=("epochs 100 -> 1 or 2", "rows: a few hundred", "seeds 5 -> 3", "surrogates of some thousand parameters", "learning rate 3e-4 -> 3e-3 with a cosine", "100 optimizer runs -> 6", "a budget of 48 MiB, for molecules 256"))
 
 GPU = SurrogateScale(
     name="gpu", purpose="errors, memory, speed and solutions on one GPU", enforced=False, device="cuda", seeds=(0, 1, 2, 3, 4), accelerator=H200,
