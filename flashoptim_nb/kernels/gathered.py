@@ -13,8 +13,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from .many import TYPES, on
-from .split import INTERPRETED
-from .triplets import _fused, _put
+from .triplets import _dot, _fused, _operand, _put
 
 # %% ../../nbs/02_kernels/07a_gathered.ipynb #6d0c5005
 def gated_sum_reference(
@@ -31,17 +30,18 @@ def gated_sum_reference(
 @triton.jit
 def gated_sum_kernel(
     x, e, w, incoming, out,  # (E, H), (E, R), (H, R), int32 (N + 1,), (N, H)
-    H: tl.constexpr, R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, TYPE: tl.constexpr,
+    H: tl.constexpr, R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, TILE: tl.constexpr, TYPE: tl.constexpr, DOT: tl.constexpr,
 ):
-    "Program (n, m): block m of atom n's row, from the edges into it."
+    "Program (n, m): block m of atom n's row, from the edges into it, a tile of them at a time."
     n = tl.program_id(0)
     h, r = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_R)
-    w_RH = tl.load(w + h[None, :] * R + r[:, None], mask=(r < R)[:, None] & (h < H)[None, :], other=0.0).to(tl.float32)
-    total = tl.zeros([BLOCK_H], tl.float32)
-    for edge in range(tl.load(incoming + n), tl.load(incoming + n + 1)):
-        at = tl.cast(edge, tl.int64)
-        e_R = tl.load(e + at * R + r, mask=r < R, other=0.0).to(tl.float32)
-        total += tl.sum(w_RH * e_R[:, None], axis=0) * tl.load(x + at * H + h, mask=h < H, other=0.0).to(tl.float32)
+    w_RH = _operand(tl.load(w + h[None, :] * R + r[:, None], mask=(r < R)[:, None] & (h < H)[None, :], other=0.0), TYPE)
+    total, end = tl.zeros([BLOCK_H], tl.float32), tl.load(incoming + n + 1)
+    for start in range(tl.load(incoming + n), end, TILE):
+        edge = (start + tl.arange(0, TILE)).to(tl.int64)
+        e_TR = _operand(tl.load(e + edge[:, None] * R + r[None, :], mask=(edge < end)[:, None] & (r < R)[None, :], other=0.0), TYPE)
+        x_TH = tl.load(x + edge[:, None] * H + h[None, :], mask=(edge < end)[:, None] & (h < H)[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(x_TH * tl.dot(e_TR, w_RH, input_precision=DOT), axis=0)
     _put(out + tl.cast(n, tl.int64) * H + h, total, h < H, TYPE)
 
 # %% ../../nbs/02_kernels/07a_gathered.ipynb #6d0c5007
@@ -51,9 +51,9 @@ class _GatedSum(torch.autograd.Function):
         (E, H), R, atoms = x.shape, e.shape[1], len(incoming) - 1
         ctx.save_for_backward(x, e, w, target, incoming)
         if not _fused(x): return gated_sum_reference(x, e, w, target, atoms)
-        out, block = torch.empty(atoms, H, dtype=x.dtype, device=x.device), min(128, triton.next_power_of_2(H))
+        out, block = torch.empty(atoms, H, dtype=x.dtype, device=x.device), min(128, max(16, triton.next_power_of_2(H)))
         if atoms:
-            with on(x.device): gated_sum_kernel[(atoms, triton.cdiv(H, block))](x, e, w, incoming, out, H=H, R=R, BLOCK_H=block, BLOCK_R=triton.next_power_of_2(R), TYPE=TYPES[x.dtype], num_warps=1 if block < 128 else 2)
+            with on(x.device): gated_sum_kernel[(atoms, triton.cdiv(H, block))](x, e, w, incoming, out, H=H, R=R, BLOCK_H=block, BLOCK_R=max(16, triton.next_power_of_2(R)), TILE=16, TYPE=TYPES[x.dtype], DOT=_dot(x), num_warps=2)
         return out
 
     @staticmethod

@@ -182,11 +182,14 @@ def _fused(x_EC: torch.Tensor) -> bool:
     "Whether the kernels take it: on CUDA, or under the interpreter, and in no more than fp32."
     return x_EC.dtype in (torch.float32, torch.bfloat16, torch.float16) and (x_EC.is_cuda or bool(INTERPRETED))
 
+def _dot(x: torch.Tensor) -> str:
+    "How fp32 products are taken: as PyTorch was told to, by whatever name."
+    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
 def _tiles(x_EC, w2_CB, q, tile):
     C, B = w2_CB.shape
-    tf32 = x_EC.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"  # also where it was allowed by its older name
     return dict(C=C, B=B, L=q.shape[1] // B, BLOCK_C=max(16, triton.next_power_of_2(C)), BLOCK_B=max(16, triton.next_power_of_2(B)), TILE=tile,
-                TYPE=TYPES[x_EC.dtype], DOT="tf32" if tf32 else "ieee", num_warps=8 if x_EC.dtype == torch.float32 else 4)
+                TYPE=TYPES[x_EC.dtype], DOT=_dot(x_EC), num_warps=8 if x_EC.dtype == torch.float32 else 4)
 
 # %% ../../nbs/02_kernels/07_triplets.ipynb #6d0c2021
 def _plainly(x_EC, q, w2_CB, g):
