@@ -345,3 +345,51 @@ def test_log_probabilities_of_drawn_sets_are_the_enumerated_ones(rng_seed):
     every = {s for k in (1, 2, 3) for s in combinations(range(6), k) if independent(graph, s) and (k == 3 or not (states(graph, s) == 0).any())}
     estimate = (drawn.log_pb - drawn.log_pf).double().exp()
     assert abs(estimate.mean().item() - len(every)) < 6 * estimate.std().item() / 3000**0.5 + 1e-6
+
+
+# ---------- on a GPU
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("how", ["fp32", "mixed_bf16", "mixed_fp16", "cast"])
+def test_the_network_on_a_gpu_stays_near_float64(data, how, rng_seed):
+    net, batch = GraphNet(6, 64, 4), data.batch("train", np.arange(16))
+    wide = GraphNet(6, 64, 4).double()
+    wide.load_state_dict(net.state_dict())
+    exact, net = wide(batch), net.cuda()
+    if how == "cast":
+        cast_model(net, torch.bfloat16)
+    dtype = torch.float16 if how == "mixed_fp16" else torch.bfloat16
+    with torch.autocast("cuda", dtype, enabled=how.startswith("mixed")):
+        out = net(batch.to("cuda"))
+    out.sum().backward()
+    assert (out.cpu() - exact).abs().max() < (1e-4 if how == "fp32" else 0.1) and all(p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.cuda
+def test_padded_batches_replay_in_one_cuda_graph(data):
+    net = data.build(16).cuda()
+    one, two = (data.padded(data.batch("train", np.arange(i, i + 4))).to("cuda") for i in (0, 4))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(side):
+        for _ in range(3):
+            net(one)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        out = net(one)
+    with torch.no_grad():
+        for name in ("x", "src", "dst", "of"):
+            getattr(one, name).copy_(getattr(two, name))
+        graph.replay()
+        torch.testing.assert_close(out, net(two), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.cuda
+def test_policies_propose_on_a_gpu(data, rng_seed):
+    from flashoptim_nb.amortize.combinatorial import problems
+    problem, = problems(data, lambda batch: torch.zeros(len(batch), 1), instances=1, device="cuda")
+    drawn = problem.policy(16)(0, 8, torch.Generator("cuda").manual_seed(rng_seed))
+    drawn.log_pf.sum().backward()
+    assert drawn.x.device.type == "cuda" and (problem.objective(0, drawn.x) > 0).all() and problem.features(0, drawn.x).isfinite().all()
+    assert (problem.predicted(0, drawn.x) == 1).all()

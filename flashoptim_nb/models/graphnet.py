@@ -28,9 +28,9 @@ class GraphBatch:
 
     def __len__(self) -> int: return len(self.y)
 
-    def to(self, device: torch.device | str) -> "GraphBatch":
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "GraphBatch":
         "The same on another device."
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in vars(self).items()})
+        return replace(self, **{k: v.to(device, non_blocking=non_blocking) for k, v in vars(self).items()})
 
 # %% ../../nbs/04_models/05_graphnet.ipynb #5e010008
 def pad_graphs(

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'SCALES', 'Prepared', 'prepared', 'members', 'node_counts', 'node_inputs', 'side_by_side', 'Combinatorial',
-           'load_combinatorial']
+           'labels_file', 'load_combinatorial']
 
 # %% ../../nbs/05_train/12_combinatorial.ipynb #12a10003
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +36,7 @@ class Prepared(NamedTuple):
 
     def near(self, marked: torch.Tensor) -> torch.Tensor:  # int16 (rows, n)
         "How many neighbours of each node are marked, bool (rows, n)."
-        return torch.zeros(marked.shape, dtype=torch.int16, device=marked.device).index_add_(1, self.dst, marked[:, self.src].to(torch.int16))
+        return torch.zeros(marked.shape, dtype=torch.int32, device=marked.device).index_add_(1, self.dst, marked[:, self.src].to(torch.int32)).to(torch.int16)
 
 def prepared(graph: Graph) -> Prepared:
     both = np.concatenate([graph.edges, graph.edges[:, ::-1]]).astype(np.int64)
@@ -131,24 +132,30 @@ SCALES = dict(
     full=dict(families=("uf20-91", "uf50-218", "uuf50-218"), fallback=("random3sat-20", "random3sat-50"), instances=1000, sets=16, width=384, depth=10),
 )
 
+def labels_file(scale: str) -> Path | None:
+    "Where a scale's labels lie ready, or None."
+    path = Path(os.environ.get("FLASHOPTIM_DATA") or "/nowhere") / "partial_sets" / f"{choose('scale', scale, [*SCALES])}.npz"
+    return path if path.is_file() else None
+
 def load_combinatorial(
     scale: str = "laptop",  # a name in `SCALES`
     *,
-    labels: str | Path | None = None,  # a file of labels: read if it is there, made if not; None: drawn anew
+    labels: str | Path | None = None,  # a file of labels: read if it is there, made if not
     families: str | Sequence[str] | None = None,  # instead of the scale's
     instances: int | None = None,  # of each family, instead of the scale's
     sets: int | None = None,  # of each graph, instead of the scale's
     width: int | None = None,
     depth: int | None = None,
     seed: int = 0,  # of labels and split
-    progress: bool = False,
+    progress: bool | None = None,  # a bar while labels are made; None: but at laptop scale
     **limits,  # of `draw_labels`: max_nodes, seconds, solver
 ) -> Combinatorial:
     "The domain at a scale; raises `UserError` where a family or a solver is missing."
     s = choose("scale", scale, SCALES)
+    if labels is None and not (families or instances or sets or seed or limits): labels = labels_file(scale)
     if labels is not None and Path(labels).is_file(): found = load_labels(labels)
     else:
         wanted = families or (s["families"] if all(f.startswith("random") or graphs_folder(f) for f in s["families"]) else s["fallback"])
-        how = dict(families=wanted, instances=instances or s["instances"], sets=sets or s["sets"], seed=seed, progress=progress, **limits)
+        how = dict(families=wanted, instances=instances or s["instances"], sets=sets or s["sets"], seed=seed, progress=scale != "laptop" if progress is None else progress, **limits)
         found = draw_labels(**how) if labels is None else make_labels(labels, **how)
     return Combinatorial(found, width=width or s["width"], depth=depth or s["depth"], seed=seed)
