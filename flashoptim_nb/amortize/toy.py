@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .policies import BoxPolicy, PoolPolicy, SubsetPolicy, waves
-from .problem import Problem, frozen
+from .problem import frozen
 from ..base.errors import choose
 
 # %% ../../nbs/06_amortize/00b_toy.ipynb #c0000006
