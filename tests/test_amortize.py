@@ -1,4 +1,5 @@
 """Amortized optimization: exact gradients, balance, frozen surrogates, and true scores kept apart from predicted ones."""
+import functools
 import itertools
 import math
 
@@ -247,3 +248,104 @@ def test_policies_start_uniform_and_of_one_seed():
         drawn = policy(2, 20, g)
         assert torch.allclose(drawn.log_pf, drawn.log_pf[0].expand(20), atol=1e-5)
         assert drawn.log_pf.requires_grad and not drawn.log_pb.requires_grad
+
+
+# on a GPU
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", KINDS)
+def test_policies_and_problems_live_on_the_gpu(kind):
+    problem = Toy(kind, device="cuda")
+    methods = ["reinforce", "gflownet"] + (["bayes"] if _has_botorch() else [])
+    rows = list(solve([problem], methods, runs=2, steps=60, most=8))
+    assert all(r["objective"] > 0.7 for r in rows)
+    assert next(train_reinforce(problem, 0, steps=1)[0].parameters()).is_cuda
+
+
+# molecules of a wanted logP, put together from fragments
+
+@pytest.fixture(scope="module")
+def drugs():
+    pytest.importorskip("rdkit", reason="rdkit is not installed")
+    from flashoptim_nb.train.zinc import load_drugs
+    return load_drugs("laptop", rows=200, vocabulary=150, cores=5, ends=8)
+
+
+def exact(drugs, wanted=(1.0, 3.0)):
+    "The problem with the truth as its surrogate."
+    from flashoptim_nb.amortize.zinc import DrugProblem
+    class Exact(DrugProblem):
+        def predicted(self, t, x):
+            score = torch.tensor([worth(t, tuple(triple)) for triple in x.tolist()])
+            return score.masked_fill(torch.tensor([s is None for s in self.smiles(x)]), torch.nan)
+    problem = Exact(drugs, None, wanted)
+    worth = functools.cache(lambda t, triple: problem.objective(t, torch.tensor([triple])).item())
+    return problem
+
+
+def every(problem):
+    "All triples that fit."
+    fits = problem.fits
+    return torch.tensor([(c, a, b) for c in range(fits.shape[1]) for a in range(fits.shape[2]) for b in range(fits.shape[2]) if fits[0, c, a] and fits[1, c, b]])
+
+
+def test_a_fragment_policy_is_a_distribution_over_what_fits(drugs, rng_seed):
+    "By enumeration: probabilities sum to one, and samples come as often as they say."
+    problem = exact(drugs)
+    policy = problem.policy(8)
+    for p in policy.parameters(): torch.nn.init.normal_(p, std=0.4)
+    triples = every(problem)
+    with torch.no_grad():
+        drawn = policy(1, 30_000, torch.Generator().manual_seed(rng_seed))
+        state = policy.state(policy.head.context[1])
+        log_p = policy.head(1).log_softmax(0)[triples[:, 0]]
+        state = state + policy.core(triples[:, 0])
+        for side in (0, 1):
+            step = policy.out[side](state).masked_fill(~problem.fits[side, triples[:, 0]], -torch.inf).log_softmax(1)
+            log_p = log_p + step.gather(1, triples[:, side + 1 : side + 2]).squeeze(1)
+            state = state + policy.end(triples[:, side + 1])
+    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-4)
+    number = {tuple(t): i for i, t in enumerate(triples.tolist())}
+    index = torch.tensor([number[tuple(t)] for t in drawn.x.tolist()])
+    assert torch.allclose(drawn.log_pf, log_p[index], atol=1e-4)
+    assert (index.bincount(minlength=len(triples)) / len(index) - log_p.exp()).abs().sum() / 2 < 0.1
+
+
+@pytest.mark.parametrize("optimize", [reinforce, gflownet])
+def test_optimizers_beat_chance_and_come_near_the_best_molecule(drugs, optimize):
+    problem = exact(drugs)
+    for found in optimize(problem, 0):
+        scores = problem.objective(found.instance, every(problem))
+        assert found.objective >= 0.95 * scores.max() > scores.mean() and found.objective == pytest.approx(found.predicted, abs=1e-6)
+
+
+def test_what_is_no_molecule_is_skipped_and_counted(drugs):
+    problem = exact(drugs)
+    for i, triple in enumerate(every(problem).tolist()):
+        if i % 2: problem.made[tuple(triple)] = None
+    found = reinforce(problem, 0, instances=[0], steps=10, samples=50)[0]
+    assert found.skipped > 100 and found.infeasible == 0
+    assert problem.objective(0, every(problem))[1::2].abs().sum() == 0
+
+
+def test_molecules_in_are_molecules_used_and_skipped(tmp_path):
+    pytest.importorskip("rdkit", reason="rdkit is not installed")
+    import lzma
+    from flashoptim_nb.data.zinc import read_zinc
+    from flashoptim_nb.train.zinc import Drugs
+    (tmp_path / "zinc250k").mkdir()
+    lines = ["row,smiles,heavy_atoms,mol_wt,logP,qed,sa"] + [f"{i},{'C' * (i + 1)},{i},1,{i / 10},0.5,1" for i in range(20)]
+    lines[3], lines[5], lines[7] = "2,CC,1,1,,0.5,1", "4,C1CC,1,1,0.1,0.5,1", "6,CCC,1,1,nan,0.5,1"
+    (tmp_path / "zinc250k" / "zinc_20k_props.csv.xz").write_bytes(lzma.compress("\n".join(lines).encode()))
+    domain = Drugs(read_zinc(root=tmp_path), 4)
+    counts = domain.counts
+    assert counts["rows"] == 20 == counts["used"] + sum(counts["skipped"].values()) and counts["skipped"] == {"no number": 2, "no molecule": 1}
+    assert counts["train"] + counts["val"] + counts["test"] == counts["used"] == 17
+    rows = [set(domain.rows[s]) for s in ("train", "val", "test")]
+    assert not rows[0] & rows[1] and not rows[1] & rows[2] and not rows[0] & rows[2]
+
+
+def test_drugs_are_the_same_each_time(drugs):
+    from flashoptim_nb.train.zinc import load_drugs
+    again = load_drugs("laptop", rows=200, vocabulary=150, cores=5, ends=8)
+    assert again.parts.cores == drugs.parts.cores and again.parts.ends == drugs.parts.ends and again.data_hash == drugs.data_hash

@@ -94,7 +94,7 @@ def bayes(
     "Searches a pool by expected improvement over surrogate plus residual process."
     _botorch()
     with torch.random.fork_rng(devices=[]):  # a fit that has to be restarted draws from the global generator
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         bad = 0
         if policy is None and steps:
             policy, rows = train_reinforce(problem, seed, steps=steps, batch=batch)

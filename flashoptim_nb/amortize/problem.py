@@ -29,7 +29,7 @@ class Problem(Protocol):
     device: torch.device  # of the surrogate, the policy and the generators that are handed in
 
     def policy(self, width: int) -> nn.Module:
-        "A proposal network, one for all instances: `policy(instance, n, generator) -> Samples`; initialized from torch's global seed."
+        "A proposal network, one for all instances: `policy(instance, n, generator) -> Samples`; built on the CPU, weights from torch's generator."
     def random(self, instance: int, n: int, generator: torch.Generator):
         "n candidates that no network chose."
     def predicted(self, instance: int, x) -> Tensor:

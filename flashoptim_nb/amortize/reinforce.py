@@ -33,8 +33,8 @@ def seeded(
     width: int,  # of the policy's hidden layers
 ) -> tuple[nn.Module, torch.Generator, torch.Generator]:  # policy, generator on the problem's device, generator of instances on the CPU
     "A policy and its sources of randomness, all from one seed; torch's global generator is left as it was."
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if problem.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # the CPU's alone: the same weights on any device
         policy = problem.policy(width).to(problem.device)
     return policy, torch.Generator(problem.device).manual_seed(seed), torch.Generator().manual_seed(seed)
 

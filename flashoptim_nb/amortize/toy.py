@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .policies import BoxPolicy, PoolPolicy, SubsetPolicy, waves
-from .problem import Problem, frozen
+from .problem import frozen
 from ..base.errors import choose
 
 # %% ../../nbs/06_amortize/00b_toy.ipynb #c0000006
@@ -73,7 +73,7 @@ def toy_surrogate(
     "A small network trained to predict the score of a toy's candidates."
     g = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         net = nn.Sequential(nn.Linear(4, 64), nn.BatchNorm1d(64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     for n in range(steps):

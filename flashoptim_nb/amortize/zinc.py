@@ -6,17 +6,17 @@
 __all__ = ['WANTED', 'drug_score', 'FragmentPolicy', 'DrugProblem']
 
 # %% ../../nbs/06_amortize/13_zinc.ipynb #13b00003
-import math
 from collections.abc import Callable
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .policies import Head, draw_one, waves
 from .problem import Samples
 from ..base.errors import UserError
 from ..data.zinc import assemble, properties
-from ..train.zinc import Drugs, candidates, load_drugs
+from ..train.zinc import Drugs, candidates
 
 # %% ../../nbs/06_amortize/13_zinc.ipynb #13b00005
 def drug_score(
@@ -79,29 +79,44 @@ class DrugProblem:
             if triple not in self.made: self.made[triple] = assemble(self.parts.cores[triple[0]], *(self.parts.ends[e] for e in triple[1:]))
         return [self.made[triple] for triple in map(tuple, x.tolist())]
 
-    def policy(self, width: int) -> nn.Module:
-        context = waves(torch.tensor(self.wanted)[:, None] / 6)
-        return FragmentPolicy(torch.cat([context, torch.eye(self.instances)], 1), self.fits, width)
+# %% ../../nbs/06_amortize/13_zinc.ipynb #13b00010
+@patch
+def policy(self: DrugProblem, width: int) -> nn.Module:
+    "Chooses fragments, knowing the wanted logP."
+    context = waves(torch.tensor(self.wanted)[:, None] / 6)
+    return FragmentPolicy(torch.cat([context, torch.eye(self.instances)], 1), self.fits, width)
 
-    def random(self, instance: int, n: int, generator: torch.Generator) -> Tensor:
-        core = torch.randint(len(self.parts.cores), (n,), generator=generator, device=generator.device).cpu()
-        ends = [torch.multinomial(self.fits[side, core].float().to(generator.device), 1, generator=generator).squeeze(1).cpu() for side in (0, 1)]
-        return torch.stack([core, *ends], 1).to(self.device)
+@patch
+def random(self: DrugProblem, instance: int, n: int, generator: torch.Generator) -> Tensor:
+    "Triples that fit: n x 3."
+    core = torch.randint(len(self.parts.cores), (n,), generator=generator, device=generator.device).cpu()
+    ends = [torch.multinomial(self.fits[side, core].float().to(generator.device), 1, generator=generator).squeeze(1).cpu() for side in (0, 1)]
+    return torch.stack([core, *ends], 1).to(self.device)
 
-    def predicted(self, instance: int, x: Tensor) -> Tensor:
-        batch, ok = candidates(self.smiles(x))
-        with torch.no_grad(): values = self.predict(batch).float().cpu()
-        return drug_score(values, self.wanted[instance]).masked_fill(~ok, torch.nan)
+# %% ../../nbs/06_amortize/13_zinc.ipynb #13b00011
+@patch
+def predicted(self: DrugProblem, instance: int, x: Tensor) -> Tensor:
+    "The score of the surrogate's properties: n, fp32, NaN for what is no molecule."
+    batch, ok = candidates(self.smiles(x))
+    with torch.no_grad(): values = self.predict(batch).float().cpu()
+    return drug_score(values, self.wanted[instance]).masked_fill(~ok, torch.nan)
 
-    def objective(self, instance: int, x: Tensor) -> Tensor:
-        return drug_score(torch.from_numpy(properties(self.smiles(x))), self.wanted[instance]).nan_to_num(nan=0.0)
+@patch
+def objective(self: DrugProblem, instance: int, x: Tensor) -> Tensor:
+    "The score of RDKit's properties: n, fp64, 0 for what is no molecule."
+    return drug_score(torch.from_numpy(properties(self.smiles(x))), self.wanted[instance]).nan_to_num(nan=0.0)
 
-    def features(self, instance: int, x: Tensor) -> Tensor:
-        x = x.cpu()
-        return self.core_facts[x[:, 0]] + self.end_facts[x[:, 1]] + self.end_facts[x[:, 2]]
+# %% ../../nbs/06_amortize/13_zinc.ipynb #13b00012
+@patch
+def features(self: DrugProblem, instance: int, x: Tensor) -> Tensor:
+    "The fragments' properties, added up: n x 6, fp32."
+    x = x.cpu()
+    return self.core_facts[x[:, 0]] + self.end_facts[x[:, 1]] + self.end_facts[x[:, 2]]
 
-    def describe(self, instance: int, x: Tensor, i: int) -> str:
-        return f"{self.smiles(x[i : i + 1])[0] or 'no molecule'} (wanted logP {self.wanted[instance]:g})"
+@patch
+def describe(self: DrugProblem, instance: int, x: Tensor, i: int) -> str:
+    "SMILES, and what was wanted."
+    return f"{self.smiles(x[i : i + 1])[0] or 'no molecule'} (wanted logP {self.wanted[instance]:g})"
 
 def _facts(fragments: tuple[str, ...]) -> Tensor:
     "Of each fragment: heavy atoms, logP, polar surface, hydrogen-bond donors, rings, rotatable bonds (n x 6, fp32)."
