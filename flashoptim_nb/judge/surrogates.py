@@ -38,7 +38,7 @@ declare(
 )
 
 # %% ../../nbs/08_judge/02a_surrogates.ipynb #f60c8a3d
-DOMAINS: Mapping[str, tuple[str, ...]] = {"molecules": ("gap",), "aerodynamics": ("CL", "log CD"), "combinatorial": ("value",)}  # targets of each
+DOMAINS: Mapping[str, tuple[str, ...]] = {"molecules": ("gap",), "aerodynamics": ("CL", "log CD"), "combinatorial": ("lost",)}  # targets of each
 PRIMARY = "molecules"  # the domain that the checkpoints before the replication look at
 METHODS = ("reinforce", "gflownet", "bayes")  # samplers; the first decides
 MARGIN_ERROR = 1.05  # of S2: equivalent from 1 / 1.05 to 1.05
