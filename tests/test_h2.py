@@ -43,7 +43,7 @@ class Solvable(Toy):
 
 def load_solvable(scale, **limits): return Solvable(**limits)
 
-part = LAPTOP.parts["molecules"].replace(configs=("fp32", "flash", "mixed_fp16"), searched=("flash",), tries=3, batches=(16,), timed=2, limits=dict(rows=160), budget=1 << 20,
+part = LAPTOP.parts["molecules"].replace(configs=("fp32", "flash", "mixed_fp16"), searched=("flash",), tries=3, batches=(16,), timed=2, limits=dict(rows=160), budget=1 << 20, labels=(),
                                          solve=Solve(runs=2, methods=("reinforce",), steps=2, batch=8, most=3), solved=("fp32", "flash"))
 SCALE = LAPTOP.replace(parts={"toy": part}, seeds=(0, 1), checkpoints=3)
 LOADERS["toy"] = (__name__, "load_solvable")

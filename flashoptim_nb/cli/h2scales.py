@@ -101,13 +101,13 @@ def _small(load, epochs, batch=64, lr=3e-3, limits={}, solve={}, **fields):
 
 LAPTOP = SurrogateScale(
     name="laptop", purpose="shows that everything works; never evidence", enforced=False, device="auto", seeds=(0, 1, 2),
-    parts={"molecules": _small("laptop", 1, configs=MOLECULES, budget=256 << 20), "aerodynamics": _small("laptop", 2, labels=("fp32",)), "combinatorial": _small("laptop", 1)},
+    parts={"molecules": _small("laptop", 1, configs=MOLECULES, budget=256 << 20, labels=("fp32",)), "aerodynamics": _small("laptop", 2, labels=("fp32",)), "combinatorial": _small("laptop", 1)},
     budget=48 << 20, checkpoints=1, accelerator=Accelerator(name="two CPU cores", flops=2e11, memory=8e9, bandwidth=2e10), priced=False,
     cut=("epochs 100 -> 1 or 2", "rows: a few hundred", "seeds 5 -> 3", "surrogates of some thousand parameters", "learning rate 3e-4 -> 3e-3 with a cosine", "100 optimizer runs -> 6", "a budget of 48 MiB, for molecules 256"))
 
 GPU = SurrogateScale(
     name="gpu", purpose="errors, memory, speed and solutions on one GPU", enforced=False, device="cuda", seeds=(0, 1, 2, 3, 4), accelerator=H200,
-    parts={"molecules": SurrogatePart(load="gpu", configs=MOLECULES, searched=ALL + tuple(FUSED), recipe=SurrogateRecipe(epochs=3, schedule="cosine"), solve=Solve(runs=20)),
+    parts={"molecules": SurrogatePart(load="gpu", configs=MOLECULES, searched=ALL + tuple(FUSED), labels=("fp32", "mixed_bf16", "flash"), recipe=SurrogateRecipe(epochs=3, schedule="cosine"), solve=Solve(runs=20)),
            "aerodynamics": SurrogatePart(load="gpu", recipe=SurrogateRecipe(epochs=20, schedule="cosine"), solve=Solve(runs=20), labels=("fp32", "mixed_bf16", "flash")),
            "combinatorial": SurrogatePart(load="gpu", recipe=SurrogateRecipe(epochs=10, schedule="cosine"), solve=Solve(runs=20))},
     budget=24 << 30, keep=10, cut=("epochs 100 -> 3 (molecules), 20 (aerodynamics), 10 (combinatorial), with a cosine instead of a constant learning rate",))
@@ -115,7 +115,7 @@ GPU = SurrogateScale(
 _long = SurrogateRecipe(epochs=100)
 FULL = SurrogateScale(
     name="full", purpose="the protocol: its sizes, epochs and rules", enforced=True, device="cuda", seeds=(0, 1, 2, 3, 4), accelerator=A100_40, budget=24 << 30, checkpoints=100, keep=50,
-    parts={"molecules": SurrogatePart(load="full", configs=MOLECULES, searched=ALL + tuple(FUSED), recipe=_long, solve=Solve(runs=20)),
+    parts={"molecules": SurrogatePart(load="full", configs=MOLECULES, searched=ALL + tuple(FUSED), labels=("fp32", "mixed_bf16", "flash"), recipe=_long, solve=Solve(runs=20)),
            "aerodynamics": SurrogatePart(load="full", recipe=_long, solve=Solve(runs=20), labels=("fp32", "mixed_bf16", "flash")),
            "combinatorial": SurrogatePart(load="full", recipe=_long, solve=Solve(runs=20))})
 

@@ -6,7 +6,7 @@
 __all__ = ['ToyBatch', 'toy_answer', 'ToyNet', 'Toy', 'load_toy']
 
 # %% ../../nbs/05_train/06a_toy.ipynb #6a20c003
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,12 +15,13 @@ from torch import nn
 from ..base.config import content_hash
 
 # %% ../../nbs/05_train/06a_toy.ipynb #6a20c006
-class ToyBatch(NamedTuple):
+@dataclass(frozen=True)
+class ToyBatch:
     "Rows of the toy domain."
     x: torch.Tensor  # (n, 8) fp32
     y: torch.Tensor  # (n, 2) fp32, in units
 
-    def to(self, device, non_blocking: bool = False): return ToyBatch(*(t.to(device, non_blocking=non_blocking) for t in self))
+    def to(self, device, non_blocking: bool = False): return ToyBatch(self.x.to(device, non_blocking=non_blocking), self.y.to(device, non_blocking=non_blocking))
     def __len__(self): return len(self.x)  # rows
 
 def toy_answer(
