@@ -43,9 +43,11 @@ def worst_rows(
 ) -> np.ndarray:  # batch, int64
     "Numbers of the training rows with the most bytes of those looked at; a domain that knows better says so in `worst`."
     if hasattr(domain, "worst"): return np.asarray(domain.worst(batch))
-    rows = np.unique(np.linspace(0, domain.size("train") - 1, min(look, domain.size("train"))).astype(np.int64))
-    size = [sum(t.nbytes for t in tensors_in(domain.batch("train", rows[i : i + 1]))) for i in range(len(rows))]
-    return np.resize(rows[np.argsort(size, kind="stable")[::-1]], batch)
+    if look not in (known := domain.__dict__.setdefault("rows_by_size", {})):  # looked at once, for it takes a while
+        rows = np.unique(np.linspace(0, domain.size("train") - 1, min(look, domain.size("train"))).astype(np.int64))
+        size = [sum(t.nbytes for t in tensors_in(domain.batch("train", rows[i : i + 1]))) for i in range(len(rows))]
+        known[look] = rows[np.argsort(size, kind="stable")[::-1]]
+    return np.resize(known[look], batch)
 
 def worst_batches(domain: Domain, batch: int, precision: Precision) -> list:
     "The worst batch as the precision's micro-batches, each padded where the domain pads."

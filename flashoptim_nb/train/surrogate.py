@@ -64,9 +64,13 @@ def sized(
     times: float,  # as many parameters as the 1x network has
 ) -> tuple[int, int]:  # width, parameters
     "The width of a network `times` as large by parameters (twice the width would be about four times the parameters)."
-    one = count_parameters(domain.build(domain.width))
-    width = domain.width if times == 1 else domain.width_for(round(times * one))
-    return width, one if times == 1 else count_parameters(domain.build(width))
+    def count(width):
+        with torch.random.fork_rng(devices=[]): return count_parameters(domain.build(width))
+    known = domain.__dict__.setdefault("sizes_by_times", {})  # counted once, for large networks take a while to build
+    if times not in known:
+        width = domain.width if times == 1 else domain.width_for(round(times * sized(domain, 1)[1]))
+        known[times] = width, count(width)
+    return known[times]
 
 # %% ../../nbs/05_train/07_surrogate.ipynb #6a30c00a
 @dataclass(frozen=True, kw_only=True)
