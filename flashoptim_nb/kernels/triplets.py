@@ -184,7 +184,7 @@ def _fused(x_EC: torch.Tensor) -> bool:
 
 def _dot(x: torch.Tensor) -> str:
     "How fp32 products are taken: as PyTorch was told to, by whatever name."
-    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if x.is_cuda and getattr(torch.backends.cuda.matmul, "fp32_precision", "ieee") == "tf32" else "ieee"
 
 def _tiles(x_EC, w2_CB, q, tile):
     C, B = w2_CB.shape
