@@ -23,7 +23,7 @@ from ..data.geometry import Molecules
 from ..kernels.gathered import gated_sum
 from ..kernels.triplets import Edges, triplet_sum, zonal_harmonics
 from .bases import RadialBasis, spherical_radial
-from .lean import gated_down, lin, silu_linear, weight_for
+from .lean import gated_down, lin, linear_silu, residual, silu_linear, weight_for
 
 # %% ../../nbs/04_models/03_dimenet.ipynb #6d0c4005
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class ResidualLayer(nn.Module):
 
     def forward(self, x): return x + F.silu(self.lin2(F.silu(self.lin1(x))))
 
-    def lean(self, x): return F.silu(silu_linear(lin(self.lin1, x), self.lin2)).add_(x)
+    def lean(self, x): return residual(x, self.lin1, self.lin2)
 
 # %% ../../nbs/04_models/03_dimenet.ipynb #6d0c4009
 class EmbeddingBlock(nn.Module):
@@ -167,11 +167,11 @@ def by_degree(
 def lean(self: InteractionPPBlock, x, rbf, b, edges: Edges, degrees: int):
     "`forward` that keeps little: everything in the type of `x`."
     q = F.linear(b, by_degree(self.lin_sbf1.weight.to(x.dtype), degrees, b.shape[1]))
-    x_kj = F.silu(gated_down(lin(self.lin_kj, x), lin(self.lin_rbf1, rbf), self.lin_rbf2.weight, self.lin_down.weight))
+    x_kj = F.silu(gated_down(x, self.lin_kj, lin(self.lin_rbf1, rbf), self.lin_rbf2, self.lin_down))
     x_kj = triplet_sum(x_kj, q, self.lin_sbf2.weight, edges)
-    h = F.silu(lin(self.lin_ji, x)).add_(F.silu(lin(self.lin_up, x_kj)))
+    h = linear_silu(x, self.lin_ji) + linear_silu(x_kj, self.lin_up)
     for layer in self.layers_before_skip: h = layer.lean(h)
-    h = F.silu(lin(self.lin, h)).add_(x)
+    h = linear_silu(h, self.lin) + x
     for layer in self.layers_after_skip: h = layer.lean(h)
     return h
 
