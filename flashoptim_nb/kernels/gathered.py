@@ -48,7 +48,7 @@ def gated_sum_kernel(
 class _GatedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, e, w, target, incoming):
-        (E, H), R, atoms = x.shape, e.shape[1], len(incoming) - 1
+        H, R, atoms = x.shape[1], e.shape[1], len(incoming) - 1
         ctx.save_for_backward(x, e, w, target, incoming)
         if not _fused(x): return gated_sum_reference(x, e, w, target, atoms)
         out, block = torch.empty(atoms, H, dtype=x.dtype, device=x.device), min(128, max(16, triton.next_power_of_2(H)))

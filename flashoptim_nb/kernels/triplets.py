@@ -184,12 +184,14 @@ def _fused(x_EC: torch.Tensor) -> bool:
 
 def _dot(x: torch.Tensor) -> str:
     "How fp32 products are taken: as PyTorch was told to, by whatever name."
-    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if x.is_cuda and getattr(torch.backends.cuda.matmul, "fp32_precision", "ieee") == "tf32" else "ieee"
 
 def _tiles(x_EC, w2_CB, q, tile):
-    C, B = w2_CB.shape
-    return dict(C=C, B=B, L=q.shape[1] // B, BLOCK_C=max(16, triton.next_power_of_2(C)), BLOCK_B=max(16, triton.next_power_of_2(B)), TILE=tile,
-                TYPE=TYPES[x_EC.dtype], DOT=_dot(x_EC), num_warps=8 if x_EC.dtype == torch.float32 else 4)
+    "Sizes of a launch: tiles and warps such that next to nothing spills from Hopper's registers, as its assembler reports."
+    (C, B), wide = w2_CB.shape, x_EC.dtype == torch.float32
+    block = max(16, triton.next_power_of_2(C))
+    return dict(C=C, B=B, L=q.shape[1] // B, BLOCK_C=block, BLOCK_B=max(16, triton.next_power_of_2(B)), TILE=tile or (16 if wide and block > 64 else 32),
+                TYPE=TYPES[x_EC.dtype], DOT=_dot(x_EC), num_warps=8 if wide or block > 64 else 4)
 
 # %% ../../nbs/02_kernels/07_triplets.ipynb #6d0c2021
 def _plainly(x_EC, q, w2_CB, g):
@@ -234,7 +236,7 @@ def triplet_sum(
     q_ELB: torch.Tensor,  # (E, L * B): the radial basis, embedded, degree by degree
     w2_CB: torch.Tensor,  # second weight of the basis embedding
     g: Edges,
-    tile: int = 32,  # edges of an atom at a time, a power of two from 16
+    tile: int | None = None,  # edges of an atom at a time, a power of two from 16; None: by type and width
 ) -> torch.Tensor:  # (E, C) in the messages' type
     "Each edge's sum over the triplets that end in it: by the kernels on CUDA, by the reference elsewhere. No gradient to positions."
     if x_EC.dim() != 2 or q_ELB.shape[1] % w2_CB.shape[1] or w2_CB.shape[0] != x_EC.shape[1] or len(q_ELB) != len(x_EC):
@@ -247,7 +249,7 @@ def triplet_errors(
     g: Edges,
     dtype: torch.dtype,  # of the messages
     C: int = 64, B: int = 8, L: int = 7,
-    tile: int = 32,
+    tile: int | None = None,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:  # ours, torch's in `dtype`, float64's
     "Result and gradients three ways, of random messages."
     E, device = len(g.source), g.source.device

@@ -23,7 +23,7 @@ from ..data.geometry import Molecules
 from ..kernels.gathered import gated_sum
 from ..kernels.triplets import Edges, triplet_sum, zonal_harmonics
 from .bases import RadialBasis, spherical_radial
-from .lean import gated_down, lin, silu_linear
+from .lean import gated_down, lin, linear_silu, residual, silu_linear, weight_for
 
 # %% ../../nbs/04_models/03_dimenet.ipynb #6d0c4005
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class ResidualLayer(nn.Module):
 
     def forward(self, x): return x + F.silu(self.lin2(F.silu(self.lin1(x))))
 
-    def lean(self, x): return x + F.silu(silu_linear(lin(self.lin1, x), self.lin2))
+    def lean(self, x): return residual(x, self.lin1, self.lin2)
 
 # %% ../../nbs/04_models/03_dimenet.ipynb #6d0c4009
 class EmbeddingBlock(nn.Module):
@@ -117,7 +117,7 @@ class OutputPPBlock(nn.Module):
         return self.lin(x)
 
     def lean(self, x, rbf, g: Molecules):
-        x = lin(self.lin_up, gated_sum(x, rbf, self.lin_rbf.weight.to(x.dtype), g.target, g.incoming))
+        x = lin(self.lin_up, gated_sum(x, rbf, weight_for(self.lin_rbf, rbf), g.target, g.incoming))
         x = lin(self.lins[0], x)
         for layer in self.lins[1:]: x = silu_linear(x, layer)
         return silu_linear(x, self.lin)
@@ -154,23 +154,24 @@ class InteractionPPBlock(nn.Module):
 def by_degree(
     weight: torch.Tensor,  # lin_sbf1's (B, L * R)
     degrees: int,  # L
-) -> torch.Tensor:  # (L * B, L * R)
+    columns: int,  # of the result: L * R or more, the rest zero
+) -> torch.Tensor:  # (L * B, columns)
     "The weight that takes each degree's radial functions to B values of that degree."
     B, LR = weight.shape
     R = LR // degrees
-    out = weight.new_zeros(degrees, B, degrees, R)
-    out.diagonal(dim1=0, dim2=2).copy_(weight.view(B, degrees, R).transpose(1, 2))
-    return out.view(degrees * B, LR)
+    out = weight.new_zeros(degrees * B, columns)
+    out[:, :LR].unflatten(1, (degrees, R)).unflatten(0, (degrees, B)).diagonal(dim1=0, dim2=2).copy_(weight.view(B, degrees, R).transpose(1, 2))
+    return out
 
 @patch
 def lean(self: InteractionPPBlock, x, rbf, b, edges: Edges, degrees: int):
     "`forward` that keeps little: everything in the type of `x`."
-    q = F.linear(b, by_degree(self.lin_sbf1.weight.to(x.dtype), degrees))
-    x_kj = F.silu(gated_down(lin(self.lin_kj, x), lin(self.lin_rbf1, rbf), self.lin_rbf2.weight, self.lin_down.weight))
+    q = F.linear(b, by_degree(self.lin_sbf1.weight.to(x.dtype), degrees, b.shape[1]))
+    x_kj = F.silu(gated_down(x, self.lin_kj, lin(self.lin_rbf1, rbf), self.lin_rbf2, self.lin_down))
     x_kj = triplet_sum(x_kj, q, self.lin_sbf2.weight, edges)
-    h = F.silu(lin(self.lin_ji, x)) + F.silu(lin(self.lin_up, x_kj))
+    h = linear_silu(x, self.lin_ji) + linear_silu(x_kj, self.lin_up)
     for layer in self.layers_before_skip: h = layer.lean(h)
-    h = F.silu(lin(self.lin, h)) + x
+    h = linear_silu(h, self.lin) + x
     for layer in self.layers_after_skip: h = layer.lean(h)
     return h
 
@@ -201,7 +202,7 @@ class DimeNetPP(nn.Module):
             rbf, b = self.rbf(g.dist), spherical_radial(g.dist, c.spherical, c.radial, c.cutoff)
         per_atom = (self._fused if self.interaction == "fused" else self._plain)(g, rbf, b)
         sums = per_atom.new_zeros(len(g) + 1, c.targets, dtype=torch.promote_types(per_atom.dtype, torch.float32))
-        return sums.index_add(0, g.molecule, per_atom.to(sums.dtype))[: len(g)]  # atoms that only fill up land behind the last
+        return sums.index_put((g.molecule,), per_atom.to(sums.dtype), accumulate=True)[: len(g)]  # atoms that only fill up land behind the last
 
 # %% ../../nbs/04_models/03_dimenet.ipynb #6d0c4011
 @patch
@@ -226,7 +227,7 @@ def _fused(self: DimeNetPP, g: Molecules, rbf, b):
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.emb.lin.weight.dtype
     edges = Edges(g.source, g.target, g.unit, g.incoming, g.outgoing, g.out_edge)
     with torch.autocast(kind, enabled=False):
-        rbf, b = rbf.to(dtype), b.to(dtype)
+        rbf, b = (F.pad(t.to(dtype), (0, -t.shape[1] % 8)) for t in (rbf, b))  # rows of whole 16 bytes, as fast products want them
         x = self.emb.lean(g.z, rbf, g.target, g.source)
         out = self.output_blocks[0].lean(x, rbf, g)
         for block, output in zip(self.interaction_blocks, self.output_blocks[1:]):
