@@ -84,11 +84,11 @@ class PartialSets:
         *,
         instances: int = 8,  # graphs of the test split, or all where there are fewer
         share: float = 1.0,  # of the largest partial sets that the surrogate was trained on
-        device: torch.device | str = "cpu",  # that policies draw on
+        device: torch.device | str | None = None,  # that policies draw on; None: the surrogate's, or the CPU
         solver: str = "auto",
         seconds: float = 20.0,  # the solver's, for one candidate
     ):
-        self.data, self.predict, self.device, self.solver, self.seconds = data, predict, torch.device(device), solver, seconds
+        self.data, self.predict, self.device, self.solver, self.seconds = data, predict, torch.device(device or getattr(predict, "device", "cpu")), solver, seconds
         self.which = [int(g) for g in data.split_graphs["test"][:instances]]
         self.instances, self.graphs = len(self.which), [data.graphs[g] for g in self.which]
         self.optimum = [int(data.labels.optimum[g]) for g in self.which]
@@ -98,16 +98,24 @@ class PartialSets:
         self.adjacency = [torch.from_numpy(g.adjacency).to(self.device) for g in self.graphs]
         self.solved, self.refused = {}, Counter()  # (instance, nodes) -> Solved; why candidates scored 0
 
-    def policy(self, width: int) -> nn.Module: return SetPolicy(self.prepared, self.adjacency, self.picks, width).to(self.device)
+# %% ../../nbs/06_amortize/12_combinatorial.ipynb #12b1001a
+@patch
+def policy(self: PartialSets, width: int) -> nn.Module:
+    "One network for all instances."
+    return SetPolicy(self.prepared, self.adjacency, self.picks, width).to(self.device)
 
-    def random(self, instance: int, n: int, generator: torch.Generator) -> Tensor:  # int64 (n, picks)
-        a = self.adjacency[instance]
-        return draw_sets(a, self.picks[instance], n, lambda chosen: torch.zeros(chosen.shape, device=a.device), generator).x
+@patch
+def random(self: PartialSets, instance: int, n: int, generator: torch.Generator) -> Tensor:  # int64 (n, picks)
+    "Sets of nodes drawn evenly from the free ones."
+    a = self.adjacency[instance]
+    return draw_sets(a, self.picks[instance], n, lambda chosen: torch.zeros(chosen.shape, device=a.device), generator).x
 
-    @torch.no_grad()
-    def predicted(self, instance: int, x: Tensor) -> Tensor:  # (n,) fp32
-        lost = torch.cat([self.predict(self.data.batch_of(self.which[instance], part))[:, 0] for part in x.split(256)])
-        return 1 - lost.float() / self.optimum[instance]
+@patch
+@torch.no_grad()
+def predicted(self: PartialSets, instance: int, x: Tensor) -> Tensor:  # (n,) fp32
+    "The surrogate's score: 1 - lost / optimum."
+    lost = torch.cat([self.predict(self.data.batch_of(self.which[instance], part))[:, 0] for part in x.split(256)])
+    return 1 - lost.float() / self.optimum[instance]
 
 # %% ../../nbs/06_amortize/12_combinatorial.ipynb #12b10010
 @patch

@@ -8,6 +8,7 @@ __all__ = ['MOST', 'SOLVERS', 'Solved', 'gap', 'greedy', 'Child', 'clique_cover'
 # %% ../../nbs/01_data/07_exact.ipynb #7e010003
 import importlib.util
 import json
+import os
 import select
 import subprocess
 import sys
@@ -84,9 +85,10 @@ for line in sys.stdin:
         print(json.dumps([model, solver.cost]), flush=True)
 """
 
+# %% ../../nbs/01_data/07_exact.ipynb #7e010020
 class Child:
     "A solver in a process of its own: started at the first question, killed when it does not answer."
-    def __init__(self, code: str): self.code, self.process = code, None
+    def __init__(self, code: str): self.code, self.process, self.owner = code, None, None
 
     def ask(
         self,
@@ -94,7 +96,8 @@ class Child:
         seconds: float,  # until it is killed
     ):  # the answer's plain values, or None
         "One question; None where the process was killed or died."
-        if self.process is None or self.process.poll() is not None:
+        if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:  # a forked process starts its own
+            self.owner = os.getpid()
             self.process = subprocess.Popen([sys.executable, "-c", self.code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         try:
             self.process.stdin.write(json.dumps(question) + "\n"); self.process.stdin.flush()
@@ -130,6 +133,7 @@ def clique_cover(graph: Graph) -> list[list[int]]:
             cliques.append(ix.tolist())
     return cliques
 
+# %% ../../nbs/01_data/07_exact.ipynb #7e010021
 def _cpsat(graph: Graph, start: np.ndarray, seconds: float):
     _need("ortools", "ortools")
     from ortools.sat.python import cp_model

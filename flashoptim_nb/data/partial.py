@@ -73,15 +73,23 @@ class Labels(NamedTuple):
         return h.hexdigest()[:12]
 
 # %% ../../nbs/01_data/07a_partial.ipynb #7a01000b
-def _row(graph: Graph, best, rng, solver: str, seconds: float):
-    nodes = partial_set(graph, best.nodes, most_nodes(graph, best.size), rng)
-    return nodes, largest_containing(graph, nodes, solver, seconds)
+def _valued(graph: Graph, number: int, sets: int, seed: int, solver: str, seconds: float):
+    "A largest set of a graph, and its partial sets with their values; or None and the reason."
+    if not len(graph.edges): return None, "no edges: every set has the same value"
+    best = largest_containing(graph, (), solver, seconds)
+    if not best.proven: return None, f"optimum not proven in {seconds:g} s"
+    rng = np.random.default_rng((seed, number))
+    drawn = [partial_set(graph, best.nodes, most_nodes(graph, best.size), rng) for _ in range(sets)]
+    found = best, [(s, largest_containing(graph, s, solver, seconds)) for s in drawn]
+    vars(graph).pop("adjacency", None)  # thousands of these would fill the memory
+    return found
 
 def _stacked(sets: list[np.ndarray]) -> np.ndarray:
     out = np.full((len(sets), max(map(len, sets), default=1)), -1, np.int16)
     for row, s in zip(out, sets): row[:len(s)] = s
     return out
 
+# %% ../../nbs/01_data/07a_partial.ipynb #7a010018
 def draw_labels(
     families: str | Sequence[str] = "random3sat-10",  # as `load_graphs` takes them
     instances: int | None = 40,  # of each family; None: all
@@ -96,26 +104,19 @@ def draw_labels(
     "Partial sets of a family's graphs with their exact values; raises `UserError` where nothing is left to learn from."
     families = (families,) if isinstance(families, str) else tuple(families)
     read = [load_graphs(f, instances, max_nodes, seed) for f in families]
-    given, skipped, unproven = [g for r in read for g in r.graphs], Counter(), 0
-    for r in read: skipped.update(r.skipped)
-    kept, optimum, which, drawn, value = [], [], [], [], []
-    for number, graph in enumerate(track(given, "exact values", disable=not progress)):
-        if not len(graph.edges): skipped["no edges: every set has the same value"] += 1; continue
-        best = largest_containing(graph, (), solver, seconds)
-        if not best.proven: skipped[f"optimum not proven in {seconds:g} s"] += 1; continue
-        rng = np.random.default_rng((seed, number))
-        rows = [_row(graph, best, rng, solver, seconds) for _ in range(sets)]
-        proven = [(s, v.size) for s, v in rows if v.proven]
-        unproven += len(rows) - len(proven)
-        which += [len(kept)] * len(proven)
-        drawn += [s for s, _ in proven]; value += [v for _, v in proven]
-        kept.append(graph); optimum.append(best.size)
-        vars(graph).pop("adjacency", None)  # thousands of these would fill the memory
-    if not drawn: raise UserError(f"no partial set of {', '.join(families)} has a value to learn from: {dict(skipped) or 'no graphs were asked for'}; take another family, more nodes or more time")
-    counts = dict(graphs=dict(read=sum(r.read for r in read), used=len(kept), skipped=dict(skipped)),
-                  sets=dict(read=len(kept) * sets, used=len(drawn), skipped={f"value not proven in {seconds:g} s": unproven} if unproven else {}))
+    skipped, kept, rows = sum((Counter(r.skipped) for r in read), Counter()), [], []  # rows: graph, nodes, what was found
+    for number, graph in enumerate(track([g for r in read for g in r.graphs], "exact values", disable=not progress)):
+        best, found = _valued(graph, number, sets, seed, solver, seconds)
+        if best is None: skipped[found] += 1; continue
+        rows += [(len(kept), s, v) for s, v in found]
+        kept.append((graph, best.size))
+    used = [row for row in rows if row[2].proven]
+    if not used: raise UserError(f"no partial set of {', '.join(families)} has a value to learn from: {dict(skipped) or 'no graphs were asked for, or no sets'}; take another family, more nodes or more time")
+    unproven = {f"value not proven in {seconds:g} s": len(rows) - len(used)} if len(rows) > len(used) else {}
+    counts = dict(graphs=dict(read=sum(r.read for r in read), used=len(kept), skipped=dict(skipped)), sets=dict(read=len(rows), used=len(used), skipped=unproven))
     settings = dict(families=list(families), instances=instances, sets=sets, seed=seed, max_nodes=max_nodes, solver=solver, seconds=seconds)
-    return Labels(tuple(kept), np.array(optimum, np.int32), np.array(which, np.int32), _stacked(drawn), np.array(value, np.int32), counts, settings)
+    return Labels(tuple(g for g, _ in kept), np.array([n for _, n in kept], np.int32), np.array([g for g, _, _ in used], np.int32), _stacked([s for _, s, _ in used]),
+                  np.array([v.size for _, _, v in used], np.int32), counts, settings)
 
 # %% ../../nbs/01_data/07a_partial.ipynb #7a010010
 def save_labels(path: str | Path, labels: Labels) -> Path:
@@ -131,6 +132,7 @@ def save_labels(path: str | Path, labels: Labels) -> Path:
                         formula_ends=ends(formulas), edges=np.concatenate(edges), edge_ends=ends(edges), optimum=labels.optimum, which=labels.which, sets=labels.sets, value=labels.value)
     return whole.replace(path)
 
+# %% ../../nbs/01_data/07a_partial.ipynb #7a010016
 def load_labels(path: str | Path) -> Labels:
     "Reads what `save_labels` wrote; raises `UserError` if the file is missing, something else, or not what was written."
     try:
@@ -146,6 +148,7 @@ def load_labels(path: str | Path) -> Labels:
     if labels.hash != about["hash"]: raise UserError(f"the labels in {path} are not those that were written ({labels.hash} instead of {about['hash']}); make them again")
     return labels
 
+# %% ../../nbs/01_data/07a_partial.ipynb #7a010017
 def make_labels(path: str | Path, families: str | Sequence[str] = "uf20-91", instances: int | None = 1000, sets: int = 16, *, progress: bool = True, **options) -> Labels:
     "`draw_labels` with a progress bar, into one file."
     labels = draw_labels(families, instances, sets, progress=progress, **options)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from ..base.errors import UserError, choose
@@ -43,6 +44,7 @@ def prepared(graph: Graph) -> Prepared:
     src, dst = torch.from_numpy(both[np.lexsort(both.T)].T.copy())
     return Prepared(torch.from_numpy(graph.degree).float(), src, dst)
 
+# %% ../../nbs/05_train/12_combinatorial.ipynb #12a10015
 def members(
     sets: torch.Tensor,  # int (rows, k), node numbers, -1 for none
     n: int,  # nodes of the graph
@@ -106,24 +108,34 @@ class Combinatorial:
 
     def size(self, split: str) -> int: return len(self.rows[choose("split", split, SPLITS)])
 
-    def batch(self, split: str, which: np.ndarray) -> GraphBatch:
-        "Rows of a split by number."
-        rows = self.rows[choose("split", split, SPLITS)][np.asarray(which)]
-        return side_by_side([self.prepared[g] for g in self.labels.which[rows]], [self.seen[r] for r in rows], self.lost[rows])
+# %% ../../nbs/05_train/12_combinatorial.ipynb #12a10014
+@patch
+def batch(self: Combinatorial, split: str, which: np.ndarray) -> GraphBatch:
+    "Rows of a split by number."
+    rows = self.rows[choose("split", split, SPLITS)][np.asarray(which)]
+    return side_by_side([self.prepared[g] for g in self.labels.which[rows]], [self.seen[r] for r in rows], self.lost[rows])
 
-    def batch_of(self, graph: int, sets: torch.Tensor) -> GraphBatch:
-        "A batch of sets (int (n, k), -1 for none) of one graph; its `y` is unknown, NaN."
-        p = self.prepared[graph]
-        counts = node_counts(p, members(sets.cpu(), len(p)))
-        return side_by_side([p] * len(sets), counts, torch.full((len(sets), 1), torch.nan))
+@patch
+def batch_of(self: Combinatorial, graph: int, sets: torch.Tensor) -> GraphBatch:
+    "A batch of sets (int (n, k), -1 for none) of one graph; its `y` is unknown, NaN."
+    p = self.prepared[graph]
+    counts = node_counts(p, members(sets.cpu(), len(p)))
+    return side_by_side([p] * len(sets), counts, torch.full((len(sets), 1), torch.nan))
 
-    def padded(self, batch: GraphBatch) -> GraphBatch:
-        "The batch in the shape that all batches of its length share."
-        return pad_graphs(batch, len(batch) * self.largest[0] + 1, len(batch) * self.largest[1])
+@patch
+def padded(self: Combinatorial, batch: GraphBatch) -> GraphBatch:
+    "The batch in the shape that all batches of its length share."
+    return pad_graphs(batch, len(batch) * self.largest[0] + 1, len(batch) * self.largest[1])
 
-    def build(self, width: int, **options) -> nn.Module: return GraphNet(INPUTS, width, self.depth, **options)
+@patch
+def build(self: Combinatorial, width: int, **options) -> nn.Module:
+    "A network, weights from torch's generator; options are `GraphNet`'s."
+    return GraphNet(INPUTS, width, self.depth, **options)
 
-    def width_for(self, parameters: int) -> int: return graphnet_width(parameters, INPUTS, self.depth)
+@patch
+def width_for(self: Combinatorial, parameters: int) -> int:
+    "The width whose network comes nearest to a number of parameters."
+    return graphnet_width(parameters, INPUTS, self.depth)
 
 # %% ../../nbs/05_train/12_combinatorial.ipynb #12a1000d
 SCALES = dict(
@@ -137,6 +149,7 @@ def labels_file(scale: str) -> Path | None:
     path = Path(os.environ.get("FLASHOPTIM_DATA") or "/nowhere") / "partial_sets" / f"{choose('scale', scale, [*SCALES])}.npz"
     return path if path.is_file() else None
 
+# %% ../../nbs/05_train/12_combinatorial.ipynb #12a10016
 def load_combinatorial(
     scale: str = "laptop",  # a name in `SCALES`
     *,
