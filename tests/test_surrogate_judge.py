@@ -406,6 +406,30 @@ def test_steps_that_loss_scaling_skips_are_no_divergence(tmp_path):
     assert evidence(tmp_path, stack="mixed_fp16").estimate(Q("diverged_share")).value == 0.0
 
 
+def thinned(folder, config, seed, workers=1, skipped=0, scaled=90, least=0.5):
+    "A run that kept a step in ten; its epochs count all."
+    run = write(folder, config, seed, epochs=0)
+    writer = RunWriter(run.folder)
+    for e in (1, 2): writer.append("epoch", epoch=e, seconds=10.0 if config == "fp32" else 12.0, steps=100, samples=6400, skipped=skipped if e == 2 else 0, scaled_above=scaled, least_scale=least, workers=workers)
+    writer.end("finished")
+
+
+def test_epochs_count_the_steps_that_no_row_was_kept_of(tmp_path):
+    for seed in range(3): thinned(tmp_path, "mixed_fp16", seed, skipped=100 if seed == 0 else 99)
+    e = evidence(tmp_path, stack="mixed_fp16")
+    assert [e.estimate(Q(name, "molecules")).value for name in ("scaled_share", "low_scale_share", "collapsed_share")] == pytest.approx([0.9, 1.0, 1 / 3])
+
+
+@pytest.mark.parametrize("workers, value, told", [(1, 1.2, ""), (4, 0.5, "shared the device")])
+def test_epochs_on_a_shared_device_tell_no_time(tmp_path, workers, value, told):
+    for seed in range(3):
+        for config, rate in (("fp32", 1000.0), ("mixed_bf16", 2000.0)):
+            thinned(tmp_path, config, seed, workers)
+            write(tmp_path, config, seed, arm="speed", rate=rate)
+    estimate = evidence(tmp_path).estimate(Q("epoch_ratio", "molecules"))
+    assert estimate.value == pytest.approx(value) and told in estimate.note and estimate.decides
+
+
 # --- checkpoints
 
 FINE = {"reference_ratio[molecules, gap]": 1.0, "baseline_error[molecules, gap]": 0.04, "low_scale_share[molecules, mixed_fp16]": 0.0, "peak_saving[molecules]": 0.4,

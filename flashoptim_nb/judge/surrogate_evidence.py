@@ -281,7 +281,7 @@ def budget_text(rows: list[dict]) -> str:
     "Epochs and samples that runs were trained for, in words, beside the protocol's."
     each = lambda name: "/".join(f"{n:,}" for n in sorted({row["surrogate"][name] for row in rows}))
     short = any(row["surrogate"]["epochs"] < EPOCHS for row in rows)
-    return f"{each('epochs')} epochs of {each('samples')} samples" + (f", the protocol asks for {EPOCHS} epochs" if short else "")
+    return f"{each('epochs')} epoch{'s' * (each('epochs') != '1')} of {each('samples')} samples" + (f", the protocol asks for {EPOCHS} epochs" if short else "")
 
 # %% ../../nbs/08_judge/04a_surrogate_evidence.ipynb #6ef1a7d2
 def surrogate_coverage(

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from ..base.errors import choose
 from .criteria import ALPHA, H1, Criterion, Hypothesis, Quantity, declare
-from .expression import All, Any, AnyTested, AtLeast, Formula, Q, quantities
+from .expression import All, Any, AnyTested, AtLeast, Formula, Q
 
 # %% ../../nbs/08_judge/02a_surrogates.ipynb #d27ac035
 declare(
