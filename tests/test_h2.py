@@ -218,6 +218,6 @@ def test_every_scale_can_say_what_it_would_run(scale, capsys):
 def test_conditions_and_seeds_are_never_cut():
     assert len(SCALES["gpu"].seeds) == len(SCALES["full"].seeds) == 5 and SCALES["gpu"].budget == 24 << 30
     for scale in SCALES.values():
-        assert set(scale.parts) == {"molecules", "aerodynamics", "combinatorial"}
-        for part in scale.parts.values(): assert {"fp32", "mixed_bf16", "flash", "mixed_bf16_2x", "flash_2x", "fp32_2x", "mixed_fp16", "tf32"} <= set(part.configs)
+        assert set(scale.parts) == {"molecules", "aerodynamics", "combinatorial", "drugs"}
+        for name, part in scale.parts.items(): assert name == "drugs" or {"fp32", "mixed_bf16", "flash", "mixed_bf16_2x", "flash_2x", "fp32_2x", "mixed_fp16", "tf32"} <= set(part.configs)
     assert np.prod([len(SCALES["gpu"].seeds), SCALES["gpu"].parts["molecules"].solve.runs]) == 100

@@ -27,7 +27,7 @@ from .runs import end_at_once, header as header_of, is_done
 from .stages import rates
 from ..judge.decisions import Decision, decide_from
 from ..judge.evidence import Evidence
-from ..judge.surrogates import H2, PRIMARY
+from ..judge.surrogates import DOMAINS, H2, PRIMARY
 from ..judge.table import evidence_table
 from ..measure.largest import largest as largest_of
 from ..train.loop import Interrupted, Paused, fit
@@ -56,7 +56,7 @@ def stages(
                  Stage(role, (some(rest), ("labels", taught)), "H2-CE")]
         plan += whole if role == PRIMARY else [Stage(role, tuple(run for stage in whole for run in stage.runs))]
     def kept(stage): return Stage(stage.role, tuple((arm, configs) for arm, configs in stage.runs if configs and arm in arms), stage.checkpoint)
-    return [stage for stage in map(kept, plan) if stage.runs] + ([Stage(PRIMARY, (), "H2-CF")] if plan else [])
+    return [stage for stage in map(kept, plan) if stage.runs] + ([Stage(PRIMARY, (), "H2-CF")] if DOMAINS.keys() & scale.parts.keys() else [])
 
 # %% ../../nbs/10_cli/06c_h2.ipynb #6a80c009
 RESTS = {"H2-CA": (("train", "fp32"), ("train", "pyg_fp32")), "H2-CB": (("train", "mixed_fp16"),), "H2-CC": (("speed", "fp32"), ("speed", H2.stack)),
@@ -68,7 +68,7 @@ def rests_on(
 ) -> list[tuple[str, str, str]]:
     "Domain, arm and configuration of the scale's runs that a checkpoint is decided on."
     everything = tuple((arm, config) for config in ("fp32", H2.stack, f"{H2.stack}_2x") for arm in ("train", "speed"))
-    roles = [PRIMARY] if checkpoint in RESTS else list(scale.parts)
+    roles = [PRIMARY] if checkpoint in RESTS else list(DOMAINS)
     return [(role, arm, config) for role in roles if role in scale.parts for arm, config in RESTS.get(checkpoint, everything) if config in scale.parts[role].configs and (arm, config) != ("speed", f"{H2.stack}_2x")]
 
 def seeds_of(scale: SurrogateScale, role: str, arm: str) -> tuple[int, ...]:
@@ -158,7 +158,7 @@ def note_domain(self: SurrogateStudy, role: str):
 def decide(self: SurrogateStudy, stage: Stage) -> Decision:
     "A stage's decision on the runs that its checkpoint rests on."
     wanted = rests_on(stage.checkpoint, self.whole)
-    if stage.checkpoint == "H2-CF": wanted = [(role, arm, config) for role in self.whole.parts for arm in ARMS for config in ("fp32", H2.stack, f"{H2.stack}_2x")]
+    if stage.checkpoint == "H2-CF": wanted = [(role, arm, config) for role in DOMAINS for arm in ARMS for config in ("fp32", H2.stack, f"{H2.stack}_2x")]
     runs = [run for run in read_study(self.folder) if (run.header["role"], run.header["arm"], run.header["config"]) in wanted]
     return decide_from(stage.checkpoint, Evidence(evidence_table(runs), against=H2.headline, stack=H2.stack, scale=self.scale.name), self.scale.enforced)
 
@@ -181,7 +181,7 @@ def every(
 def train(self: SurrogateStudy, spec: SurrogateSpec, domain):
     part, task = self.scale.parts[spec.role], task_of(spec, domain, self.device)
     with self.bar(spec, task.steps) as shown:
-        fit(task, self.folder / spec.id, self.header(spec), steps=task.steps, callbacks=[Epochs(task, part.evaluated, self.workers), Held(task, spec.solve, self.check_stop), shown],
+        fit(task, self.folder / spec.id, self.header(spec), steps=task.steps, callbacks=[Epochs(task, part.evaluated, self.workers), Held(task, spec.solve, spec.role, self.check_stop), shown],
             checkpoint_every=every(task.steps, self.scale.checkpoints), stopped=self.stopped, keep=lambda row: row["step"] % self.scale.keep == 0 or row["step"] <= 2)
 
 @patch

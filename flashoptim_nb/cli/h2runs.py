@@ -119,24 +119,26 @@ class Held(Callback):
         self,
         task: SurrogateTask,
         solve: Solve | None = None,
+        role: str = "",  # the domain's name, as `problems_of` knows it
         check: Callable[[], object] = lambda: None,  # called between solutions; may raise
     ):
-        self.task, self.solve, self.check = task, solve, check
+        self.task, self.solve, self.role, self.check = task, solve, role, check
 
     def finish(self):
         task = self.task
         for ema in (True, False) if task.shadow is not None else (False,):
             for precision in ("own", "fp32"): yield from _errors(task, "test", task.epoch_of(task.steps), precision, ema)
-        if self.solve: yield from solutions(task, self.solve, self.check)
+        if self.solve: yield from solutions(task, self.solve, self.role, self.check)
 
 def solutions(
     task: SurrogateTask,
     how: Solve,
+    role: str,
     check: Callable[[], object] = lambda: None,  # called after each; may raise
 ) -> Iterator[tuple[str, dict]]:
     "Rows `solution`: what the amortized optimizers find over the surrogate, in its own precision, verified. The seeds are the same for all configurations."
     from flashoptim_nb.amortize.runs import solve
-    problems = problems_of(task.domain, task.surrogate(), **how.limits)
+    problems = problems_of(role, task.domain, task.surrogate(), **how.limits)
     for row in solve(problems, how.methods, how.runs, seed=1000 * task.seed, steps=how.steps, batch=how.batch, most=how.most, settings=how.settings):
         yield "solution", {key: value for key, value in row.items() if key not in ("kind", "seed")} | dict(policy_seed=row.get("seed"))
         check()

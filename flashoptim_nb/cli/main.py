@@ -205,7 +205,7 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
     run.add_argument("--scale", required=True, metavar="{laptop,gpu,full}", help="minutes on a CPU; minutes of training, and as much again of searches, on one GPU; the protocol itself")
     run.add_argument("--sizes", nargs="+", metavar="SIZE", help="h1: only these sizes of the protocol (default: all of the scale's)")
     run.add_argument("--configs", nargs="+", metavar="NAME", help="only these configurations (default: all of the scale's)")
-    run.add_argument("--domains", nargs="+", metavar="NAME", help="h2: only these of molecules, aerodynamics, combinatorial (default: all)")
+    run.add_argument("--domains", nargs="+", metavar="NAME", help="h2: only these of molecules, aerodynamics, combinatorial, drugs (default: all)")
     run.add_argument("--arms", nargs="+", metavar="ARM", help="h2: only these of train, speed, largest, labels (default: all)")
     run.add_argument("--workers", type=int, metavar="N", help="h2: training runs at once on one device (default: 1); memory and time are measured alone")
     run.add_argument("--minutes", type=float, metavar="M", help="h2: stop after so many minutes, to be gone on with by the same command")
