@@ -11,7 +11,7 @@ from flashoptim_nb.data.geometry import Geometry
 from flashoptim_nb.data.molecules import Structures, from_smiles, load_qm9, split_molecules
 from flashoptim_nb.kernels.triplets import zonal_harmonics
 from flashoptim_nb.measure.molecules import benchmark_molecules
-from flashoptim_nb.models.bases import RadialBasis, spherical_radial
+from flashoptim_nb.kernels.bases import RadialBasis, spherical_radial
 from flashoptim_nb.models.dimenet import DIMENET, DimeNetConfig, DimeNetPP, width_for
 from flashoptim_nb.optim.cast import cast_model
 from flashoptim_nb.train.molecules import MoleculeDomain, load_molecules
