@@ -11,7 +11,7 @@ from flashoptim_nb.data.geometry import Geometry
 from flashoptim_nb.data.molecules import Structures, from_smiles, load_qm9, split_molecules
 from flashoptim_nb.kernels.triplets import zonal_harmonics
 from flashoptim_nb.measure.molecules import benchmark_molecules
-from flashoptim_nb.models.bases import RadialBasis, spherical_radial
+from flashoptim_nb.kernels.bases import RadialBasis, spherical_radial
 from flashoptim_nb.models.dimenet import DIMENET, DimeNetConfig, DimeNetPP, width_for
 from flashoptim_nb.optim.cast import cast_model
 from flashoptim_nb.train.molecules import MoleculeDomain, load_molecules
@@ -195,3 +195,26 @@ def test_benchmark_on_the_gpu():
     rows = benchmark_molecules("cuda", (8,), network="published", steps=2, warmup=1, domain=load_molecules("laptop", device="cuda"))
     losses = [r["loss"] for r in rows if r["kind"] == "molecule_step" and not r["reason"] and r["precision"] == "fp32"]
     assert len(losses) >= 6 and max(losses) - min(losses) < 1e-2 * max(losses)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("interaction,checkpointing", [("triplets", False), ("fused", False), ("fused", True)])
+def test_captured_steps_are_the_eager_ones(interaction, checkpointing, rng_seed):
+    "Forward and backward in a CUDA graph over filled-up batches: the loss and the gradients of each batch as without."
+    from flashoptim_nb.measure.molecules import captured
+    geometry, _ = clouds([12, 9, 15, 4, 11, 7], 2.0, "cuda")
+    batches = [geometry.batch(np.array(w), torch.randn(3, 1)) for w in ([0, 1, 2], [3, 4, 5], [5, 2, 0])]
+    sizes = geometry.room(3, np.arange(6))
+    batches = [b.with_triplets().pad(*sizes) if interaction == "triplets" else b.pad(*sizes[:2]) for b in batches]
+    model = awake(DimeNetPP(SMALL, interaction, checkpointing)).cuda()
+    def learn(batch):
+        loss = (model(batch) - batch.y).square().mean()
+        loss.backward()
+        return loss.detach()
+    run = captured(model, learn, batches[0])
+    found = []
+    for batch in batches: found.append((run(batch).clone(), [p.grad.clone() for p in model.parameters()]))
+    for batch, (loss, grads) in zip(batches, found):
+        model.zero_grad(set_to_none=True)
+        assert rel_err(loss, learn(batch)) < 1e-5
+        assert max(rel_err(a, p.grad) for a, p in zip(grads, model.parameters())) < 1e-3

@@ -14,6 +14,7 @@ import triton
 
 from flashoptim_nb.base.compare import assert_2x
 from flashoptim_nb.data.geometry import Geometry
+from flashoptim_nb.kernels.bases import spherical_radial, spherical_radial_reference
 from flashoptim_nb.kernels.gathered import gated_sum, gated_sum_reference
 from flashoptim_nb.kernels.triplets import Edges, meeting, triplet_errors, triplet_sum, triplet_sum_reference
 
@@ -82,6 +83,16 @@ def test_kernel_of_gated_sums(dtype, H, rng_seed):
     for ours, same, exact in zip(run(lambda *a: gated_sum(*a, g.target, g.incoming), x, e, w), run(plain, x, e, w), run(plain, *(t.double() for t in (x, e, w)))):
         assert ours.dtype == dtype
         assert_2x(ours, same, exact, floor=1e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)
+
+
+@kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernel_of_the_spherical_basis(dtype, rng_seed):
+    dist = torch.cat([0.7 + 4.5 * torch.rand(50), torch.tensor([5.0, 6.0])]).to(DEVICE)
+    exact = spherical_radial_reference(dist.double())
+    ours = spherical_radial(dist, dtype=dtype, columns=48)
+    assert ours.dtype == dtype and not ours[:, 42:].any() and not ours[-2:].any()
+    assert_2x(ours[:, :42], spherical_radial_reference(dist).to(dtype), exact)
 
 
 @kernel

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .policies import PoolPolicy
 from .problem import Problem
-from ..base.errors import UserError
-from ..data.molecules import Structures
+from ..base.errors import UserError, choose
+from ..data.molecules import Structures, gfn2_gaps
 from ..train.molecules import MoleculeDomain
 
 # %% ../../nbs/06_amortize/10_molecules.ipynb #6d0c9006
@@ -45,17 +45,23 @@ class WantedGap:
         wanted: tuple[float, ...] | None = None,  # eV; None: `instances` gaps between the 5th and 95th percentile of the training molecules
         instances: int = 8,
         splits: tuple[str, ...] = ("val", "test"),  # the pool: what no weight was trained on
+        pool: Structures | None = None,  # other molecules, instead of the splits
+        oracle: str = "labels",  # the true gap: the molecules' labels, or "gfn2": GFN2-xTB, on a scale of its own, for molecules that have none
         chunk: int = 256,  # molecules that the surrogate sees at a time
     ):
         if "gap" not in data.targets: raise UserError(f"the surrogate predicts {', '.join(data.targets)}; a wanted gap needs one that predicts 'gap'")
         if "train" in splits: raise UserError("the pool may not hold molecules that the surrogate was trained on; choose from val, test")
         self.data, self.predict, self.chunk, self.column = data, predict, chunk, data.targets.index("gap")
         self.device = data.geometry.device
-        rows = np.concatenate([data.splits[s] for s in splits])
-        self.pool, self.true = data.structures.take(rows), data.y[rows, self.column].double()
+        self.pool = data.structures.take(np.concatenate([data.splits[s] for s in splits])) if pool is None else pool
+        if choose("oracle", oracle, ("labels", "gfn2")) == "labels" and "gap" not in self.pool.labels:
+            raise UserError("the molecules of the pool have no labels; have their gaps computed by oracle=\"gfn2\"")
+        self.true = torch.from_numpy(self.pool.labels["gap"].copy()) if oracle == "labels" else torch.full((len(self.pool),), torch.nan, dtype=torch.float64)
+        self.failed = {}  # molecules that the oracle could not do, and why; they score 0
+        self.oracle = oracle
         trained = data.y[data.splits["train"], self.column].double().numpy()
         self.wanted = torch.tensor(np.quantile(trained, np.linspace(0.05, 0.95, instances)) if wanted is None else wanted, dtype=torch.float64)
-        self.instances, self.splits, self._predicted = len(self.wanted), splits, None
+        self.instances, self._predicted = len(self.wanted), None
         seen = torch.from_numpy(at_a_glance(self.pool))
         self.seen = ((seen - seen.mean(0)) / seen.std(0).clamp(min=1e-6)).to(self.device)
         context = (self.wanted.float()[:, None] - data.mean[self.column]) / data.std[self.column]
@@ -73,12 +79,8 @@ class WantedGap:
 def gaps(self: WantedGap) -> Tensor:  # fp32, eV
     "The surrogate's gaps of the whole pool, asked for once."
     if self._predicted is None:
-        parts = []
-        with torch.no_grad():
-            for split in self.splits:
-                rows = np.arange(self.data.size(split))
-                parts += [self.predict(self.data.batch(split, rows[at : at + self.chunk]))[:, self.column].float() for at in range(0, len(rows), self.chunk)]
-        self._predicted = torch.cat(parts).to(self.device)
+        parts = [self.pool.take(np.arange(at, min(at + self.chunk, len(self.pool)))) for at in range(0, len(self.pool), self.chunk)]
+        with torch.no_grad(): self._predicted = torch.cat([self.predict(self.data.batch_of(part))[:, self.column].float() for part in parts]).to(self.device)
     return self._predicted
 
 @patch
@@ -88,8 +90,14 @@ def predicted(self: WantedGap, instance: int, x: Tensor) -> Tensor:  # fp32 (n,)
 
 @patch
 def objective(self: WantedGap, instance: int, x: Tensor) -> Tensor:  # fp64 (n,)
-    "Scores by QM9's own gaps."
-    return self.score(instance, self.true[x.cpu()])
+    "Scores by the true gaps; 0 where there is none."
+    x = x.cpu()
+    todo = [m for m in x.unique().tolist() if self.true[m].isnan() and m not in self.failed] if self.oracle == "gfn2" else []
+    if todo:
+        gaps, failed = gfn2_gaps(self.pool.take(np.array(todo)))
+        self.true[todo] = torch.from_numpy(gaps)
+        self.failed |= {todo[n]: why for n, why in failed}
+    return self.score(instance, self.true[x]).nan_to_num(0.0)
 
 @patch
 def features(self: WantedGap, instance: int, x: Tensor) -> Tensor:  # fp32 (n, 13)

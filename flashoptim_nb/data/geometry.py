@@ -32,6 +32,7 @@ def edges_within(
         first += total
         near = (square[:, :, None] - square[:, None]).square().sum(-1) < cutoff**2  # NaN where there is no atom: not near
         near &= ~torch.eye(most, dtype=torch.bool)
+        if bool(((square[:, :, None] == square[:, None]).all(-1) & near).any()): raise UserError("a molecule has two atoms in one place; correct its structure, or leave it out")
         _, target, source = near.nonzero(as_tuple=True)
         found.append((source.short(), target.short(), near.sum((1, 2))))
     return tuple(map(torch.cat, zip(*found)))

@@ -106,7 +106,7 @@ def split_molecules(
     seed: int = 42,  # of the shuffle, the published implementation's
 ) -> dict[str, np.ndarray]:  # "train", "val", "test": int64
     "Molecules of each split: 110,000 / 10,000 / rest of 130,831, or as many in proportion."
-    order = np.random.RandomState(seed).permutation(n)[: n if limit is None else min(limit, n)]
+    order = np.random.RandomState(seed).permutation(n)[: n if limit is None else max(0, min(limit, n))]
     train, val = round(len(order) * 110_000 / 130_831), max(1, round(len(order) * 10_000 / 130_831))
     if train + val >= len(order): raise UserError(f"{len(order)} molecules cannot be split into train, val and test; take at least 13")
     return dict(train=order[:train], val=order[train : train + val], test=order[train + val :])

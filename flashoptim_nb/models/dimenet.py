@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from ..base.config import Config
 from ..base.errors import UserError, choose
 from ..data.geometry import Molecules
+from ..kernels.bases import RadialBasis, spherical_radial
 from ..kernels.gathered import gated_sum
 from ..kernels.triplets import Edges, triplet_sum, zonal_harmonics
-from .bases import RadialBasis, spherical_radial
 from .lean import gated_down, lin, linear_silu, residual, silu_linear, weight_for
 
 # %% ../../nbs/04_models/03_dimenet.ipynb #6d0c4005
@@ -198,18 +198,18 @@ class DimeNetPP(nn.Module):
 
     def forward(self, g: Molecules) -> torch.Tensor:
         kind, c = g.dist.device.type, self.config
-        with torch.autocast(kind, enabled=False):
-            rbf, b = self.rbf(g.dist), spherical_radial(g.dist, c.spherical, c.radial, c.cutoff)
-        per_atom = (self._fused if self.interaction == "fused" else self._plain)(g, rbf, b)
+        with torch.autocast(kind, enabled=False): rbf = self.rbf(g.dist)
+        per_atom = (self._fused if self.interaction == "fused" else self._plain)(g, rbf)
         sums = per_atom.new_zeros(len(g) + 1, c.targets, dtype=torch.promote_types(per_atom.dtype, torch.float32))
         return sums.index_put((g.molecule,), per_atom.to(sums.dtype), accumulate=True)[: len(g)]  # atoms that only fill up land behind the last
 
 # %% ../../nbs/04_models/03_dimenet.ipynb #6d0c4011
 @patch
-def _plain(self: DimeNetPP, g: Molecules, rbf, b):
+def _plain(self: DimeNetPP, g: Molecules, rbf):
     "As PyG has it; its own blocks fit in."
     g, c = g.with_triplets(), self.config
     with torch.autocast(g.dist.device.type, enabled=False):
+        b = spherical_radial(g.dist, c.spherical, c.radial, c.cutoff)
         y_TL = zonal_harmonics((g.unit[g.kj] * g.unit[g.ji]).sum(-1).to(b.dtype), c.spherical)
         sbf = (b[g.kj].view(len(g.kj), c.spherical, c.radial) * y_TL[:, :, None]).flatten(1)
     if not torch.is_autocast_enabled(g.dist.device.type): rbf, sbf = (t.to(self.emb.lin.weight.dtype) for t in (rbf, sbf))
@@ -221,17 +221,18 @@ def _plain(self: DimeNetPP, g: Molecules, rbf, b):
     return out
 
 @patch
-def _fused(self: DimeNetPP, g: Molecules, rbf, b):
+def _fused(self: DimeNetPP, g: Molecules, rbf):
     "The lean form: all layers in one type."
-    kind = g.dist.device.type
+    kind, c = g.dist.device.type, self.config
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.emb.lin.weight.dtype
     edges = Edges(g.source, g.target, g.unit, g.incoming, g.outgoing, g.out_edge)
     with torch.autocast(kind, enabled=False):
-        rbf, b = (F.pad(t.to(dtype), (0, -t.shape[1] % 8)) for t in (rbf, b))  # rows of whole 16 bytes, as fast products want them
+        rbf = F.pad(rbf.to(dtype), (0, -c.radial % 8))  # rows of whole 16 bytes, as fast products want them
+        b = spherical_radial(g.dist, c.spherical, c.radial, c.cutoff, dtype=dtype, columns=-(-c.spherical * c.radial // 8) * 8)
         x = self.emb.lean(g.z, rbf, g.target, g.source)
         out = self.output_blocks[0].lean(x, rbf, g)
         for block, output in zip(self.interaction_blocks, self.output_blocks[1:]):
-            x = self._run(block.lean, x, rbf, b, edges, self.config.spherical)
+            x = self._run(block.lean, x, rbf, b, edges, c.spherical)
             out = out + output.lean(x, rbf, g)
     return out
 

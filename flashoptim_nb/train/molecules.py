@@ -89,6 +89,17 @@ def build(
     "The network at a width, in fp32 on the CPU."
     return DimeNetPP(self.config.scaled(width), **(self.options | options | (dict(interaction="fused") if fused else {})))
 
+# %% ../../nbs/05_train/10_molecules.ipynb #6d0c700e
+@patch
+def batch_of(
+    self: MoleculeDomain,
+    structures: Structures,  # of any source
+) -> Molecules:
+    "Any molecules as a batch, to predict on; labels that there are none of are NaN."
+    geometry = Geometry(torch.from_numpy(structures.z), torch.from_numpy(structures.pos), structures.counts, self.config.cutoff, self.geometry.device)
+    unknown = np.full(len(structures), np.nan)
+    return geometry.batch(np.arange(len(structures)), torch.from_numpy(np.stack([structures.labels.get(t, unknown) for t in self.targets], 1)).float())
+
 # %% ../../nbs/05_train/10_molecules.ipynb #6d0c7008
 @patch
 def padded(
@@ -121,4 +132,4 @@ def load_molecules(
     structures = load_qm9(data or chosen.get("data", "24k")) if structures is None else structures
     if isinstance(config, str): config = choose("network", config, DIMENET)
     if not structures.labels: raise UserError("the molecules have no labels to train on; give `labels` with a value of each target for each molecule")
-    return MoleculeDomain(structures, config or chosen["config"], limit=limit or chosen["limit"], **options)
+    return MoleculeDomain(structures, config or chosen["config"], limit=chosen["limit"] if limit is None else limit, **options)
