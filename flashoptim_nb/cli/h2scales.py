@@ -23,7 +23,6 @@ from ..train.surrogate import Domain, SurrogateRecipe
 LOADERS = {name: ("flashoptim_nb.train." + name, "load_" + name) for name in ("molecules", "aerodynamics", "combinatorial", "toy")} | {"drugs": ("flashoptim_nb.train.zinc", "load_drugs")}
 PROBLEMS = {name: ("flashoptim_nb.amortize." + name, "problems") for name in ("molecules", "aerodynamics", "combinatorial")} | {"drugs": ("flashoptim_nb.amortize.zinc", "DrugProblem")}
 PLACED = ("molecules",)  # whose loaders take a device
-PROBLEMS = {name: "flashoptim_nb.amortize." + name for name in ("molecules", "aerodynamics", "combinatorial")}
 
 def load_domain(
     name: str,  # of `LOADERS`
@@ -47,8 +46,7 @@ def problems_of(
 ) -> list:
     "The domain's amortized problems over a frozen surrogate."
     if hasattr(domain, "problems"): return list(domain.problems(predict, **limits))
-    if name not in PROBLEMS: return []
-    module, made = PROBLEMS[name]
+    module, made = choose("domain with amortized problems", name, PROBLEMS)
     found = getattr(import_module(module), made)(domain, predict, **limits)
     return found if isinstance(found, list) else [found]
 
