@@ -9,12 +9,10 @@ __all__ = []
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 
-import torch
 from fastcore.basics import patch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..base.errors import UserError
-from ..base.records import RunWriter, only_writer, read_run, read_study
+from ..base.records import RunWriter, read_run
 from .instruments import Evaluation, Gate, Speed, Watch
 from .runs import Spec, end_at_once, free, fresh, is_done, make_task, pace, probe, recorded, search, unavailable
 from .scales import MAIN
@@ -69,7 +67,7 @@ def best(self: Study, spec: Spec):
     if not found["micro"]: return end_at_once(self.folder / spec.id, self.header(spec), "oom", f"no micro-batch fits: {found['tried'][-1]['reason']}")
     # The record's settings stay what the protocol asks for; what the search found is a row of the journal and of the task.
     task = make_task(spec.replace(recipe=spec.recipe.replace(micro=found["micro"])), self.device, self.corpus, checkpointing=found["checkpointing"])
-    with self.bar(spec) as shown:
+    with self.bar(spec, spec.recipe.steps) as shown:
         fit(task, self.folder / spec.id, self.header(spec), steps=spec.recipe.steps, callbacks=[*self.callbacks(spec, task, found), shown],
             checkpoint_every=self.scale.checkpoint_every, stopped=self.stopped)
 
@@ -115,45 +113,6 @@ def stress_specs(self: Study) -> Iterator[Spec]:
 
 # %% ../../nbs/10_cli/06_h1.ipynb #ea501d49
 @patch
-def bar(self: Study, spec: Spec):
-    "A progress bar for one run, as a context and a callback."
-    return _Bar(self.console, spec)
-
-class _Bar(Callback):
-    def __init__(self, console, spec):
-        self.progress = Progress(TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[loss]}"), console=console, disable=not console.is_terminal)
-        self.id, self.told = spec.id, "nothing was left to do"
-        self.bar = self.progress.add_task(spec.id, total=spec.recipe.steps, loss="")
-    def __enter__(self): self.progress.start(); return self
-    def __exit__(self, kind, *error):
-        self.progress.stop()
-        if kind is None and self.progress.disable: self.progress.console.print(f"  {self.id}: {self.told}")  # a log has no bar
-    def after(self, n, row):
-        self.told = "loss not finite" if row["loss"] is None else f"loss {row['loss']:.3f}"
-        self.progress.update(self.bar, completed=n, loss=self.told)
-        return ()
-
-@patch
-def attempt(self: Study, spec: Spec) -> int:
-    "Performs a run; returns 1 if it failed. What does not fit is recorded as oom, what breaks as failed, and both keep the rows that there are."
-    try: self.perform(spec)
-    except UserError: raise
-    except Exception as error: return self.broke(spec, error)
-    finally: free(self.device)
-    return 0
-
-@patch
-def broke(self: Study, spec: Spec, error: Exception) -> int:
-    "Ends the record of a run that raised; returns 1 if it failed. A run that was under way did fit: running out of memory now says nothing about it."
-    folder, words = self.folder / spec.id, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    status = "oom" if isinstance(error, torch.OutOfMemoryError) and not (folder / CHECKPOINT).exists() else "failed"
-    begun = recorded(folder)
-    if begun and begun.status == "unfinished": RunWriter(folder).end(status, words)
-    elif not begun or begun.status == "unavailable" or status == "oom": end_at_once(folder, self.header(spec), status, words)
-    if status == "failed": self.console.print(f"  {spec.id} failed: {words}; the same command tries it again")
-    return status == "failed"
-
-@patch
 def stage_specs(self: Study, stage: Stage) -> Iterator[Spec]:
     "A stage's runs: the arm at equal micro-batch over two micro-batches a step, the other over the whole recipe."
     recipe = self.scale.parts[stage.role].recipe
@@ -187,22 +146,3 @@ def protocol(self: Study) -> tuple[int, str]:
         if action == "pause": raise Paused(f"the study is paused by {stage.checkpoint}: {self.noted('decision', checkpoint=stage.checkpoint)['why']}")
         if action == "downgrade": downgraded = f"{stage.checkpoint}: {action}"
     return failed + self.attempts(self.stress_specs()), ""
-
-@patch
-def run(
-    self: Study,
-    confirm: Iterable[str] = (),  # checkpoints whose pause somebody has looked into
-) -> int:
-    "Runs what is left of the protocol; returns 0, or 1 if a run failed or a decision ended or holds the study."
-    with only_writer(self.folder):
-        self.open_journal()
-        self.confirm(confirm)
-        try: failed, ended = self.protocol()
-        except Paused as pause:
-            self.console.print(f"  {pause}\n  nothing is lost; to go on, give the same command with --confirm and the checkpoint's name")
-            self.journal.end("paused", str(pause))
-            return 1
-        self.journal.end("aborted" if ended else "finished", ended)
-        if not self.scale.enforced: self.console.print("  what a checkpoint *would* do is advice at this scale: nothing was cut short")
-        self.console.print(f"{len(read_study(self.folder))} records in {self.folder}{f', {failed} runs failed' if failed else ''}; next: flashoptim-nb verdict h1, flashoptim-nb book")
-    return 1 if failed or ended else 0

@@ -42,15 +42,36 @@ class _Stop:
         print("\nstopping after this step; the same command goes on from there (once more stops at once)", file=sys.stderr)
 
 def _run(args) -> int:
+    from flashoptim_nb.judge.decisions import checkpoints_of
+    for id in args.confirm: choose("checkpoint", id, checkpoints_of(args.hypothesis))
+    return (_run_h2 if args.hypothesis == "h2" else _run_h1)(args)
+
+def _refuse(args, names: tuple[str, ...], why: str):
+    "Raises `UserError` for an option that this hypothesis does not have."
+    for name in names:
+        if getattr(args, name) is not None: raise UserError(f"--{name} is not an option of {args.hypothesis}: {why}")
+
+def _run_h1(args) -> int:
     from flashoptim_nb.base.machine import repo_root
     from flashoptim_nb.cli.h1 import Study
     from flashoptim_nb.cli.scales import SCALES
     from flashoptim_nb.cli.stages import dry_run, narrow
-    from flashoptim_nb.judge.decisions import CHECKPOINTS
+    _refuse(args, ("domains", "arms", "workers", "minutes"), "its runs are chosen by --sizes and --configs, and one is made at a time")
     scale = choose("scale", args.scale, SCALES)
-    for id in args.confirm: choose("checkpoint", id, CHECKPOINTS)
     if args.dry_run: return dry_run(narrow(scale, args.sizes, args.configs))
     study = Study(scale, args.out or repo_root() / "runs", device=args.device or scale.device, roles=args.sizes, configs=args.configs, stopped=_Stop())
+    return study.run(args.confirm)
+
+def _run_h2(args) -> int:
+    from flashoptim_nb.base.machine import repo_root
+    from flashoptim_nb.cli.h2 import SurrogateStudy, dry_run
+    from flashoptim_nb.cli.h2scales import ARMS, SCALES, narrow
+    _refuse(args, ("sizes",), "its runs are chosen by --domains, --configs and --arms; 1x and 2x are part of a configuration's name")
+    scale = choose("scale", args.scale, SCALES)
+    for arm in args.arms or (): choose("arm", arm, ARMS)
+    if args.dry_run: return dry_run(narrow(scale, args.domains, args.configs), args.arms or ARMS)
+    study = SurrogateStudy(scale, args.out or repo_root() / "runs", device=args.device or scale.device, domains=args.domains, configs=args.configs, arms=args.arms,
+                           workers=1 if args.workers is None else args.workers, minutes=args.minutes, stopped=_Stop())
     return study.run(args.confirm)
 
 # %% ../../nbs/10_cli/08_main.ipynb #37c569ae
@@ -63,6 +84,7 @@ def _tell_unfinished(studies: list[Path]):
 
 def _verdict(args) -> int:
     from flashoptim_nb.cli.scales import SCALES
+    from flashoptim_nb.judge.surrogates import HYPOTHESES
     from flashoptim_nb.judge.verdict import verdict
     from flashoptim_nb.report.shown import load_runs
     from flashoptim_nb.report.tables import verdict_text
@@ -71,7 +93,7 @@ def _verdict(args) -> int:
     _tell_unfinished(studies)
     runs = [run for run in load_runs(studies, args.hypothesis) if args.scale in (None, run.header["scale"])]
     if not runs: raise UserError(f"there are no records of {args.hypothesis}{f' at scale {args.scale}' if args.scale else ''} to judge; name others with --records, or make some with `flashoptim-nb run {args.hypothesis} --scale {args.scale or 'laptop'}`")
-    entries = verdict(runs)
+    entries = verdict(runs, HYPOTHESES[args.hypothesis])
     print(json.dumps(entries, indent=1, allow_nan=False) if args.json else verdict_text(entries))
     return 0
 
@@ -163,7 +185,7 @@ def _doctor(args) -> int:
 
 # %% ../../nbs/10_cli/08_main.ipynb #5c6d2f83
 def _parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser("flashoptim-nb", description="Does FlashOptim lower the cost of training? Run the protocol, judge its records, read the book.",
+    top = argparse.ArgumentParser("flashoptim-nb", description="Does FlashOptim lower the cost of training, and make larger surrogates fit? Run the protocol, judge its records, read the book.",
                                   epilog="A first tour: `doctor`, then `run h1 --scale laptop`, `verdict h1`, `book --serve`.")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -176,18 +198,24 @@ def _parser() -> argparse.ArgumentParser:
 Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the CPU the result is the same bit for bit.""",
         epilog="examples:\n  flashoptim-nb run h1 --scale laptop            minutes on two CPU cores; never evidence\n"
                "  flashoptim-nb run h1 --scale gpu --dry-run     what it would run, how long, for how much\n"
-               "  FLASHOPTIM_DATA=/data flashoptim-nb run h1 --scale gpu --sizes 124M")
-    run.add_argument("hypothesis", help="h1: the cost of training language models")
+               "  FLASHOPTIM_DATA=/data flashoptim-nb run h1 --scale gpu --sizes 124M\n"
+               "  flashoptim-nb run h2 --scale laptop --domains aerodynamics\n"
+               "  flashoptim-nb run h2 --scale gpu --workers 8 --minutes 9     as much as fits into nine minutes")
+    run.add_argument("hypothesis", help="h1: the cost of training language models; h2: larger surrogates in reduced precision")
     run.add_argument("--scale", required=True, metavar="{laptop,gpu,full}", help="minutes on a CPU; minutes of training, and as much again of searches, on one GPU; the protocol itself")
-    run.add_argument("--sizes", nargs="+", metavar="SIZE", help="only these sizes of the protocol (default: all of the scale's)")
+    run.add_argument("--sizes", nargs="+", metavar="SIZE", help="h1: only these sizes of the protocol (default: all of the scale's)")
     run.add_argument("--configs", nargs="+", metavar="NAME", help="only these configurations (default: all of the scale's)")
+    run.add_argument("--domains", nargs="+", metavar="NAME", help="h2: only these of molecules, aerodynamics, combinatorial, drugs (default: all)")
+    run.add_argument("--arms", nargs="+", metavar="ARM", help="h2: only these of train, speed, largest, labels (default: all)")
+    run.add_argument("--workers", type=int, metavar="N", help="h2: training runs at once on one device (default: 1); memory and time are measured alone")
+    run.add_argument("--minutes", type=float, metavar="M", help="h2: stop after so many minutes, to be gone on with by the same command")
     run.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: what the scale says)")
     run.add_argument("--out", type=Path, help="where studies are kept (default: runs/ of the checkout)")
     run.add_argument("--confirm", nargs="+", default=[], metavar="CHECKPOINT", help="let a study go on that this checkpoint paused, having looked into its reason")
     run.add_argument("--dry-run", action="store_true", help="print the scale's configuration with projected time and cost; run nothing")
 
     verdict = command("verdict", _verdict, help="judge the records", description="Judges every criterion from the records, against `baseline` and against `baseline_strong`.")
-    verdict.add_argument("hypothesis", help="h1")
+    verdict.add_argument("hypothesis", help="h1 or h2")
     verdict.add_argument("--json", action="store_true", help="a list: id, statement, status, value, threshold, interval, scale, records")
     verdict.add_argument("--scale", help="judge the records of one scale only (default: each criterion from the largest scale that measured it)")
     verdict.add_argument("--records", nargs="+", default=[], metavar="FOLDER", help="folders of studies, or studies (default: data/records, overlaid by runs/)")
@@ -222,7 +250,7 @@ def main(
     args = _parser().parse_args(words)
     try:
         if getattr(args, "hypothesis", None):
-            from flashoptim_nb.judge.criteria import HYPOTHESES
+            from flashoptim_nb.judge.surrogates import HYPOTHESES
             choose("hypothesis", args.hypothesis, HYPOTHESES)
         return args.function(args)
     except UserError as error:

@@ -22,7 +22,7 @@ from ..base.records import ROWS, Run, RunWriter, read_run
 from .corpus import Corpus
 from .scales import Scale
 from ..data.batches import Synthetic, Windows
-from ..judge.criteria import CRITERIA_HASH
+from ..judge.surrogates import HYPOTHESES
 from ..kernels.attention import resolve_attention
 from ..measure.memory import largest_micro_batch, memory_by_class
 from ..measure.timing import Stopwatch, throughput, utilization
@@ -80,14 +80,15 @@ def unavailable(
 
 # %% ../../nbs/10_cli/03_runs.ipynb #73d15736
 def header(
-    spec: Spec,
+    spec: Spec,  # or another with the same fields
     device: torch.device,
     data_hash: str,
     study: str,
+    hypothesis: str = "h1",
 ) -> dict:
     "The record's header: what the run is and everything its origin needs."
-    return dict(run=spec.id, hypothesis="h1", study=study, scale=spec.scale, role=spec.role, size=spec.size, arm=spec.arm, config=spec.config,
-                seed=spec.seed, settings=spec.to_dict(), settings_hash=spec.hash, criteria_hash=CRITERIA_HASH, data_hash=data_hash,
+    return dict(run=spec.id, hypothesis=hypothesis, study=study, scale=spec.scale, role=spec.role, size=spec.size, arm=spec.arm, config=spec.config,
+                seed=spec.seed, settings=spec.to_dict(), settings_hash=spec.hash, criteria_hash=HYPOTHESES[hypothesis].hash, data_hash=data_hash,
                 started=datetime.now(timezone.utc).isoformat(timespec="seconds"), command=" ".join(["flashoptim-nb", *sys.argv[1:]]), **provenance(device))
 
 # %% ../../nbs/10_cli/03_runs.ipynb #9ed3a3de

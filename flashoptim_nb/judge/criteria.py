@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['QUANTITIES', 'UNITS', 'ALPHA', 'MARGIN_PPL', 'REFERENCE_PPL', 'MARGIN_NATS', 'OPTIMIZER_MARGIN_NATS', 'REACHED_AT',
            'SIZES', 'QUALITY_SIZES', 'COMPONENTS', 'OTHER_FLASHOPTIM', 'SEQUENCE', 'SUCCESS', 'FAILURE',
-           'FALSIFICATION', 'H1', 'HYPOTHESES', 'CRITERIA', 'CRITERIA_HASH', 'Quantity', 'Criterion', 'Hypothesis']
+           'FALSIFICATION', 'H1', 'CRITERIA', 'CRITERIA_HASH', 'Quantity', 'declare', 'Criterion', 'Side', 'Hypothesis']
 
 # %% ../../nbs/08_judge/02_criteria.ipynb #e44cb5a4
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..base.config import content_hash
 from .expression import (All, Any, AnyTested, AtLeast, EveryTested, Falling, Formula, Q, leaves, quantities, text)
@@ -22,7 +22,7 @@ class Quantity:
     meaning: str
     confidence: float | None = 0.95  # of the deciding interval, two-sided; None: counted, hence exact
 
-QUANTITIES: Mapping[str, Quantity] = dict(
+QUANTITIES: dict[str, Quantity] = dict(
     cost_saving=Quantity(unit="share", meaning="1 - (GPU-seconds per token ratio x steps to equal loss ratio), best micro-batch"),
     component_saving=Quantity(unit="share", meaning="cost saving of one component alone, against `baseline`"),
     throughput_ratio=Quantity(unit="x", meaning="tokens per second over the baseline's, best micro-batch"),
@@ -41,6 +41,12 @@ QUANTITIES: Mapping[str, Quantity] = dict(
     cost_overrun=Quantity(unit="share", meaning="cost at the end, as it now looks, over the projection, minus 1", confidence=None),
 )
 UNITS = {name: quantity.unit for name, quantity in QUANTITIES.items()}
+
+def declare(**rows: Quantity):
+    "Adds rows to the table of quantities; raises `ValueError` where a name would come to mean two things."
+    if twice := [name for name, row in rows.items() if QUANTITIES.get(name, row) != row]: raise ValueError(f"already means something else: {', '.join(twice)}")
+    QUANTITIES.update(rows)
+    UNITS.update({name: row.unit for name, row in rows.items()})
 
 # %% ../../nbs/08_judge/02_criteria.ipynb #16300fe7
 ALPHA = 0.05  # of the equivalence test
@@ -66,6 +72,7 @@ class Criterion:
     title: str
     statement: str
     formula: Formula
+    only: tuple[str, ...] = ()  # the configurations of which it asks something; none: all
 
     @property
     def text(self) -> str:
@@ -163,6 +170,12 @@ FALSIFICATION = (
 )
 
 # %% ../../nbs/08_judge/02_criteria.ipynb #e755210b
+class Side(NamedTuple):
+    "One of the verdicts that a hypothesis is given."
+    name: str  # what tells it from the others
+    stack: str  # the configuration that is judged, and
+    against: str  # the one it is judged against
+
 @dataclass(frozen=True, kw_only=True)
 class Hypothesis:
     "A claim and everything that decides it."
@@ -172,19 +185,26 @@ class Hypothesis:
     stack: str  # the configuration that is judged
     references: tuple[str, ...]  # the configurations it is judged against
     headline: str  # the reference whose verdict comes first
+    others: tuple[str, ...] = ()  # further configurations that are judged, each with a verdict of its own
+    constants: tuple = (ALPHA, MARGIN_PPL, REFERENCE_PPL, REACHED_AT)  # what the estimates rest on beside the formulas
     floor: str  # id of the failure criterion, and
     goal: str  # of the success criterion, that must be decided before anything is called partial
 
     @property
+    def sides(self) -> tuple[Side, ...]:
+        "The verdicts that it is given, the headline first: named by the configuration that is judged where there are several, else by the reference."
+        found = [Side(stack if self.others else against, stack, against) for stack in (self.stack, *self.others) for against in self.references]
+        return tuple(sorted(found, key=lambda side: (side.stack, side.against) != (self.stack, self.headline)))
+
+    @property
     def hash(self) -> str:
         "Content hash of statements, formulas, quantities and margins."
-        rows = [[c.id, c.kind, c.statement, c.text, [leaf.right for leaf in leaves(c.formula)]] for c in self.criteria]
+        rows = [[c.id, c.kind, c.statement, c.text, [leaf.right for leaf in leaves(c.formula)], *c.only] for c in self.criteria]
         used = sorted({q.name for c in self.criteria for q in quantities(c.formula)})
-        return content_hash([self.id, rows, {name: QUANTITIES[name] for name in used}, [ALPHA, MARGIN_PPL, REFERENCE_PPL, REACHED_AT]])
+        return content_hash([self.id, rows, {name: QUANTITIES[name] for name in used}, list(self.constants)])
 
 H1 = Hypothesis(id="H1", criteria=SUCCESS + FAILURE + FALSIFICATION, stack="flashoptim_full",
     claim="At 1B parameters and above the FlashOptim stack lowers the cost of training by at least 20 %, at equivalent perplexity and equal or faster convergence.",
     references=("baseline", "baseline_strong"), headline="baseline_strong", floor="H1-F1", goal="H1-S1")
-HYPOTHESES = {"h1": H1}
 CRITERIA = {criterion.id: criterion for criterion in H1.criteria}
 CRITERIA_HASH = H1.hash

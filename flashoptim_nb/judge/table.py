@@ -17,6 +17,7 @@ import pandas as pd
 from ..base.config import content_hash
 from ..base.records import Run
 from .criteria import REACHED_AT, SEQUENCE
+from .surrogate_rows import surrogate_row
 
 # %% ../../nbs/08_judge/03_table.ipynb #a8567c92
 PATIENCE = 10  # skipped steps in a row, up to the end of a run, after which it has not recovered
@@ -80,7 +81,7 @@ def brief(
 SCALES = ("laptop", "gpu", "full")  # from least to most
 _HEADER = ("run", "study", "scale", "role", "size", "arm", "config", "seed", "device", "device_kind", "data_hash", "criteria_hash", "started")
 _COLUMNS = (*_HEADER, "name", "recipe", "evidence", "status", "reason", "steps", "nan_steps", "nan_unrecovered", "nan_open", "losses", "curves",
-            "gpu_s_per_token", "tokens_per_s", "untried", "utilization", "energy_j_per_token", "peak", "seq", "micro_batch")
+            "gpu_s_per_token", "tokens_per_s", "untried", "utilization", "energy_j_per_token", "peak", "seq", "micro_batch", "surrogate")
 
 def _memory(run: Run) -> dict:
     "The memory row at the protocol's sequence length, else the first."
@@ -116,7 +117,8 @@ def evidence_row(
         losses=[row.get("loss") for row in steps], curves=_curves(run),
         gpu_s_per_token=settings.get("gpus", 1) / rate if rate else None, tokens_per_s=rate, untried=untried(speed.get("micro_batch"), batch, search),
         utilization=speed.get("utilization"), energy_j_per_token=speed.get("energy_j_per_token"),
-        peak=memory.get("peak"), seq=memory.get("seq"), micro_batch=memory.get("batch"))
+        peak=memory.get("peak"), seq=memory.get("seq"), micro_batch=memory.get("batch"),
+        surrogate=surrogate_row(run))
 
 def evidence_table(
     runs: Iterable[Run],
@@ -124,7 +126,7 @@ def evidence_table(
     "One row a run, whatever became of it; a whole study's, for its journal tells how the micro-batches were found."
     runs = list(runs)
     def place(header): return header.get("study"), header.get("device")
-    found = {(*place(run.header), row["role"], row["config"]): row for run in runs for row in run.of("search")}
+    found = {(*place(run.header), row["role"], row["config"]): row for run in runs for row in run.of("search") if "role" in row}
     rows = [evidence_row(run, found.get((*place(run.header), run.header.get("role"), run.header.get("config")))) for run in runs]
     return pd.DataFrame(rows, columns=list(_COLUMNS), dtype=object)
 

@@ -14,8 +14,10 @@ from html import escape
 import pandas as pd
 
 from ..base.records import Run, frame
-from ..judge.decisions import CHECKPOINTS, Decision, decide_against
+from ..judge.decisions import Decision, checkpoints_of, decide_against
+from ..judge.criteria import H1
 from ..judge.expression import readable
+from ..judge.surrogates import hypothesis_of
 from ..judge.table import brief
 from .shown import Shown, cells, full_name, load_runs, provenance_note, table, told
 
@@ -93,8 +95,9 @@ def show_decisions(
     runs: Iterable[Run] | None = None,
     other: str = "baseline_strong",  # the reference that nobody asked about
 ) -> Shown:
-    "What the checkpoints decided at each scale, and why, and what the same rule says of another reference; advice says `would`."
-    runs = load_runs() if runs is None else list(runs)
+    "What the checkpoints decided at each scale, and why, and what the same rule says of another reference, where there is one; advice says `would`."
+    hypothesis = hypothesis_of(ids[0]) if ids else H1
+    runs = load_runs(hypothesis=hypothesis.id.lower()) if runs is None else list(runs)
     rows = rows_of("decision", runs, every_scale=True)
     if not rows.empty and ids: rows = rows[rows["checkpoint"].isin(ids)]
     if not rows.empty:
@@ -103,12 +106,15 @@ def show_decisions(
         rows = rows.assign(decided=list(map(_action, recorded)), reads=[_reads(d.why) for d in recorded],
                            otherwise=[_otherwise(first, second) for first, second in zip(recorded, again)])
         rows = rows.sort_values(["checkpoint", "scale", "run"]).drop_duplicates(["checkpoint", "scale", "decided", "why"])
-    return show_rows(rows, {"checkpoint": "checkpoint", "scale": "scale", "decided": "decision", "reads": "because", "otherwise": f"against {other} it says"}, "decision", runs,
+    columns = {"checkpoint": "checkpoint", "scale": "scale", "decided": "decision", "reads": "because"}
+    return show_rows(rows, columns | ({"otherwise": f"against {other} it says"} if len(hypothesis.references) > 1 else {}), "decision", runs,
                      "No decision of these checkpoints is recorded.")
 
-def checkpoint_rules() -> Shown:
+def checkpoint_rules(
+    hypothesis: str = "h1",
+) -> Shown:
     "When each checkpoint looks, its rules as they are evaluated, and what follows."
-    return table([{"checkpoint": c.id, "day": "always" if c.day is None else str(c.day), "when": c.stage, "rule": _reads(c.text), "then": c.then} for c in CHECKPOINTS.values()])
+    return table([{"checkpoint": c.id, "day": "always" if c.day is None else str(c.day), "when": c.stage, "rule": _reads(c.text), "then": c.then} for c in checkpoints_of(hypothesis).values()])
 
 # %% ../../nbs/09_report/01_rows.ipynb #93af9939
 def _worst(

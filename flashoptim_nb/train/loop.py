@@ -88,6 +88,7 @@ def fit(
     callbacks: Sequence[Callback] = (),
     checkpoint_every: int = 0,  # steps between checkpoints; 0: only when stopped
     stopped: Callable[[], bool] = lambda: False,  # asked after each step
+    keep: Callable[[dict], bool] = lambda row: True,  # which steps are rows of the record; callbacks see all
 ) -> str:
     "Trains until `steps` or a decision; returns the run's status. Raises `Interrupted` after a stop, `Paused` where a decision wants a pause."
     path = Path(folder) / CHECKPOINT
@@ -100,7 +101,7 @@ def fit(
     try:
         for n in range(start + 1, steps + 1):
             row = finite({"step": n, "cold": n - start <= COLD_STEPS} | _take(task, n, callbacks))  # callbacks see what the record holds
-            writer.append("step", **row)
+            if keep(row): writer.append("step", **row)
             called = {}
             for kind, fields in [answer for callback in callbacks for answer in callback.after(n, row)]:
                 writer.append(kind, **fields)

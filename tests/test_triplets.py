@@ -1,0 +1,146 @@
+"""The sum over triplets: kernels against the reference by the factor of two, gradients against finite differences, and graphs that are nearly none.
+
+The kernel's tests run on CUDA where there is one, and else in Triton's interpreter, in a process of their own."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+
+from flashoptim_nb.base.compare import assert_2x
+from flashoptim_nb.data.geometry import Geometry
+from flashoptim_nb.kernels.bases import spherical_radial, spherical_radial_reference
+from flashoptim_nb.kernels.gathered import gated_sum, gated_sum_reference
+from flashoptim_nb.kernels.triplets import Edges, meeting, triplet_errors, triplet_sum, triplet_sum_reference
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+kernel = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs CUDA, or TRITON_INTERPRET=1: see test_kernel_in_the_interpreter")
+
+
+def cloud(n, share=0.6, symmetric=False, device="cpu", fill=0):
+    "A random directed graph of n atoms; `fill` edges at the end stand in no atom's list."
+    pos, near = torch.randn(n, 3), (torch.rand(n, n) < share) & ~torch.eye(n, dtype=torch.bool)
+    if symmetric: near = near & near.T
+    target, source = near.nonzero(as_tuple=True)
+    unit = F.normalize(pos[target] - pos[source], dim=-1)
+    rows = lambda end: F.pad(torch.bincount(end, minlength=n).cumsum(0), (1, 0)).int()
+    order = torch.argsort(source, stable=True).int()
+    g = Edges(F.pad(source, (0, fill), value=n - 1), F.pad(target, (0, fill), value=n - 1), F.pad(unit, (0, 0, 0, fill), value=3**-0.5), rows(target), rows(source), F.pad(order, (0, fill)))
+    return Edges(*(t.to(device) for t in g))
+
+
+@kernel
+@pytest.mark.parametrize("n,share,symmetric,fill,tile", [(7, 0.7, False, 0, 16), (6, 1.0, True, 5, 16), (20, 0.9, False, 3, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernel_errs_at_most_twice_as_much(n, share, symmetric, fill, tile, dtype, rng_seed):
+    C, B, L = (64, 8, 7) if n == 7 else (24, 5, 3)
+    g = cloud(n, share, symmetric, DEVICE, fill)
+    for name, (ours, same, exact) in triplet_errors(g, dtype, C, B, L, tile).items():
+        assert ours.dtype == dtype
+        assert_2x(ours, same, exact, floor=1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
+        if fill and name != "dw2": assert not ours[-fill:].any()
+
+
+@kernel
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_kernel_of_few_atoms(n, rng_seed):
+    g = cloud(n, 1.0, device=DEVICE)
+    E = len(g.source)
+    x, q, w2 = (torch.randn(*s, device=DEVICE, requires_grad=True) for s in ((E, 16), (E, 14), (16, 2)))
+    out = triplet_sum(x, q, w2, g)
+    grads = torch.autograd.grad(out.sum() + 0 * x.sum(), (x, q, w2))
+    if n < 3: assert not out.any() and not any(t.any() for t in grads)  # two atoms have edges, and no triplets
+    else: torch.testing.assert_close(out, triplet_sum_reference(x, q, w2, g.unit, *meeting(g)))
+
+
+@kernel
+def test_kernel_repeats_to_the_bit(rng_seed):
+    g = cloud(8, device=DEVICE)
+    E = len(g.source)
+    x, q, w2 = (torch.randn(*s, device=DEVICE, requires_grad=True) for s in ((E, 16), (E, 14), (16, 2)))
+    runs = [torch.autograd.grad(triplet_sum(x, q, w2, g).square().sum(), (x, q, w2)) for _ in range(2)]
+    assert all(map(torch.equal, *runs))
+
+
+@kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("H", [24, 128, 200])
+def test_kernel_of_gated_sums(dtype, H, rng_seed):
+    g = cloud(5, device=DEVICE)
+    E, N = len(g.source), len(g.incoming) - 1
+    x, e, w = (torch.randn(*s, device=DEVICE).to(dtype) for s in ((E, H), (E, 6), (H, 6)))
+    def run(f, *given):
+        leaves = [t.detach().requires_grad_() for t in given]
+        out = f(*leaves)
+        return out.detach(), *torch.autograd.grad(out.float().cos().sum(), leaves)
+    plain = lambda *a: gated_sum_reference(*a, g.target, N)
+    for ours, same, exact in zip(run(lambda *a: gated_sum(*a, g.target, g.incoming), x, e, w), run(plain, x, e, w), run(plain, *(t.double() for t in (x, e, w)))):
+        assert ours.dtype == dtype
+        assert_2x(ours, same, exact, floor=1e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)
+
+
+@kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernel_of_the_spherical_basis(dtype, rng_seed):
+    dist = torch.cat([0.7 + 4.5 * torch.rand(50), torch.tensor([5.0, 6.0])]).to(DEVICE)
+    exact = spherical_radial_reference(dist.double())
+    ours = spherical_radial(dist, dtype=dtype, columns=48)
+    assert ours.dtype == dtype and not ours[:, 42:].any() and not ours[-2:].any()
+    assert_2x(ours[:, :42], spherical_radial_reference(dist).to(dtype), exact)
+
+
+@kernel
+def test_kernel_in_the_network(rng_seed):
+    "The fused form, padded, against the plain one, gradients included."
+    from flashoptim_nb.models.dimenet import DimeNetConfig, DimeNetPP
+    counts = np.array([5, 1, 3])
+    pos = torch.randn(9, 3) * 1.5
+    g = Geometry(torch.randint(1, 9, (9,)), pos, counts, device=DEVICE).batch(np.arange(3), torch.zeros(3, 1)).with_triplets()
+    model = DimeNetPP(DimeNetConfig(hidden=16, blocks=1, int_emb=8, basis_emb=4, out_emb=16)).to(DEVICE)
+    for output in model.output_blocks: torch.nn.init.normal_(output.lin.weight)
+    found = []
+    for interaction, batch in (("triplets", g), ("fused", g.pad(12, 40, 200))):
+        model.interaction = interaction
+        model.zero_grad()
+        out = model(batch)
+        out.square().sum().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*found): torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4 * float(a.abs().max()) + 1e-6)
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests above run the kernel here")
+def test_kernel_in_the_interpreter():
+    "The tests above that are marked `kernel`, where there is no GPU."
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-k", "kernel", "-p", "no:cacheprovider", Path(__file__).name],
+                          cwd=Path(__file__).parent, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_reference_has_the_gradients_of_finite_differences(rng_seed):
+    g = cloud(5)
+    E = len(g.source)
+    leaves = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((E, 3), (E, 6), (3, 2))]
+    assert torch.autograd.gradcheck(lambda *a: triplet_sum(*a, g), leaves)
+
+
+@pytest.mark.cuda
+def test_in_a_cuda_graph(rng_seed):
+    g = cloud(40, device="cuda")
+    E = len(g.source)
+    x, q, w2 = (torch.randn(*s, device="cuda", requires_grad=True) for s in ((E, 64), (E, 56), (64, 8)))
+    def run(): return torch.autograd.grad(triplet_sum(x, q, w2, g).square().sum(), (x, q, w2))
+    eager = run()
+    graph = torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side): run()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph): captured = run()
+    graph.replay()
+    assert all(map(torch.equal, eager, captured))
