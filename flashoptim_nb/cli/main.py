@@ -109,10 +109,20 @@ def _book(args) -> int:
 # %% ../../nbs/10_cli/08_main.ipynb #df423cf7
 def _bench(args) -> int:
     from flashoptim_nb.base.machine import repo_root
-    from flashoptim_nb.cli.bench import bench
+    from flashoptim_nb.cli.bench import bench, bench_molecules
+    if args.molecules:
+        print(f"recorded in {bench_molecules(args.out or repo_root() / 'runs', device=args.device, steps=args.times)}")
+        return 0
     chosen = {key: value for key, value in (("works", args.works), ("names", args.optimizers)) if value}
     folder = bench(args.out or repo_root() / "runs", device=args.device, times=args.times, **chosen)
     print(f"recorded in {folder}")
+    return 0
+
+def _quality(args) -> int:
+    from flashoptim_nb.base.machine import repo_root
+    from flashoptim_nb.cli.quality import quality
+    chosen = dict(configs=args.configs) if args.configs else {}
+    print(f"recorded in {quality(args.out or repo_root() / 'runs', scale=args.scale, device=args.device, seeds=args.seeds, steps=args.steps, minutes=args.minutes, **chosen)}")
     return 0
 
 def _deciding(runs: list, wanted) -> list:
@@ -234,9 +244,20 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
                            "  flashoptim-nb bench --works small --optimizers FlashAdamW \"torch AdamW (fused)\"")
     bench.add_argument("--works", nargs="+", metavar="SET", help="only these tensor sets: 124M, 1.3B, small, tiny (default: the first three)")
     bench.add_argument("--optimizers", nargs="+", metavar="NAME", help="only these (default: all)")
+    bench.add_argument("--molecules", action="store_true", help="instead: DimeNet++'s training step, PyG's blocks beside this package's")
     bench.add_argument("--times", type=int, default=20, help="timed steps behind each median")
     bench.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     bench.add_argument("--out", type=Path, help="where records are kept (default: runs/ of the checkout)")
+
+    quality = command("quality", _quality, help="compare optimizers on whole training runs", description="Trains GPTs with the same data in the same order by AdamW and Lion, and by the same rules in FlashOptim's formats.",
+                      epilog="examples:\n  flashoptim-nb quality --scale laptop\n  flashoptim-nb quality --scale gpu --seeds 0 1 2 3 --configs adamw flash_adamw")
+    quality.add_argument("--scale", required=True, choices=("laptop", "gpu"))
+    quality.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    quality.add_argument("--configs", nargs="+", metavar="NAME", help="only these: adamw, flash_adamw, flash_adamw_linear, lion, flash_lion (default: all)")
+    quality.add_argument("--steps", type=int, help="optimizer steps (default: the scale's)")
+    quality.add_argument("--minutes", type=float, metavar="M", help="stop after so many minutes, to be gone on with by the same command")
+    quality.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    quality.add_argument("--out", type=Path, help="where studies are kept (default: runs/ of the checkout)")
 
     doctor = command("doctor", _doctor, help="what this machine can do", description="What this machine can do, and why (not).")
     doctor.add_argument("--json", action="store_true")
