@@ -225,6 +225,7 @@ def test_conditions_and_seeds_are_never_cut():
 
 def test_an_enforced_checkpoint_holds_the_study_until_it_is_confirmed(tmp_path, monkeypatch):
     monkeypatch.setitem(h2scales.LOADERS, "molecules", (__name__, "load_solvable"))
+    monkeypatch.setattr(h2scales, "PLACED", ())
     part = SCALE.parts["toy"].replace(configs=("fp32", "mixed_fp16"), solve=None, searched=())  # noqa: F821 - the toy's errors are no molecule's, so CA is not measured
     scale = SCALE.replace(parts={"molecules": part}, enforced=True)  # noqa: F821
     def stands(): return next(run for run in read_study(tmp_path / "h2-laptop") if run.id == "protocol")
