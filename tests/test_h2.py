@@ -221,3 +221,17 @@ def test_conditions_and_seeds_are_never_cut():
         assert set(scale.parts) == {"molecules", "aerodynamics", "combinatorial", "drugs"}
         for name, part in scale.parts.items(): assert name == "drugs" or {"fp32", "mixed_bf16", "flash", "mixed_bf16_2x", "flash_2x", "fp32_2x", "mixed_fp16", "tf32"} <= set(part.configs)
     assert np.prod([len(SCALES["gpu"].seeds), SCALES["gpu"].parts["molecules"].solve.runs]) == 100
+
+
+def test_an_enforced_checkpoint_holds_the_study_until_it_is_confirmed(tmp_path, monkeypatch):
+    monkeypatch.setitem(h2scales.LOADERS, "molecules", (__name__, "load_solvable"))
+    monkeypatch.setattr(h2scales, "PLACED", ())
+    part = SCALE.parts["toy"].replace(configs=("fp32", "mixed_fp16"), solve=None, searched=())  # noqa: F821 - the toy's errors are no molecule's, so CA is not measured
+    scale = SCALE.replace(parts={"molecules": part}, enforced=True)  # noqa: F821
+    def stands(): return next(run for run in read_study(tmp_path / "h2-laptop") if run.id == "protocol")
+    assert study(tmp_path, scale).run() == 1
+    assert (stands().status, [row["checkpoint"] for row in stands().of("decision")]) == ("paused", ["H2-CA"])
+    assert not [run for run in read_study(tmp_path / "h2-laptop") if run.header["config"] == "mixed_fp16"]
+    with pytest.raises(UserError, match="what waits: H2-CA"): study(tmp_path, scale).run(["H2-CB"])
+    assert study(tmp_path, scale).run(["H2-CA"]) == 1  # and is held by the next that cannot be decided
+    assert stands().of("confirm") and stands().status == "paused" and stands().of("decision")[-1]["checkpoint"] != "H2-CA"

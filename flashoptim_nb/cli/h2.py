@@ -21,7 +21,7 @@ from ..base.config import content_hash
 from ..base.errors import UserError, choose
 from ..base.records import ROWS, RunWriter, read_study
 from .h2runs import Epochs, Held, SurrogateSpec, labels as label_rows, speed, surrogate_spec, task_of
-from .h2scales import ARMS, SurrogateScale, load_domain, narrow
+from .h2scales import ARMS, CONDITIONS, SurrogateScale, load_domain, narrow
 from .journal import Journal
 from .runs import end_at_once, header as header_of, is_done
 from .stages import rates
@@ -267,6 +267,16 @@ def together(self: SurrogateStudy, specs: list[SurrogateSpec]) -> int:
     return failed + lost
 
 @patch
+def ahead(self: SurrogateStudy):
+    "Where checkpoints only advise, all training runs go on together before the stages are gone through: the conditions of all domains first."
+    if self.workers < 2 or self.scale.enforced: return
+    runs = [(stage.role, arm, configs) for stage in stages(self.scale, self.arms) for arm, configs in stage.runs if arm == "train"]
+    for role in dict.fromkeys(role for role, *_ in runs): self.note_domain(role)
+    specs = sorted(self.stage_specs(runs), key=lambda spec: spec.config not in CONDITIONS)
+    specs = [spec for spec in specs if not isinstance(self.loaded[spec.role], str) and not is_done(self.folder / spec.id, self.header(spec))]
+    if len(specs) > 1: self.together(specs)  # what failed is tried again, and counted, in its stage
+
+@patch
 def watch(self: SurrogateStudy, crew: list, done, stop) -> tuple[int, int]:
     "Waits for the workers; how many runs failed, and how many were ended."
     from queue import Empty
@@ -288,6 +298,7 @@ def watch(self: SurrogateStudy, crew: list, done, stop) -> tuple[int, int]:
 def protocol(self: SurrogateStudy) -> tuple[int, str]:
     "Runs what is left of the protocol; returns how many runs failed, and why the study was aborted, if it was."
     failed = 0
+    self.ahead()
     for stage in stages(self.scale, self.arms):
         self.check_stop()
         if stage.runs:

@@ -111,19 +111,19 @@ def _small(load, epochs, batch=64, lr=3e-3, limits={}, solve={}, **fields):
 
 LAPTOP = SurrogateScale(
     name="laptop", purpose="shows that everything works; never evidence", enforced=False, device="auto", seeds=(0, 1, 2),
-    parts={"molecules": _small("laptop", 1, configs=MOLECULES, budget=256 << 20, labels=("fp32",)), "aerodynamics": _small("laptop", 2, labels=("fp32",)), "combinatorial": _small("laptop", 1),
+    parts={"molecules": _small("laptop", 1, configs=MOLECULES, budget=256 << 20, labels=("fp32",)), "aerodynamics": _small("laptop", 2, labels=("fp32",), budget=4 << 20, tries=7), "combinatorial": _small("laptop", 1),
            "drugs": _small("laptop", 2, configs=CONDITIONS, searched=())},
     budget=48 << 20, checkpoints=1, accelerator=Accelerator(name="two CPU cores", flops=2e11, memory=8e9, bandwidth=2e10), priced=False,
-    cut=("epochs 100 -> 1 or 2", "rows: a few hundred", "seeds 5 -> 3", "surrogates of some thousand parameters", "learning rate 3e-4 -> 3e-3 with a cosine", "100 optimizer runs -> 6 (2 for each surrogate)", "a budget of 48 MiB, for molecules 256"))
+    cut=("epochs 100 -> 1 or 2", "rows: a few hundred", "seeds 5 -> 3", "surrogates of some thousand parameters", "learning rate 3e-4 -> 3e-3 with a cosine", "100 optimizer runs -> 6 (2 for each surrogate)", "a budget of 48 MiB, of 256 for molecules, of 4 for airfoils"))
 
 GPU = SurrogateScale(
     name="gpu", purpose="errors, memory, speed and solutions on one GPU", enforced=False, device="cuda", seeds=(0, 1, 2, 3, 4), accelerator=H200,
     parts={"molecules": SurrogatePart(load="gpu", configs=MOLECULES, searched=SEARCHED + tuple(FUSED), labels=("fp32", "mixed_bf16", "flash"), recipe=SurrogateRecipe(epochs=3, schedule="cosine"), solve=Solve(runs=20)),
-           "aerodynamics": SurrogatePart(load="gpu", recipe=SurrogateRecipe(epochs=20, schedule="cosine"), solve=Solve(runs=20), labels=("fp32", "mixed_bf16", "flash")),
+           "aerodynamics": SurrogatePart(load="gpu", recipe=SurrogateRecipe(epochs=20, schedule="cosine"), solve=Solve(runs=20, most=8), labels=("fp32", "mixed_bf16", "flash")),
            "combinatorial": SurrogatePart(load="gpu", recipe=SurrogateRecipe(epochs=10, schedule="cosine"), solve=Solve(runs=20)),
            "drugs": SurrogatePart(load="gpu", configs=CONDITIONS, searched=(), recipe=SurrogateRecipe(epochs=10, schedule="cosine"), solve=Solve(runs=20))},
     budget=24 << 30, keep=10, 
-    cut=("epochs 100 -> 3 (molecules), 20 (aerodynamics), 10 (combinatorial and drugs), with a cosine instead of a constant learning rate", "molecules: 110,000 training rows -> the 20,179 of the shipped 24,000"))
+    cut=("epochs 100 -> 3 (molecules), 20 (aerodynamics), 10 (combinatorial and drugs), with a cosine instead of a constant learning rate", "molecules: 110,000 training rows -> the 20,179 of the shipped 24,000", "true evaluations a run, of airfoils, 20 -> 8"))
 
 _long = SurrogateRecipe(epochs=100)
 FULL = SurrogateScale(

@@ -115,14 +115,15 @@ class SurrogateTask:
         seed: int,  # of weights and order
         device: torch.device | str = "cpu",
         capturable: bool = False,  # whether steps may become part of a CUDA graph
+        trial: bool = False,  # a throw-away network: drawn on the device, which is quicker where it is large, and never evaluated in fp32
     ):
         self.domain, self.precision, self.recipe, self.seed, self.device = domain, precision, recipe, seed, torch.device(device)
         self.width = width or sized(domain, precision.times)[0]
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(), self.device if trial else nullcontext():
             torch.manual_seed(seed)
             model = network(domain, self.width, precision)
         self.parameters = count_parameters(model)
-        self.wide = copy.deepcopy(model) if precision.optimizer == "flash_adamw" else None  # what narrow buffers were, for evaluation in fp32
+        self.wide = copy.deepcopy(model) if precision.optimizer == "flash_adamw" and not trial else None  # what narrow buffers were, for evaluation in fp32
         cast_weights(model, precision)
         self.model = model.to(self.device).train()
         self.rows, self.steps = domain.size("train"), recipe.steps(domain.size("train"))
