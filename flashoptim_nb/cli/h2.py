@@ -322,7 +322,7 @@ def projection(
             part, seeds = scale.parts[stage.role], len(seeds_of(scale, stage.role, arm))
             solved = sum(c in part.solved for c in configs) * seeds if arm == "train" and part.solve else 0
             rows.append(dict(domain=stage.role, arm=arm, configs=len(configs), runs=len(configs) * seeds, epochs=part.recipe.epochs * len(configs) * seeds if arm == "train" else 0,
-                             solutions=solved * part.solve.runs * len(part.solve.methods) if solved else 0))
+                             solutions=solved * sum(part.solve.few.get(m, part.solve.runs) for m in part.solve.methods) if solved else 0))
     return pd.DataFrame(rows).groupby(["domain", "arm"], sort=False, as_index=False).sum()
 
 PROTOCOL_HOURS, PROTOCOL_DOLLARS = 420, (1200, 4800)  # GPU-hours of the protocol, and what it calls least and full cost

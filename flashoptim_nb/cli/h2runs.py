@@ -139,9 +139,10 @@ def solutions(
     "Rows `solution`: what the amortized optimizers find over the surrogate, in its own precision, verified. The seeds are the same for all configurations."
     from flashoptim_nb.amortize.runs import solve
     problems = problems_of(role, task.domain, task.surrogate(), **how.limits)
-    for row in solve(problems, how.methods, how.runs, seed=1000 * task.seed, steps=how.steps, batch=how.batch, most=how.most, settings=how.settings):
-        yield "solution", {key: value for key, value in row.items() if key not in ("kind", "seed")} | dict(policy_seed=row.get("seed"))
-        check()
+    for method in how.methods:
+        for row in solve(problems, (method,), how.few.get(method, how.runs), seed=1000 * task.seed, steps=how.steps, batch=how.batch, most=how.most, settings=how.settings):
+            yield "solution", {key: value for key, value in row.items() if key not in ("kind", "seed")} | dict(policy_seed=row.get("seed"))
+            check()
 
 # %% ../../nbs/10_cli/06b_h2runs.ipynb #6a70c00c
 def measured(

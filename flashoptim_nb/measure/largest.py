@@ -28,6 +28,7 @@ def enforced(
     device = torch.device(device)
     if budget <= 0: raise UserError(f"a memory budget of {budget} bytes was given; it has to be above 0")
     if device.type != "cuda": yield; return
+    if device.index is None: device = torch.device("cuda", torch.cuda.current_device())  # the allocator wants to know which
     if budget > device_memory(device): raise UserError(f"a budget of {budget / 2**30:.1f} GiB is more than the {device_memory(device) / 2**30:.1f} GiB of this device; name a smaller one")
     gc.collect()
     torch.cuda.empty_cache()
