@@ -1,11 +1,14 @@
-# Two commands: `make h1` runs the main job, `make test` passes the tests. Each sets itself up once.
+# Two commands: `make` runs both hypotheses at laptop scale and builds the book, `make test` passes the tests. Each sets itself up once.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: h1 test lab clean
-h1: .venv/.ready
-	$(BIN)/flashoptim-nb run h1 --scale laptop
-	$(BIN)/flashoptim-nb verdict h1
+.PHONY: all h1 h2 book test lab clean
+all: h1 h2 book
+h1 h2: .venv/.ready
+	$(BIN)/flashoptim-nb run $@ --scale laptop
+	$(BIN)/flashoptim-nb verdict $@
+
+book: .venv/.ready
 	$(BIN)/flashoptim-nb book
 
 # One thread a process: tests run beside each other, and threads that wait for a core cost more than they give.
