@@ -85,8 +85,8 @@ def test_kernel_errs_at_most_twice_as_much(rule, dtype, bits, quantize, rng_seed
     momentum_fused(many, many.find(gs), h, torch.full((), 3.0, device=DEVICE))
     momentum_reference(same, h, 4)
     for x, g, a, b in zip(xs, gs, ours, same):
-        for mine, torchs, ref in zip(values(a), values(b), exact(*values(x), g, h, 4)):
-            if ref is not None: assert_2x(mine, torchs, ref, floor=1e-6)
+        for before, mine, torchs, ref in zip(values(x), values(a), values(b), exact(*values(x), g, h, 4)):
+            if ref is not None: assert_2x(mine, torchs, ref, floor=1e-6 * max(1.0, float(before.norm() / ref.norm())))  # where terms cancel, in a tensor of one value, their rounding is left
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernel's own tests run in this process")
