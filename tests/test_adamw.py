@@ -131,7 +131,8 @@ def test_kernel_errs_at_most_twice_as_much(dtype, bits, quantize, rng_seed):
     fused([x for x in ours if x.param.numel()], scalars(), 4)
     adamw_reference(same, scalars(), 4)
     for x, g, a, b in zip(xs, gs, ours, same):
-        for mine, torchs, ref in zip(values(a), values(b), exact(x, g, 4)): assert_2x(mine, torchs, ref, floor=1e-6)
+        for before, mine, torchs, ref in zip(values(x), values(a), values(b), exact(x, g, 4)):
+            assert_2x(mine, torchs, ref, floor=1e-6 * max(1.0, float(before.norm() / ref.norm())))  # where terms cancel, in a tensor of one value, their rounding is left
         if quantize:  # at most one code apart, and seldom
             for p, q in ((a.m, b.m), (a.v, b.v)):
                 off = (p.int() - q.int()).abs()
