@@ -114,7 +114,9 @@ def measure_molecule_step(
     cuda, row = device.type == "cuda", dict(implementation=implementation, precision=precision, batch=len(batches[0]), graph=graph, oom=False, reason="")
     row |= dict(ms=None, molecules_per_s=None, peak=None, reserved=None, edges=int(np.mean([len(b.source) for b in batches])), nodes=int(np.mean([len(b.z) for b in batches])))
     try:
-        if cuda: gc.collect(); torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(device)
+        if cuda:
+            gc.collect(); torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(device)
+            row["standing"] = torch.cuda.memory_allocated(device)  # bytes there before the network: the data's tables, the batches
         with _tf32(precision == "tf32"):
             model, optimizer, learn, update = molecule_step(domain, implementation, precision, device)
             row["parameters"] = sum(p.numel() for p in model.parameters())
