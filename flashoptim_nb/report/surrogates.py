@@ -38,6 +38,8 @@ def _coloured(names: Iterable[str], field: str = "config", colours: Mapping[str,
     known = [name for name in colours if name in set(names)]
     return alt.Color(f"{field}:N", title=None, scale=alt.Scale(domain=known, range=[colours[name] for name in known]), **more)
 
+def _unit(unit: str) -> str: return "" if unit == "1" else unit
+
 def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
     "Rows in the order of the configurations."
     return rows.sort_values("config", key=lambda c: c.map(list(SURROGATE_COLOURS).index), kind="stable")
@@ -135,7 +137,7 @@ def error_table(
     for (config, target), mine in rows.groupby(["config", "target"], sort=False):
         both = mine.merge(rows[(rows["config"] == against) & (rows["target"] == target)], on="key", suffixes=("", "_old"))
         e = paired_ratio(list(both["mae"]), list(both["mae_old"]), 0.90) if len(both) and config != against else None
-        found.append(dict(config=config, target=target, unit=mine["unit"].iloc[0], mae=mine["mae"].mean(), rmse=mine["rmse"].mean(), held=mine["n"].max(), seeds=len(mine), what=f"{config}: {target}",
+        found.append(dict(config=config, target=target, unit=_unit(mine["unit"].iloc[0]), mae=mine["mae"].mean(), rmse=mine["rmse"].mean(), held=mine["n"].max(), seeds=len(mine), what=f"{config}: {target}",
                           value=e and e.value, lo=e and e.lo, hi=e and e.hi, n=e and e.n, threshold=MARGIN_ERROR, scale=mine["scale"].iloc[0],
                           runs=sorted({*(mine["study"] + "/" + mine["run"]), *([] if e is None else both["study_old"] + "/" + both["run_old"])})))
     return pd.DataFrame(found)
@@ -164,16 +166,23 @@ def error_ratios(
     "Each configuration's ratio with its interval, and the band in which two errors count as equal."
     found = found.dropna(subset=["value"])
     rows = found[["config", "target", "value", "lo", "hi", "n"]]
-    band = alt.Chart(rows).mark_rect(opacity=0.04, color="#009e73").encode(x=alt.datum(1 / MARGIN_ERROR), x2=alt.datum(MARGIN_ERROR))
+    band = alt.Chart(rows).transform_aggregate(rows="count()", groupby=["target"]).mark_rect(opacity=0.15, color="#009e73").encode(x=alt.datum(1 / MARGIN_ERROR), x2=alt.datum(MARGIN_ERROR))
     base = alt.Chart(rows).encode(y=alt.Y("config:N", title=None, sort=_known(rows["config"]), axis=alt.Axis(labelLimit=220)), color=_coloured(rows["config"], legend=None),
                                   tooltip=["config", "target", "n", *(alt.Tooltip(name, format=".3f") for name in ("value", "lo", "hi"))])
     x = dict(title="ratio; right is worse", scale=alt.Scale(zero=False, type="log", nice=False))
     bars, dots = base.mark_rule(strokeWidth=3, opacity=0.55).encode(alt.X("lo:Q", **x), alt.X2("hi:Q")), base.mark_point(filled=True, size=80, opacity=1).encode(alt.X("value:Q", **x))
-    one = alt.Chart(rows).mark_rule(color="#888888").encode(x=alt.datum(1.0))
+    one = alt.Chart(rows).transform_aggregate(rows="count()", groupby=["target"]).mark_rule(color="#888888").encode(x=alt.datum(1.0))
     layers = alt.layer(band, one, bars, dots).properties(width=300, height=alt.Step(20))
     return titled(layers.facet(column=alt.Column("target:N", title=None)).resolve_scale(x="independent"), title, found, f"bar: 90 % interval; green: within {MARGIN_ERROR - 1:.0%}")
 
 # %% ../../nbs/09_report/04b_surrogates.ipynb #04b00016
+_DASHES = {"mixed_bf16": [6, 3], "flash": [2, 2], "flash_2x": [3, 3]}  # lines that coincide are told apart by their gaps
+
+def _whole(values: Iterable[float]) -> alt.Axis:
+    "An axis that is marked at whole numbers only."
+    last = int(max(values))
+    return alt.Axis(values=list(range(0, last + 1, max(1, -(-last // 10)))), format="d")
+
 def curve_rows(
     domain: str,
     runs: Iterable[Run] | None = None,
@@ -189,12 +198,13 @@ def learning_curves(
 ):
     "Mean and range over the seeds, by configuration, a panel for each target."
     band = rows.groupby(["config", "target", "unit", "epoch"], sort=False)["mae"].agg(mean="mean", lo="min", hi="max", seeds="count").reset_index()
-    band["what"] = band["target"] + [f", {unit}" if unit != "1" else "" for unit in band["unit"]]
+    band["what"] = band["target"] + [f", {_unit(unit)}" if _unit(unit) else "" for unit in band["unit"]]
     pick = alt.selection_point(fields=["config"], bind="legend")
     y = dict(title="MAE", scale=alt.Scale(zero=False, type="log", nice=False))
-    base = alt.Chart(band).encode(x=alt.X("epoch:Q", axis=alt.Axis(tickMinStep=1, format="d")), color=_coloured(band["config"]), opacity=alt.condition(pick, alt.value(1), alt.value(0.1)))
-    area = base.mark_area().encode(alt.Y("lo:Q", **y), alt.Y2("hi:Q"), opacity=alt.condition(pick, alt.value(0.12), alt.value(0.02)))
-    line = base.mark_line(point=True).encode(alt.Y("mean:Q", **y), tooltip=["config", "epoch", "seeds", *(alt.Tooltip(name, format=".4f") for name in ("mean", "lo", "hi"))])
+    dashes = alt.StrokeDash("config:N", legend=None, scale=alt.Scale(domain=_known(band["config"]), range=[_DASHES.get(name, [1, 0]) for name in _known(band["config"])]))
+    base = alt.Chart(band).encode(x=alt.X("epoch:Q", axis=_whole(band["epoch"])), color=_coloured(band["config"], legend=alt.Legend(symbolOpacity=1)), opacity=alt.condition(pick, alt.value(1), alt.value(0.1)))
+    area = base.mark_area().encode(alt.Y("lo:Q", **y), alt.Y2("hi:Q"), opacity=alt.condition(pick, alt.value(0.07), alt.value(0.02)))
+    line = base.mark_line(point=True).encode(alt.Y("mean:Q", **y), strokeDash=dashes, tooltip=["config", "epoch", "seeds", *(alt.Tooltip(name, format=".4f") for name in ("mean", "lo", "hi"))])
     panels = alt.layer(area, line).add_params(pick).properties(width=300, height=220).facet(column=alt.Column("what:N", title=None)).resolve_scale(y="independent")
     return titled(panels, title, rows, f"mean and range of {rows['seed'].nunique()} seeds")
 
@@ -224,7 +234,7 @@ def best_so_far(
     long = long.explode(["at", "curve"]).dropna(subset=["curve"]).astype(dict(at=float, curve=float)).round(dict(at=1))
     mean = long.groupby([by, panel, "at"], sort=False)["curve"].agg(best="mean", runs="count").reset_index()
     colour = _coloured(mean[by], by, METHOD_COLOURS if by == "method" else SURROGATE_COLOURS)
-    chart = alt.Chart(mean).mark_line(point=True).encode(x=alt.X("at:Q", title="true evaluations", axis=alt.Axis(tickMinStep=1)), y=alt.Y("best:Q", title="best so far, mean over the runs", scale=alt.Scale(zero=False)),
+    chart = alt.Chart(mean).mark_line(point=True).encode(x=alt.X("at:Q", title="true evaluations", axis=_whole(mean["at"])), y=alt.Y("best:Q", title="best so far, mean over the runs", scale=alt.Scale(zero=False)),
                                                      color=colour, tooltip=[by, panel, "at", "runs", alt.Tooltip("best", format=".3f")])
     panels = chart.properties(width=260, height=220).facet(facet=alt.Facet(f"{panel}:N", title=None), columns=3).resolve_scale(y="independent", x="independent")
     return titled(panels, title, rows)
@@ -242,7 +252,7 @@ def predicted_true(
     points = few[["config", "method", "problem", "instance", "seed", "objective", "predicted", "what"]]
     base = alt.Chart(points)
     dots = base.mark_circle(size=45, opacity=0.6).encode(x=alt.X("objective:Q", title="true objective", scale=alt.Scale(zero=False)), y=alt.Y("predicted:Q", title="predicted", scale=alt.Scale(zero=False)),
-                                                     color=_coloured(points["config"]), tooltip=["config", "method", "instance", "seed", alt.Tooltip("objective", format=".3f"), alt.Tooltip("predicted", format=".3f"), "what"])
+                                                     color=_coloured(points["config"], legend=alt.Legend(symbolOpacity=1)), tooltip=["config", "method", "instance", "seed", alt.Tooltip("objective", format=".3f"), alt.Tooltip("predicted", format=".3f"), "what"])
     line = base.mark_rule(color="#888888", strokeDash=[4, 3]).encode(x=alt.datum(low), y=alt.datum(low), x2=alt.datum(high), y2=alt.datum(high))
     return titled(alt.layer(line, dots).properties(width=230, height=230).facet(facet=alt.Facet(f"{panel}:N", title=None), columns=3), title, rows, "dashed: predicted as it is")
 
@@ -316,7 +326,7 @@ def label_table(
         for recipe, some in mine.groupby("recipe", sort=False):
             old = full.reindex(some["seed"])
             e = paired_ratio(list(some["mae"]), list(old), 0.90) if recipe != "full" and old.notna().all() else None
-            found.append(dict(config=config, target=target, unit=some["unit"].iloc[0], recipe=recipe, cost=some["cost"].mean(), taught=" then ".join(f"{n:,}" for n in some["rows"].iloc[0]), steps=some["steps"].iloc[0], labels=some["labels"].iloc[0], mae=some["mae"].mean(), rmse=some["rmse"].mean(),
+            found.append(dict(config=config, target=target, unit=_unit(some["unit"].iloc[0]), recipe=recipe, cost=some["cost"].mean(), taught=" then ".join(f"{n:,}" for n in some["rows"].iloc[0]), steps=some["steps"].iloc[0], labels=some["labels"].iloc[0], mae=some["mae"].mean(), rmse=some["rmse"].mean(),
                               held=some["n"].max(), seeds=some["seed"].nunique(), value=e and e.value, lo=e and e.lo, hi=e and e.hi, n=e and e.n, threshold=1.0, what=f"{config}: {target}", scale=some["scale"].iloc[0], runs=sorted(set(some["study"] + "/" + some["run"]))))
     return pd.DataFrame(found)
 
