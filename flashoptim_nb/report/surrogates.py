@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SURROGATE_COLOURS', 'METHOD_COLOURS', 'CONDITIONS', 'sources', 'show_sources', 'networks', 'show_networks',
-           'held_out', 'error_table', 'between', 'show_errors', 'error_ratios', 'curve_rows', 'learning_curves',
-           'solution_rows', 'best_so_far', 'predicted_true', 'solution_table', 'show_solutions', 'fooled_by',
-           'label_table', 'show_labels']
+           'held_out', 'error_table', 'between', 'show_errors', 'error_ratios', 'told_errors', 'curve_rows',
+           'learning_curves', 'solution_rows', 'best_so_far', 'predicted_true', 'solution_table', 'show_solutions',
+           'told_solutions', 'fooled_by', 'label_table', 'show_labels']
 
 # %% ../../nbs/09_report/04b_surrogates.ipynb #04b00003
 from collections.abc import Iterable, Mapping
@@ -175,6 +175,28 @@ def error_ratios(
     layers = alt.layer(band, one, bars, dots).properties(width=300, height=alt.Step(20))
     return titled(layers.facet(column=alt.Column("target:N", title=None)).resolve_scale(x="independent"), title, found, f"bar: 90 % interval; green: within {MARGIN_ERROR - 1:.0%}")
 
+# %% ../../nbs/09_report/04b_surrogates.ipynb #04b00023
+def _where(scale: str) -> str: return "At laptop scale, which is no evidence" if scale == "laptop" else f"At {scale} scale"
+
+def told_errors(
+    domain: str,
+    runs: Iterable[Run] | None = None,
+    configs: Iterable[str] = CONDITIONS[1:],
+) -> Shown:
+    "Each condition's held-out error beside the fp32 surrogate's, in a sentence."
+    runs = _all(runs)
+    found = error_table(domain, runs)
+    if found.empty: return told("No held-out error of this domain is recorded, so nothing can be said of it.", [])
+    def side(r):
+        if r["lo"] is None or r["lo"] != r["lo"]: return "too few pairs for an interval"
+        if r["lo"] > MARGIN_ERROR: return "worse than the margin of 5 %"
+        return "inside the margin of 5 %" if r["hi"] <= MARGIN_ERROR and r["lo"] >= 1 / MARGIN_ERROR else "better than the margin" if r["hi"] < 1 / MARGIN_ERROR else "not told apart from the margin"
+    base = found[found["config"] == "fp32"]
+    here = found[found["config"].isin(set(configs))].dropna(subset=["value"])
+    first = "; ".join(f"{r['mae']:.4g} {r['unit']}".strip() + f" for {r['target']}" for _, r in base.iterrows())
+    rest = ". ".join(f"{r['config']} has {r['value']:.3f} times that of {r['target']}" + (f" ({between(r['lo'], r['hi'])}, {r['n']:.0f} pairs): {side(r)}" if r["lo"] is not None else f": {side(r)}") for _, r in here.iterrows())
+    return told(f"{_where(found['scale'].iloc[0])}, the fp32 surrogate's mean absolute error is {first or 'not recorded'}. {rest}{'.' * bool(rest)}", named_runs(pd.concat([base, here]), runs))
+
 # %% ../../nbs/09_report/04b_surrogates.ipynb #04b00016
 _DASHES = {"mixed_bf16": [6, 3], "flash": [2, 2], "flash_2x": [3, 3]}  # lines that coincide are told apart by their gaps
 
@@ -297,6 +319,27 @@ def show_solutions(
     heads = (dict() if domain else dict(domain="domain")) | dict(problem="problem", method="method", config="surrogate", solved="runs", seeds="seeds", objective="objective", value="below fp32's", interval="90 % interval",
                                                                  predicted="predicted", fooled="predicted - true", evaluations="evaluated", nothing="scored 0")
     return show_rows(rows, heads, "solution", runs, "No solution is recorded.", dict(objective=".3f", predicted=".3f", fooled="+.3f", value=".1%", evaluations=",.0f", nothing=",.0f"))
+
+# %% ../../nbs/09_report/04b_surrogates.ipynb #04b00025
+def told_solutions(
+    domain: str,
+    runs: Iterable[Run] | None = None,
+    method: str = METHODS[0],  # the one that decides
+    configs: Iterable[str] = CONDITIONS[1:],
+) -> Shown:
+    "What a method found over each condition's surrogate, in sentences."
+    runs = _all(runs)
+    found = solution_table(domain, runs)
+    if found.empty: return told("No solution of this domain is recorded, so nothing can be said of it.", [])
+    found, said, used = found[found["method"] == method], [], []
+    for problem, rows in found.groupby("problem", sort=False):
+        base, rest = rows[rows["config"] == "fp32"], rows[rows["config"].isin(set(configs))].dropna(subset=["value"])
+        if base.empty: continue
+        one = base.iloc[0]
+        said.append(f"{_where(one['scale'])}, {method} over the fp32 surrogate reaches a mean of {one['objective']:.3f} ({one['unit']}) on {problem}, over {one['solved']} runs and {one['seeds']} surrogates; on what was evaluated these promised {abs(one['fooled']):.3f} too {'much' if one['fooled'] > 0 else 'little'}. "
+                    + ". ".join(f"Over {r['config']} the objective is {abs(r['value']):.1%} {'lower' if r['value'] > 0 else 'higher'}" + (f" ({between(r['lo'], r['hi'], '.1%')})" if r["lo"] is not None else "") for _, r in rest.iterrows()) + "." * bool(len(rest)))
+        used += [base, rest]
+    return told("\n\n".join(said) or f"No solution of {method} over the fp32 surrogate is recorded.", named_runs(pd.concat(used), runs) if used else [])
 
 # %% ../../nbs/09_report/04b_surrogates.ipynb #04b0001e
 def fooled_by(
