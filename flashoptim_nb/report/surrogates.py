@@ -194,7 +194,7 @@ def told_errors(
     base = found[found["config"] == "fp32"]
     here = found[found["config"].isin(set(configs))].dropna(subset=["value"])
     first = "; ".join(f"{r['mae']:.4g} {r['unit']}".strip() + f" for {r['target']}" for _, r in base.iterrows())
-    rest = ". ".join(f"{r['config']} has {r['value']:.3f} times that of {r['target']}" + (f" ({between(r['lo'], r['hi'])}, {r['n']:.0f} pairs): {side(r)}" if r["lo"] is not None else f": {side(r)}") for _, r in here.iterrows())
+    rest = ". ".join(f"{r['config']}: {r['value']:.3f} times that of {r['target']}" + (f" ({between(r['lo'], r['hi'])}, {r['n']:.0f} pairs), {side(r)}" if r["lo"] is not None else f", {side(r)}") for _, r in here.iterrows())
     return told(f"{_where(found['scale'].iloc[0])}, the fp32 surrogate's mean absolute error is {first or 'not recorded'}. {rest}{'.' * bool(rest)}", named_runs(pd.concat([base, here]), runs))
 
 # %% ../../nbs/09_report/04b_surrogates.ipynb #04b00016
@@ -337,7 +337,7 @@ def told_solutions(
         if base.empty: continue
         one = base.iloc[0]
         said.append(f"{_where(one['scale'])}, {method} over the fp32 surrogate reaches a mean of {one['objective']:.3f} ({one['unit']}) on {problem}, over {one['solved']} runs and {one['seeds']} surrogates; on what was evaluated these promised {abs(one['fooled']):.3f} too {'much' if one['fooled'] > 0 else 'little'}. "
-                    + ". ".join(f"Over {r['config']} the objective is {abs(r['value']):.1%} {'lower' if r['value'] > 0 else 'higher'}" + (f" ({between(r['lo'], r['hi'], '.1%')})" if r["lo"] is not None else "") for _, r in rest.iterrows()) + "." * bool(len(rest)))
+                    + ". ".join(f"Over {r['config']} the loss against it is {r['value']:.1%}" + (f" ({between(r['lo'], r['hi'], '.1%')})" if r["lo"] is not None else "") for _, r in rest.iterrows()) + ". Below 0 is better." * bool(len(rest)))
         used += [base, rest]
     return told("\n\n".join(said) or f"No solution of {method} over the fp32 surrogate is recorded.", named_runs(pd.concat(used), runs) if used else [])
 
