@@ -142,7 +142,7 @@ def error_table(
                           runs=sorted({*(mine["study"] + "/" + mine["run"]), *([] if e is None else both["study_old"] + "/" + both["run_old"])})))
     return pd.DataFrame(found)
 
-def between(lo: float | None, hi: float | None, form: str = ".3f") -> str:
+def between(lo: float | None, hi: float | None, form: str = "z.3f") -> str:
     "An interval in words; nothing where there is none."
     return "" if lo is None or lo != lo else f"{lo:{form}} to {hi:{form}}"
 
@@ -315,10 +315,10 @@ def show_solutions(
     rows = solution_table(domain, runs, configs)
     if not rows.empty:
         rows = rows[rows["method"].isin(set(methods))]
-        rows = rows.assign(interval=[between(lo, hi, ".1%") for lo, hi in zip(rows["lo"], rows["hi"])], off=[between(lo, hi) for lo, hi in zip(rows["fooled_lo"], rows["fooled_hi"])])
+        rows = rows.assign(interval=[between(lo, hi, "z.1%") for lo, hi in zip(rows["lo"], rows["hi"])], off=[between(lo, hi) for lo, hi in zip(rows["fooled_lo"], rows["fooled_hi"])])
     heads = (dict() if domain else dict(domain="domain")) | dict(problem="problem", method="method", config="surrogate", solved="runs", seeds="seeds", objective="objective", value="below fp32's", interval="90 % interval",
                                                                  predicted="predicted", fooled="predicted - true", evaluations="evaluated", nothing="scored 0")
-    return show_rows(rows, heads, "solution", runs, "No solution is recorded.", dict(objective=".3f", predicted=".3f", fooled="+.3f", value=".1%", evaluations=",.0f", nothing=",.0f"))
+    return show_rows(rows, heads, "solution", runs, "No solution is recorded.", dict(objective=".3f", predicted=".3f", fooled="+z.3f", value="z.1%", evaluations=",.0f", nothing=",.0f"))
 
 # %% ../../nbs/09_report/04b_surrogates.ipynb #04b00025
 def told_solutions(
@@ -337,7 +337,7 @@ def told_solutions(
         if base.empty: continue
         one = base.iloc[0]
         said.append(f"{_where(one['scale'])}, {method} over the fp32 surrogate reaches a mean of {one['objective']:.3f} ({one['unit']}) on {problem}, over {one['solved']} runs and {one['seeds']} surrogates; on what was evaluated these promised {abs(one['fooled']):.3f} too {'much' if one['fooled'] > 0 else 'little'}. "
-                    + ". ".join(f"Over {r['config']} the loss against it is {r['value']:.1%}" + (f" ({between(r['lo'], r['hi'], '.1%')})" if r["lo"] is not None else "") for _, r in rest.iterrows()) + ". Below 0 is better." * bool(len(rest)))
+                    + ". ".join(f"Over {r['config']} the loss against it is {r['value']:z.1%}" + (f" ({between(r['lo'], r['hi'], 'z.1%')})" if r["lo"] is not None else "") for _, r in rest.iterrows()) + ". Below 0 is better." * bool(len(rest)))
         used += [base, rest]
     return told("\n\n".join(said) or f"No solution of {method} over the fp32 surrogate is recorded.", named_runs(pd.concat(used), runs) if used else [])
 
@@ -347,7 +347,7 @@ def fooled_by(
     title: str = "How far the surrogate was fooled",
 ):
     "Mean of predicted minus true over what was evaluated, by method, with the interval over the surrogates."
-    rows = found.assign(row=found["domain"] + ": " + found["problem"])[["row", "method", "config", "fooled", "fooled_lo", "fooled_hi", "seeds"]].dropna(subset=["fooled"])
+    rows = found.assign(row=[problem if problem == domain else f"{domain}: {problem}" for domain, problem in zip(found["domain"], found["problem"])])[["row", "method", "config", "fooled", "fooled_lo", "fooled_hi", "seeds"]].dropna(subset=["fooled"])
     base = alt.Chart(rows).encode(y=alt.Y("config:N", title=None, sort=_known(rows["config"])), yOffset=alt.YOffset("method:N", sort=list(METHODS)), color=_coloured(rows["method"], "method", METHOD_COLOURS),
                                   tooltip=["row", "method", "config", "seeds", *(alt.Tooltip(name, format="+.3f") for name in ("fooled", "fooled_lo", "fooled_hi"))])
     x = dict(title="predicted - true; right: promised too much")
