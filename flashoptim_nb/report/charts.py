@@ -72,7 +72,7 @@ def draw(
         return Shown(f'<p class="not-run">{said}</p>', said)
     display(made := chart(rows, *args, **kwargs))
     named = set(made.usermeta["flashoptim"]["runs"])
-    return provenance_note(run for run in load_runs() if full_name(run) in named)
+    return provenance_note(run for run in load_runs(hypothesis=None) if full_name(run) in named)
 
 # %% ../../nbs/09_report/03_charts.ipynb #90d4eb06
 def thin(
