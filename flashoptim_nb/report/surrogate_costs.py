@@ -59,10 +59,12 @@ def show_memory(
         rows = summarize(rows, ["config"], parameters=("parameters", "first"), peak=("peak", "mean"), fixed=("fixed", "mean"), of=("of", "mean"), n=("run", "nunique"))
         base = rows[rows["config"] == "fp32"]
         same = rows["parameters"] == (base["parameters"].iloc[0] if len(base) else None)
-        rows = rows.assign(mb=rows["peak"] / 1e6, saving=(1 - rows["peak"] / (base["peak"].iloc[0] if len(base) else float("nan"))).where(same & (rows["config"] != "fp32")),
+        unit, size = byte_unit(rows["peak"].max())
+        rows = rows.assign(shown=rows["peak"] / size, saving=(1 - rows["peak"] / (base["peak"].iloc[0] if len(base) else float("nan"))).where(same & (rows["config"] != "fp32")),
                            failed=["" if peak == peak else "ran out of memory" for peak in rows["peak"]])
-    heads = dict(scale="scale", config="configuration", parameters="parameters", n="measured", mb="peak, MB", saving="saving", fixed="weights, gradients, states", of="activations, at their own peak", failed="")
-    return show_rows(rows, heads, "memory", runs, f"No memory of {domain} at batch {batch} is recorded.", dict(mb=",.1f", saving=".1%", fixed=".1%", of=".1%", parameters=",.0f"))
+    else: unit = ""
+    heads = dict(scale="scale", config="configuration", parameters="parameters", n="measured", shown=f"peak, {unit}", saving="saving", fixed="weights, gradients, states", of="activations, at their own peak", failed="")
+    return show_rows(rows, heads, "memory", runs, f"No memory of {domain} at batch {batch} is recorded.", dict(shown=",.4g", saving=".1%", fixed=".1%", of=".1%", parameters=",.0f"))
 
 # %% ../../nbs/09_report/04c_surrogate_costs.ipynb #7b10000b
 def search_rows(
@@ -232,12 +234,12 @@ def triplet_points(
     rows, (ms, peak) = rows.dropna(subset=["ms", "gb"]), GOALS[batch]
     lo = dict(x=min(rows["ms"].min(), ms) / 1.5, y=min(rows["gb"].min(), peak / 1e9) / 1.5)
     scale = lambda least: alt.Scale(type="log", nice=False, padding=15, domainMin=least)
+    palette = alt.Scale(domain=["pyg", "triplets", *OURS], range=["#7f7f7f", "#56b4e9", "#d55e00", "#e69f00"])
     corner = alt.Chart(pd.DataFrame([dict(x=lo["x"], x2=ms, y=lo["y"], y2=peak / 1e9)])).mark_rect(opacity=0.15, color="#009e73").encode(
         alt.X("x:Q", scale=scale(lo["x"]), title="ms (logarithmic)"), alt.Y("y:Q", scale=scale(lo["y"]), title="peak, GB (logarithmic)"), x2="x2:Q", y2="y2:Q")
-    shown = rows[["implementation", "precision", "way", "ms", "gb"]]
-    dots = alt.Chart(shown, width=440, height=300).mark_point(size=90, filled=True, opacity=0.85).encode(
+    dots = alt.Chart(rows[["implementation", "precision", "way", "ms", "gb"]], width=440, height=300).mark_point(size=90, strokeWidth=2, filled=False).encode(
         alt.X("ms:Q", scale=scale(lo["x"]), title="ms (logarithmic)"), alt.Y("gb:Q", scale=scale(lo["y"]), title="peak, GB (logarithmic)"),
-        color=alt.Color("implementation:N", title="blocks", scale=alt.Scale(domain=["pyg", "triplets", *OURS], range=["#7f7f7f", "#56b4e9", "#d55e00", "#e69f00"])),
-        shape=alt.Shape("precision:N", title="precision"), strokeWidth=alt.value(1), tooltip=["implementation", "precision", "way", alt.Tooltip("ms", format=".2f"), alt.Tooltip("gb", format=".3f")])
-    words = alt.Chart(shown[shown["way"] == "graph"]).mark_text(dx=9, align="left", fontSize=9, color="#555555").encode(alt.X("ms:Q", scale=scale(lo["x"])), alt.Y("gb:Q", scale=scale(lo["y"])), text="way:N")
-    return titled(corner + dots + words, title, rows, f"batch {batch}; shaded: the goal")
+        color=alt.Color("implementation:N", title="blocks", scale=palette), fill=alt.Fill("implementation:N", legend=None, scale=palette),
+        fillOpacity=alt.condition("datum.way == 'graph'", alt.value(0.9), alt.value(0.0)), shape=alt.Shape("precision:N", title="precision"),
+        tooltip=["implementation", "precision", "way", alt.Tooltip("ms", format=".2f"), alt.Tooltip("gb", format=".3f")])
+    return titled(corner + dots, title, rows, f"batch {batch}; shaded: the goal; filled: from a graph")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['stability_rows', 'show_stability', 'scale_rows', 'scale_lines', 'solution_rows', 'harm_rows', 'show_harms',
-           'show_open', 'told_verdict']
+           'show_open', 'told_verdict', 'side_rows', 'side_estimates']
 
 # %% ../../nbs/09_report/04d_surrogate_verdicts.ipynb #7b200003
 from collections.abc import Iterable
@@ -17,11 +17,11 @@ from ..judge.surrogate_evidence import diverged
 from ..judge.surrogates import DOMAINS, H2
 from ..judge.table import evidence_table
 from ..judge.verdict import DECIDED, NOT_APPLICABLE, side_text
-from .charts import thin, titled
+from .charts import estimates, thin, titled
 from .rows import named_runs, rows_of, show_rows, summarize
 from .shown import Shown, load_runs, provenance_note, told
 from .surrogate_costs import in_order
-from .tables import judged, part_text, runs_of
+from .tables import judged, part_frame, part_text, runs_of
 
 # %% ../../nbs/09_report/04d_surrogate_verdicts.ipynb #7b200006
 def stability_rows(
@@ -114,10 +114,16 @@ def show_harms(runs: Iterable[Run] | None = None) -> Shown:
     return show_rows(harm_rows(runs), dict(domain="domain", id="criterion", title="about") | {stack: stack for stack in (H2.stack, *H2.others)}, "harm", runs, "Nothing is judged.")
 
 # %% ../../nbs/09_report/04d_surrogate_verdicts.ipynb #7b20000f
+def _why(entry: dict) -> str:
+    "Why a criterion has no decision, in words."
+    if entry["status"] == "no evidence at this scale": return "measured on a CPU or at laptop scale only"
+    if entry["status"] != "inconclusive": return entry["reason"]
+    return "; ".join(part_text(part, scale=entry["scale"]) + (f" ({part['reason']})" if part["bound"] else "") for part in entry["parts"] if part["status"] == "inconclusive")
+
 def show_open(runs: Iterable[Run] | None = None) -> Shown:
     "Criteria without a decision on each side, and why."
     runs = load_runs(hypothesis="h2") if runs is None else list(runs)
-    rows = [dict(side=side_text(e), id=e["id"], title=e["title"], status=e["status"], why=(e["reason"] or "") if len(e["reason"] or "") <= 300 else e["reason"][:300].rsplit(" ", 1)[0] + " ...", scale=e["scale"] or "", runs=e["records"])
+    rows = [dict(side=side_text(e), id=e["id"], title=e["title"], status=e["status"], why=why if len(why := _why(e) or "") <= 400 else why[:400].rsplit(" ", 1)[0] + " ...", scale=e["scale"] or "", runs=e["records"])
             for e in judged(runs, H2) if e["kind"] != "overall" and e["status"] not in (*DECIDED, NOT_APPLICABLE)]
     return show_rows(pd.DataFrame(rows), dict(side="verdict", id="criterion", title="about", status="status", why="because"), "open", runs, "Every criterion that applies is decided.")
 
@@ -146,3 +152,27 @@ def told_verdict(runs: Iterable[Run] | None = None) -> Shown:
                     + (f"What would change it: every one of {len(harms)} measurements against the claim would have to come out on the other side of its threshold, for one is enough." if harms else
                        "What would change it: one measurement beyond one threshold of failure, in one domain, would turn it." if whole["status"] == "success" else "What would change it: the measurements listed below as open."))
     return told("\n\n".join(said), runs_of(used, runs)) + provenance_note(runs_of(used, runs), "No pair of GPU runs decides anything yet.")
+
+# %% ../../nbs/09_report/04d_surrogate_verdicts.ipynb #7b200015
+def side_rows(
+    *ids: str,  # criteria
+    name: str,  # of the quantity
+    runs: Iterable[Run] | None = None,
+) -> pd.DataFrame:
+    "A row for each place at which a quantity was measured, on each side: as `part_frame`, named by the place, `against` being the precision."
+    found = part_frame(*ids, runs=load_runs(hypothesis="h2") if runs is None else runs)
+    if found.empty: return found
+    found = found[found["what"].str.startswith(f"{name}[")]
+    return found.assign(what=found["what"].str[len(name) + 1 : -1], against=found["stack"])
+
+def side_estimates(
+    rows: pd.DataFrame,  # from `side_rows`
+    title: str,
+    axis: str,
+    ratio: bool = True,  # a ratio, on a logarithmic axis; False: a share
+) -> alt.LayerChart:
+    "Values with their intervals and thresholds, coloured by the precision."
+    chart = estimates(rows, title, axis, percent=not ratio, log=ratio)
+    for layer in chart.layer:
+        if isinstance(layer.encoding.color, alt.Color): layer.encoding.color.title = "precision"
+    return chart
