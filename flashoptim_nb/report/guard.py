@@ -47,7 +47,7 @@ def read_page(
     return page
 
 # %% ../../nbs/09_report/05_guard.ipynb #ce994e4f
-HONEST = {"no evidence at this scale", "not measured", "undecided"}
+HONEST = {"no evidence at this scale", "not measured", "undecided", "not applicable"}
 
 def _scales(mark: Mapping[str, str], known: Mapping[str, str]) -> set[str]:
     "The scales a result rests on: those of its runs in the records, and those that it states itself."
