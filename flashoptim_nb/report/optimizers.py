@@ -49,16 +49,17 @@ def show_steps(
 def step_times(
     rows: pd.DataFrame,  # from `step_rows`
 ) -> alt.LayerChart:
-    "A bar for each optimizer, without clipping, and a tick at its own floor: its bytes at the rate of a copy."
+    "A line for each optimizer, without clipping, from its own floor, its bytes at the rate of a copy, to the time that was measured."
     shown = rows[(~rows["clip"].astype(bool)) & rows["ms"].notna()]
     order = list(shown.sort_values("ms")["optimizer"])
     base = alt.Chart(shown[["optimizer", "ms", "floor_ms", "ours", "of_floor", "version"]], width=420, height=alt.Step(20)).encode(
-        y=alt.Y("optimizer:N", sort=order, title=None, axis=alt.Axis(labelLimit=260)))
-    tips = ["optimizer", "version", alt.Tooltip("ms", format=".3f"), alt.Tooltip("of_floor", format=".3f", title="of its floor")]
-    bars = base.mark_bar().encode(x=alt.X("ms:Q", title="ms a step (logarithmic)", scale=alt.Scale(type="log")), tooltip=tips,
-                                  color=alt.Color("ours:N", legend=None, scale=alt.Scale(domain=[True, False], range=["#d55e00", "#9a9a9a"])))
-    floors = base.mark_tick(color="#222222", thickness=2).encode(x="floor_ms:Q")
-    return titled(bars + floors, "Milliseconds of one step", rows, "tick: the bytes that this optimizer must move, at the rate of a copy")
+        y=alt.Y("optimizer:N", sort=order, title=None, axis=alt.Axis(labelLimit=260)),
+        color=alt.Color("ours:N", legend=None, scale=alt.Scale(domain=[True, False], range=["#d55e00", "#777777"])))
+    tips = ["optimizer", "version", alt.Tooltip("ms", format=".3f"), alt.Tooltip("floor_ms", format=".3f", title="floor, ms"), alt.Tooltip("of_floor", format=".3f", title="of its floor")]
+    at = alt.X("ms:Q", title="ms a step (logarithmic)", scale=alt.Scale(type="log", nice=True))
+    lost = base.mark_rule(strokeWidth=4, opacity=0.5).encode(x=at, x2="floor_ms:Q", tooltip=tips)
+    dots, floors = base.mark_point(filled=True, size=70, opacity=1).encode(x="ms:Q", tooltip=tips), base.mark_tick(thickness=2, color="#222222").encode(x="floor_ms:Q", color=alt.value("#222222"))
+    return titled(lost + dots + floors, "Milliseconds of one step", rows, "tick: the bytes that this optimizer must move, at the rate of a copy")
 
 # %% ../../nbs/09_report/04a_optimizers.ipynb #9e871322
 def told_goal(
