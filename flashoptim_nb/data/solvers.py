@@ -164,7 +164,7 @@ class NeuralFoil:
 
 # %% ../../nbs/01_data/05a_solvers.ipynb #a2f00016
 @patch
-def many(
+def many(  # noqa: F811 - patched into another class
     self: NeuralFoil,
     shapes,  # contours, each (n, 2)
     alphas,  # degrees, the same for all
@@ -186,7 +186,7 @@ def many(
     return [_polar(alphas, {}, "no airfoil") if p is None else one(next(rest)) for p in fits]
 
 @patch
-def polar(self: NeuralFoil, xy: np.ndarray, alphas, Re: float) -> Polar:
+def polar(self: NeuralFoil, xy: np.ndarray, alphas, Re: float) -> Polar:  # noqa: F811 - patched into another class
     "The polar of a contour (n, 2) at `alphas` (degrees); raises `UserError` for one that is none or crosses itself."
     sound_contour(xy)
     return self.many([xy], alphas, Re)[0]
