@@ -169,3 +169,13 @@ def test_replaced_states_and_weights_are_noticed():
     p.data = torch.full((64,), 2.0).bfloat16()
     opt.step()
     assert torch.equal(p.detach().float(), torch.full((64,), 1.875))
+
+
+def test_a_nan_is_seen(rng_seed):
+    "torch's sign of NaN is 0: a Lion that took it would hold the weight still and never tell."
+    p = torch.nn.Parameter(torch.randn(64).bfloat16())
+    optimizer = FlashLion([p], lr=0.1)
+    p.grad = torch.randn(64).bfloat16()
+    p.grad[3] = float("nan")
+    optimizer.step()
+    assert p[3].isnan() and p.isnan().sum() == 1

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ..base.config import content_hash
-from ..base.errors import choose
+from ..base.errors import UserError, choose
 from ..base.machine import pick_device, provenance
 from ..base.records import REHEARSAL, RunWriter, only_writer, read_run, study_name
 from ..judge.criteria import CRITERIA_HASH
@@ -51,6 +51,7 @@ def bench(
     times: int = 20,  # timed steps behind each median
 ) -> Path:
     "Times the optimizers' steps, prints each row and records it; returns the run's folder."
+    if times < 1: raise UserError(f"{times} timed steps were asked for; at least 1 is needed")
     works, names = [*works], [*names]
     for work in works: choose("tensor set", work, TENSOR_SETS)
     for name in names: choose("optimizer", name, PEERS)
@@ -69,6 +70,7 @@ def bench_molecules(
     **measured,  # arguments of `benchmark_molecules`
 ) -> Path:
     "Times DimeNet++'s training steps and records them; returns the run's folder."
+    if measured.get("steps", 1) < 1: raise UserError(f"{measured['steps']} timed steps were asked for; at least 1 is needed")
     where = pick_device(device)
     domain = measured.pop("domain", None) or load_molecules("gpu", config=measured.get("network", "published"), device=where)
     with _recorded(out, where, "molecule-steps", "molecules", {name: list(v) if isinstance(v, tuple) else v for name, v in measured.items()}, domain.data_hash) as writer:

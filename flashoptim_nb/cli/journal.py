@@ -55,7 +55,7 @@ class Journal:
 
     def check_stop(self):
         "Between runs: raises `Interrupted` if the study was told to stop."
-        if self.stopped(): raise Interrupted("stopped between two runs; give the same command again to go on")
+        if self.stopped(): raise Interrupted("stopped; give the same command again to go on")
 
 # %% ../../nbs/10_cli/04a_journal.ipynb #6a40c00a
 @patch

@@ -75,6 +75,13 @@ def _run_h2(args) -> int:
     return study.run(args.confirm)
 
 # %% ../../nbs/10_cli/08_main.ipynb #37c569ae
+def _tell_hidden(studies: list[Path]):
+    "Says which shipped studies stand back behind the user's own of the same name."
+    from flashoptim_nb.base.machine import data_root
+    for study in studies:
+        shipped = data_root() / "records" / study.name
+        if shipped.is_dir() and study.resolve() != shipped.resolve(): print(f"{study} stands in for the shipped study {shipped}, whole; name that one with --records to judge it", file=sys.stderr)
+
 def _tell_unfinished(studies: list[Path]):
     "Says which runs are left out because they did not end."
     from flashoptim_nb.base.records import read_study
@@ -90,6 +97,7 @@ def _verdict(args) -> int:
     from flashoptim_nb.report.tables import verdict_text
     if args.scale: choose("scale", args.scale, SCALES)
     studies = _studies(args.records)
+    if not args.records: _tell_hidden(studies)
     _tell_unfinished(studies)
     runs = [run for run in load_runs(studies, args.hypothesis) if args.scale in (None, run.header["scale"])]
     if not runs: raise UserError(f"there are no records of {args.hypothesis}{f' at scale {args.scale}' if args.scale else ''} to judge; name others with --records, or make some with `flashoptim-nb run {args.hypothesis} --scale {args.scale or 'laptop'}`")
@@ -222,9 +230,9 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
     run.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: what the scale says)")
     run.add_argument("--out", type=Path, help="where studies are kept (default: runs/ of the checkout)")
     run.add_argument("--confirm", nargs="+", default=[], metavar="CHECKPOINT", help="let a study go on that this checkpoint paused, having looked into its reason")
-    run.add_argument("--dry-run", action="store_true", help="print the scale's configuration with projected time and cost; run nothing")
+    run.add_argument("--dry-run", action="store_true", help="print the scale's configuration and what it would run (h1: with projected time and cost); run nothing")
 
-    verdict = command("verdict", _verdict, help="judge the records", description="Judges every criterion from the records, against `baseline` and against `baseline_strong`.")
+    verdict = command("verdict", _verdict, help="judge the records", description="Judges every criterion from the records: h1 against `baseline` and `baseline_strong`, h2 for mixed_bf16 and for flash against fp32.")
     verdict.add_argument("hypothesis", help="h1 or h2")
     verdict.add_argument("--json", action="store_true", help="a list: id, statement, status, value, threshold, interval, scale, records")
     verdict.add_argument("--scale", help="judge the records of one scale only (default: each criterion from the largest scale that measured it)")
@@ -244,7 +252,7 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
                            "  flashoptim-nb bench --works small --optimizers FlashAdamW \"torch AdamW (fused)\"")
     bench.add_argument("--works", nargs="+", metavar="SET", help="only these tensor sets: 124M, 1.3B, small, tiny (default: the first three)")
     bench.add_argument("--optimizers", nargs="+", metavar="NAME", help="only these (default: all)")
-    bench.add_argument("--molecules", action="store_true", help="instead: DimeNet++'s training step, PyG's blocks beside this package's")
+    bench.add_argument("--molecules", action="store_true", help="instead: DimeNet++'s training step, PyG's blocks beside this package's (wants a GPU; --works and --optimizers do not apply)")
     bench.add_argument("--times", type=int, default=20, help="timed steps behind each median")
     bench.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     bench.add_argument("--out", type=Path, help="where records are kept (default: runs/ of the checkout)")
@@ -252,8 +260,8 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
     quality = command("quality", _quality, help="compare optimizers on whole training runs", description="Trains GPTs with the same data in the same order by AdamW and Lion, and by the same rules in FlashOptim's formats.",
                       epilog="examples:\n  flashoptim-nb quality --scale laptop\n  flashoptim-nb quality --scale gpu --seeds 0 1 2 3 --configs adamw flash_adamw")
     quality.add_argument("--scale", required=True, choices=("laptop", "gpu"))
-    quality.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    quality.add_argument("--configs", nargs="+", metavar="NAME", help="only these: adamw, flash_adamw, flash_adamw_linear, lion, flash_lion (default: all)")
+    quality.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="0 or more each (default: 0 1 2)")
+    quality.add_argument("--configs", nargs="+", metavar="NAME", help="only these: adamw, flash_adamw, flash_adamw_linear, flash_adamw_release, lion, flash_lion (default: all)")
     quality.add_argument("--steps", type=int, help="optimizer steps (default: the scale's)")
     quality.add_argument("--minutes", type=float, metavar="M", help="stop after so many minutes, to be gone on with by the same command")
     quality.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..base.errors import choose
+from ..base.errors import UserError, choose
 from ..base.machine import pick_device, provenance
 from ..base.records import only_writer, read_run, study_name
 from .corpus import load_corpus
@@ -58,8 +58,12 @@ def quality(
 ) -> Path:
     "Trains each configuration with each seed, the seeds one after the other, so that what is cut off by time is whole pairs; returns the study's folder."
     choose("scale", scale, PARTS)
+    seeds = [*seeds]
+    if steps is not None and steps < 1 or minutes is not None and not minutes > 0 or any(seed < 0 for seed in seeds):
+        raise UserError(f"steps {steps}, minutes {minutes}, seeds {seeds}: steps are 1 or more, minutes above 0, seeds 0 or more")
     for config in (configs := [*configs]): choose("configuration", config, OPTIMIZERS)
     where, whole = pick_device(device), SCALES[scale]
+    if whole.device == "cuda" and where.type != "cuda": raise UserError(f"scale {scale!r} is trained on a GPU, and there is none here; rehearse with --scale laptop")
     origin, end = provenance(where), time.monotonic() + 60 * (minutes or 1e9)
     corpus = load_corpus(whole.replace(eval_sets=whole.eval_sets[:1] + (("c4", 65_536),) if scale == "gpu" else whole.eval_sets[:1]))
     folder = Path(out) / study_name("quality", scale, origin["device"], origin["device_kind"])
@@ -69,11 +73,11 @@ def quality(
                 spec = quality_spec(scale, config, seed, pad_vocab(corpus.tokenizer.vocab_size), whole.tokenizer, steps)
                 head = header(spec, where, corpus.hash, folder.name) | dict(hypothesis="quality")
                 if is_done(folder / spec.id, head): continue
-                if time.monotonic() > end: return folder
+                if time.monotonic() > end: tell(f"the time is up before {spec.id}; the same command goes on"); return folder
                 task = make_task(spec, where, corpus)
                 looks = [Evaluation(task, corpus.track, PARTS[scale].track_every, spec.recipe.steps, corpus.evals), Speed(task)]
                 try: fit(task, folder / spec.id, head, steps=spec.recipe.steps, callbacks=looks, stopped=lambda: time.monotonic() > end)
-                except Interrupted: return folder
+                except Interrupted: tell(f"the time is up during {spec.id}; the same command goes on"); return folder
                 tell(f"{spec.id}: " + ", ".join(f"{row['set']} {row['nll'] / row['tokens']:.4f}" for row in read_run(folder / spec.id).of("eval")[-len(corpus.evals):]))
                 del task, looks
                 free(where)

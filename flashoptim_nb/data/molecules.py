@@ -128,12 +128,14 @@ def _embed(smiles: str, seed: int):
     return np.array([a.GetAtomicNum() for a in mol.GetAtoms()], np.uint8), mol.GetConformer().GetPositions().astype(np.float32)
 
 def from_smiles(
-    smiles: list[str],
+    smiles: list[str] | str,
     skip: bool = True,  # pass over what cannot be used, with its reason in `skipped`; False: raise
     seed: int = 0,  # of the embedding
 ) -> Structures:
     "Structures of SMILES by RDKit; raises `UserError` where RDKit is missing, nothing is left, or `skip` is off and one cannot be used."
     if importlib.util.find_spec("rdkit") is None: raise UserError("structures from SMILES need RDKit, which is not installed: `pip install rdkit`")
+    smiles = [smiles] if isinstance(smiles, str) else list(smiles)
+    if odd := next((s for s in smiles if not isinstance(s, str)), None): raise UserError(f"{odd!r} among the SMILES: each is a text, such as 'CCO'")
     done = [_embed(s, seed) for s in smiles]
     skipped = tuple((n, s, d) for n, (s, d) in enumerate(zip(smiles, done)) if isinstance(d, str))
     good = [(s, d) for s, d in zip(smiles, done) if not isinstance(d, str)]

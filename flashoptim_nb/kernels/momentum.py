@@ -47,7 +47,8 @@ def _step_chunk(
     if h.coupled: g.add_(theta, alpha=h.coupled)
     m = None if x.m is None else x.m if x.m_scale is None else dequantize_m(x.m, x.m_scale, h.companded)
     if h.rule == "lion":
-        u = m.lerp(g, 1 - h.look).sign_()
+        u = m.lerp(g, 1 - h.look)
+        u = u.sign().where(u == u, u)  # torch says that NaN has the sign 0, which would hide it
         m.mul_(h.momentum).add_(g, alpha=h.fresh)
     elif m is None: u = g
     else:
@@ -71,8 +72,8 @@ def momentum_reference(
 # %% ../../nbs/02_kernels/04_momentum.ipynb #84a0fa99
 @triton.jit
 def sign(x):
-    "-1, 0 or 1; NaN gives 0."
-    return tl.where(x > 0.0, 1.0, 0.0) - tl.where(x < 0.0, 1.0, 0.0)
+    "-1, 0 or 1; NaN stays, so that it is seen in the weights and does not hold them still."
+    return tl.where(x == x, tl.where(x > 0.0, 1.0, 0.0) - tl.where(x < 0.0, 1.0, 0.0), x)
 
 
 @triton.jit

@@ -47,6 +47,7 @@ def cast_model(
     full_precision_recast_layers: Sequence[str | nn.Module] | None = None,  # stay in fp32, outputs in `dtype`
 ) -> None:
     "Casts a model for training with a Flash optimizer; tied parameters stay tied. Raises `UserError` for other dtypes and for names that match nothing."
+    if not isinstance(model, nn.Module): raise UserError(f"cast_model of a {type(model).__name__}: give the model itself, a torch.nn.Module")
     if dtype not in (torch.bfloat16, torch.float16): raise UserError(f"cast_model to {dtype}: choose torch.bfloat16 or torch.float16")
     keep, recast = _chosen(model, full_precision_layers), _chosen(model, full_precision_recast_layers)
     norms = [m for m in model.modules() if selective and isinstance(m, _NormBase)]

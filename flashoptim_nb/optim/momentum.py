@@ -62,7 +62,7 @@ class FlashSGD(_Momentum):
     def check_group(self, group: dict):
         "Raises `OptionError` for options of a group that cannot work."
         super().check_group(group)
-        if not group["momentum"] >= 0: raise OptionError(f"momentum={group['momentum']}: 0 or more")
+        if not isinstance(group["momentum"], (int, float)) or not group["momentum"] >= 0: raise OptionError(f"momentum={group['momentum']}: 0 or more")
         if group["nesterov"] and (not group["momentum"] or group["dampening"]):
             raise OptionError(f"nesterov=True with momentum={group['momentum']}, dampening={group['dampening']}: it wants a momentum and no dampening")
         if group.get("differentiable"): raise OptionError(f"differentiable=True is not available in {type(self).__name__}; use torch.optim for it")
@@ -100,7 +100,9 @@ class FlashLion(_Momentum):
     def check_group(self, group: dict):
         "Raises `OptionError` for options of a group that cannot work."
         super().check_group(group)
-        if not all(0 <= b <= 1 for b in group["betas"]): raise OptionError(f"betas={group['betas']}: both lie in [0, 1]")
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b <= 1 for b in betas):
+            raise OptionError(f"betas={betas!r}: two numbers in [0, 1] are needed")
 
     def scalars(self, group: dict) -> MomentumScalars:
         "What is the same for every value of a step."
