@@ -9,7 +9,7 @@ from torch import nn
 
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.kernels.split import decode
-from flashoptim_nb.optim import FlashAdamW, NumericsError, cast_model
+from flashoptim_nb.optim import FlashAdamW, FlashLion, NumericsError, cast_model
 
 KW = dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
 
@@ -308,3 +308,28 @@ def test_a_loaded_optimizer_goes_on_bit_for_bit(dtype, options, rng_seed):
         if n >= 3: other.step()
     assert all(p.equal(q) for p, q in zip(params, others))
     assert all(a.equal(b) for p, q in zip(params, others) for a, b in zip(optimizer.state[p].values(), other.state[q].values()))
+
+
+@pytest.mark.parametrize("change", [lambda p: torch.ones(4, 4, dtype=torch.bfloat16), lambda p: torch.ones(16, 16, dtype=torch.bfloat16), lambda p: p.float()], ids=["smaller", "larger", "fp32"])
+def test_weights_that_no_longer_fit_their_state(change):
+    p = torch.nn.Parameter(torch.ones(8, 8).bfloat16())
+    optimizer = FlashAdamW([p], lr=0.1)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    p.grad = None
+    p.data = change(p.data)
+    before, p.grad = p.detach().clone(), torch.ones_like(p)
+    with pytest.raises(UserError, match="another shape or dtype"): optimizer.step()
+    assert torch.equal(p.detach(), before)
+
+
+def test_states_of_nothing_and_of_another_kind():
+    p = torch.nn.Parameter(torch.ones(8, 8).bfloat16())
+    for nothing in ({}, None):
+        with pytest.raises(UserError, match="param_groups"): FlashAdamW([p]).load_state_dict(nothing)
+    adamw = FlashAdamW([p], lr=0.1)
+    p.grad = torch.ones_like(p)
+    adamw.step()
+    lion = FlashLion([p], lr=0.01)
+    with pytest.raises(UserError, match="another kind"): lion.load_state_dict(adamw.state_dict())
+    assert not lion.state and lion.param_groups[0]["betas"] == (0.9, 0.99)

@@ -132,6 +132,10 @@ class Batch:
         self.moments = opt.moments_of(group)
         self.flat = [p.detach().reshape(-1) for p in self.local]  # views, or copies of what is strided
         self.operands = [Operands(flat, None, *state_operands(opt, group, p)) for p, flat in zip(self.params, self.flat)]
+        for p, x in zip(params, self.operands):
+            sizes = {t.numel() for t in (x.rho, x.m, x.v) if t is not None}
+            if sizes - {x.param.numel()} or x.rho is not None and p.dtype not in NARROW:
+                raise OptionError(f"a parameter of shape {tuple(p.shape)} and dtype {p.dtype}, whose state was made for another shape or dtype: after such a change of the model, make the optimizer anew")
         self.many = Many(self.operands) if self.on_gpu else None
 
     def take(self, grads: Sequence[torch.Tensor], at: tuple[int, ...] | None = None):

@@ -113,6 +113,8 @@ def load_state_dict(
     state_dict: Mapping,  # of this class, of torch.optim's or of the public package's; tensors are copied
 ):
     "Loads states and groups, converting what is kept otherwise; raises `StateError`, with nothing changed, where it does not fit."
+    if not isinstance(state_dict, Mapping) or not {"param_groups", "state"} <= state_dict.keys():
+        raise StateError(f"a {type(state_dict).__name__} without `state` and `param_groups`: give what an optimizer's state_dict() returned")
     groups, saved = state_dict["param_groups"], state_dict["state"]
     sizes, wanted = [len(g["params"]) for g in groups], [len(g["params"]) for g in self.param_groups]
     if sizes != wanted: raise StateError(f"the state dict has groups of {sizes} parameters, the optimizer {wanted}: build it from the same model and groups")
@@ -120,6 +122,8 @@ def load_state_dict(
     widened, counters, state = _is_widened(saved), {}, {}
     for n, i, p in pairs:
         if not saved.get(i): continue
+        if any(key.startswith("exp_avg_sq") for key in saved[i]) and "exp_avg_sq" not in self.moments:
+            raise StateError(f"parameter {i} has a second moment, which {type(self).__name__} does not keep: this is the state of another kind of optimizer")
         where, t = f"parameter {i}", float(saved[i].get("step", 1))  # torch's SGD counts no steps; what has a state took one
         step = counters.setdefault((n, p.device, t),  # a counter belongs to one group: each group that steps advances its own
                                     torch.full((), t, dtype=torch.float32, device=p.device))
