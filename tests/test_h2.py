@@ -17,7 +17,7 @@ from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.base.records import problems, read_study
 from flashoptim_nb.cli import h2scales
 from flashoptim_nb.cli.h2 import SurrogateStudy, dry_run, stages
-from flashoptim_nb.cli.h2scales import LAPTOP, SCALES, Solve, narrow
+from flashoptim_nb.cli.h2scales import SCALES, narrow
 from flashoptim_nb.cli.main import main
 from flashoptim_nb.train.loop import Interrupted
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .problem import VERIFY, Outcome, Problem
-from .reinforce import clipped_step, propose, seeded
+from .reinforce import clipped_step, propose_all, seeded
 
 # %% ../../nbs/06_amortize/02_gflownet.ipynb #e0000006
 def balance(
@@ -80,5 +80,4 @@ def gflownet(
 ) -> list[Outcome]:  # one per instance
     "Trains one sampler for all instances; ranks what it samples by the surrogate; verifies the best truly."
     policy, _, rows = train_gflownet(problem, seed, **training)
-    bad = sum(row["skipped"] for row in rows)
-    return [propose(problem, policy, t, "gflownet", seed, samples=samples, most=most, skipped=bad) for t in (range(problem.instances) if instances is None else instances)]
+    return propose_all(problem, policy, rows, "gflownet", seed, instances, samples=samples, most=most)

@@ -17,7 +17,7 @@ import torch
 from ..base.config import content_hash
 from ..base.errors import UserError, choose
 from ..base.machine import pick_device, provenance
-from ..base.records import REHEARSAL, RunWriter, only_writer, read_run, study_name
+from ..base.records import REHEARSAL, RunWriter, only_writer, study_name
 from ..judge.criteria import CRITERIA_HASH
 from ..measure.molecules import benchmark_molecules
 from ..measure.optimizers import PEERS, TENSOR_SETS, benchmark, row_text

@@ -146,7 +146,7 @@ def narrow(
     "The scale with only some of its domains and configurations; raises `UserError` for one that it does not have."
     for domain in domains or (): choose("domain", domain, scale.parts)
     for config in configs or (): choose("configuration", config, sorted({c for part in scale.parts.values() for c in part.configs}))
-    for role in domains or scale.parts:
-        if configs and not set(configs) & set(scale.parts[role].configs) and domains: raise UserError(f"{role} has no {', '.join(configs)} at scale {scale.name}; choose of: {', '.join(scale.parts[role].configs)}")
+    for role in domains or ():
+        if configs and not set(configs) & set(scale.parts[role].configs): raise UserError(f"{role} has no {', '.join(configs)} at scale {scale.name}; choose of: {', '.join(scale.parts[role].configs)}")
     def of(part): return part.replace(configs=tuple(c for c in part.configs if not configs or c in configs))
     return scale.replace(parts={name: of(part) for name, part in scale.parts.items() if not domains or name in domains})

@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .codec import GROUP, _code_m, _code_root, decode_m, decode_root, dequantize_m, dequantize_v, encode_m, encode_root, reciprocal, root
-from .many import (BLOCK, TYPES, WARPS, Located, Many, Operands, address, get, in_chunks, inside, launch, load_weights, my_block, on, put, rates_kernel,
+from .codec import _code_m, _code_root, decode_m, decode_root, dequantize_m, dequantize_v, encode_m, encode_root, reciprocal, root
+from .many import (BLOCK, TYPES, WARPS, Located, Many, Operands, address, get, in_chunks, inside, launch, load_weights, my_block, on, put,
                                         read_weights, store_weights, values_at, write_weights)
 from .split import widen
 

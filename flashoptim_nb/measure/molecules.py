@@ -9,7 +9,6 @@ __all__ = ['IMPLEMENTATIONS', 'PRECISIONS', 'molecule_step', 'captured', 'measur
 import gc
 import time
 from collections.abc import Iterable
-from contextlib import contextmanager
 from statistics import median
 
 import numpy as np
@@ -21,18 +20,12 @@ from .timing import Stopwatch
 from ..optim import FlashAdamW
 from ..optim.cast import cast_model
 from ..train.molecules import MoleculeDomain, load_molecules
+from ..train.precision import tf32
 
 # %% ../../nbs/07_measure/09_molecules.ipynb #6d0c8005
 IMPLEMENTATIONS = {"pyg": dict(interaction="triplets"), "triplets": dict(interaction="triplets"), "fused": dict(interaction="fused"),
                    "fused_checkpointing": dict(interaction="fused", checkpointing=True)}
 PRECISIONS = ("fp32", "tf32", "mixed_bf16", "flash")
-
-@contextmanager
-def _tf32(allowed: bool):
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    try: yield
-    finally: torch.backends.cuda.matmul.allow_tf32 = before
 
 def molecule_step(
     domain: MoleculeDomain,
@@ -117,7 +110,7 @@ def measure_molecule_step(
         if cuda:
             gc.collect(); torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(device)
             row["standing"] = torch.cuda.memory_allocated(device)  # bytes there before the network: the data's tables, the batches
-        with _tf32(precision == "tf32"):
+        with tf32(precision == "tf32"):
             model, optimizer, learn, update = molecule_step(domain, implementation, precision, device)
             row["parameters"] = sum(p.numel() for p in model.parameters())
             run = captured(model, learn, batches[0]) if graph else learn
