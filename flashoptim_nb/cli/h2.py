@@ -9,8 +9,10 @@ __all__ = ['RESTS', 'PROTOCOL_HOURS', 'PROTOCOL_DOLLARS', 'Stage', 'stages', 're
 # %% ../../nbs/10_cli/06c_h2.ipynb #6a80c003
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import pandas as pd
@@ -272,7 +274,8 @@ def ahead(self: SurrogateStudy):
     if self.workers < 2 or self.scale.enforced: return
     runs = [(stage.role, arm, configs) for stage in stages(self.scale, self.arms) for arm, configs in stage.runs if arm == "train"]
     for role in dict.fromkeys(role for role, *_ in runs): self.note_domain(role)
-    specs = sorted(self.stage_specs(runs), key=lambda spec: spec.config not in CONDITIONS)
+    places = defaultdict(count)  # one domain waits for its solver while another computes
+    specs = sorted(self.stage_specs(runs), key=lambda spec: (spec.config not in CONDITIONS, next(places[spec.role])))
     specs = [spec for spec in specs if not isinstance(self.loaded[spec.role], str) and not is_done(self.folder / spec.id, self.header(spec))]
     if len(specs) > 1: self.together(specs)  # what failed is tried again, and counted, in its stage
 
