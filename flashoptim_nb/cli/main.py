@@ -117,9 +117,13 @@ def _book(args) -> int:
 # %% ../../nbs/10_cli/08_main.ipynb #df423cf7
 def _bench(args) -> int:
     from flashoptim_nb.base.machine import repo_root
-    from flashoptim_nb.cli.bench import bench, bench_molecules
+    from flashoptim_nb.cli.bench import bench, bench_largest, bench_molecules
     if args.molecules:
-        print(f"recorded in {bench_molecules(args.out or repo_root() / 'runs', device=args.device, steps=args.times)}")
+        chosen = {key: tuple(value) for key, value in (("implementations", args.blocks), ("precisions", args.precisions)) if value}
+        print(f"recorded in {bench_molecules(args.out or repo_root() / 'runs', device=args.device, steps=args.times, **chosen)}")
+        return 0
+    if args.largest:
+        print(f"recorded in {bench_largest(args.out or repo_root() / 'runs', device=args.device, **(dict(configs=args.precisions) if args.precisions else {}))}")
         return 0
     chosen = {key: value for key, value in (("works", args.works), ("names", args.optimizers)) if value}
     folder = bench(args.out or repo_root() / "runs", device=args.device, times=args.times, **chosen)
@@ -253,6 +257,9 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
     bench.add_argument("--works", nargs="+", metavar="SET", help="only these tensor sets: 124M, 1.3B, small, tiny (default: the first three)")
     bench.add_argument("--optimizers", nargs="+", metavar="NAME", help="only these (default: all)")
     bench.add_argument("--molecules", action="store_true", help="instead: DimeNet++'s training step, PyG's blocks beside this package's (wants a GPU; --works and --optimizers do not apply)")
+    bench.add_argument("--largest", action="store_true", help="instead: the largest DimeNet++ that trains at batch 512 within 24 GiB (wants a GPU)")
+    bench.add_argument("--blocks", nargs="+", metavar="NAME", help="--molecules: only these of pyg, triplets, fused, fused_checkpointing (default: all)")
+    bench.add_argument("--precisions", nargs="+", metavar="NAME", help="--molecules: only these of fp32, tf32, mixed_bf16, flash (default: all); --largest: these configurations (default: fp32 mixed_bf16 flash flash_fused)")
     bench.add_argument("--times", type=int, default=20, help="timed steps behind each median")
     bench.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     bench.add_argument("--out", type=Path, help="where records are kept (default: runs/ of the checkout)")

@@ -146,10 +146,12 @@ def pad(
     if n < 1 or e < (self.kj is not None) or t < 0:
         raise UserError(f"a batch of {len(self.z)} atoms, {len(self.source)} edges and {0 if self.kj is None else len(self.kj)} triplets does not fit "
                         f"into {nodes}, {edges} and {triplets}: at least one atom, and one edge where triplets are listed, have to be left over")
-    more = dict(z=(n, 1), molecule=(n, len(self)), source=(e, nodes - 1), target=(e, nodes - 1), dist=(e, cutoff),
-                incoming=(n, len(self.source)), outgoing=(n, len(self.source)), out_edge=(e, 0))
-    if self.kj is not None: more |= dict(kj=(t, edges - 1), ji=(t, edges - 1))
-    out = {name: F.pad(getattr(self, name), (0, by), value=value) for name, (by, value) in more.items()}
+    def dealt(names, new, old, last):  # `new` entries, evenly over the rows from `old` to `last`
+        rows = old + torch.arange(new, device=self.z.device) * (last - old) // max(new, 1)
+        return {name: torch.cat([getattr(self, name), rows]) for name in names}
+    more = dict(z=(n, 1), molecule=(n, len(self)), dist=(e, cutoff), incoming=(n, len(self.source)), outgoing=(n, len(self.source)), out_edge=(e, 0))
+    out = {name: F.pad(getattr(self, name), (0, by), value=value) for name, (by, value) in more.items()} | dealt(("source", "target"), e, len(self.z), nodes)
+    if self.kj is not None: out |= dealt(("kj", "ji"), t, len(self.source), edges)
     return replace(self, unit=F.pad(self.unit, (0, 0, 0, e), value=3**-0.5), **out)
 
 # %% ../../nbs/01_data/04a_geometry.ipynb #6d0c0017
@@ -158,7 +160,7 @@ def room(
     self: Geometry,
     n: int,  # molecules in a batch
     which: np.ndarray,  # the molecules that batches are drawn from
-    deviations: float = 6.0,  # above the mean
+    deviations: float = 4.0,  # above the mean
 ) -> tuple[int, int, int]:  # atoms, edges, triplets: an upper bound for practically every batch, in multiples of 64
     "Fixed shapes for batches of `n`, never more than the largest `n` molecules need."
     def enough(x):

@@ -6,7 +6,6 @@
 __all__ = ['enforced', 'worst_rows', 'worst_batches', 'try_width', 'bisect_width', 'count_at', 'largest']
 
 # %% ../../nbs/07_measure/10_largest.ipynb #6a50c003
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from ..base.errors import UserError
-from .memory import _attempt, device_memory, memory_by_class, tensors_in
+from .memory import _attempt, device_memory, free, memory_by_class, tensors_in
 from ..train.precision import Precision
 from ..train.surrogate import Domain, SurrogateRecipe, SurrogateTask, count_parameters, network, padded
 
@@ -30,8 +29,7 @@ def enforced(
     if device.type != "cuda": yield; return
     if device.index is None: device = torch.device("cuda", torch.cuda.current_device())  # the allocator wants to know which
     if budget > device_memory(device): raise UserError(f"a budget of {budget / 2**30:.1f} GiB is more than the {device_memory(device) / 2**30:.1f} GiB of this device; name a smaller one")
-    gc.collect()
-    torch.cuda.empty_cache()
+    free(device)
     torch.cuda.set_per_process_memory_fraction(budget / device_memory(device), device)
     try: yield
     finally: torch.cuda.set_per_process_memory_fraction(1.0, device)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADROOM', 'tensors_in', 'storages', 'resident_classes', 'Ledger', 'memory_by_class', 'device_memory',
-           'memory_budget', 'largest_micro_batch']
+           'memory_budget', 'free', 'largest_micro_batch']
 
 # %% ../../nbs/07_measure/00_memory.ipynb #85c16209
 import dataclasses
@@ -247,6 +247,14 @@ def memory_budget(
     return cap if budget_bytes is None else min(budget_bytes, cap)
 
 # %% ../../nbs/07_measure/00_memory.ipynb #e1b95f6f
+def free(device: torch.device | str):
+    "Gives a GPU's memory back between measurements; a compiled model is a cycle of references, which only the collector finds, and cuBLAS keeps a workspace for every stream it was called on."
+    if torch.device(device).type != "cuda": return
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+
 def _attempt(try_step, micro_batch, device):
     "What `try_step` gives, with the peak; or the out-of-memory error's first line."
     cuda = device.type == "cuda"
@@ -257,9 +265,8 @@ def _attempt(try_step, micro_batch, device):
         if not known: raise
         found, failure = {}, (str(error).splitlines() or ["out of memory"])[0]
     if cuda and "peak" not in found: found["peak"] = torch.cuda.max_memory_allocated(device)
-    if failure or cuda:
-        gc.collect()
-        if cuda: torch.cuda.empty_cache()
+    if failure and not cuda: gc.collect()
+    free(device)
     return found, failure
 
 # %% ../../nbs/07_measure/00_memory.ipynb #b5c468a8

@@ -6,7 +6,6 @@
 __all__ = ['IMPLEMENTATIONS', 'PRECISIONS', 'molecule_step', 'captured', 'measure_molecule_step', 'benchmark_molecules']
 
 # %% ../../nbs/07_measure/09_molecules.ipynb #6d0c8003
-import gc
 import time
 from collections.abc import Iterable
 from statistics import median
@@ -16,6 +15,7 @@ import torch
 
 from ..base.errors import UserError, choose
 from ..data.geometry import Molecules
+from .memory import free
 from .timing import Stopwatch
 from ..optim import FlashAdamW
 from ..optim.cast import cast_model
@@ -75,7 +75,7 @@ def captured(
     torch.cuda.current_stream().wait_stream(side)
     model.zero_grad(set_to_none=True)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph): loss = learn(static)
+    with torch.cuda.graph(graph, stream=side): loss = learn(static)
 
     def replay(batch: Molecules):
         for to, fro in zip(_tensors(static), _tensors(batch)): to.copy_(fro, non_blocking=True)
@@ -108,7 +108,8 @@ def measure_molecule_step(
     row |= dict(ms=None, molecules_per_s=None, peak=None, reserved=None, edges=int(np.mean([len(b.source) for b in batches])), nodes=int(np.mean([len(b.z) for b in batches])))
     try:
         if cuda:
-            gc.collect(); torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(device)
+            free(device)
+            torch.cuda.reset_peak_memory_stats(device)
             row["standing"] = torch.cuda.memory_allocated(device)  # bytes there before the network: the data's tables, the batches
         with tf32(precision == "tf32"):
             model, optimizer, learn, update = molecule_step(domain, implementation, precision, device)

@@ -41,7 +41,7 @@ def pad_graphs(
     "The batch with filling; raises `UserError` where it does not fit."
     n, e = nodes - len(batch.x), edges - len(batch.src)
     if n < 1 or e < 0: raise UserError(f"a batch of {len(batch.x)} nodes and {len(batch.src)} edges does not fit into {nodes} and {edges}; one node more is needed at least")
-    fill = batch.src.new_full((e,), nodes - 1)
+    fill = len(batch.x) + torch.arange(e, device=batch.src.device) * n // max(e, 1)  # dealt out evenly: a GPU adds to one row one after the other
     return replace(batch, x=F.pad(batch.x, (0, 0, 0, n)), src=torch.cat([batch.src, fill]), dst=torch.cat([batch.dst, fill]), of=F.pad(batch.of, (0, n), value=len(batch)))
 
 # %% ../../nbs/04_models/05_graphnet.ipynb #5e01000a

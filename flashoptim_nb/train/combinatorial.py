@@ -125,7 +125,7 @@ def batch_of(self: Combinatorial, graph: int, sets: torch.Tensor) -> GraphBatch:
 @patch
 def padded(self: Combinatorial, batch: GraphBatch) -> GraphBatch:
     "The batch in the shape that all batches of its length share."
-    return pad_graphs(batch, len(batch) * self.largest[0] + 1, len(batch) * self.largest[1])
+    return pad_graphs(batch, len(batch) * (self.largest[0] + 1), len(batch) * self.largest[1])
 
 @patch
 def build(self: Combinatorial, width: int, **options) -> nn.Module:

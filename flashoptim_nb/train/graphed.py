@@ -29,7 +29,7 @@ class GraphedTask(SurrogateTask):
         if not hasattr(domain, "padded"): raise UserError(f"a CUDA graph needs batches of one shape, and {domain.name} does not pad; leave graphs out there")
         if precision.release: raise UserError("gradient release steps parameters as their gradients come, from hooks; leave it or graphs out")
         super().__init__(domain, precision, recipe, width=width, seed=seed, device=device, capturable=True)
-        self.graphs, self.seen = {}, Counter()
+        self.graphs, self.seen, self.side = {}, Counter(), torch.cuda.Stream(device)  # one stream: cuBLAS keeps a workspace for each that it has seen
 
     def micros(self, n: int) -> list: return [padded(self.domain, batch, self.precision) for batch in super().micros(n)]
 
@@ -48,10 +48,9 @@ class GraphedTask(SurrogateTask):
 
     def _aside(self, micros):
         "An ordinary step on a stream of its own, as captures ask for beforehand."
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side): out = super().learn(micros)
-        torch.cuda.current_stream(self.device).wait_stream(side)
+        self.side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.side): out = super().learn(micros)
+        torch.cuda.current_stream(self.device).wait_stream(self.side)
         return out
 
     def _captured(self, micros):
@@ -60,7 +59,7 @@ class GraphedTask(SurrogateTask):
         held = [type(batch)(*(t.clone() if isinstance(t, torch.Tensor) else t for t in (batch if isinstance(batch, tuple) else (getattr(batch, f.name) for f in dataclasses.fields(batch)))))
                 for batch in held]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph): out = super().learn(held)
+        with torch.cuda.graph(graph, stream=self.side): out = super().learn(held)
         return graph, [t for batch in held for t in parts_of(batch)], out
 
     def load_state_dict(self, state: dict):
