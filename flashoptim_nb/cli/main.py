@@ -134,7 +134,7 @@ def _quality(args) -> int:
     from flashoptim_nb.base.machine import repo_root
     from flashoptim_nb.cli.quality import quality
     chosen = dict(configs=args.configs) if args.configs else {}
-    print(f"recorded in {quality(args.out or repo_root() / 'runs', scale=args.scale, device=args.device, seeds=args.seeds, steps=args.steps, minutes=args.minutes, **chosen)}")
+    print(f"recorded in {quality(args.out or repo_root() / 'runs', scale=args.scale, device=args.device, seeds=args.seeds, recipe=args.recipe, steps=args.steps, minutes=args.minutes, **chosen)}")
     return 0
 
 def _deciding(runs: list, wanted) -> list:
@@ -269,6 +269,7 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
     quality.add_argument("--scale", required=True, choices=("laptop", "gpu"))
     quality.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="0 or more each (default: 0 1 2)")
     quality.add_argument("--configs", nargs="+", metavar="NAME", help="only these: adamw, flash_adamw, flash_adamw_linear, flash_adamw_release, lion, flash_lion (default: all)")
+    quality.add_argument("--recipe", choices=("gentle", "steep"), default="gentle", help="gentle: half the usual rate after a long warm-up, so that two runs of a seed stay together; steep: the pilot's")
     quality.add_argument("--steps", type=int, help="optimizer steps (default: the scale's)")
     quality.add_argument("--minutes", type=float, metavar="M", help="stop after so many minutes, to be gone on with by the same command")
     quality.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
