@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..base.errors import UserError
+from .batches import keep_rounding
 
 # %% ../../nbs/03_optim/07_cast.ipynb #125f2b2c
 def _chosen(
@@ -45,6 +46,7 @@ def cast_model(
     selective: bool = True,  # keep batch and instance norms in fp32
     full_precision_layers: Sequence[str | nn.Module] | None = None,  # stay in fp32, fp32 outputs
     full_precision_recast_layers: Sequence[str | nn.Module] | None = None,  # stay in fp32, outputs in `dtype`
+    masters: bool = True,  # keep what rounding takes away, a byte a parameter, until a Flash optimizer's first step makes it the masters' correction
 ) -> None:
     "Casts a model for training with a Flash optimizer; tied parameters stay tied. Raises `UserError` for other dtypes and for names that match nothing."
     if not isinstance(model, nn.Module): raise UserError(f"cast_model of a {type(model).__name__}: give the model itself, a torch.nn.Module")
@@ -54,7 +56,9 @@ def cast_model(
     whole = {m for chosen in (*keep, *recast, *norms) for m in chosen.modules()}
     spared = {id(t) for m in whole for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}  # tied ones stay fp32 everywhere
     for t in (*model.parameters(), *model.buffers()):
-        if id(t) not in spared and t.is_floating_point(): t.data = t.data.to(dtype)
+        if id(t) in spared or not t.is_floating_point(): continue
+        wide, t.data = t.data, t.data.to(dtype)
+        if masters and isinstance(t, nn.Parameter) and wide.dtype == torch.float32 and type(wide) is torch.Tensor and t.requires_grad: keep_rounding(t, wide)
     for m in dict.fromkeys((*keep, *recast, *norms)):
         if getattr(m, "_has_fp32_input_hook", False): continue
         m.register_forward_pre_hook(_fp32_inputs, with_kwargs=True)

@@ -19,6 +19,7 @@ from ..kernels.attention import resolve_attention
 from ..models.gpt import GPT, GPTConfig
 from ..optim.adam import FlashAdamW
 from ..optim.base import FlashOptimizer
+from ..optim.cast import cast_model
 from ..optim.momentum import FlashLion
 from ..optim.release import enable_gradient_release
 from .stack import Stack
@@ -80,7 +81,8 @@ class LMTask:
         narrow = stack.weights in ("bf16", "split24")
         self.attention = resolve_attention(stack.attention, self.device, torch.bfloat16, config.d_model // config.n_head)
         with self.device: model = GPT(config, attention=self.attention, checkpointing=stack.checkpointing)
-        self.model = model.init_weights(seed).to(torch.bfloat16 if narrow else torch.float32)
+        self.model = model.init_weights(seed)
+        if narrow: cast_model(self.model, masters=stack.weights == "split24")
         if stack.compile: self.model.compile_blocks()
         self.autocast_dtype = None if narrow else torch.bfloat16
         self.optimizer = make_optimizer(self.model, stack, recipe)
