@@ -248,7 +248,7 @@ def memory_budget(
 
 # %% ../../nbs/07_measure/00_memory.ipynb #e1b95f6f
 def free(device: torch.device | str):
-    "Gives a GPU's memory back between measurements; a compiled model is a cycle of references, which only the collector finds, and cuBLAS keeps a workspace for every stream it was called on."
+    "Gives a GPU's memory back between measurements; a compiled model is a cycle of references, which only the collector finds, and cuBLAS keeps a workspace for every stream it was called on. A CUDA graph captured before must not be replayed after."
     if torch.device(device).type != "cuda": return
     gc.collect()
     torch.cuda.synchronize(device)

@@ -101,6 +101,11 @@ def batch(
     rows, whole = torch.as_tensor(choose("split", split, self.rows)[which]), self._whole
     return Batch(whole.x[rows], whole.y[rows], None if whole.contour is None else whole.contour[rows])
 
+@patch
+def padded(self: Aerodynamics, batch: Batch) -> Batch:
+    "The batch itself: rows are alike, and a CUDA graph has nothing to fill up."
+    return batch
+
 # %% ../../nbs/05_train/11_aerodynamics.ipynb #a6f0000b
 @patch
 def build(self: Aerodynamics, width: int, depth: int | None = None, checkpointing: bool = False) -> AirfoilNet:
