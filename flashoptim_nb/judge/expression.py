@@ -190,6 +190,7 @@ class Judged:
     "A formula, judged, with its comparisons."
     status: Status
     leaves: tuple[Leaf, ...]
+    carry: tuple[int, ...]  # which of them make the status what it is: those of the parts that have it too
 
 # %% ../../nbs/08_judge/01_expression.ipynb #776a4ccf
 Lookup = Callable[[Q], Estimate]
@@ -241,9 +242,13 @@ def judge(
     if isinstance(formula, Compare):
         estimate = estimate_of(formula.left, lookup)
         status = _compare(formula, estimate)
-        return Judged(status, (Leaf(formula, status, estimate),))
-    parts = [judge(part, lookup) for part in formula.parts]
-    return Judged(_count(formula, [part.status for part in parts]), tuple(leaf for part in parts for leaf in part.leaves))
+        return Judged(status, (Leaf(formula, status, estimate),), (0,))
+    parts, leaves, carry = [judge(part, lookup) for part in formula.parts], (), ()
+    status = _count(formula, [part.status for part in parts])
+    for part in parts:
+        if part.status == status: carry += tuple(len(leaves) + i for i in part.carry)
+        leaves += part.leaves
+    return Judged(status, leaves, carry or tuple(range(len(leaves))))
 
 # %% ../../nbs/08_judge/01_expression.ipynb #6ecaf5d0
 def to_z3(node: Formula | Term):

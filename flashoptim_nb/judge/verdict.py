@@ -49,7 +49,7 @@ def _part(leaf: Leaf, proves: bool) -> dict:
 def _deciding(judged: Judged) -> int:
     "Index of the part whose value stands for the whole."
     known = [i for i, leaf in enumerate(judged.leaves) if leaf.estimate.value is not None]
-    alike = [i for i in known if judged.leaves[i].status == judged.status]
+    alike = [i for i in known if i in judged.carry and judged.leaves[i].status == judged.status]
     def distance(i): return abs(judged.leaves[i].estimate.value - judged.leaves[i].compare.right)
     return min(alike, key=distance) if alike else known[0] if known else 0
 
@@ -78,7 +78,8 @@ def entry(
     return dict(id=criterion.id, kind=criterion.kind, title=criterion.title, statement=criterion.statement, formula=criterion.text, against=side.against, stack=side.stack, side=side.name,
                 status=status, value=decider["value"] if shown else None, interval=decider["interval"] if shown else None, bound=decider["bound"] if shown else "",
                 op=decider["op"], threshold=decider["threshold"], unit=decider["unit"], scale=scale, device=evidence.device if evidence else None,
-                records=sorted({run for part in parts for run in part["records"]}), reason=_reason(status, decider, parts) if applies else f"it asks something of {' and '.join(criterion.only)} only", parts=parts)
+                records=sorted({run for part in parts for run in part["records"]}), reason=_reason(status, decider, parts) if applies else f"it asks something of {' and '.join(criterion.only)} only", parts=parts,
+                carry=[i for i in judged.carry if parts[i]["value"] is not None])
 
 # %% ../../nbs/08_judge/07_verdict.ipynb #2ba7863a
 DECIDED = ("met", "not met")
@@ -108,11 +109,11 @@ def value_text(
     return f"{bound} {said}".strip() if bound.startswith("at ") else said + f" ({bound})" * bool(bound)
 
 def _decided(entry: dict) -> str:
-    "The criterion that decides, with the number by which it does."
+    "The criterion that decides, with the numbers by which it does."
     if entry.get("value") is None: return entry["id"]
-    term = next(part["term"] for part in entry["parts"] if part["value"] == entry["value"])
-    asks = f"{entry['op']} {number_text(entry['threshold'], entry['unit'])}"
-    return f"{entry['id']} ({term} = {value_text(entry)}, {'' if entry['status'] == 'met' else 'not '}{asks})"
+    parts = [entry["parts"][i] for i in entry["carry"]]
+    said = [f"{part['term']} = {value_text(part)}, {'' if part['status'] == 'met' else 'not '}{part['op']} {number_text(part['threshold'], part['unit'])}" for part in parts]
+    return f"{entry['id']} ({'; '.join(said)})"
 
 # %% ../../nbs/08_judge/07_verdict.ipynb #2f35ea75
 def tally(
