@@ -17,7 +17,7 @@ from .criteria import ALPHA, QUANTITIES
 from .evidence import Evidence, measures
 from .expression import Q
 from .statistics import MIN_PAIRS, POWER, Estimate, exact, hedges_g, missing, opened, paired_interval, paired_ratio, tost, tost_power
-from .surrogates import BATCHES, BUDGET, DOMAINS, EPOCHS, EXPECTED, MARGIN_ERROR, METHODS, PUBLISHED, RUNS, SEEDS
+from .surrogates import BATCHES, BUDGET, DOMAINS, EPOCHS, EXPECTED, MARGIN_ERROR, METHODS, PRIMARY, PUBLISHED, RUNS, SEEDS
 
 # %% ../../nbs/08_judge/04a_surrogate_evidence.ipynb #9df14e82
 def _key(row: dict) -> tuple: return (*(str(row[name]) for name in ("seed", "scale", "device", "data_hash")), row["surrogate"]["recipe"])
@@ -284,6 +284,11 @@ def budget_text(rows: list[dict]) -> str:
     return f"{each('epochs')} epoch{'s' * (each('epochs') != '1')} of {each('samples')} samples" + (f", the protocol asks for {EPOCHS} epochs" if short else "")
 
 # %% ../../nbs/08_judge/04a_surrogate_evidence.ipynb #6ef1a7d2
+def _gap_error(surrogate: dict) -> float | None:
+    "The error of the gap in the run's own precision, of the averaged weights where there are such."
+    errors = (surrogate or {}).get("errors", {})
+    return next((error["mae"] for averaged in (True, False) if (error := errors.get(("gap", "own", averaged)))), None)
+
 def surrogate_coverage(
     table: pd.DataFrame,  # from `evidence_table`
     used: list[str],  # names of the runs that the criteria rest on
@@ -294,5 +299,7 @@ def surrogate_coverage(
     if rows.empty: return ""
     domains = "; ".join(f"{domain} for {budget_text(part.to_dict('records'))}" for domain, part in rows.groupby("role"))
     absent, seeds = [domain for domain in DOMAINS if domain not in set(rows.role)], rows.seed.nunique()
+    gaps = [gap for surrogate in rows[(rows.role == PRIMARY) & (rows.config == "fp32")].surrogate if (gap := _gap_error(surrogate)) is not None]
     return (f"this rests on {len(rows)} training runs ({domains}; {seeds} of the protocol's {SEEDS} seeds) on {', '.join(sorted(set(rows.device)))} at {scale} scale"
+            + (f"; fp32's error of the gap is {sum(gaps) / len(gaps):.3f} eV, the published one {PUBLISHED} eV" if gaps else "")
             + (f"; of the protocol's domains, {', '.join(absent)} {'was' if len(absent) == 1 else 'were'} not run" if absent else ""))

@@ -130,7 +130,7 @@ def told_solutions(
         if base.empty: continue
         one = base.iloc[0]
         said.append(f"{at_scale(one['scale'])}, {method} over the fp32 surrogate reaches a mean of {one['objective']:.3f} ({one['unit']}) on {problem}, over {one['solved']} runs and {one['seeds']} surrogates; on what was evaluated these promised {abs(one['fooled']):.3f} too {'much' if one['fooled'] > 0 else 'little'}. "
-                    + ". ".join(f"Over {r['config']} the loss against it is {r['value']:z.1%}" + (f" ({between(r['lo'], r['hi'], 'z.1%')})" if r["lo"] is not None else "") for _, r in rest.iterrows()) + ". Below 0 is better." * bool(len(rest)))
+                    + ". ".join(f"Over {r['config']} the loss against it is {r['value']:z.1%}" + (f" ({between(r['lo'], r['hi'], 'z.1%')})" if r["lo"] is not None and r["lo"] == r["lo"] else " over a single surrogate") for _, r in rest.iterrows()) + ". Below 0 is better." * bool(len(rest)))
         used += [base, rest]
     return told("\n\n".join(said) or f"No solution of {method} over the fp32 surrogate is recorded.", named_runs(pd.concat(used), runs) if used else [])
 

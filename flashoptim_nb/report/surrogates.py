@@ -17,7 +17,7 @@ import pandas as pd
 from ..base.config import content_hash
 from ..base.records import Run
 from ..judge.statistics import paired_ratio
-from ..judge.surrogates import MARGIN_ERROR, METHODS
+from ..judge.surrogates import MARGIN_ERROR, MARGIN_LARGER, METHODS
 from .charts import titled
 from .rows import named_runs, rows_of, show_rows, summarize
 from .shown import Shown, full_name, load_runs, told
@@ -187,12 +187,13 @@ def told_errors(
     if found.empty: return told("No held-out error of this domain is recorded, so nothing can be said of it.", [])
     def side(r):
         if r["lo"] is None or r["lo"] != r["lo"]: return "too few pairs for an interval"
+        if r["config"].endswith("_2x"): return "worse than the margin of 2 % for a larger model" if r["lo"] > MARGIN_LARGER else "better than fp32's at half the size" if r["hi"] < 1 else "no better, within the margin of 2 %" if r["hi"] <= MARGIN_LARGER else "not told apart from the margin of 2 %"
         if r["lo"] > MARGIN_ERROR: return "worse than the margin of 5 %"
         return "inside the margin of 5 %" if r["hi"] <= MARGIN_ERROR and r["lo"] >= 1 / MARGIN_ERROR else "better than the margin" if r["hi"] < 1 / MARGIN_ERROR else "not told apart from the margin"
     base = found[found["config"] == "fp32"]
     here = found[found["config"].isin(set(configs))].dropna(subset=["value"])
     first = "; ".join(f"{r['mae']:.4g} {r['unit']}".strip() + f" for {r['target']}" for _, r in base.iterrows())
-    rest = ". ".join(f"{r['config']}: {r['value']:.3f} times that of {r['target']}" + (f" ({between(r['lo'], r['hi'])}, {r['n']:.0f} pairs), {side(r)}" if r["lo"] is not None else f", {side(r)}") for _, r in here.iterrows())
+    rest = ". ".join(f"{r['config']}: {r['value']:.3f} times that of {r['target']}" + (f" ({between(r['lo'], r['hi'])}, {r['n']:.0f} pairs), {side(r)}" if r["lo"] is not None and r["lo"] == r["lo"] else f", {side(r)}") for _, r in here.iterrows())
     return told(f"{at_scale(found['scale'].iloc[0])}, the fp32 surrogate's mean absolute error is {first or 'not recorded'}. {rest}{'.' * bool(rest)}", named_runs(pd.concat([base, here]), runs))
 
 # %% ../../nbs/09_report/04b_surrogates.ipynb #04b00016
