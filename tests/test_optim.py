@@ -1,7 +1,11 @@
 """FlashAdamW as people use it: shapes, groups, schedulers, clipping, state dicts, bad input."""
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +13,8 @@ from torch import nn
 
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.kernels.split import decode
-from flashoptim_nb.optim import FlashAdamW, FlashLion, NumericsError, cast_model
+from flashoptim_nb.kernels.split import INTERPRETED
+from flashoptim_nb.optim import FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW, GradientError, NumericsError, OptionError, StateError, cast_model
 
 KW = dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
 
@@ -310,17 +315,77 @@ def test_a_loaded_optimizer_goes_on_bit_for_bit(dtype, options, rng_seed):
     assert all(a.equal(b) for p, q in zip(params, others) for a, b in zip(optimizer.state[p].values(), other.state[q].values()))
 
 
-@pytest.mark.parametrize("change", [lambda p: torch.ones(4, 4, dtype=torch.bfloat16), lambda p: torch.ones(16, 16, dtype=torch.bfloat16), lambda p: p.float()], ids=["smaller", "larger", "fp32"])
-def test_weights_that_no_longer_fit_their_state(change):
-    p = torch.nn.Parameter(torch.ones(8, 8).bfloat16())
-    optimizer = FlashAdamW([p], lr=0.1)
-    p.grad = torch.ones_like(p)
+CHANGES = {"smaller": lambda p: torch.ones(4, 4, dtype=torch.bfloat16), "larger": lambda p: torch.ones(16, 16, dtype=torch.bfloat16), "its rows": lambda p: p[:4],
+           "reshaped": lambda p: p.view(4, 16), "fp32": torch.Tensor.float, "fp16": torch.Tensor.half}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("fresh", [True, False], ids=["new gradient", "old gradient"])
+def test_weights_that_no_longer_fit_their_state(change, fresh):
+    "Of two groups the second has changed: not even the first moves, and no state appears."
+    p, q, late = (torch.nn.Parameter(torch.ones(8, 8).bfloat16()) for _ in range(3))
+    optimizer = FlashAdamW([dict(params=[q, late]), dict(params=[p])], lr=0.1)
+    for x in p, q: x.grad = torch.ones_like(x)
     optimizer.step()
-    p.grad = None
-    p.data = change(p.data)
-    before, p.grad = p.detach().clone(), torch.ones_like(p)
-    with pytest.raises(UserError, match="another shape or dtype"): optimizer.step()
+    if fresh: p.grad = None
+    p.data = CHANGES[change](p.data)
+    if fresh: p.grad = torch.ones_like(p)
+    elif p.grad.dtype != p.dtype: p.grad.data = p.grad.to(p.dtype)  # what model.float() does
+    late.grad = torch.ones_like(late)
+    before, states = [x.detach().clone() for x in (p, q)], copy.deepcopy(optimizer.state_dict()["state"])
+    for _ in range(2):
+        with pytest.raises(OptionError, match="another shape or dtype"): optimizer.step()
+    if change != "fp16":  # which only the last step of the same kind knows
+        with pytest.raises(OptionError, match="another shape or dtype"): optimizer.step_param(p)
+    assert all(torch.equal(x.detach(), b) for x, b in zip((p, q), before)) and late not in optimizer.state
+    for i, s in optimizer.state_dict()["state"].items():
+        for k, t in s.items(): assert torch.equal(t, states[i][k]), k
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="the fused path's own tests run in this process")
+def test_the_fused_path_looks_too():
+    "The tests of `no_longer_fit` in Triton's interpreter."
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-k", "no_longer_fit", "-p", "no:cacheprovider", Path(__file__).name],
+                          cwd=Path(__file__).parent, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_one_weight_that_does_no_longer_fit_its_state(change):
+    "The only one of its optimizer; on a GPU where there is one."
+    p = torch.nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16, device="cuda" if torch.cuda.is_available() else "cpu")); p.grad = torch.ones_like(p)
+    optimizer = FlashAdamW([p], lr=0.1); optimizer.step()
+    old, p.grad = (p.data, p.grad), None  # kept, so that the new ones lie elsewhere
+    p.data = CHANGES[change](p.data).to(p.device)
+    p.grad, before = torch.ones_like(p), p.detach().clone()
+    with pytest.raises(OptionError, match="another shape or dtype"): optimizer.step()
     assert torch.equal(p.detach(), before)
+
+
+def test_a_model_that_moved():
+    p = torch.nn.Parameter(torch.ones(8, 8).bfloat16()); p.grad = torch.ones_like(p)
+    optimizer = FlashAdamW([p], lr=0.1); optimizer.step()
+    optimizer.state[p] = {k: t.to("meta") for k, t in optimizer.state[p].items()}
+    before = p.detach().clone()
+    with pytest.raises(OptionError, match="another device"): optimizer.step()
+    assert torch.equal(p.detach(), before)
+
+
+def test_states_that_fit_any_dtype_and_shape():
+    "Without a correction a state is no matter of dtype; without a moment either there is nothing to fit, but for the gradient."
+    p = torch.nn.Parameter(torch.ones(8, 8)); p.grad = torch.ones_like(p)
+    optimizer = FlashAdamW([p], lr=0.1); optimizer.step()
+    p.grad, p.data = None, p.data.bfloat16()
+    p.grad = torch.ones_like(p); optimizer.step()
+    assert optimizer.state[p]["step"] == 2 and "error_bits" in optimizer.state[p] and p[0, 0] < 0.85
+
+    q = torch.nn.Parameter(torch.ones(8)); q.grad = torch.ones_like(q)
+    plain = FlashSGD([q], lr=0.5); plain.step()
+    q.data = torch.ones(4)
+    with pytest.raises(GradientError, match="zero_grad"): plain.step()
+    assert torch.equal(q.detach(), torch.ones(4))
+    q.grad = None; q.grad = torch.ones(4); plain.step()
+    assert torch.equal(q.detach(), torch.full((4,), 0.5))
 
 
 def test_states_of_nothing_and_of_another_kind():
@@ -333,3 +398,62 @@ def test_states_of_nothing_and_of_another_kind():
     lion = FlashLion([p], lr=0.01)
     with pytest.raises(UserError, match="another kind"): lion.load_state_dict(adamw.state_dict())
     assert not lion.state and lion.param_groups[0]["betas"] == (0.9, 0.99)
+
+
+KINDS = {FlashAdam: "Adam", FlashAdamW: "Adam", FlashLion: "Lion", FlashSGD: "SGD", FlashSGDW: "SGD", torch.optim.Adam: "Adam", torch.optim.AdamW: "Adam", torch.optim.SGD: "SGD", torch.optim.RMSprop: "another kind"}
+
+
+@pytest.mark.parametrize("saved", KINDS)
+@pytest.mark.parametrize("loads", [FlashAdamW, FlashLion, FlashSGD])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_state_dicts_of_another_family(saved, loads, steps):
+    "Before a first step, too, when only the groups tell."
+    p, q = torch.nn.Parameter(torch.ones(8, 8)), torch.nn.Parameter(torch.ones(8, 8))
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    theirs, ours = saved([p], lr=0.25, **({"momentum": 0.9} if KINDS[saved] == "SGD" else {})), loads([q], lr=0.5)
+    for _ in range(steps): theirs.step(); ours.step()
+    before = copy.deepcopy(ours.state_dict())
+    if KINDS[saved] == KINDS[loads]:
+        ours.load_state_dict(theirs.state_dict())
+        assert ours.param_groups[0]["lr"] == 0.25
+        return ours.step()
+    with pytest.raises(StateError, match=f"saved by {KINDS[saved]}.*{loads.__name__}.*loads {KINDS[loads]}"): ours.load_state_dict(theirs.state_dict())
+    after = ours.state_dict()
+    assert after["param_groups"] == before["param_groups"] and after["state"].keys() == before["state"].keys()
+    for i, s in after["state"].items(): assert all(torch.equal(t, before["state"][i][k]) for k, t in s.items())
+
+
+@pytest.mark.parametrize("bad", [{}, {"state": {}}, {"param_groups": []}, {"state": {}, "param_groups": [{}]}, {"state": {}, "param_groups": []}, [], None], ids=str)
+def test_what_is_no_state_dict(bad):
+    with pytest.raises(StateError, match="state dict|param_groups"): FlashAdamW([nn.Parameter(torch.ones(3))]).load_state_dict(bad)
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize("cls,options", [(cls, {name: x}) for cls in (FlashAdamW, FlashSGD, FlashLion) for name in ("lr", "weight_decay") for x in (INF, NAN, True, "0.1", None, torch.tensor(INF), torch.tensor(True), torch.ones(2))]
+                         + [(FlashAdamW, {"betas": b}) for b in ((True, 0.9), (0.9, False), (0.9, NAN), ("0.9", 0.9), 0.9)] + [(FlashLion, {"betas": b}) for b in ((True, 0.9), (0.9, NAN), (0.9, 1.1))]
+                         + [(FlashAdamW, {"eps": x}) for x in (INF, NAN, True, "1e-8")] + [(FlashAdamW, {"max_norm": x}) for x in (INF, NAN, True, "1")]
+                         + [(FlashSGD, {name: x}) for name in ("momentum", "dampening") for x in (INF, NAN, True)], ids=str)
+def test_options_that_are_no_numbers(cls, options):
+    (name, x), = options.items()
+    with pytest.raises(OptionError) as e: cls([nn.Parameter(torch.zeros(3))], **options)
+    assert f"{name}={x!r}" in str(e.value)
+    if name == "max_norm": return
+    good = cls([nn.Parameter(torch.zeros(3))])  # and where a state dict brings them
+    saved = good.state_dict(); saved["param_groups"][0].update(options)
+    before = dict(good.param_groups[0])
+    with pytest.raises(UserError): good.load_state_dict(saved)
+    assert good.param_groups[0] == before
+
+
+def test_a_learning_rate_in_a_tensor(monkeypatch):
+    "It is checked when the optimizer is made, and by no step: reading it there would wait for the device."
+    p = nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)
+    for lr in torch.tensor(0.5), torch.tensor([0.5]), torch.tensor(0.5, dtype=torch.float64):
+        optimizer = FlashSGD([p], lr=lr)
+        with monkeypatch.context() as m:
+            m.setattr(FlashSGD, "check_group", None)
+            optimizer.step()
+        assert optimizer.param_groups[0]["lr"] is lr
+    assert torch.allclose(p.detach(), torch.full((3,), -0.5))

@@ -13,7 +13,7 @@ import torch
 from ..kernels.adamw import AdamWScalars, adamw_fused, adamw_reference
 from ..kernels.many import Operands
 from .base import FlashOptimizer
-from .batches import Batch, OptionError
+from .batches import Batch, OptionError, is_number
 from .gradients import Control
 from .state_dict import StateError  # noqa: F401 - that module gives the class saving and loading
 
@@ -45,8 +45,9 @@ class FlashAdam(FlashOptimizer):
     def check_group(self, group: dict):
         "Raises `OptionError` for options of a group that cannot work."
         super().check_group(group)
-        if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2 or not all(0 <= b < 1 for b in group["betas"]) or not group["eps"] >= 0:
-            raise OptionError(f"betas={group['betas']}, eps={group['eps']}: two betas in [0, 1) and an eps of 0 or more are needed")
+        betas, eps = group["betas"], group["eps"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(is_number(b, most=1) and b < 1 for b in betas) or not is_number(eps):
+            raise OptionError(f"betas={betas!r}, eps={eps!r}: two numbers in [0, 1) and a finite eps of 0 or more are needed")
         for name in "amsgrad", "differentiable":
             if group.get(name): raise OptionError(f"{name}=True is not available in {type(self).__name__}; use torch.optim for it")
 

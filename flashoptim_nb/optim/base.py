@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ..base.errors import UserError, choose
 from ..kernels.split import CODES
-from .batches import Batch, OptionError, check_gradient, check_parameter, correction_bits, gather, remembered
+from .batches import Batch, OptionError, check_gradient, check_parameter, check_states, correction_bits, gather, is_number, remembered
 from .gradients import Control, controls
 
 # %% ../../nbs/03_optim/02_base.ipynb #ec9ee8b9
@@ -44,8 +44,8 @@ class FlashOptimizer(Optimizer):
         self.__dict__ |= self.options | options
         if self.master_weight_bits not in (None, 24, 32):
             raise OptionError(f"master_weight_bits={self.master_weight_bits}: choose 24 (a 16-bit weight and 8 bits beside it), 32, or None (no master weights)")
-        if self.max_norm is not None and not (isinstance(self.max_norm, (int, float)) and self.max_norm > 0):
-            raise OptionError(f"max_norm={self.max_norm!r}: a positive limit of the gradient norm, or None for no clipping")
+        if self.max_norm is not None and not (is_number(self.max_norm) and self.max_norm > 0):
+            raise OptionError(f"max_norm={self.max_norm!r}: a positive finite limit of the gradient norm, or None for no clipping (skip_nonfinite=True forms the norm without it)")
         if self.skip_nonfinite is None: self.skip_nonfinite = self.max_norm is not None  # the norm tells, where it is formed anyway
         self.grad_norm: torch.Tensor | None = None  # 0-d fp32: the global norm before clipping, of the last step
         self.skipped_steps = torch.zeros((), dtype=torch.int64)  # 0-d, on the first parameter's device
@@ -69,9 +69,8 @@ class FlashOptimizer(Optimizer):
 
     def check_group(self, group: dict):
         "Raises `OptionError` for options of a group that cannot work; subclasses add theirs."
-        given = [group["lr"], group["weight_decay"]]
-        if not all(isinstance(x, (int, float, torch.Tensor)) for x in given) or not all(float(x) >= 0 for x in given):
-            raise OptionError(f"lr={group['lr']!r}, weight_decay={group['weight_decay']!r}: both must be numbers, 0 or more")
+        given = [x.item() if isinstance(x, torch.Tensor) and x.numel() == 1 else x for x in (group["lr"], group["weight_decay"])]  # read here, and not in a step
+        if not all(map(is_number, given)): raise OptionError(f"lr={group['lr']!r}, weight_decay={group['weight_decay']!r}: both must be finite numbers, 0 or more (or 0-d tensors of such)")
 
     def __getstate__(self):
         "torch keeps only groups and states when an optimizer is copied or pickled; the options go with them."
@@ -118,7 +117,8 @@ def look(self: FlashOptimizer) -> list[tuple[dict, Batch]]:
     found = [remembered(self, group, group["params"], id(group)) for group in self.param_groups]
     if None in found or self.check_numerics:
         work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        for _, params in work:
+        for group, params in work:
+            check_states(self, params, id(group))
             for p in params: check_gradient(p)
         if self.check_numerics: self.assert_numerics(work)
         found = [gather(self, group, group["params"], id(group)) if known is None else known for group, known in zip(self.param_groups, found)]
@@ -165,6 +165,7 @@ def step_param(
 def look_at(self: FlashOptimizer, p: torch.Tensor, group: dict) -> list[Batch]:
     "A single parameter with its gradient, as a batch."
     if (known := remembered(self, group, [p], p)) is None:
+        check_states(self, [p], p)
         check_gradient(p)
         known = gather(self, group, [p], p)
     return known

@@ -7,13 +7,14 @@ __all__ = ['FlashSGD', 'FlashSGDW', 'FlashLion']
 
 # %% ../../nbs/03_optim/05_momentum.ipynb #c48be4d0
 from collections.abc import Iterable, Sequence
+from sys import float_info
 
 import torch
 
 from ..kernels.many import Operands
 from ..kernels.momentum import MomentumScalars, momentum_fused, momentum_reference
 from .base import FlashOptimizer
-from .batches import Batch, OptionError
+from .batches import Batch, OptionError, is_number
 from .gradients import Control
 from .state_dict import StateError  # noqa: F401 - that module gives the class saving and loading
 
@@ -62,7 +63,8 @@ class FlashSGD(_Momentum):
     def check_group(self, group: dict):
         "Raises `OptionError` for options of a group that cannot work."
         super().check_group(group)
-        if not isinstance(group["momentum"], (int, float)) or not group["momentum"] >= 0: raise OptionError(f"momentum={group['momentum']}: 0 or more")
+        if not is_number(group["momentum"]) or not is_number(group["dampening"], least=-float_info.max):
+            raise OptionError(f"momentum={group['momentum']!r}, dampening={group['dampening']!r}: finite numbers are needed, momentum 0 or more")
         if group["nesterov"] and (not group["momentum"] or group["dampening"]):
             raise OptionError(f"nesterov=True with momentum={group['momentum']}, dampening={group['dampening']}: it wants a momentum and no dampening")
         if group.get("differentiable"): raise OptionError(f"differentiable=True is not available in {type(self).__name__}; use torch.optim for it")
@@ -101,7 +103,7 @@ class FlashLion(_Momentum):
         "Raises `OptionError` for options of a group that cannot work."
         super().check_group(group)
         betas = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b <= 1 for b in betas):
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(is_number(b, most=1) for b in betas):
             raise OptionError(f"betas={betas!r}: two numbers in [0, 1] are needed")
 
     def scalars(self, group: dict) -> MomentumScalars:

@@ -105,6 +105,17 @@ def _is_widened(states):
     rhos = [s["error_bits"] for s in states.values() if isinstance(s.get("error_bits"), torch.Tensor)]
     return all(r.dtype == torch.int8 or not isinstance(r, DTensor) and (not r.numel() or r.abs().max() <= 127) for r in rhos)
 
+# %% ../../nbs/03_optim/03_state_dict.ipynb #a17c9e54
+_KINDS = {frozenset({"betas", "eps"}): "Adam or AdamW", frozenset({"betas"}): "Lion", frozenset({"momentum"}): "SGD"}
+
+
+def _check_kind(opt, group, where):
+    "Raises `StateError` for a saved group of another kind of optimizer; one without any telling option keeps the optimizer's own."
+    saved, own = (frozenset().union(*_KINDS).intersection(options) for options in (group, opt.defaults))
+    if not saved or saved == own: return
+    raise StateError(f"{where} was saved by {_KINDS.get(saved, 'another kind of optimizer')} (it has {', '.join(sorted(saved))}), another kind than {type(opt).__name__}, "
+                     f"which loads {_KINDS.get(own, 'its own')} ({', '.join(sorted(own))}): load it into the kind that saved it, or start without it")
+
 # %% ../../nbs/03_optim/03_state_dict.ipynb #4b2ddd56
 @patch
 @torch.no_grad()
@@ -116,9 +127,12 @@ def load_state_dict(
     if not isinstance(state_dict, Mapping) or not {"param_groups", "state"} <= state_dict.keys():
         raise StateError(f"a {type(state_dict).__name__} without `state` and `param_groups`: give what an optimizer's state_dict() returned")
     groups, saved = state_dict["param_groups"], state_dict["state"]
+    for n, g in enumerate(groups):
+        if "params" not in g: raise StateError(f"group {n} of the state dict has no `params`: give what an optimizer's state_dict() returned")
     sizes, wanted = [len(g["params"]) for g in groups], [len(g["params"]) for g in self.param_groups]
     if sizes != wanted: raise StateError(f"the state dict has groups of {sizes} parameters, the optimizer {wanted}: build it from the same model and groups")
     pairs = [(n, i, p) for n, (g, own) in enumerate(zip(groups, self.param_groups)) for i, p in zip(g["params"], own["params"])]
+    for n, g in enumerate(groups): _check_kind(self, g, f"group {n} of the state dict")
     widened, counters, state = _is_widened(saved), {}, {}
     for n, i, p in pairs:
         if not saved.get(i): continue
