@@ -211,6 +211,7 @@ def perform(self: SurrogateStudy, spec: SurrogateSpec):
     self.hold(folder)
     self.check_stop()
     if isinstance(domain, str): return end_at_once(folder, header, "unavailable", domain)
+    if spec.arm in ("speed", "largest"): self.loaded = {spec.role: domain}  # another domain's tables would count as this one's memory
     if spec.arm == "speed":
         speed(spec, domain, self.device, RunWriter(folder, header=header), self.scale.parts[spec.role].timed)
         self.console.print(f"  {spec.id}")
