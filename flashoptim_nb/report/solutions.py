@@ -51,7 +51,7 @@ def best_so_far(
     dashes = alt.StrokeDash(f"{by}:N", legend=None, scale=alt.Scale(domain=names, range=[([1, 0], [6, 3], [2, 2])[i % 3] for i in range(len(names))]))
     chart = alt.Chart(mean).mark_line(point=True).encode(strokeDash=dashes, x=alt.X("at:Q", title="true evaluations", axis=whole_axis(mean["at"])), y=alt.Y("best:Q", title="best so far, mean over the runs", scale=alt.Scale(zero=False)),
                                                      color=colour, tooltip=[by, panel, "at", "runs", alt.Tooltip("best", format=".3f")])
-    panels = chart.properties(width=260, height=220).facet(facet=alt.Facet(f"{panel}:N", title=None), columns=3).resolve_scale(y="independent", x="independent")
+    panels = chart.properties(width=200, height=200).facet(facet=alt.Facet(f"{panel}:N", title=None), columns=2).resolve_scale(y="independent", x="independent")
     return titled(panels, title, rows)
 
 def predicted_true(
@@ -69,7 +69,7 @@ def predicted_true(
     dots = base.mark_circle(size=45, opacity=0.6).encode(x=alt.X("objective:Q", title="true objective", scale=alt.Scale(zero=False)), y=alt.Y("predicted:Q", title="predicted", scale=alt.Scale(zero=False)),
                                                      color=coloured(points["config"], legend=alt.Legend(symbolOpacity=1)), tooltip=["config", "method", "instance", "seed", alt.Tooltip("objective", format=".3f"), alt.Tooltip("predicted", format=".3f"), "what"])
     line = base.mark_rule(color="#888888", strokeDash=[4, 3]).encode(x=alt.datum(low), y=alt.datum(low), x2=alt.datum(high), y2=alt.datum(high))
-    return titled(alt.layer(line, dots).properties(width=230, height=230).facet(facet=alt.Facet(f"{panel}:N", title=None), columns=3), title, rows, "dashed: predicted as it is")
+    return titled(alt.layer(line, dots).properties(width=220, height=220).facet(facet=alt.Facet(f"{panel}:N", title=None), columns=2), title, rows, "dashed: predicted as it is")
 
 # %% ../../nbs/09_report/04d_solutions.ipynb #04b0001c
 def _seeds(rows: pd.DataFrame, value: str) -> pd.DataFrame:
@@ -110,7 +110,7 @@ def show_solutions(
         rows = rows[rows["method"].isin(set(methods))]
         rows = rows.assign(interval=[between(lo, hi, "z.1%") for lo, hi in zip(rows["lo"], rows["hi"])], off=[between(lo, hi) for lo, hi in zip(rows["fooled_lo"], rows["fooled_hi"])])
     heads = (dict() if domain else dict(domain="domain")) | dict(problem="problem", method="method", config="surrogate", solved="runs", seeds="seeds", objective="objective", value="below fp32's", interval="90 % interval",
-                                                                 predicted="predicted", fooled="predicted - true", evaluations="evaluated", nothing="scored 0")
+                                                                 predicted="predicted of the best", fooled="predicted - true of all", evaluations="evaluated", nothing="scored 0")
     return show_rows(rows, heads, "solution", runs, "No solution is recorded.", dict(objective=".3f", predicted=".3f", fooled="+z.3f", value="z.1%", evaluations=",.0f", nothing=",.0f"))
 
 # %% ../../nbs/09_report/04d_solutions.ipynb #04b00025
@@ -146,5 +146,5 @@ def fooled_by(
     x = dict(title="predicted - true; right: promised too much")
     bars, dots = base.mark_rule(strokeWidth=2, opacity=0.55).encode(alt.X("fooled_lo:Q", **x), alt.X2("fooled_hi:Q")), base.mark_point(filled=True, size=50, opacity=1).encode(alt.X("fooled:Q", **x))
     zero = alt.Chart(rows).mark_rule(color="#888888").encode(x=alt.datum(0.0))
-    panels = alt.layer(zero, bars, dots).properties(width=300, height=alt.Step(14)).facet(facet=alt.Facet("row:N", title=None), columns=2).resolve_scale(x="independent", y="independent")
+    panels = alt.layer(zero, bars, dots).properties(width=220, height=alt.Step(14)).facet(facet=alt.Facet("row:N", title=None), columns=2).resolve_scale(x="independent", y="independent")
     return titled(panels, title, found, "bar: 90 % interval over the surrogates")
