@@ -61,8 +61,9 @@ OPTIMIZERS = {
     "adamw": _plain,
     "flash_adamw": _plain.replace(optimizer="flash_adamw", weights="split24", states="int8"),
     "flash_adamw_linear": _plain.replace(optimizer="flash_adamw", weights="split24", states="int8_linear"),
+    "flash_adamw_fp32_states": _plain.replace(optimizer="flash_adamw", weights="split24"),  # what 16-bit weights do by themselves
     "flash_adamw_release": _plain.replace(optimizer="flash_adamw", weights="split24", states="int8", release=True),
     "lion": _plain.replace(optimizer="flash_lion"),
     "flash_lion": _plain.replace(optimizer="flash_lion", weights="split24", states="int8"),
 }
-BESIDE = {"flash_adamw": "adamw", "flash_adamw_linear": "adamw", "flash_adamw_release": "flash_adamw", "flash_lion": "lion"}  # what each is compared with
+BESIDE = {"flash_adamw": "adamw", "flash_adamw_linear": "adamw", "flash_adamw_fp32_states": "adamw", "flash_adamw_release": "flash_adamw", "flash_lion": "lion"}  # what each is compared with
