@@ -92,6 +92,7 @@ class SurrogateStudy(Journal):
         configs: list[str] | None = None,  # only these
         arms: list[str] | None = None,  # only these
         workers: int = 1,  # training runs at once, on one device
+        graphs: bool = False,  # training steps are replayed from CUDA graphs where they can be
         minutes: float | None = None,  # after so many it stops by itself, to be gone on with
         stopped: Callable[[], bool] = lambda: False,
         console: Console | None = None,
@@ -103,7 +104,7 @@ class SurrogateStudy(Journal):
         until = time.monotonic() + 60 * minutes if minutes else float("inf")
         self.whole, self.given = scale, dict(out=str(out), device=device, domains=domains, configs=configs, arms=arms)
         super().__init__(narrow(scale, domains, configs), out, device, lambda: stopped() or time.monotonic() > until, console)
-        self.arms, self.workers, self.loaded = tuple(arms or ARMS), workers, {}
+        self.arms, self.workers, self.graphs, self.loaded = tuple(arms or ARMS), workers, graphs, {}
 
 # %% ../../nbs/10_cli/06c_h2.ipynb #6a80c00d
 @patch
@@ -181,7 +182,7 @@ def every(
 # %% ../../nbs/10_cli/06c_h2.ipynb #6a80c014
 @patch
 def train(self: SurrogateStudy, spec: SurrogateSpec, domain):
-    part, task = self.scale.parts[spec.role], task_of(spec, domain, self.device)
+    part, task = self.scale.parts[spec.role], task_of(spec, domain, self.device, self.graphs)
     with self.bar(spec, task.steps) as shown:
         fit(task, self.folder / spec.id, self.header(spec), steps=task.steps, callbacks=[Epochs(task, part.evaluated, self.workers), Held(task, spec.solve, spec.role, self.check_stop), shown],
             checkpoint_every=every(task.steps, self.scale.checkpoints), stopped=self.stopped, keep=lambda row: row["step"] % self.scale.keep == 0 or row["step"] <= 2)
@@ -257,7 +258,7 @@ def together(self: SurrogateStudy, specs: list[SurrogateSpec]) -> int:
     tasks, done, stop = context.Queue(), context.Queue(), context.Event()
     for spec in specs: tasks.put((spec.role, spec.arm, spec.config, spec.seed))
     for _ in range(workers): tasks.put(None)
-    crew = [context.Process(target=_work, args=(self.whole, self.given | dict(workers=self.workers), tasks, done, stop), daemon=True) for _ in range(workers)]
+    crew = [context.Process(target=_work, args=(self.whole, self.given | dict(workers=self.workers, graphs=self.graphs), tasks, done, stop), daemon=True) for _ in range(workers)]
     for one in crew: one.start()
     try: failed, told = self.watch(crew, done, stop)
     finally:

@@ -23,7 +23,7 @@ from .runs import free
 from ..measure.largest import worst_batches
 from ..measure.memory import memory_by_class
 from ..measure.timing import Stopwatch, throughput
-from ..train.graphed import WARM, GraphedTask
+from ..train.graphed import WARM, GraphedTask, why_not
 from ..train.loop import COLD_STEPS, Callback
 from ..train.precision import CONFIGS, Precision
 from ..train.surrogate import Domain, SurrogateRecipe, SurrogateTask, errors, sized
@@ -66,9 +66,10 @@ def surrogate_spec(
     return SurrogateSpec(scale=scale.name, role=role, size=precision.size, arm=arm, config=config, seed=seed, precision=precision, recipe=part.recipe,
                          width=width, parameters=parameters, load=part.load, limits=part.limits, **arms[arm])
 
-def task_of(spec: SurrogateSpec, domain: Domain, device, **recipe) -> SurrogateTask:
-    "The task of a run, on its device."
-    return SurrogateTask(domain, spec.precision, spec.recipe.replace(**recipe), width=spec.width, seed=spec.seed, device=device)
+def task_of(spec: SurrogateSpec, domain: Domain, device, graphs: bool = False, **recipe) -> SurrogateTask:
+    "The task of a run, on its device; with `graphs` its steps are replayed where they can be: a loss scale decides on the host whether to step."
+    replayed = graphs and spec.precision.scaling == "none" and not why_not(domain, spec.precision, device)
+    return (GraphedTask if replayed else SurrogateTask)(domain, spec.precision, spec.recipe.replace(**recipe), width=spec.width, seed=spec.seed, device=device)
 
 # %% ../../nbs/10_cli/06b_h2runs.ipynb #6a70c008
 class Epochs(Callback):
@@ -102,7 +103,7 @@ class Epochs(Callback):
         s, device = self.state, self.task.device
         memory = {name: getattr(torch.cuda, f)(device) if self.on_gpu else None for name, f in
                   dict(allocated="memory_allocated", reserved="memory_reserved", peak="max_memory_allocated").items()}
-        return dict(epoch=epoch, loss_scale=scale, scaled_above=s["above"], least_scale=s["least"], workers=self.workers) | memory | {
+        return dict(epoch=epoch, loss_scale=scale, scaled_above=s["above"], least_scale=s["least"], workers=self.workers, graphed=isinstance(self.task, GraphedTask)) | memory | {
             key: s[key] for key in ("seconds", "steps", "samples", "skipped", "partial")} | dict(loss=s["loss"] / max(1, s["steps"] - s["skipped"]))
 
     def state_dict(self): return dict(self.state)

@@ -56,7 +56,7 @@ def _run_h1(args) -> int:
     from flashoptim_nb.cli.h1 import Study
     from flashoptim_nb.cli.scales import SCALES
     from flashoptim_nb.cli.stages import dry_run, narrow
-    _refuse(args, ("domains", "arms", "workers", "minutes"), "its runs are chosen by --sizes and --configs, and one is made at a time")
+    _refuse(args, ("domains", "arms", "workers", "graphs", "minutes"), "its runs are chosen by --sizes and --configs, and one is made at a time")
     scale = choose("scale", args.scale, SCALES)
     if args.dry_run: return dry_run(narrow(scale, args.sizes, args.configs))
     study = Study(scale, args.out or repo_root() / "runs", device=args.device or scale.device, roles=args.sizes, configs=args.configs, stopped=_Stop())
@@ -71,7 +71,7 @@ def _run_h2(args) -> int:
     for arm in args.arms or (): choose("arm", arm, ARMS)
     if args.dry_run: return dry_run(narrow(scale, args.domains, args.configs), args.arms or ARMS)
     study = SurrogateStudy(scale, args.out or repo_root() / "runs", device=args.device or scale.device, domains=args.domains, configs=args.configs, arms=args.arms,
-                           workers=1 if args.workers is None else args.workers, minutes=args.minutes, stopped=_Stop())
+                           workers=1 if args.workers is None else args.workers, graphs=bool(args.graphs), minutes=args.minutes, stopped=_Stop())
     return study.run(args.confirm)
 
 # %% ../../nbs/10_cli/08_main.ipynb #37c569ae
@@ -229,6 +229,7 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
     run.add_argument("--configs", nargs="+", metavar="NAME", help="only these configurations (default: all of the scale's)")
     run.add_argument("--domains", nargs="+", metavar="NAME", help="h2: only these of molecules, aerodynamics, combinatorial, drugs (default: all)")
     run.add_argument("--arms", nargs="+", metavar="ARM", help="h2: only these of train, speed, largest, labels (default: all)")
+    run.add_argument("--graphs", action="store_true", default=None, help="h2: replay training steps from CUDA graphs where they can be; the same results to rounding, sooner")
     run.add_argument("--workers", type=int, metavar="N", help="h2: training runs at once on one device (default: 1); memory and time are measured alone")
     run.add_argument("--minutes", type=float, metavar="M", help="h2: stop after so many minutes, to be gone on with by the same command")
     run.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: what the scale says)")

@@ -87,7 +87,7 @@ def _epoch_ratio(e: Evidence, q: Q) -> Estimate:
     trained = pairs(e, q.size, "train", config, e.against)
     found = [pair for pair in trained if all(row["surrogate"]["epoch_seconds"] for row in pair)]
     if not found and any(row["surrogate"]["shared"] for pair in trained for row in pair):
-        return replace(by_speed, note="; ".join(filter(None, ["from the speed measured alone, for the training runs shared the device", by_speed.note])))
+        return replace(by_speed, note="; ".join(filter(None, ["from the speed measured alone, for the training runs shared the device or replayed graphs", by_speed.note])))
     if not found: return lacking(e, q.size, "train", config, e.against, "no pair recorded the seconds of an epoch")
     new, old = ([row["surrogate"]["epoch_seconds"] for row in side] for side in zip(*found))
     other = sorted({row["surrogate"]["batch"] for pair in found for row in pair} - {BATCHES[0]})
