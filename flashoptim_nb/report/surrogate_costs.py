@@ -117,9 +117,10 @@ def show_largest(
         rows = rows.assign(times=[over(c, "fits") if c != "fp32" else None for c in rows["config"]], below=[over(c, "fails") if c != "fp32" else None for c in rows["config"]],
                            tries=[(found[c] or {}).get("tried") for c in rows["config"]], peak=rows["peak"].astype(float) / 2**20, budget=rows["budget"].astype(float) / 2**20)
         for name, times in FITS.items(): rows[name] = [None if t is None or t != t else "reached" if t >= times else "not reached" if b is not None and b == b and b < times else "open" for t, b in zip(rows["times"], rows["below"])]
-    heads = dict(scale="scale", config="configuration", width="width", parameters="parameters", tries="tries", peak="peak, MiB", budget="budget, MiB", times="times fp32's", below="the next that did not fit, times fp32's")
-    return show_rows(rows, heads | {name: f"{name}: {times:g}x" for name, times in FITS.items()} | dict(note="note"), "largest", runs, f"No search in {domain} is recorded.",
-                     dict(parameters=",.0f", peak=",.1f", budget=",.0f", times=".2f", below=".2f", width=".0f"))
+    heads = dict(scale="scale", config="configuration", width="width", parameters="parameters", tries="tries", peak="peak, MiB", budget="budget, MiB", times="times fp32's", below="next that did not")
+    table = show_rows(rows, heads | {name: f"{name}: {times:g}x" for name, times in FITS.items()}, "largest", runs, f"No search in {domain} is recorded.",
+                      dict(parameters=",.0f", peak=",.1f", budget=",.0f", times=".2f", below=".2f", width=".0f"))
+    return table if rows.empty else told("; ".join(dict.fromkeys(rows["note"])) + ".", named_runs(rows, runs)) + table
 
 # %% ../../nbs/09_report/04c_surrogate_costs.ipynb #7b100010
 LAUNCHES = 1.25  # a step that a graph makes so many times faster waits for launches more than for its own work
