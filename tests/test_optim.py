@@ -300,7 +300,7 @@ def test_cuda_and_cpu_agree(dtype, bits):
 def test_a_loaded_optimizer_goes_on_bit_for_bit(dtype, options, rng_seed):
     "With several groups, each with its own step counter; the next steps, not only the states, must be the same."
     def make():
-        params = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in [(40, 33), (64,), (7,)]]
+        params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in [(40, 33), (64,), (7,)]]
         return params, FlashAdamW([dict(params=params[:1], weight_decay=0.1), dict(params=params[1:], weight_decay=0.0)], max_norm=1.0, **options)
     (params, optimizer), (others, other) = make(), make()
     for n in range(6):
@@ -323,7 +323,7 @@ CHANGES = {"smaller": lambda p: torch.ones(4, 4, dtype=torch.bfloat16), "larger"
 @pytest.mark.parametrize("fresh", [True, False], ids=["new gradient", "old gradient"])
 def test_weights_that_no_longer_fit_their_state(change, fresh):
     "Of two groups the second has changed: not even the first moves, and no state appears."
-    p, q, late = (torch.nn.Parameter(torch.ones(8, 8).bfloat16()) for _ in range(3))
+    p, q, late = (nn.Parameter(torch.ones(8, 8).bfloat16()) for _ in range(3))
     optimizer = FlashAdamW([dict(params=[q, late]), dict(params=[p])], lr=0.1)
     for x in p, q: x.grad = torch.ones_like(x)
     optimizer.step()
@@ -353,7 +353,7 @@ def test_the_fused_path_looks_too():
 @pytest.mark.parametrize("change", CHANGES)
 def test_one_weight_that_does_no_longer_fit_its_state(change):
     "The only one of its optimizer; on a GPU where there is one."
-    p = torch.nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16, device="cuda" if torch.cuda.is_available() else "cpu")); p.grad = torch.ones_like(p)
+    p = nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16, device="cuda" if torch.cuda.is_available() else "cpu")); p.grad = torch.ones_like(p)
     optimizer = FlashAdamW([p], lr=0.1); optimizer.step()
     old, p.grad = (p.data, p.grad), None  # kept, so that the new ones lie elsewhere
     p.data = CHANGES[change](p.data).to(p.device)
@@ -363,7 +363,7 @@ def test_one_weight_that_does_no_longer_fit_its_state(change):
 
 
 def test_a_model_that_moved():
-    p = torch.nn.Parameter(torch.ones(8, 8).bfloat16()); p.grad = torch.ones_like(p)
+    p = nn.Parameter(torch.ones(8, 8).bfloat16()); p.grad = torch.ones_like(p)
     optimizer = FlashAdamW([p], lr=0.1); optimizer.step()
     optimizer.state[p] = {k: t.to("meta") for k, t in optimizer.state[p].items()}
     before = p.detach().clone()
@@ -373,13 +373,13 @@ def test_a_model_that_moved():
 
 def test_states_that_fit_any_dtype_and_shape():
     "Without a correction a state is no matter of dtype; without a moment either there is nothing to fit, but for the gradient."
-    p = torch.nn.Parameter(torch.ones(8, 8)); p.grad = torch.ones_like(p)
+    p = nn.Parameter(torch.ones(8, 8)); p.grad = torch.ones_like(p)
     optimizer = FlashAdamW([p], lr=0.1); optimizer.step()
     p.grad, p.data = None, p.data.bfloat16()
     p.grad = torch.ones_like(p); optimizer.step()
     assert optimizer.state[p]["step"] == 2 and "error_bits" in optimizer.state[p] and p[0, 0] < 0.85
 
-    q = torch.nn.Parameter(torch.ones(8)); q.grad = torch.ones_like(q)
+    q = nn.Parameter(torch.ones(8)); q.grad = torch.ones_like(q)
     plain = FlashSGD([q], lr=0.5); plain.step()
     q.data = torch.ones(4)
     with pytest.raises(GradientError, match="zero_grad"): plain.step()
@@ -389,7 +389,7 @@ def test_states_that_fit_any_dtype_and_shape():
 
 
 def test_states_of_nothing_and_of_another_kind():
-    p = torch.nn.Parameter(torch.ones(8, 8).bfloat16())
+    p = nn.Parameter(torch.ones(8, 8).bfloat16())
     for nothing in ({}, None):
         with pytest.raises(UserError, match="param_groups"): FlashAdamW([p]).load_state_dict(nothing)
     adamw = FlashAdamW([p], lr=0.1)
@@ -408,7 +408,7 @@ KINDS = {FlashAdam: "Adam", FlashAdamW: "Adam", FlashLion: "Lion", FlashSGD: "SG
 @pytest.mark.parametrize("steps", [0, 2])
 def test_state_dicts_of_another_family(saved, loads, steps):
     "Before a first step, too, when only the groups tell."
-    p, q = torch.nn.Parameter(torch.ones(8, 8)), torch.nn.Parameter(torch.ones(8, 8))
+    p, q = nn.Parameter(torch.ones(8, 8)), nn.Parameter(torch.ones(8, 8))
     p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
     theirs, ours = saved([p], lr=0.25, **({"momentum": 0.9} if KINDS[saved] == "SGD" else {})), loads([q], lr=0.5)
     for _ in range(steps): theirs.step(); ours.step()
@@ -457,3 +457,73 @@ def test_a_learning_rate_in_a_tensor(monkeypatch):
             optimizer.step()
         assert optimizer.param_groups[0]["lr"] is lr
     assert torch.allclose(p.detach(), torch.full((3,), -0.5))
+
+
+# What a second user tried.
+
+def stepped(optimizer_of, seed=0):
+    torch.manual_seed(seed)
+    model = nn.Linear(32, 32)
+    optimizer = optimizer_of(model)
+    model(torch.randn(4, 32, dtype=model.weight.dtype)).float().square().mean().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def test_fused_none_is_torchs_default():
+    model, optimizer = stepped(lambda m: FlashAdamW(m.parameters(), fused=None))
+    for _ in range(2):
+        model(torch.randn(4, 32)).square().mean().backward()
+        optimizer.step()
+    for name in ("fused", "quantize", "companded", "check_numerics"):
+        with pytest.raises(OptionError, match=f"{name}='maybe'"): FlashAdamW(model.parameters(), **{name: "maybe"})
+
+
+def test_a_refused_group_is_not_kept():
+    model, optimizer = stepped(lambda m: FlashAdamW(m.parameters()))
+    with pytest.raises(OptionError): optimizer.add_param_group(dict(params=[nn.Parameter(torch.zeros(4))], lr="x"))
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("step", [float("nan"), -5.0, None, torch.zeros(3), "x"])
+def test_a_damaged_step_is_refused(step):
+    model, optimizer = stepped(lambda m: FlashAdamW(m.parameters()))
+    saved = optimizer.state_dict()
+    saved["state"][0]["step"] = step
+    with pytest.raises(StateError, match="step is"): optimizer.load_state_dict(saved)
+
+
+def test_states_that_no_group_names_are_refused():
+    model, optimizer = stepped(lambda m: FlashAdamW(m.parameters()))
+    saved = optimizer.state_dict()
+    saved["state"] = {str(key): state for key, state in saved["state"].items()}
+    with pytest.raises(StateError, match="none of its groups names"): optimizer.load_state_dict(saved)
+    assert len(optimizer.state) == 2
+
+
+def test_what_casting_rounds_away_survives_loading_torchs_state():
+    model, adamw = stepped(lambda m: torch.optim.AdamW(m.parameters()))
+    exact = model.weight.detach().clone()
+    cast_model(model)
+    optimizer = FlashAdamW(model.parameters())
+    early = optimizer.get_fp32_model_state_dict(model)["weight"]
+    optimizer.load_state_dict(adamw.state_dict())
+    for found in (early, optimizer.get_fp32_model_state_dict(model)["weight"]):
+        assert (found - exact).abs().max() < 0.02 * (model.weight.float() - exact).abs().max()
+    assert not hasattr(model.weight, "_rounded_away")
+
+
+def test_other_weights_after_the_cast_begin_where_they_are():
+    model = nn.Linear(32, 32)
+    cast_model(model)
+    with torch.no_grad(): model.weight.copy_(model.weight.flip(0))
+    optimizer = FlashAdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    model(torch.randn(4, 32).bfloat16()).float().square().mean().backward()
+    optimizer.step()
+    assert not optimizer.state[model.weight]["error_bits"].any() and optimizer.state[model.bias]["error_bits"].any()
+
+
+def test_a_cast_model_can_be_pickled():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    cast_model(model)
+    assert torch.equal(pickle.loads(pickle.dumps(model))[0].weight, model[0].weight)

@@ -98,6 +98,7 @@ def bench_largest(
     "Searches for the largest DimeNet++ within a budget, one record a configuration; returns the study's folder."
     for config in (configs := [*configs]): choose("configuration", config, CONFIGS)
     where, recipe = pick_device(device), SurrogateRecipe(epochs=1, batch=batch)
+    if domain is None and where.type != "cuda": raise UserError(f"a search up to {budget / 2**30:g} GiB wants a GPU, and the device is {where}; leave --largest out here")
     domain = domain or load_molecules("gpu", config="published", device=where)
     for config in configs:
         with _recorded(out, where, f"largest-{batch}-{config}", config, dict(batch=batch, budget=budget), domain.data_hash, "molecules", "largest") as writer:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..base.config import Config
 from ..base.errors import UserError, choose
-from ..base.machine import pick_device, provenance
+from ..base.machine import pick_device, provenance, repo_root
 from ..base.records import RunWriter, finite, only_writer, read_study, study_name, study_origin
 from .runs import end_at_once, free, recorded
 from ..judge.decisions import checkpoints_of
@@ -51,6 +51,7 @@ class Journal:
         self.scale, self.device, self.stopped = scale, pick_device(device), stopped
         if scale.device == "cuda" and self.device.type != "cuda":
             raise UserError(f"scale {scale.name!r} is measured on a GPU, and the device is {device!r}; leave --device out where there is a GPU, or rehearse with --scale laptop")
+        self.where = "" if Path(out).resolve() == repo_root() / "runs" else f" --records {out}"  # that the next commands look into
         self.folder, self.console = study_folder(Path(out), scale, self.device, self.hypothesis), console or Console(stderr=True)
 
     def check_stop(self):
@@ -197,5 +198,5 @@ def run(
             return 1
         self.journal.end("aborted" if ended else "finished", ended)
         if not self.scale.enforced: self.console.print("  what a checkpoint *would* do is advice at this scale: nothing was cut short")
-        self.console.print(f"{len(read_study(self.folder))} records in {self.folder}{f', {failed} runs failed' if failed else ''}; next: flashoptim-nb verdict {self.hypothesis}, flashoptim-nb book")
+        self.console.print(f"{len(read_study(self.folder))} records in {self.folder}{f', {failed} runs failed' if failed else ''}; next: flashoptim-nb verdict {self.hypothesis}{self.where}, flashoptim-nb book{self.where}")
     return 1 if failed or ended else 0

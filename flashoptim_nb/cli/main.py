@@ -117,7 +117,9 @@ def _book(args) -> int:
 # %% ../../nbs/10_cli/08_main.ipynb #df423cf7
 def _bench(args) -> int:
     from flashoptim_nb.base.machine import repo_root
+    from flashoptim_nb.base.errors import UserError
     from flashoptim_nb.cli.bench import bench, bench_largest, bench_molecules
+    if args.blocks and not args.molecules or args.precisions and not (args.molecules or args.largest): raise UserError("--blocks belongs to --molecules, --precisions to --molecules or --largest")
     if args.molecules:
         chosen = {key: tuple(value) for key, value in (("implementations", args.blocks), ("precisions", args.precisions)) if value}
         print(f"recorded in {bench_molecules(args.out or repo_root() / 'runs', device=args.device, steps=args.times, **chosen)}")

@@ -103,9 +103,11 @@ def value_text(
     "Value and interval in one unit, and whether the value is a bound; a count has no interval to show."
     value, ends = factor * part["value"] if factor != 1 else part["value"], part["interval"] or []
     scale = factor * (100 if part["unit"] == "share" else 1)
-    bounds = f" [{', '.join(readable(float(scale * end), digits=3) for end in ends)}]" if len(set(ends)) > 1 else ""
-    said = readable(value, part["unit"], digits=3) + bounds
     bound = part.get("bound", "")
+    shown = [readable(float(scale * end), digits=3) for end in ends] if len(set(ends)) > 1 else []
+    if shown and bound.startswith("at least"): shown[1] = "open"  # the value is the least that it can be, but for the other side's own uncertainty
+    if shown and bound.startswith("at most"): shown[0] = "open"
+    said = readable(value, part["unit"], digits=3) + (f" [{', '.join(shown)}]" if shown else "")
     return f"{bound} {said}".strip() if bound.startswith("at ") else said + f" ({bound})" * bool(bound)
 
 def _decided(entry: dict) -> str:

@@ -42,8 +42,12 @@ class FlashOptimizer(Optimizer):
             except UserError as error: raise OptionError(str(error)) from None
         if isinstance(params, torch.nn.Module): raise OptionError(f"a whole {type(params).__name__}: give its parameters, model.parameters()")
         self.__dict__ |= self.options | options
+        if self.fused is None: self.fused = True  # torch's "as you think best"
+        for name in ("quantize", "compress_state_dict", "fused", "check_numerics", "decouple_lr", "companded"):
+            if not isinstance(getattr(self, name), bool): raise OptionError(f"{name}={getattr(self, name)!r}: True or False is needed")
+        if self.skip_nonfinite is not None and not isinstance(self.skip_nonfinite, bool): raise OptionError(f"skip_nonfinite={self.skip_nonfinite!r}: True, False, or None to skip where the norm is formed anyway")
         if self.master_weight_bits not in (None, 24, 32):
-            raise OptionError(f"master_weight_bits={self.master_weight_bits}: choose 24 (a 16-bit weight and 8 bits beside it), 32, or None (no master weights)")
+            raise OptionError(f"master_weight_bits={self.master_weight_bits!r}: choose 24 (a 16-bit weight and 8 bits beside it), 32, or None (no master weights)")
         if self.max_norm is not None and not (is_number(self.max_norm) and self.max_norm > 0):
             raise OptionError(f"max_norm={self.max_norm!r}: a positive finite limit of the gradient norm, or None for no clipping (skip_nonfinite=True forms the norm without it)")
         if self.skip_nonfinite is None: self.skip_nonfinite = self.max_norm is not None  # the norm tells, where it is formed anyway
@@ -62,7 +66,9 @@ class FlashOptimizer(Optimizer):
         param_group["params"] = [given] if isinstance(given, torch.Tensor) else list(given)
         for p in param_group["params"]: check_parameter(p[1] if isinstance(p, tuple) else p)
         super().add_param_group(param_group)
-        self.check_group(group := self.param_groups[-1])
+        group = self.param_groups[-1]
+        try: self.check_group(group)
+        except OptionError: self.param_groups.pop(); raise
         self.forget()
         if self.decouple_lr and not self.decoupled: raise OptionError(f"decouple_lr=True: {type(self).__name__} has its weight decay in the gradient; use the class with a W")
         if self.decouple_lr: group.setdefault("initial_lr", float(group["lr"]))

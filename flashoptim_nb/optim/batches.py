@@ -74,7 +74,7 @@ def correction_bits(
     return master_weight_bits - 16 if master_weight_bits and dtype in NARROW else None
 
 
-def _fingerprint(p): return int(p.detach().view(torch.int16).sum(dtype=torch.int64))
+def _fingerprint(p): return p._version, int(p.detach().view(torch.int16).sum(dtype=torch.int64))  # in-place changes count; `.to` of a module does not
 
 
 def keep_rounding(
@@ -88,9 +88,11 @@ def keep_rounding(
 def first_correction(
     p: torch.Tensor,  # the parameter, not stepped yet
     bits: int | None,  # width of its correction
+    keep: bool = False,  # leave it where it is; else it is handed out once
 ) -> torch.Tensor | None:  # int8 or int16; None where nothing is known
-    "What was rounded away when the parameter was cast, if its weights are still those; it is handed out once."
-    rho, known = p.__dict__.pop("_rounded_away", (None, None))
+    "What was rounded away when the parameter was cast, if its weights are still those."
+    rho, known = p.__dict__.get("_rounded_away", (None, None))
+    if not keep: p.__dict__.pop("_rounded_away", None)
     if rho is None or not bits or rho.shape != p.shape or known != _fingerprint(p): return None
     rho = rho.to(p.device)
     return rho if bits == 8 else (rho.double() * (CODES[16] / CODES[8])).round().to(INTEGERS[16])

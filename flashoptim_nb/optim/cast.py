@@ -8,6 +8,7 @@ __all__ = ['cast_model']
 # %% ../../nbs/03_optim/07_cast.ipynb #699bd7b6
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import nn
@@ -37,6 +38,9 @@ def _recast(x, dtype):
     return type(x)(_recast(v, dtype) for v in x) if type(x) in (tuple, list) else x
 
 
+def _narrow_output(dtype, module, args, out): return _recast(out, dtype)
+
+
 def _fp32_inputs(module, args, kwargs): return _recast(args, torch.float32), _recast(kwargs, torch.float32)
 
 # %% ../../nbs/03_optim/07_cast.ipynb #b8a6763f
@@ -51,6 +55,8 @@ def cast_model(
     "Casts a model for training with a Flash optimizer; tied parameters stay tied. Raises `UserError` for other dtypes and for names that match nothing."
     if not isinstance(model, nn.Module): raise UserError(f"cast_model of a {type(model).__name__}: give the model itself, a torch.nn.Module")
     if dtype not in (torch.bfloat16, torch.float16): raise UserError(f"cast_model to {dtype}: choose torch.bfloat16 or torch.float16")
+    if isinstance(full_precision_layers, str): full_precision_layers = [full_precision_layers]
+    if isinstance(full_precision_recast_layers, str): full_precision_recast_layers = [full_precision_recast_layers]
     keep, recast = _chosen(model, full_precision_layers), _chosen(model, full_precision_recast_layers)
     norms = [m for m in model.modules() if selective and isinstance(m, _NormBase)]
     whole = {m for chosen in (*keep, *recast, *norms) for m in chosen.modules()}
@@ -63,4 +69,4 @@ def cast_model(
         if getattr(m, "_has_fp32_input_hook", False): continue
         m.register_forward_pre_hook(_fp32_inputs, with_kwargs=True)
         m._has_fp32_input_hook = True
-        if m not in keep: m.register_forward_hook(lambda module, args, out: _recast(out, dtype))
+        if m not in keep: m.register_forward_hook(partial(_narrow_output, dtype))

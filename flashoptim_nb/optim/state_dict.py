@@ -18,7 +18,7 @@ from ..base.errors import UserError
 from ..kernels.codec import GROUP, dequantize_m, dequantize_v, quantize_m, quantize_v
 from ..kernels.split import INTEGERS, compute_ecc_bits, decode, encode
 from .base import FlashOptimizer
-from .batches import correction_bits, new_state
+from .batches import correction_bits, first_correction, new_state
 from .shards import like, local, scale_shape, scales_like
 
 # %% ../../nbs/03_optim/03_state_dict.ipynb #e9813702
@@ -90,6 +90,7 @@ def _correction(opt, p, saved, widened, where):
     "The correction of one parameter in this optimizer's width; an empty dict where it keeps none."
     bits, rho = correction_bits(p.dtype, opt.master_weight_bits), saved.get("error_bits")
     if bits is None: return {}
+    if rho is None and (rounded := first_correction(p, bits, keep=True)) is not None: return {"error_bits": rounded.clone()}
     if rho is None: return {"error_bits": like(p, torch.zeros(local(p).shape, dtype=INTEGERS[bits], device=p.device))}
     if rho.shape != p.shape or rho.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
         raise StateError(f"{where}: error_bits is {rho.dtype} {tuple(rho.shape)}; int8 or int16 {tuple(p.shape)} is needed")
@@ -98,6 +99,14 @@ def _correction(opt, p, saved, widened, where):
         narrow = local(p.detach())
         rho = like(p, compute_ecc_bits(decode(narrow, local(rho)), narrow, 2 + bits // 8))
     return {"error_bits": rho.contiguous()}
+
+
+def _steps(saved, where):
+    "Steps that a parameter has taken; torch's SGD counts none, and what has a state took one."
+    try: t = float(saved.get("step", 1))
+    except (TypeError, ValueError, RuntimeError): t = float("nan")
+    if not 0 <= t < float("inf"): raise StateError(f"{where}: step is {saved['step']!r}; a number of steps, 0 or more, is needed: the checkpoint is damaged")
+    return t
 
 
 def _is_widened(states):
@@ -132,13 +141,16 @@ def load_state_dict(
     sizes, wanted = [len(g["params"]) for g in groups], [len(g["params"]) for g in self.param_groups]
     if sizes != wanted: raise StateError(f"the state dict has groups of {sizes} parameters, the optimizer {wanted}: build it from the same model and groups")
     pairs = [(n, i, p) for n, (g, own) in enumerate(zip(groups, self.param_groups)) for i, p in zip(g["params"], own["params"])]
+    if strange := saved.keys() - {i for _, i, _ in pairs}:
+        raise StateError(f"the state dict has a state of {next(iter(strange))!r}, which none of its groups names: parameters are numbered by integers, which JSON for one makes into strings")
     for n, g in enumerate(groups): _check_kind(self, g, f"group {n} of the state dict")
     widened, counters, state = _is_widened(saved), {}, {}
     for n, i, p in pairs:
         if not saved.get(i): continue
         if any(key.startswith("exp_avg_sq") for key in saved[i]) and "exp_avg_sq" not in self.moments:
             raise StateError(f"parameter {i} has a second moment, which {type(self).__name__} does not keep: this is the state of another kind of optimizer")
-        where, t = f"parameter {i}", float(saved[i].get("step", 1))  # torch's SGD counts no steps; what has a state took one
+        where = f"parameter {i}"
+        t = _steps(saved[i], where)
         step = counters.setdefault((n, p.device, t),  # a counter belongs to one group: each group that steps advances its own
                                     torch.full((), t, dtype=torch.float32, device=p.device))
         state[p] = {"step": step} | _correction(self, p, saved[i], widened, where)
@@ -146,6 +158,7 @@ def load_state_dict(
     for own, g in zip(self.param_groups, groups): self.check_group(own | {k: v for k, v in g.items() if k != "params"})
     for own, g in zip(self.param_groups, groups): own.update({k: v for k, v in g.items() if k not in ("params", "param_names")})
     self.state.clear(); self.state.update(state)
+    for p in state: first_correction(p, None)  # what casting kept for a first state is not needed any more
     self._largest = {}
     self.forget()
 
@@ -160,7 +173,9 @@ def get_fp32_model_state_dict(
     params = dict(model.named_parameters(remove_duplicate=False))
     out = {}
     for name, t in model.state_dict().items():
-        rho = self.state.get(params.get(name), {}).get("error_bits")
+        p = params.get(name)
+        rho = self.state.get(p, {}).get("error_bits")
+        if rho is None and p is not None and p not in self.state: rho = first_correction(p, correction_bits(p.dtype, self.master_weight_bits), keep=True)
         out[name] = like(t, decode(local(t), local(rho))) if rho is not None else t.float().clone() if t.is_floating_point() else t.clone()
     return out
 
