@@ -527,3 +527,9 @@ def test_a_cast_model_can_be_pickled():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     cast_model(model)
     assert torch.equal(pickle.loads(pickle.dumps(model))[0].weight, model[0].weight)
+
+
+def test_nadams_state_is_refused():
+    _, nadam = stepped(lambda m: torch.optim.NAdam(m.parameters()))
+    _, optimizer = stepped(lambda m: FlashAdamW(m.parameters()))
+    with pytest.raises(StateError, match="NAdam"): optimizer.load_state_dict(nadam.state_dict())

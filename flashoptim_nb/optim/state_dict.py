@@ -120,6 +120,7 @@ _KINDS = {frozenset({"betas", "eps"}): "Adam or AdamW", frozenset({"betas"}): "L
 
 def _check_kind(opt, group, where):
     "Raises `StateError` for a saved group of another kind of optimizer; one without any telling option keeps the optimizer's own."
+    if "momentum_decay" in group: raise StateError(f"{where} was saved by NAdam, whose moments mean something else: start without it")
     saved, own = (frozenset().union(*_KINDS).intersection(options) for options in (group, opt.defaults))
     if not saved or saved == own: return
     raise StateError(f"{where} was saved by {_KINDS.get(saved, 'another kind of optimizer')} (it has {', '.join(sorted(saved))}), another kind than {type(opt).__name__}, "
