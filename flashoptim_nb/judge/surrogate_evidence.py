@@ -106,7 +106,7 @@ def _capacity_ratio(e: Evidence, q: Q) -> Estimate:
     told = f"{a['fits']:,} against {b['fits']:,} parameters" + (f", in a budget of {a['budget'] / 2**30:.3g} GiB" if a["budget"] != BUDGET and a["budget"] else "")
     value = a["fits"] / b["fits"]
     found = Estimate(value=value, lo=a["fits"] / (b["fails"] or b["fits"]), hi=(a["fails"] or a["fits"]) / b["fits"], n=1, records=_names(rows), note=told)
-    return opened(found, "no larger model was tried", less=b["fails"] is None, more=a["fails"] is None)
+    return opened(found, "no larger model is known not to fit", less=b["fails"] is None, more=a["fails"] is None)
 
 # %% ../../nbs/08_judge/04a_surrogate_evidence.ipynb #67a8d1e5
 def _error_rows(found: list, target: str, how: list[str]) -> tuple[bool, list]:
