@@ -18,6 +18,7 @@ from ..base.config import content_hash
 from ..base.errors import UserError, choose
 from ..base.machine import pick_device, provenance
 from ..base.records import REHEARSAL, RunWriter, only_writer, study_name
+from .h2runs import keep_search
 from ..judge.criteria import CRITERIA_HASH
 from ..measure.largest import largest
 from ..measure.molecules import benchmark_molecules
@@ -103,7 +104,5 @@ def bench_largest(
     for config in configs:
         with _recorded(out, where, f"largest-{batch}-{config}", config, dict(batch=batch, budget=budget), domain.data_hash, "molecules", "largest") as writer:
             row, tries = largest(domain, CONFIGS[config], recipe, budget, where)
-            for one in tries: writer.append("search", **one)
-            writer.append("largest", **row)
-            print(f"{config}: " + (f"{row['parameters']:,} parameters" if row["width"] else row["note"]), flush=True)
+            print(f"{config}: {keep_search(writer, row, tries)}", flush=True)
     return writer.folder.parent

@@ -22,7 +22,7 @@ from rich.console import Console
 from ..base.config import content_hash
 from ..base.errors import UserError, choose
 from ..base.records import ROWS, RunWriter, read_study
-from .h2runs import Epochs, Held, SurrogateSpec, labels as label_rows, speed, surrogate_spec, task_of
+from .h2runs import Epochs, Held, SurrogateSpec, keep_search, labels as label_rows, speed, surrogate_spec, task_of
 from .h2scales import ARMS, CONDITIONS, SurrogateScale, load_domain, narrow
 from .journal import Journal
 from .runs import end_at_once, header as header_of, is_done
@@ -102,7 +102,7 @@ class SurrogateStudy(Journal):
         if minutes is not None and minutes <= 0: raise UserError(f"{minutes:g} minutes were given; more than 0 are needed, or leave --minutes out")
         if scale.budget <= 0: raise UserError(f"a budget of {scale.budget} bytes for the largest model; it has to be above 0")
         until = time.monotonic() + 60 * minutes if minutes else float("inf")
-        self.whole, self.given = scale, dict(out=str(out), device=device, domains=domains, configs=configs, arms=arms)
+        self.whole, self.given = scale, dict(out=str(out), device=device, domains=domains, configs=configs, arms=arms, graphs=graphs)
         super().__init__(narrow(scale, domains, configs), out, device, lambda: stopped() or time.monotonic() > until, console)
         self.arms, self.workers, self.graphs, self.loaded = tuple(arms or ARMS), workers, graphs, {}
 
@@ -191,10 +191,9 @@ def train(self: SurrogateStudy, spec: SurrogateSpec, domain):
 def largest(self: SurrogateStudy, spec: SurrogateSpec, domain):
     row, tries = largest_of(domain, spec.precision, spec.recipe, spec.budget, self.device, most=self.scale.parts[spec.role].tries, stopped=self.check_stop)
     writer = RunWriter(self.folder / spec.id, header=self.header(spec))
-    for one in tries: writer.append("search", **one)
-    writer.append("largest", **row)
+    found = keep_search(writer, row, tries)
     writer.end("finished" if row["width"] else "oom", "" if row["width"] else row["note"])
-    self.console.print(f"  {spec.id}: " + (f"{row['parameters']:,} parameters" if row["width"] else row["note"]))
+    self.console.print(f"  {spec.id}: {found}")
 
 @patch
 def labels(self: SurrogateStudy, spec: SurrogateSpec, domain):
@@ -258,7 +257,7 @@ def together(self: SurrogateStudy, specs: list[SurrogateSpec]) -> int:
     tasks, done, stop = context.Queue(), context.Queue(), context.Event()
     for spec in specs: tasks.put((spec.role, spec.arm, spec.config, spec.seed))
     for _ in range(workers): tasks.put(None)
-    crew = [context.Process(target=_work, args=(self.whole, self.given | dict(workers=self.workers, graphs=self.graphs), tasks, done, stop), daemon=True) for _ in range(workers)]
+    crew = [context.Process(target=_work, args=(self.whole, self.given | dict(workers=self.workers), tasks, done, stop), daemon=True) for _ in range(workers)]
     for one in crew: one.start()
     try: failed, told = self.watch(crew, done, stop)
     finally:

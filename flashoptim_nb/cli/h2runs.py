@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DFT_SECONDS', 'MOLECULES', 'SurrogateSpec', 'surrogate_spec', 'task_of', 'Epochs', 'Held', 'solutions', 'measured',
-           'graphed', 'speed', 'Relabelled', 'label_ways', 'labels']
+           'graphed', 'speed', 'keep_search', 'Relabelled', 'label_ways', 'labels']
 
 # %% ../../nbs/10_cli/06b_h2runs.ipynb #6a70c003
 import dataclasses
@@ -205,6 +205,16 @@ def speed(
     writer.end(status, reason)
 
 # %% ../../nbs/10_cli/06b_h2runs.ipynb #6a70c00f
+def keep_search(
+    writer: RunWriter,
+    row: dict, tries: list[dict],  # from `measure.largest.largest`
+) -> str:
+    "Appends the tries of a search and what it found; returns that in words."
+    for one in tries: writer.append("search", **one)
+    writer.append("largest", **row)
+    return f"{row['parameters']:,} parameters" if row["width"] else row["note"]
+
+# %% ../../nbs/10_cli/06b_h2runs.ipynb #6a70c01f
 class Relabelled:
     "A domain with some of its training rows, perhaps under other labels; validation and test stay."
     def __init__(self, domain: Domain, rows: np.ndarray, y: torch.Tensor | None = None):

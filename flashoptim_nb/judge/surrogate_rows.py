@@ -72,9 +72,13 @@ def largest(run: Run) -> dict | None:
     budget = last.get("budget") or next((row["budget"] for row in tried if row.get("budget")), None)
     return dict(fits=max(fits), fails=min(above, default=None), budget=budget, batch=last.get("batch"), tried=len(tried))
 
+def _at_its_pace(epoch: dict) -> bool:
+    "Whether an epoch had the device for itself and launched its steps, as the protocol does."
+    return (epoch.get("workers") or 1) == 1 and not epoch.get("graphed")
+
 def epoch_seconds(run: Run) -> float | None:
-    "Median over the epochs during which the run had the device for itself and launched its steps, as the protocol does; the first, which compiles and warms up, only counts where it is the only one."
-    found = [row["seconds"] for row in run.of("epoch") if _number(row.get("seconds")) and (row.get("workers") or 1) == 1 and not row.get("graphed")]
+    "Median over the epochs at the protocol's pace; the first, which compiles and warms up, only counts where it is the only one."
+    found = [row["seconds"] for row in run.of("epoch") if _number(row.get("seconds")) and _at_its_pace(row)]
     return median(found[1:] or found) if found else None
 
 # %% ../../nbs/08_judge/02b_surrogate_rows.ipynb #b2847a5e
@@ -96,7 +100,7 @@ def surrogate_row(
     peaks, speeds = _by_batch(run, "memory", "peak"), _by_batch(run, "throughput", "samples_per_s")
     return dict(recipe=content_hash({key: value for key, value in recipe.items() if key != "micro"}), batch=recipe.get("batch", BATCHES[0]),
                 parameters=settings.get("parameters"), epochs=len(epochs), samples=samples // max(1, len(epochs)),
-                shared=any((row.get("workers") or 1) > 1 or row.get("graphed") for row in epochs),
+                shared=not all(map(_at_its_pace, epochs)),
                 errors=errors(run), solutions=solutions(run), epoch_seconds=epoch_seconds(run), scales=scales(run), grown=stuck(run) or grown([row.get("loss") for row in run.of("step")]),
                 peaks={batch: row["peak"] for batch, row in peaks.items()}, sizes={batch: row.get("parameters") for batch, row in peaks.items()},
                 speeds={batch: row["samples_per_s"] for batch, row in speeds.items()}, largest=largest(run))

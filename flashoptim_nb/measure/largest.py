@@ -41,7 +41,6 @@ def roomy(
 ):
     "Raises `UserError` unless as much as the budget is free on a GPU, for otherwise a failure says nothing about the budget."
     if device.type != "cuda": return
-    free(device)
     left = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if left < budget: raise UserError(f"other processes leave {left / 2**30:.1f} GiB of the device, less than the budget of {budget / 2**30:.1f} GiB; search when it is free")
 

@@ -24,7 +24,7 @@ def _chosen(
 ) -> list[nn.Module]:
     "The modules that patterns or references name; raises `UserError` where one names none."
     found = []
-    for layer in layers or ():
+    for layer in [layers] if isinstance(layers, str) else layers or ():
         hits = [m for name, m in model.named_modules() if m is layer or isinstance(layer, str) and fnmatchcase(name, layer)]
         if not hits: raise UserError(f"no layer of the model matches {layer!r}; names are full dotted ones, such as {', '.join(n for n, _ in list(model.named_modules())[1:4])}")
         found += hits
@@ -55,8 +55,6 @@ def cast_model(
     "Casts a model for training with a Flash optimizer; tied parameters stay tied. Raises `UserError` for other dtypes and for names that match nothing."
     if not isinstance(model, nn.Module): raise UserError(f"cast_model of a {type(model).__name__}: give the model itself, a torch.nn.Module")
     if dtype not in (torch.bfloat16, torch.float16): raise UserError(f"cast_model to {dtype}: choose torch.bfloat16 or torch.float16")
-    if isinstance(full_precision_layers, str): full_precision_layers = [full_precision_layers]
-    if isinstance(full_precision_recast_layers, str): full_precision_recast_layers = [full_precision_recast_layers]
     keep, recast = _chosen(model, full_precision_layers), _chosen(model, full_precision_recast_layers)
     norms = [m for m in model.modules() if selective and isinstance(m, _NormBase)]
     whole = {m for chosen in (*keep, *recast, *norms) for m in chosen.modules()}

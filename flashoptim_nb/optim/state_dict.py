@@ -115,12 +115,11 @@ def _is_widened(states):
     return all(r.dtype == torch.int8 or not isinstance(r, DTensor) and (not r.numel() or r.abs().max() <= 127) for r in rhos)
 
 # %% ../../nbs/03_optim/03_state_dict.ipynb #a17c9e54
-_KINDS = {frozenset({"betas", "eps"}): "Adam or AdamW", frozenset({"betas"}): "Lion", frozenset({"momentum"}): "SGD"}
+_KINDS = {frozenset({"betas", "eps"}): "Adam or AdamW", frozenset({"betas", "eps", "momentum_decay"}): "NAdam", frozenset({"betas"}): "Lion", frozenset({"momentum"}): "SGD"}
 
 
 def _check_kind(opt, group, where):
     "Raises `StateError` for a saved group of another kind of optimizer; one without any telling option keeps the optimizer's own."
-    if "momentum_decay" in group: raise StateError(f"{where} was saved by NAdam, whose moments mean something else: start without it")
     saved, own = (frozenset().union(*_KINDS).intersection(options) for options in (group, opt.defaults))
     if not saved or saved == own: return
     raise StateError(f"{where} was saved by {_KINDS.get(saved, 'another kind of optimizer')} (it has {', '.join(sorted(saved))}), another kind than {type(opt).__name__}, "

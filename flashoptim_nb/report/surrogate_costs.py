@@ -19,6 +19,7 @@ from ..judge.surrogate_rows import crowded, largest
 from .charts import byte_unit, titled
 from .rows import named_runs, rows_of, show_rows, summarize
 from .shown import Shown, load_runs, told
+from .surrogates import h2_runs
 from ..train.precision import CONFIGS
 
 # %% ../../nbs/09_report/04c_surrogate_costs.ipynb #7b100006
@@ -33,7 +34,7 @@ def memory_rows(
     configs: tuple[str, ...] | None = None,  # only these
 ) -> pd.DataFrame:
     "Rows `memory` of a domain at a batch; what ran out of memory has no peak."
-    runs = load_runs(hypothesis="h2") if runs is None else list(runs)
+    runs = h2_runs(runs)
     where = dict(role=domain, arm="speed") | (dict(config=configs) if configs else {})
     both = [rows for kind in ("memory", "oom") if not (rows := rows_of(kind, runs, every_scale=True, **where)).empty]
     if not both: return pd.DataFrame()
@@ -52,7 +53,7 @@ def show_memory(
     configs: tuple[str, ...] | None = None,
 ) -> Shown:
     "Peaks as a table, averaged over the repeats, beside fp32's at the same batch where the model is the same."
-    runs = load_runs(hypothesis="h2") if runs is None else list(runs)
+    runs = h2_runs(runs)
     rows = memory_rows(domain, batch, runs, configs)
     if not rows.empty:
         rows = rows.assign(fixed=rows[["weights", "gradients", "masters", "states"]].sum(axis=1) / rows["peak"], of=rows["activations"] / rows["peak"])
@@ -72,7 +73,7 @@ def search_rows(
     runs: Iterable[Run] | None = None,
 ) -> pd.DataFrame:
     "Each width that was tried under the budget."
-    return in_order(rows_of("search", load_runs(hypothesis="h2") if runs is None else runs, role=domain, arm="largest"))
+    return in_order(rows_of("search", h2_runs(runs), role=domain, arm="largest"))
 
 OUTCOMES = ["fits", "does not fit", "not counted: others filled the device"]
 
@@ -101,7 +102,7 @@ def show_tries(
     runs: Iterable[Run] | None = None,
 ) -> Shown:
     "The same as a table that unfolds."
-    runs = load_runs(hypothesis="h2") if runs is None else list(runs)
+    runs = h2_runs(runs)
     rows = search_rows(domain, runs)
     if rows.empty: return Shown("<p>No try is recorded.</p>", "No try is recorded.")
     rows = rows.assign(peak=rows["peak"].astype(float) / 2**20, outcome=outcomes(rows), reason=rows["reason"].str.slice(0, 160))
@@ -114,7 +115,7 @@ def show_largest(
     runs: Iterable[Run] | None = None,
 ) -> Shown:
     "The largest model of each configuration, and how many times larger than fp32's it is."
-    runs = load_runs(hypothesis="h2") if runs is None else list(runs)
+    runs = h2_runs(runs)
     rows = in_order(rows_of("largest", runs, role=domain, arm="largest"))
     if not rows.empty:
         found = {run.header["config"]: largest(run) for run in named_runs(rows, runs)}
@@ -135,7 +136,7 @@ def told_aims(
     runs: Iterable[Run],  # of the benchmarks
 ) -> Shown:
     "Whether each aim was reached, in a sentence."
-    found = {run.header["config"]: (largest(run), run) for run in runs if run.header["arm"] == "largest" and largest(run)}
+    found = {run.header["config"]: (one, run) for run in runs if run.header["arm"] == "largest" and (one := largest(run))}
     if "fp32" not in found: return told("Not measured.", [])
     base = found["fp32"][0]["fits"]
     def said(config, aim):
@@ -152,7 +153,7 @@ def pace_rows(
     runs: Iterable[Run] | None = None,
 ) -> pd.DataFrame:
     "Rows of time: config, seed, batch, way (`launched` one by one, or replayed from a `graph`), ms, samples_per_s, reason."
-    runs = load_runs(hypothesis="h2") if runs is None else list(runs)
+    runs = h2_runs(runs)
     ways = [rows.assign(way=way) for kind, way in dict(throughput="launched", graphed="graph").items() if not (rows := rows_of(kind, runs, role=domain, arm="speed")).empty]
     if not ways: return pd.DataFrame()
     return in_order(pd.concat(ways, ignore_index=True).assign(reason=lambda d: d["reason"].fillna("") if "reason" in d else ""))
@@ -181,7 +182,7 @@ def show_pace(
     runs: Iterable[Run] | None = None,
 ) -> Shown:
     "Times as a table; configurations that no graph could be made of say why."
-    runs = load_runs(hypothesis="h2") if runs is None else list(runs)
+    runs = h2_runs(runs)
     heads = dict(scale="scale", config="configuration", batch="batch", parameters="parameters", ms="ms", speed="speed over fp32's", growth=f"times the ms at batch {BATCHES[0]}", graph="ms from a graph", graph_speed="so, over fp32's", gain="gain", bound="bound by", why="no graph because")
     return show_rows(pace_table(pace_rows(domain, runs)), heads, "throughput", runs, f"No time of a step in {domain} is recorded.", dict(ms=",.2f", graph=",.2f", speed=".2f", graph_speed=".2f", gain=".2f", growth=".2f", parameters=",.0f"))
 
@@ -204,7 +205,7 @@ def told_launches(
     runs: Iterable[Run] | None = None,
 ) -> Shown:
     "Whether the steps of a domain wait for launches, at each batch."
-    runs = load_runs(hypothesis="h2") if runs is None else list(runs)
+    runs = h2_runs(runs)
     rows = pace_rows(domain, runs)
     table, said = pace_table(rows), []
     for batch, part in table.groupby("batch") if not table.empty else ():

@@ -19,8 +19,9 @@ from ..judge.table import evidence_table
 from ..judge.verdict import DECIDED, NOT_APPLICABLE, side_text, value_text
 from .charts import estimates, thin, titled
 from .rows import named_runs, rows_of, show_rows, summarize
-from .shown import Shown, load_runs, provenance_note, told
+from .shown import Shown, provenance_note, told
 from .surrogate_costs import in_order
+from .surrogates import h2_runs
 from .tables import judged, part_frame, part_text, runs_of
 
 # %% ../../nbs/09_report/04e_surrogate_verdicts.ipynb #7b200006
@@ -44,7 +45,7 @@ def show_stability(
     **where,
 ) -> Shown:
     "Training runs by domain and configuration: steps, skipped steps, loss scale, and how many diverged."
-    runs = load_runs(hypothesis="h2") if runs is None else list(runs)
+    runs = h2_runs(runs)
     rows = stability_rows(runs, **where)
     table = summarize(rows, ["role", "config"], n=("run", "nunique"), steps=("steps", "sum"), skipped=("skipped", "sum"), above=("above", "mean"), least=("least", "min"), last=("last", "median"), diverged=("diverged", "sum"))
     heads = dict(scale="scale", role="domain", config="configuration", n="runs", steps="steps", skipped="skipped", above="steps with a scale above 1", least="least scale", last="median scale at the end", diverged="runs that diverged")
@@ -56,7 +57,7 @@ def scale_rows(
     runs: Iterable[Run] | None = None,
 ) -> pd.DataFrame:
     "Steps of the runs that have a loss scale."
-    rows = rows_of("step", load_runs(hypothesis="h2") if runs is None else runs, arm="train", role=domain, config=("mixed_fp16", "mixed_fp16_static"))
+    rows = rows_of("step", h2_runs(runs), arm="train", role=domain, config=("mixed_fp16", "mixed_fp16_static"))
     return rows if rows.empty else rows.dropna(subset=["loss_scale"])
 
 def scale_lines(
@@ -79,7 +80,7 @@ def solution_rows(
     **where,  # header fields: role, config
 ) -> pd.DataFrame:
     "Rows `solution` of one scale and device, `attempt` being the optimizer's run; what could not be verified has objective 0."
-    runs = load_runs(hypothesis="h2") if runs is None else list(runs)
+    runs = h2_runs(runs)
     having = [run for run in runs if run.of("solution")]
     place = rows_of("end", having, arm="train", **where)
     beside = ("run", "study", "scale", "device", "role", "arm", "config", "seed")
@@ -114,7 +115,7 @@ def harm_rows(
 
 def show_harms(runs: Iterable[Run] | None = None) -> Shown:
     "The same as a table."
-    runs = load_runs(hypothesis="h2") if runs is None else list(runs)
+    runs = h2_runs(runs)
     return show_rows(harm_rows(runs), dict(domain="domain", id="criterion", title="about") | {stack: stack for stack in (H2.stack, *H2.others)}, "harm", runs, "Nothing is judged.")
 
 # %% ../../nbs/09_report/04e_surrogate_verdicts.ipynb #7b20000f
@@ -126,7 +127,7 @@ def _why(entry: dict) -> str:
 
 def show_open(runs: Iterable[Run] | None = None) -> Shown:
     "Criteria without a decision on each side, and why."
-    runs = load_runs(hypothesis="h2") if runs is None else list(runs)
+    runs = h2_runs(runs)
     rows = [dict(side=side_text(e), id=e["id"], title=e["title"], status=e["status"], why=why if len(why := _why(e) or "") <= 400 else why[:400].rsplit(" ", 1)[0] + " ...", scale=e["scale"] or "", runs=e["records"])
             for e in judged(runs, H2) if e["kind"] != "overall" and e["status"] not in (*DECIDED, NOT_APPLICABLE)]
     return show_rows(pd.DataFrame(rows), dict(side="verdict", id="criterion", title="about", status="status", why="because"), "open", runs, "Every criterion that applies is decided.")
@@ -142,7 +143,7 @@ def _told(entries: list[dict], kinds: tuple[str, ...], status: str) -> list[str]
 
 def told_verdict(runs: Iterable[Run] | None = None) -> Shown:
     "Why the verdict on each side is what it is, and what would have to change, in a paragraph each; from the judge's entries alone."
-    runs = load_runs(hypothesis="h2") if runs is None else list(runs)
+    runs = h2_runs(runs)
     entries, said, used = judged(runs, H2), [], set()
     for whole in (e for e in entries if e["kind"] == "overall"):
         mine = [e for e in entries if e["side"] == whole["side"] and e["kind"] != "overall"]
@@ -164,7 +165,7 @@ def side_rows(
     runs: Iterable[Run] | None = None,
 ) -> pd.DataFrame:
     "A row for each place at which a quantity was measured, on each side: as `part_frame`, named by the place, `against` being the precision."
-    found = part_frame(*ids, runs=load_runs(hypothesis="h2") if runs is None else runs)
+    found = part_frame(*ids, runs=h2_runs(runs))
     if found.empty: return found
     found = found[found["what"].str.startswith(f"{name}[")]
     return found.assign(what=found["what"].str[len(name) + 1 : -1], against=found["stack"])
