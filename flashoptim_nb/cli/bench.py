@@ -22,7 +22,7 @@ from .h2runs import keep_search
 from ..judge.criteria import CRITERIA_HASH
 from ..measure.largest import largest
 from ..measure.molecules import benchmark_molecules
-from ..measure.optimizers import PEERS, TENSOR_SETS, benchmark, row_text
+from ..measure.optimizers import PEERS, TENSOR_SETS, benchmark, released_peak, row_text
 from ..train.molecules import MoleculeDomain, load_molecules
 from ..train.precision import CONFIGS
 from ..train.surrogate import SurrogateRecipe
@@ -64,6 +64,9 @@ def bench(
         for row in benchmark(where, works, names, times):
             writer.append("optimizer", **row)
             print(row_text(row), flush=True)
+        for work in works if "FlashAdamW" in names else ():
+            writer.append("released", **(row := released_peak(work, where)))
+            print(f"{work:6} FlashAdamW, released: {row['between']:.3f} B a parameter between steps, at the peak {row['peak'] or float('nan'):.3f}, of them the largest gradient {row['largest_gradient']:.3f}", flush=True)
     return writer.folder
 
 # %% ../../nbs/10_cli/07_bench.ipynb #41c7be04

@@ -130,10 +130,10 @@ def header(self: SurrogateStudy, spec: SurrogateSpec) -> dict:
 
 @patch
 def stage_specs(self: SurrogateStudy, runs) -> Iterator[SurrogateSpec]:
-    "The runs of some arms of one domain: all seeds of a configuration, one after the other."
+    "The runs of some arms of one domain: all seeds of a configuration, one after the other; times that are compared with each other, one after the other."
     for role, arm, configs in runs:
-        for config in configs:
-            for seed in seeds_of(self.scale, role, arm): yield self.spec(role, arm, config, seed)
+        pairs = [(config, seed) for config in configs for seed in seeds_of(self.scale, role, arm)]
+        for config, seed in sorted(pairs, key=lambda pair: pair[1]) if arm == "speed" else pairs: yield self.spec(role, arm, config, seed)
 
 # %% ../../nbs/10_cli/06c_h2.ipynb #6a80c00e
 @dataclass(frozen=True, kw_only=True)

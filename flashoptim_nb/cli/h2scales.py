@@ -120,9 +120,9 @@ LAPTOP = SurrogateScale(
 _FEW = dict(gflownet=4, bayes=4)  # REINFORCE decides
 GPU = SurrogateScale(
     name="gpu", purpose="errors, memory, speed and solutions on one GPU", enforced=False, device="cuda", seeds=(0, 1, 2, 3, 4), accelerator=H200,
-    parts={"molecules": SurrogatePart(load="gpu", timed=10, configs=MOLECULES, searched=SEARCHED + tuple(FUSED), labels=("fp32", "mixed_bf16", "flash"), limits=dict(config="published"), recipe=SurrogateRecipe(epochs=2, schedule="cosine"), solve=Solve(runs=20, few=_FEW)),
-           "aerodynamics": SurrogatePart(load="gpu", timed=10, recipe=SurrogateRecipe(epochs=20, schedule="cosine"), solve=Solve(runs=20, few=_FEW, most=8), labels=("fp32", "mixed_bf16", "flash")),
-           "combinatorial": SurrogatePart(load="gpu", timed=10, recipe=SurrogateRecipe(epochs=2, schedule="cosine"), solve=Solve(runs=20, few=_FEW, most=8)),
+    parts={"molecules": SurrogatePart(load="gpu", timed=10, repeats=5, configs=MOLECULES, searched=SEARCHED + tuple(FUSED), labels=("fp32", "mixed_bf16", "flash"), limits=dict(config="published"), recipe=SurrogateRecipe(epochs=2, schedule="cosine"), solve=Solve(runs=20, few=_FEW)),
+           "aerodynamics": SurrogatePart(load="gpu", timed=10, repeats=5, recipe=SurrogateRecipe(epochs=20, schedule="cosine"), solve=Solve(runs=20, few=_FEW, most=8), labels=("fp32", "mixed_bf16", "flash")),
+           "combinatorial": SurrogatePart(load="gpu", timed=10, repeats=5, recipe=SurrogateRecipe(epochs=2, schedule="cosine"), solve=Solve(runs=20, few=_FEW, most=8)),
            "drugs": SurrogatePart(load="gpu", timed=10, configs=CONDITIONS, searched=(), recipe=SurrogateRecipe(epochs=10, schedule="cosine"), solve=Solve(runs=20, few=_FEW))},
     budget=24 << 30, keep=10,
     cut=("epochs 100 -> 2 (molecules), 20 (aerodynamics), 2 (combinatorial), 10 (drugs), with a cosine instead of a constant learning rate", "molecules: 110,000 training rows -> the 20,179 of the shipped 24,000; hidden 256 and 6 blocks -> the published 128 and 4", "true evaluations a run, of airfoils and partial sets, 20 -> 8", "100 runs of GFlowNet and of Bayesian optimization -> 20 (4 for each surrogate)"))

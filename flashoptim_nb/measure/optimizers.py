@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TENSOR_SETS', 'KW', 'PEERS', 'gpt_shapes', 'Peer', 'parameters', 'state_bytes', 'copy_rate', 'timed', 'measure_peer',
-           'benchmark', 'row_text']
+           'released_peak', 'benchmark', 'row_text']
 
 # %% ../../nbs/07_measure/08_optimizers.ipynb #ddcf7b63
 import importlib
@@ -20,7 +20,7 @@ import torch
 from .. import __version__
 from ..base.errors import UserError, choose
 from .timing import Stopwatch
-from ..optim import FlashAdam, FlashAdamW, FlashLion, FlashSGD
+from ..optim import FlashAdam, FlashAdamW, FlashLion, FlashSGD, enable_gradient_release
 
 # %% ../../nbs/07_measure/08_optimizers.ipynb #29cd79ad
 def gpt_shapes(
@@ -195,6 +195,24 @@ def measure_peer(
     except Exception as error: return row | dict(reason=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")  # another package's own failure
 
 # %% ../../nbs/07_measure/08_optimizers.ipynb #6aac683b
+def released_peak(
+    work: str,  # of `TENSOR_SETS`
+    device: torch.device | str,
+) -> dict:
+    "What FlashAdamW holds under gradient release, in bytes a parameter: between steps, and at a step's peak, when one gradient at a time is alive (None where the device does not count)."
+    params = parameters(work, torch.bfloat16, device)
+    for p in params: p.grad = None
+    model = torch.nn.ParameterList(params)
+    opt = FlashAdamW(params, **KW["adamw"])
+    enable_gradient_release(model, opt)
+    def step():
+        torch.stack([p.sum() for p in params]).sum().backward()
+        opt.step()
+    step()  # states come with the first
+    n, held, hidden = sum(p.numel() for p in params), sum(p.nbytes for p in params) + state_bytes(opt, params), _hidden(step, device)
+    return dict(optimizer="FlashAdamW", work=work, parameters=n, between=held / n, peak=None if hidden is None else (held + hidden) / n, largest_gradient=max(p.nbytes for p in params) / n)
+
+# %% ../../nbs/07_measure/08_optimizers.ipynb #6aac683c
 def benchmark(
     device: torch.device | str,
     works: Iterable[str] = ("124M", "1.3B", "small"),

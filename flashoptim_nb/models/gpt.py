@@ -173,6 +173,7 @@ class GPT(nn.Module):
         config: GPTConfig,
         attention: str = "eager",  # a name of kernels.attention; resolve "best" first
         checkpointing: str = "none",  # or "selective", "full"
+        stream: torch.dtype | None = None,  # of what the layers add to; None: the embedding's
     ):
         super().__init__()
         choose("attention", attention, ATTENTION), choose("checkpointing", checkpointing, CHECKPOINTING)
@@ -182,7 +183,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(c, attention, checkpointing) for _ in range(c.n_layer))
         self.norm_f = _norm(c)
         if not c.tied: self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
-        self._losses = dict(LOSSES)
+        self._losses, self.stream = dict(LOSSES), stream
 
     @property
     def head_weight(self) -> nn.Parameter:
@@ -201,6 +202,7 @@ def hidden(
     x_BTD, rotary = self.wte(tokens_BT), None
     if c.style == "gpt2": x_BTD = x_BTD + self.wpe.weight[:T]
     else: rotary = rotary_table(T, c.head_dim, c.rope_theta, x_BTD.device, torch.promote_types(x_BTD.dtype, torch.float32))
+    if self.stream: x_BTD = x_BTD.to(self.stream)
     for block in self.blocks: x_BTD = block(x_BTD, rotary)
     return self.norm_f(x_BTD)
 

@@ -42,13 +42,14 @@ def flops_per_token(
 # %% ../../nbs/04_models/02_sizing.ipynb #05740ae0
 WEIGHTS = {  # format -> bytes of a weight, its gradient, its correction, autocast's copy
     "fp32": dict(weights=4, gradients=4, masters=0, copies=2),
+    "fp32_stream16": dict(weights=4, gradients=4, masters=0, copies=2),
     "bf16": dict(weights=2, gradients=2, masters=0, copies=0),
     "split24": dict(weights=2, gradients=2, masters=1, copies=0),
 }
 STATES = {"fp32": 8, "bf16": 4, "int8": 2 + 2 * 2 / 32}  # AdamW's two; int8 has an fp16 scale for each 32
 
 def bytes_per_parameter(
-    weights: str = "fp32",  # or "bf16", "split24"
+    weights: str = "fp32",  # or "fp32_stream16", "bf16", "split24"
     states: str = "fp32",  # or "bf16", "int8"
     release: bool = False,  # gradients are consumed as they appear
 ) -> dict[str, float]:  # weights, gradients, masters, states, copies
@@ -84,14 +85,14 @@ def activation_bytes(
     attention: str = "flash",
     checkpointing: str = "none",
     loss: str = "plain",
-    weights: str = "fp32",  # under bf16 autocast; "bf16" or "split24": bf16 throughout
+    weights: str = "fp32",  # under bf16 autocast; "fp32_stream16": with a bf16 stream between the layers; "bf16" or "split24": bf16 throughout
     autocast: bool = True,  # False: fp32 weights, products in fp32
     compiled: bool = False,  # blocks and plain loss
 ) -> float:
     "Bytes that the forward pass leaves for the backward pass, autocast's copies of the weights not included."
     choose("checkpointing", checkpointing, CHECKPOINTING), choose("loss", loss, LOSSES)
     c, N, d, V = config, batch * seq, config.d_model, config.vocab_size
-    stream = WEIGHTS[weights]["weights"]
+    stream = 4 if weights == "fp32" else 2
     narrow = 2 if autocast else stream
     layers = N * c.n_layer * _layer_bytes(c, seq, attention, checkpointing, stream, narrow, compiled)
     masks = c.n_layer * seq**2 if attention == "eager" and checkpointing == "none" else 0
@@ -103,7 +104,7 @@ def activation_bytes(
 def _moment(c: GPTConfig, N: int, loss: str, weights: str, compiled: bool) -> float:
     "Bytes that taking the loss of N tokens holds besides what it leaves."
     V, d = c.vocab_size, c.d_model
-    if loss == "fused_linear": return 2 * V * chunk_rows_for(N, V, True) + (0 if weights == "fp32" else 4 * V * d)
+    if loss == "fused_linear": return 2 * V * chunk_rows_for(N, V, True) + (0 if weights.startswith("fp32") else 4 * V * d)
     return 2 * (V + N) * d if compiled else 8 * N * V
 
 def _copied(c: GPTConfig, checkpointing: str, loss: str) -> int:

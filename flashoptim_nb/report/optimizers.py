@@ -104,7 +104,7 @@ def format_gaps(
     losses = final_losses(held_out, runs, role)
     if losses.empty: return losses
     found = []
-    for config, against in BESIDE.items():
+    for config, against in ((config, against) for config, others in BESIDE.items() for against in others):
         both = losses[losses["config"] == config].merge(losses[losses["config"] == against], on="seed", suffixes=("", "_old"))
         if both.empty: continue
         d = list(both["loss"] - both["loss_old"])
@@ -118,20 +118,21 @@ def format_gaps(
 
 # %% ../../nbs/09_report/04a_optimizers.ipynb #7d0e5a11
 def paired_paths(
-    config: str,  # of `train.stack.BESIDE`
+    config: str,
     runs: Iterable[Run] | None = None,
     role: str = "optimizer",
     window: int = 10,  # steps of a mean
+    against: str = "adamw",
 ) -> pd.DataFrame:
     "For each seed and window: how far the training loss is above that of the optimizer it is compared with, and the largest ratio of the two gradient norms, whichever is larger."
     steps = rows_of("step", load_runs(hypothesis="quality") if runs is None else runs, arm="quality", role=role)
     if steps.empty: return steps
-    both = steps[steps["config"] == config].merge(steps[steps["config"] == BESIDE[config]], on=["seed", "step"], suffixes=("", "_old"))
+    both = steps[steps["config"] == config].merge(steps[steps["config"] == against], on=["seed", "step"], suffixes=("", "_old"))
     ratio = both["grad_norm"] / both["grad_norm_old"]
     both = both.assign(gap=both["loss"] - both["loss_old"], ratio=ratio.where(ratio > 1, 1 / ratio), step=(both["step"] - 1) // window * window + window)
     named = {(c, s): f"{study}/{run}" for c, s, study, run in zip(steps["config"], steps["seed"], steps["study"], steps["run"])}
     means = both.groupby(["seed", "step"], as_index=False).agg(gap=("gap", "mean"), ratio=("ratio", "max"), scale=("scale", "first"))
-    return means.assign(config=config, runs=[[named[config, s], named[BESIDE[config], s]] for s in means["seed"]])
+    return means.assign(config=config, runs=[[named[config, s], named[against, s]] for s in means["seed"]])
 
 def gap_paths(
     rows: pd.DataFrame,  # from `paired_paths`

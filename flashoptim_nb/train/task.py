@@ -80,7 +80,8 @@ class LMTask:
         self.epochs = check_repeats(windows, recipe.steps)  # how often the whole recipe goes through the text
         narrow = stack.weights in ("bf16", "split24")
         self.attention = resolve_attention(stack.attention, self.device, torch.bfloat16, config.d_model // config.n_head)
-        with self.device: model = GPT(config, attention=self.attention, checkpointing=stack.checkpointing)
+        stream = torch.bfloat16 if stack.weights == "fp32_stream16" else None
+        with self.device: model = GPT(config, attention=self.attention, checkpointing=stack.checkpointing, stream=stream)
         self.model = model.init_weights(seed)
         if narrow: cast_model(self.model, masters=stack.weights == "split24")
         if stack.compile: self.model.compile_blocks()
