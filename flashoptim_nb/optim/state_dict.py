@@ -115,12 +115,16 @@ def _is_widened(states):
     return all(r.dtype == torch.int8 or not isinstance(r, DTensor) and (not r.numel() or r.abs().max() <= 127) for r in rhos)
 
 # %% ../../nbs/03_optim/03_state_dict.ipynb #a17c9e54
-_KINDS = {frozenset({"betas", "eps"}): "Adam or AdamW", frozenset({"betas", "eps", "momentum_decay"}): "NAdam", frozenset({"betas"}): "Lion", frozenset({"momentum"}): "SGD"}
+_KINDS = {frozenset(tells): kind for kind, tells in {
+    "Adam or AdamW": ("betas", "eps"), "Lion": ("betas",), "SGD": ("momentum",), "NAdam": ("betas", "eps", "momentum_decay", "decoupled_weight_decay"),
+    "RAdam": ("betas", "eps", "decoupled_weight_decay"), "RMSprop": ("alpha", "eps", "momentum"), "Adagrad": ("eps", "lr_decay"), "Adadelta": ("eps", "rho"),
+    "Rprop": ("etas",), "ASGD": ("alpha", "lambd"), "LBFGS": ("history_size",)}.items()}
 
 
 def _check_kind(opt, group, where):
     "Raises `StateError` for a saved group of another kind of optimizer; one without any telling option keeps the optimizer's own."
     saved, own = (frozenset().union(*_KINDS).intersection(options) for options in (group, opt.defaults))
+    if "amsgrad" in group: saved -= {"decoupled_weight_decay"}  # torch's Adam has both, its RAdam the second alone
     if not saved or saved == own: return
     raise StateError(f"{where} was saved by {_KINDS.get(saved, 'another kind of optimizer')} (it has {', '.join(sorted(saved))}), another kind than {type(opt).__name__}, "
                      f"which loads {_KINDS.get(own, 'its own')} ({', '.join(sorted(own))}): load it into the kind that saved it, or start without it")
