@@ -3,6 +3,7 @@ import copy
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -536,3 +537,32 @@ def test_adamaxs_state_is_refused(loads):
     _, adamax = stepped(lambda m: torch.optim.Adamax(m.parameters()))
     _, optimizer = stepped(lambda m: loads(m.parameters()))
     with pytest.raises(StateError, match="another kind"): optimizer.load_state_dict(adamax.state_dict())
+
+
+A, B = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+
+
+@pytest.mark.parametrize("given,says", [(None, "params=None"), ([dict(params=None)], "params=None"), ([dict(lr=1)], "without params (it has lr)"), ([], "no parameters"), (iter(()), "no parameters"),
+                                        ([1.0], "a float among"), (["a"], "a str among"), ("a", "params='a'"), (3, "params=3"), ([dict(params=[A]), "a"], "a str in place of a group"),
+                                        ([dict(params=[A]), B], "a Parameter in place of a group"), ([A, dict(params=[B])], "a dict among"), (dict(params=[A]), "params=a dict"), (A, "params=a Parameter"),
+                                        ([("a",)], "a tuple among"), ([dict(params={A})], "in a set"), ([dict(params=nn.Linear(2, 2))], "params=a Linear"), ([A, A], "given twice"),
+                                        ([dict(params=[A]), dict(params=A)], "given twice"), ([("a", A), ("b", A)], "given twice")], ids=lambda x: x if isinstance(x, str) else "")
+def test_what_is_no_parameters(given, says):
+    "Of the types that torch.optim raises, where it does."
+    with pytest.raises(OptionError, match=re.escape(says)) as e: FlashAdamW(given)
+    assert isinstance(e.value, ValueError if says in ("no parameters", "given twice") else TypeError)
+
+
+@pytest.mark.parametrize("group", [None, "a", [B], {}, dict(params=None), dict(params=[A]), dict(params=[B, B]), dict(params=[B, 1.0])], ids=str)
+def test_a_group_that_is_none_changes_nothing(group):
+    optimizer = FlashAdamW([A])
+    with pytest.raises(OptionError): optimizer.add_param_group(group)
+    assert [g["params"] for g in optimizer.param_groups] == [[A]]
+
+
+def test_a_group_without_parameters_yet():
+    optimizer = FlashAdamW([dict(params=[]), dict(params=[B])], lr=0.5)
+    B.grad = torch.ones(3)
+    optimizer.step()
+    assert (B < 0.6).all()
+    optimizer.load_state_dict(optimizer.state_dict())

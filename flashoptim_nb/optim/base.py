@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ..base.errors import UserError, choose
 from ..kernels.split import CODES
-from .batches import Batch, OptionError, check_gradient, check_parameter, check_states, correction_bits, gather, is_number, remembered
+from .batches import Batch, OptionError, ParametersError, check_gradient, check_parameter, check_states, correction_bits, gather, is_number, listed, remembered
 from .gradients import Control, controls
 
 # %% ../../nbs/03_optim/02_base.ipynb #ec9ee8b9
@@ -40,7 +40,8 @@ class FlashOptimizer(Optimizer):
         for name in options:
             try: choose("option", name, [*defaults, *self.options])
             except UserError as error: raise OptionError(str(error)) from None
-        if isinstance(params, torch.nn.Module): raise OptionError(f"a whole {type(params).__name__}: give its parameters, model.parameters()")
+        if isinstance(params, torch.nn.Module): raise ParametersError(f"a whole {type(params).__name__}: give its parameters, model.parameters()")
+        if not (params := listed(params)): raise OptionError("no parameters: one at least is needed; was model.parameters() used up before?")
         self.__dict__ |= self.options | options
         if self.fused is None: self.fused = True  # torch's "as you think best"
         for name in ("quantize", "compress_state_dict", "fused", "check_numerics", "decouple_lr", "companded"):
@@ -58,13 +59,20 @@ class FlashOptimizer(Optimizer):
         self._largest: dict[torch.Tensor, float] = {}  # largest |weight| of each parameter, for check_numerics
         self._step_supports_amp_scaling = True  # GradScaler hands grad_scale and found_inf over and leaves the gradients alone
         super().__init__(params, defaults)
-        self.skipped_steps = self.skipped_steps.to(self.param_groups[0]["params"][0].device)
+        self.skipped_steps = self.skipped_steps.to(next((p.device for group in self.param_groups for p in group["params"]), "cpu"))
 
     def add_param_group(self, param_group: dict):
         "As in torch.optim, after checking the parameters; remembers the initial lr for `decouple_lr`."
+        if not isinstance(param_group, dict): raise ParametersError(f"a {type(param_group).__name__} in place of a group: a dict is needed, dict(params=model.parameters(), lr=...)")
+        if "params" not in param_group: raise ParametersError(f"a group without params (it has {', '.join(map(str, param_group)) or 'nothing'}): add them, dict(params=model.parameters(), lr=...)")
         given = param_group["params"]
-        param_group["params"] = [given] if isinstance(given, torch.Tensor) else list(given)
-        for p in param_group["params"]: check_parameter(p[1] if isinstance(p, tuple) else p)
+        if isinstance(given, (set, frozenset)): raise ParametersError("params in a set: a list is needed, for in a set their order, by which states are saved, changes from run to run")
+        param_group["params"] = [given] if isinstance(given, torch.Tensor) else listed(given)
+        seen = {id(p) for group in self.param_groups for p in group["params"]}
+        for p in param_group["params"]:
+            check_parameter(p := p[1] if isinstance(p, tuple) and len(p) == 2 else p)
+            if id(p) in seen: raise OptionError(f"a parameter of shape {tuple(p.shape)} is given twice: name it once, in one group")
+            seen.add(id(p))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try: self.check_group(group)
