@@ -43,6 +43,21 @@ def _narrow_output(dtype, module, args, out): return _recast(out, dtype)
 
 def _fp32_inputs(module, args, kwargs): return _recast(args, torch.float32), _recast(kwargs, torch.float32)
 
+# %% ../../nbs/03_optim/07_cast.ipynb #5e0c91b7
+def _spared(
+    model: nn.Module,
+    whole: set[nn.Module],  # those of its modules that stay in fp32
+) -> set[int]:  # ids
+    "The parameters and buffers that stay in fp32; raises `UserError` where a module that is cast shares a parameter, for its inputs would not fit it."
+    def own(m): return {id(p): name for name, p in m.named_parameters(recurse=False)}
+    names = {m: name or "the model itself" for name, m in model.named_modules()}
+    kept = {i: f"{names[m]}.{name}" for m in names if m in whole for i, name in own(m).items()}
+    for m in names:
+        for i, name in own(m).items():
+            if m not in whole and i in kept: raise UserError(f"{names[m]}.{name} is {kept[i]}, and of the two modules only {kept[i].rpartition('.')[0]} stays in fp32: name both, "
+                                                             "each in full_precision_layers or (where layers in the model's type follow) in full_precision_recast_layers, or neither")
+    return {*kept, *(id(t) for m in whole for t in m.buffers(recurse=False))}
+
 # %% ../../nbs/03_optim/07_cast.ipynb #b8a6763f
 def cast_model(
     model: nn.Module,  # changed in place
@@ -58,7 +73,7 @@ def cast_model(
     keep, recast = _chosen(model, full_precision_layers), _chosen(model, full_precision_recast_layers)
     norms = [m for m in model.modules() if selective and isinstance(m, _NormBase)]
     whole = {m for chosen in (*keep, *recast, *norms) for m in chosen.modules()}
-    spared = {id(t) for m in whole for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}  # tied ones stay fp32 everywhere
+    spared = _spared(model, whole)
     for t in (*model.parameters(), *model.buffers()):
         if id(t) in spared or not t.is_floating_point(): continue
         wide, t.data = t.data, t.data.to(dtype)
