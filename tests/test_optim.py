@@ -515,10 +515,11 @@ def test_what_casting_rounds_away_survives_loading_torchs_state():
     assert not hasattr(model.weight, "_rounded_away")
 
 
-def test_other_weights_after_the_cast_begin_where_they_are():
+@pytest.mark.parametrize("change", [lambda w: w.copy_(w.flip(0)), lambda w: w.data.copy_(w.data.flip(0)), lambda w: w.data.copy_(w.data.t().clone()), lambda w: w.data.mul_(2)])
+def test_other_weights_after_the_cast_begin_where_they_are(change):
     model = nn.Linear(32, 32)
     cast_model(model)
-    with torch.no_grad(): model.weight.copy_(model.weight.flip(0))
+    with torch.no_grad(): change(model.weight)
     optimizer = FlashAdamW(model.parameters(), lr=0.0, weight_decay=0.0)
     model(torch.randn(4, 32).bfloat16()).float().square().mean().backward()
     optimizer.step()
@@ -528,7 +529,10 @@ def test_other_weights_after_the_cast_begin_where_they_are():
 def test_a_cast_model_can_be_pickled():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     cast_model(model)
-    assert torch.equal(pickle.loads(pickle.dumps(model))[0].weight, model[0].weight)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again[0].weight, model[0].weight)
+    exact = [FlashAdamW(m.parameters()).get_fp32_model_state_dict(m)["0.weight"] for m in (model, again)]
+    assert torch.equal(*exact) and not torch.equal(exact[0], model[0].weight.float())
 
 
 @pytest.mark.parametrize("loads", [FlashAdam, FlashAdamW, FlashLion, FlashSGD])

@@ -88,7 +88,11 @@ def correction_bits(
     return master_weight_bits - 16 if master_weight_bits and dtype in NARROW else None
 
 
-def _fingerprint(p): return p._version, int(p.detach().view(torch.int16).sum(dtype=torch.int64))  # in-place changes count; `.to` of a module does not
+def _fingerprint(p):
+    "Sums over a parameter's 16-bit values in rows of 1024, of rows and of columns: other values have others, and so have the same in another order."
+    bits = p.detach().flatten().view(torch.int16)
+    rows = bits[:len(bits) // 1024 * 1024].view(-1, 1024)
+    return torch.cat([rows.sum(1), rows.sum(0), bits[rows.numel():].long()]).cpu()
 
 
 def keep_rounding(
@@ -107,7 +111,7 @@ def first_correction(
     "What was rounded away when the parameter was cast, if its weights are still those."
     rho, known = p.__dict__.get("_rounded_away", (None, None))
     if not keep: p.__dict__.pop("_rounded_away", None)
-    if rho is None or not bits or rho.shape != p.shape or known != _fingerprint(p): return None
+    if rho is None or not bits or rho.shape != p.shape or not torch.equal(known, _fingerprint(p)): return None
     rho = rho.to(p.device)
     return rho if bits == 8 else (rho.double() * (CODES[16] / CODES[8])).round().to(INTEGERS[16])
 
