@@ -94,6 +94,13 @@ def test_the_verdict_is_a_list_with_its_fields(records):
     assert any(e["value"] is not None or any(part["value"] is not None for part in e["parts"]) for e in entries), "but they are measured"
 
 
+def test_the_verdict_says_what_is_asked_when_told_to(records):
+    bare, worded = (command("verdict", "h1", "--records", records, *options) for options in ((), ("--statements",)))
+    asks = "Tokens per second are at least the baseline's at each size."
+    assert (bare[0], worded[0]) == (0, 0) and asks not in bare[1] and worded[1].count(asks) == 2
+    assert set(bare[1].splitlines()) <= set(worded[1].splitlines())
+
+
 def test_two_studies_in_one_place(tmp_path):
     from flashoptim_nb.base.records import only_writer
     with only_writer(tmp_path / "h1-laptop"):

@@ -102,7 +102,7 @@ def _verdict(args) -> int:
     runs = [run for run in load_runs(studies, args.hypothesis) if args.scale in (None, run.header["scale"])]
     if not runs: raise UserError(f"there are no records of {args.hypothesis}{f' at scale {args.scale}' if args.scale else ''} to judge; name others with --records, or make some with `flashoptim-nb run {args.hypothesis} --scale {args.scale or 'laptop'}`")
     entries = verdict(runs, HYPOTHESES[args.hypothesis])
-    print(json.dumps(entries, indent=1, allow_nan=False) if args.json else verdict_text(entries))
+    print(json.dumps(entries, indent=1, allow_nan=False) if args.json else verdict_text(entries, args.statements))
     return 0
 
 def _book(args) -> int:
@@ -249,6 +249,7 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
 
     verdict = command("verdict", _verdict, help="judge the records", description="Judges every criterion from the records: h1 against `baseline` and `baseline_strong`, h2 for mixed_bf16 and for flash against fp32.")
     verdict.add_argument("hypothesis", help="h1 or h2")
+    verdict.add_argument("--statements", action="store_true", help="say under each criterion what it asks, in words")
     verdict.add_argument("--json", action="store_true", help="a list: id, statement, status, value, threshold, interval, scale, records")
     verdict.add_argument("--scale", help="judge the records of one scale only (default: each criterion from the largest scale that measured it)")
     verdict.add_argument("--records", nargs="+", default=[], metavar="FOLDER", help="folders of studies, or studies (default: data/records, overlaid by runs/)")

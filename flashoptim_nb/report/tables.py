@@ -11,6 +11,7 @@ __all__ = ['SIGNS', 'tone', 'chip', 'part_text', 'verdict_cell', 'judged', 'show
 import re
 from collections.abc import Callable, Iterable
 from html import escape
+from textwrap import wrap
 
 import pandas as pd
 
@@ -231,6 +232,7 @@ def paced_by(
 # %% ../../nbs/09_report/02_tables.ipynb #a344f170
 def verdict_text(
     entries: list[dict],  # of the judge
+    statements: bool = False,  # what each criterion asks, in words, too
 ) -> str:
     "The verdict for a terminal: the whole on each side, then each criterion with what was measured."
     lines = []
@@ -240,6 +242,7 @@ def verdict_text(
             lines += [f"{whole['id']} {side_text(whole)}{' (the headline)' if whole.get('headline') else ''}: {whole['status'].upper()}", f"  {whole['reason']}", ""]
         for e in (e for e in mine if e["kind"] != "overall"):
             lines.append(f"  {e['id']:6} {e['title']:18} {e['status']:26} {'' if e['scale'] is None else e['scale']}")
+            if statements: lines += wrap(e["statement"], 100, initial_indent=" " * 9, subsequent_indent=" " * 9)
             lines += [f"{'':26}{line}" for line in _parts(e)]
         lines.append("")
     return "\n".join(lines).rstrip()
