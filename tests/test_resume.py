@@ -58,6 +58,7 @@ def test_a_finished_study_run_again_changes_nothing(whole, uninterrupted):
     "Not even its decisions, which rest on the runs before them and not on those that came later."
     process = start(whole)
     told, _ = process.communicate(timeout=300)
+    assert told.count("sizes are roles at laptop scale") == 1, "said once, before anything is called 1B"
     assert process.returncode == 0, told
     assert content(whole) == uninterrupted
 

@@ -16,7 +16,7 @@ from ..base.records import RunWriter, read_run
 from .instruments import Evaluation, Gate, Speed, Watch
 from .runs import Spec, end_at_once, free, fresh, is_done, make_task, pace, probe, recorded, search, unavailable
 from .scales import MAIN
-from .stages import CB_SHARE, LARGER, Stage, stages
+from .stages import CB_SHARE, LARGER, Stage, stages, stand_ins
 from .study import Study
 from ..judge.decisions import Instability, Monitor, decide_early
 from ..measure.memory import device_memory
@@ -133,6 +133,7 @@ def attempts(self: Study, specs: Iterable[Spec]) -> int:
 @patch
 def protocol(self: Study) -> tuple[int, str]:
     "Runs what is left of the protocol; returns how many runs failed, and why the study was aborted, if it was."
+    if played := stand_ins(self.scale): self.console.print(played)
     failed, downgraded = self.prerequisites(), ""
     for stage in stages(self.scale):
         if downgraded and stage.role in LARGER:
