@@ -175,19 +175,25 @@ def test_split_is_the_published_one():
     assert np.array_equal(parts["train"], order[:110_000]) and np.array_equal(parts["test"], order[120_000:])
 
 
-@pytest.mark.cuda
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fused_network_on_the_gpu(dtype, rng_seed):
-    g = clouds([18, 20, 1, 29], 2.0, "cuda")[0].batch(np.arange(4), torch.zeros(4, 1))
-    model = awake(DimeNetPP(DIMENET["published"])).cuda()
-    exact = gradients(model.double(), g)
-    model.float()
-    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-        same = gradients(model, g)
-        model.interaction = "fused"
-        ours = gradients(model, g)
-    ratios = [rel_err(o, e) / max(rel_err(s, e), 5e-6 if dtype == torch.float32 else 1e-2) for o, s, e in zip((ours[0], *ours[1]), (same[0], *same[1]), (exact[0], *exact[1]))]
-    assert np.sqrt(np.mean(np.square(ratios))) <= 2 and max(ratios) <= 4, ratios  # a kernel has the factor of 2; of a whole network's hundred tensors one may be unlucky
+def test_fused_network(dtype, device, rng_seed):
+    "Errors over five batches together: the loss is a square, so one batch whose output cancels makes all of its hundred gradients uncertain at once."
+    flat = lambda out, grads: (out, *grads)
+    errors = []
+    for _ in range(5):
+        g = clouds([18, 20, 1, 29], 2.0, device)[0].batch(np.arange(4), torch.zeros(4, 1))
+        model = awake(DimeNetPP(DIMENET["published"])).to(device)
+        exact = flat(*gradients(model.double(), g))
+        model.float()
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            same = flat(*gradients(model, g))
+            model.interaction = "fused"
+            ours = flat(*gradients(model, g))
+        errors.append([[rel_err(o, e), rel_err(s, e)] for o, s, e in zip(ours, same, exact)])
+    ours, same = np.sqrt(np.square(errors).mean(axis=0)).T
+    ratios = ours / np.maximum(same, 5e-6 if dtype == torch.float32 else 1e-2)
+    assert np.sqrt(np.square(ratios).mean()) <= 2 and ratios.max() <= 3, ratios  # a kernel has the factor of 2; of a whole network's hundred tensors one may be unlucky
 
 
 @pytest.mark.cuda

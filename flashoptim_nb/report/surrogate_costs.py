@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OUTCOMES', 'AIMS', 'LAUNCHES', 'GOALS', 'OURS', 'in_order', 'memory_rows', 'show_memory', 'search_rows', 'outcomes',
            'search_tries', 'show_tries', 'show_largest', 'told_aims', 'pace_rows', 'pace_table', 'show_pace',
-           'step_times', 'told_launches', 'triplet_rows', 'show_triplets', 'told_triplets', 'triplet_points']
+           'step_times', 'told_launches', 'told_replayed', 'triplet_rows', 'show_triplets', 'told_triplets',
+           'triplet_points']
 
 # %% ../../nbs/09_report/04c_surrogate_costs.ipynb #7b100003
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ import altair as alt
 import pandas as pd
 
 from ..base.records import Run
-from ..judge.surrogates import BATCHES, FITS
+from ..judge.surrogates import BATCHES, DOMAINS, FITS
 from ..judge.surrogate_rows import crowded, largest
 from .charts import byte_unit, titled
 from .rows import named_runs, rows_of, show_rows, summarize
@@ -217,6 +218,22 @@ def told_launches(
     grown = table.dropna(subset=["growth"]) if not table.empty else table
     if not grown.empty: said.append(f"A batch {BATCHES[1] / BATCHES[0]:g} times as large takes {grown['growth'].min():.2f} to {grown['growth'].max():.2f} times as long.")
     return told(" ".join(said) or f"No time of a step in {domain} is recorded.", named_runs(rows, runs))
+
+# %% ../../nbs/09_report/04c_surrogate_costs.ipynb #7b1000a1
+def told_replayed(
+    runs: Iterable[Run] | None = None,
+    configs: tuple[str, ...] = ("mixed_bf16", "flash"),
+) -> Shown:
+    "Speed over fp32's at the protocol's batch in each domain, as launched and with both replayed from a graph."
+    runs, said, used = h2_runs(runs), {}, []
+    for domain in DOMAINS:
+        table = pace_table(rows := pace_rows(domain, runs))
+        if table.empty: continue
+        used += named_runs(rows, runs)
+        for row in table[(table["batch"] == BATCHES[0]) & table["config"].isin(configs)].to_dict("records"):
+            if row["graph_speed"] and row["graph_speed"] == row["graph_speed"]: said.setdefault(row["config"], []).append(f"{domain} {row['speed']:.2f} launched, {row['graph_speed']:.2f} replayed")
+    if not said: return told("No step was replayed from a graph.", used)
+    return told(f"Times fp32's speed at batch {BATCHES[0]}, fp32 launched or replayed in the same way: " + ". ".join(f"{config}: {'; '.join(parts)}" for config, parts in said.items()) + ".", used)
 
 # %% ../../nbs/09_report/04c_surrogate_costs.ipynb #7b100018
 GOALS = {64: (8.0, 0.5e9), 512: (20.0, 3.5e9)}  # batch -> ms a step, bytes at the peak; DimeNet++, hidden 128, 4 blocks, one H200
