@@ -168,3 +168,24 @@ def test_the_tensor_sets_that_optimizers_are_measured_on():
     for size, tensors, total in (("124M", 100, 124e6), ("1B", 196, 1.315e9)):
         with torch.device("meta"): shapes = [p.shape for p in GPT(gpt_config(size)).parameters()]
         assert len(shapes) == tensors and abs(sum(s.numel() for s in shapes) - total) < 1e6
+
+
+@pytest.mark.slow
+def test_norms_in_fp32_follow_adamw_through_the_warm_up():
+    "A norm's 16-bit weight does not move before its steps add up to half a spacing, and the loss lags; with norms in fp32 it does not."
+    from flashoptim_nb.cli.corpus import load_corpus
+    from flashoptim_nb.cli.quality import quality_spec
+    from flashoptim_nb.cli.runs import make_task
+    from flashoptim_nb.cli.scales import SCALES
+    from flashoptim_nb.models.sizes import pad_vocab
+
+    laptop, seed = SCALES["laptop"], random.randrange(1000)
+    corpus = load_corpus(laptop)
+
+    def late_losses(config):  # 36 steps of warm-up in all
+        spec = quality_spec("laptop", config, seed, pad_vocab(corpus.tokenizer.vocab_size), laptop.tokenizer, steps=120)
+        task = make_task(spec, torch.device("cpu"), corpus)
+        return torch.tensor([task.step(n)["loss"] for n in range(1, 28)])[18:].mean().item()
+
+    adamw, narrow, whole = map(late_losses, ("adamw", "flash_adamw", "flash_adamw_norms32"))
+    assert narrow - adamw > 1e-4 and abs(whole - adamw) < (narrow - adamw) / 2, (adamw, narrow, whole)

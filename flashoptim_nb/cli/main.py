@@ -280,7 +280,7 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
                       epilog="examples:\n  flashoptim-nb quality --scale laptop\n  flashoptim-nb quality --scale gpu --seeds 0 1 2 3 --configs adamw flash_adamw")
     quality.add_argument("--scale", required=True, choices=("laptop", "gpu"))
     quality.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="0 or more each (default: 0 1 2)")
-    quality.add_argument("--configs", nargs="+", metavar="NAME", help="only these: adamw, flash_adamw, flash_adamw_linear, flash_adamw_fp32_states, flash_adamw_release, lion, flash_lion (default: all)")
+    quality.add_argument("--configs", nargs="+", metavar="NAME", help="only these: adamw, adamw_foreach, adamw_stream16, flash_adamw, flash_adamw_linear, flash_adamw_states, flash_adamw_fp32_states, flash_adamw_norms32, flash_adamw_release, lion, flash_lion (default: all)")
     quality.add_argument("--recipe", choices=("gentle", "steep"), default="gentle", help="gentle: half the usual rate after a long warm-up, so that two runs of a seed stay together; steep: the pilot's")
     quality.add_argument("--steps", type=int, help="optimizer steps (default: the scale's)")
     quality.add_argument("--minutes", type=float, metavar="M", help="stop after so many minutes, to be gone on with by the same command")

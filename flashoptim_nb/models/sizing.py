@@ -45,6 +45,7 @@ WEIGHTS = {  # format -> bytes of a weight, its gradient, its correction, autoca
     "fp32_stream16": dict(weights=4, gradients=4, masters=0, copies=2),
     "bf16": dict(weights=2, gradients=2, masters=0, copies=0),
     "split24": dict(weights=2, gradients=2, masters=1, copies=0),
+    "split24_norms32": dict(weights=2, gradients=2, masters=1, copies=0),  # but for the few weights of normalizations
 }
 STATES = {"fp32": 8, "bf16": 4, "int8": 2 + 2 * 2 / 32}  # AdamW's two; int8 has an fp16 scale for each 32
 

@@ -20,7 +20,7 @@ class Stack(Config):
     compile: bool = False  # torch.compile on blocks and loss
     optimizer: str = "adamw"  # "adamw": torch's own; "flash_adamw", "flash_lion": this package's
     fused: bool = False  # torch's fused AdamW kernel; for FlashAdamW the Triton kernel (on CUDA)
-    weights: str = "fp32"  # fp32 (bf16 autocast), fp32_stream16 (and bf16 between the layers), bf16 (no masters), split24 (bf16 + 8-bit correction)
+    weights: str = "fp32"  # fp32 (bf16 autocast), fp32_stream16 (and bf16 between the layers), bf16 (no masters), split24 (bf16 + 8-bit correction), split24_norms32 (norms in fp32)
     states: str = "fp32"  # fp32, bf16, int8 (companded), int8_linear (not companded, for comparison)
     loss: str = "plain"  # plain: logits, then cross-entropy; fused_linear: never the whole logits
     release: bool = False  # gradients are used and freed inside the backward pass
@@ -65,11 +65,12 @@ OPTIMIZERS = {
     "flash_adamw_linear": _plain.replace(optimizer="flash_adamw", weights="split24", states="int8_linear"),
     "flash_adamw_states": _plain.replace(optimizer="flash_adamw", states="int8"),
     "flash_adamw_fp32_states": _plain.replace(optimizer="flash_adamw", weights="split24"),
+    "flash_adamw_norms32": _plain.replace(optimizer="flash_adamw", weights="split24_norms32", states="int8"),
     "flash_adamw_release": _plain.replace(optimizer="flash_adamw", weights="split24", states="int8", release=True),
     "lion": _plain.replace(optimizer="flash_lion"),
     "flash_lion": _plain.replace(optimizer="flash_lion", weights="split24", states="int8"),
 }
 BESIDE = {  # what each is compared with
     "adamw_foreach": ("adamw",), "adamw_stream16": ("adamw",), "flash_adamw": ("adamw", "adamw_stream16"), "flash_adamw_linear": ("adamw", "flash_adamw"),
-    "flash_adamw_states": ("adamw",), "flash_adamw_fp32_states": ("adamw", "adamw_stream16"), "flash_adamw_release": ("flash_adamw",), "flash_lion": ("lion",),
+    "flash_adamw_states": ("adamw",), "flash_adamw_fp32_states": ("adamw", "adamw_stream16"), "flash_adamw_norms32": ("adamw", "flash_adamw"), "flash_adamw_release": ("flash_adamw",), "flash_lion": ("lion",),
 }

@@ -59,7 +59,7 @@ def make_optimizer(
               dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
     common = dict(lr=recipe.lr, betas=recipe.betas)
     if stack.optimizer == "adamw": return torch.optim.AdamW(groups, fused=stack.fused or None, eps=recipe.eps, **common)
-    formats = dict(quantize=stack.states.startswith("int8"), companded=stack.states != "int8_linear", master_weight_bits=24 if stack.weights == "split24" else None)
+    formats = dict(quantize=stack.states.startswith("int8"), companded=stack.states != "int8_linear", master_weight_bits=24 if stack.weights.startswith("split24") else None)
     if stack.optimizer == "flash_lion": return FlashLion(groups, fused=stack.fused, max_norm=recipe.clip, **formats, **common)
     return FlashAdamW(groups, fused=stack.fused, max_norm=recipe.clip, eps=recipe.eps, **formats, **common)
 
@@ -78,12 +78,13 @@ class LMTask:
     ):
         self.stack, self.recipe, self.windows, self.device = stack, recipe, windows, torch.device(device)
         self.epochs = check_repeats(windows, recipe.steps)  # how often the whole recipe goes through the text
-        narrow = stack.weights in ("bf16", "split24")
+        narrow = not stack.weights.startswith("fp32")
         self.attention = resolve_attention(stack.attention, self.device, torch.bfloat16, config.d_model // config.n_head)
         stream = torch.bfloat16 if stack.weights == "fp32_stream16" else None
         with self.device: model = GPT(config, attention=self.attention, checkpointing=stack.checkpointing, stream=stream)
         self.model = model.init_weights(seed)
-        if narrow: cast_model(self.model, masters=stack.weights == "split24")
+        norms = [name for name, part in self.model.named_modules() if "norm" in name] if stack.weights.endswith("norms32") else None
+        if narrow: cast_model(self.model, masters=stack.weights != "bf16", full_precision_recast_layers=norms)
         if stack.compile: self.model.compile_blocks()
         self.autocast_dtype = None if narrow else torch.bfloat16
         self.optimizer = make_optimizer(self.model, stack, recipe)
