@@ -189,6 +189,14 @@ def throughput_points(
     return titled(tick + dots, title, rates, "one point a run, tick at the mean")
 
 # %% ../../nbs/09_report/03_charts.ipynb #06844318
+_ROUND = sorted({round(m * 10.0**e, 9) for e in range(-4, 5) for m in (1, 1.2, 1.5, 2, 3, 5, 7)} | {0.8, 0.9, 1.1})
+
+def _labels(found: pd.DataFrame) -> dict:
+    "Round numbers for a logarithmic axis, where there are enough in its range; Vega's own labels stop where a decade does."
+    ends = found[["value", "lo", "hi", "threshold"]].astype(float).stack()
+    inside = [n for n in _ROUND if ends.min() <= n <= ends.max()]
+    return dict(values=inside) if len(inside) >= 4 else {}
+
 def estimates(
     found: pd.DataFrame,  # what (name of the row), value, lo, hi, scale; optional: threshold, against, n
     title: str,
@@ -205,8 +213,8 @@ def estimates(
         y=alt.Y("what:N", title=None, sort=list(dict.fromkeys(found["what"]))), tooltip=tips,
         color=alt.Color("against:N", title="against", scale=alt.Scale(range=["#d55e00", "#0072b2", "#009e73"]), legend=alt.Legend() if found["against"].notna().any() else None))
     offset = {"yOffset": "against:N"} if found["against"].nunique() > 1 else {}
-    scale = alt.Scale(type="log", nice=False) if log else alt.Scale()
-    x = alt.X("value:Q", title=axis, axis=alt.Axis(format="%" if percent else "~g"), scale=scale)
+    scale = alt.Scale(type="log", nice=False, padding=8) if log else alt.Scale()
+    x = alt.X("value:Q", title=axis, axis=alt.Axis(format="%" if percent else "~g", **(_labels(found) if log else {})), scale=scale)
     bars = base.mark_rule(strokeWidth=3, opacity=0.55).encode(alt.X("lo:Q", title=axis, scale=scale), alt.X2("hi:Q"), **offset)
     dots = base.mark_point(filled=True, size=80, opacity=1).encode(x, **offset)
     lines = alt.Chart(found.dropna(subset=["threshold"])[["what", "threshold"]]).mark_tick(

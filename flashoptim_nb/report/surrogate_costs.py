@@ -9,12 +9,14 @@ __all__ = ['OUTCOMES', 'AIMS', 'LAUNCHES', 'GOALS', 'OURS', 'in_order', 'memory_
            'triplet_points']
 
 # %% ../../nbs/09_report/04c_surrogate_costs.ipynb #7b100003
+import re
 from collections.abc import Iterable
 
 import altair as alt
 import pandas as pd
 
 from ..base.records import Run
+from ..judge.statistics import paired_ratio
 from ..judge.surrogates import BATCHES, DOMAINS, FITS
 from ..judge.surrogate_rows import crowded, largest
 from .charts import byte_unit, titled
@@ -98,6 +100,11 @@ def search_tries(
     return titled(alt.layer(marks), title, rows, f"budget {budget.max() / size:,.4g} {unit}" if len(budget) else "")
 
 # %% ../../nbs/09_report/04c_surrogate_costs.ipynb #7b10001d
+def _why(reason: str) -> str:
+    "Why a try failed: of the allocator's long message the limit that it went over."
+    allowed = re.search(r"([\d.]+ [KMG]iB) allowed", reason or "")
+    return f"out of memory: more than the {allowed[1]} allowed" if allowed else (reason or "")[:160]
+
 def show_tries(
     domain: str,
     runs: Iterable[Run] | None = None,
@@ -106,7 +113,7 @@ def show_tries(
     runs = h2_runs(runs)
     rows = search_rows(domain, runs)
     if rows.empty: return Shown("<p>No try is recorded.</p>", "No try is recorded.")
-    rows = rows.assign(peak=rows["peak"].astype(float) / 2**20, outcome=outcomes(rows), reason=rows["reason"].str.slice(0, 160))
+    rows = rows.assign(peak=rows["peak"].astype(float) / 2**20, outcome=outcomes(rows), reason=rows["reason"].map(_why))
     page = show_rows(rows, dict(scale="scale", config="configuration", width="width", parameters="parameters", peak="peak, MiB", outcome="outcome", reason="why"), "search", runs, formats=dict(parameters=",.0f", peak=",.1f", width=".0f"))
     return Shown(f"<details><summary>Each of {len(rows)} tries</summary>{page.html}</details>", page.markdown)
 
@@ -144,7 +151,8 @@ def told_aims(
         if config not in found: return f"{config}: not measured (aim {aim:g})"
         times = found[config][0]["fits"] / base
         return f"{config}: {times:.2f} times, aim {aim:g} {'reached' if times >= aim else 'missed'}"
-    return told("; ".join(said(*one) for one in AIMS.items()) + ".", [run for _, run in found.values()])
+    alone = [f"{found[f'{config}_fused'][0]['fits'] / found[config][0]['fits']:.1f} times {config}'s" for config in AIMS if config in found and f"{config}_fused" in found]
+    return told("; ".join(said(*one) for one in AIMS.items()) + (f". By the kernel alone, at equal precision: {', '.join(alone)}" if alone else "") + ".", [run for _, run in found.values()])
 
 # %% ../../nbs/09_report/04c_surrogate_costs.ipynb #7b100010
 LAUNCHES = 1.25  # a step that a graph makes so many times faster waits for launches more than for its own work
@@ -227,11 +235,13 @@ def told_replayed(
     "Speed over fp32's at the protocol's batch in each domain, as launched and with both replayed from a graph."
     runs, said, used = h2_runs(runs), {}, []
     for domain in DOMAINS:
-        table = pace_table(rows := pace_rows(domain, runs))
-        if table.empty: continue
+        if (rows := pace_rows(domain, runs)).empty: continue
         used += named_runs(rows, runs)
-        for row in table[(table["batch"] == BATCHES[0]) & table["config"].isin(configs)].to_dict("records"):
-            if row["graph_speed"] and row["graph_speed"] == row["graph_speed"]: said.setdefault(row["config"], []).append(f"{domain} {row['speed']:.2f} launched, {row['graph_speed']:.2f} replayed")
+        rows = rows[(rows["batch"] == BATCHES[0]) & rows["ms"].notna()]
+        for config in configs:
+            both = rows[rows["config"] == "fp32"].merge(rows[rows["config"] == config], on=["seed", "way"], suffixes=("_old", ""))
+            speeds = {way: paired_ratio(list(some["ms_old"]), list(some["ms"]), 0.95).value for way, some in both.groupby("way")}
+            if "graph" in speeds: said.setdefault(config, []).append(f"{domain} {speeds['launched']:.3g} launched, {speeds['graph']:.3g} replayed")
     if not said: return told("No step was replayed from a graph.", used)
     return told(f"Times fp32's speed at batch {BATCHES[0]}, fp32 launched or replayed in the same way: " + ". ".join(f"{config}: {'; '.join(parts)}" for config, parts in said.items()) + ".", used)
 
@@ -274,8 +284,8 @@ def told_triplets(
     if rows.empty: return told(f"{goal} Not measured{''.join(ended)}.", named_runs(measured, runs))
     def name(row): return f"{row['implementation']} in {row['precision']}, {'from a graph' if row['graph'] else 'launched one by one'}, {row['ms']:.2f} ms and {row['gb']:.2f} GB"
     both = rows[(rows["ms"] <= ms) & (rows["peak"] <= peak)]
-    said = f"Met by {len(both)} of {len(rows)} rows, among them {name(both.loc[both['ms'].idxmin()])}." if len(both) else (
-        f"None of {len(rows)} rows meets both: the time is met by {int((rows['ms'] <= ms).sum())}, the memory by {int((rows['peak'] <= peak).sum())}. Fastest: {name(rows.loc[rows['ms'].idxmin()])}. Smallest: {name(rows.loc[rows['peak'].idxmin()])}.")
+    said = f"Met by {len(both)} of the {len(rows)} rows of the fused form, among them {name(both.loc[both['ms'].idxmin()])}." if len(both) else (
+        f"None of the {len(rows)} rows of the fused form meets both: the time is met by {int((rows['ms'] <= ms).sum())}, the memory by {int((rows['peak'] <= peak).sum())}. Fastest: {name(rows.loc[rows['ms'].idxmin()])}. Smallest: {name(rows.loc[rows['peak'].idxmin()])}.")
     return told(f"{goal} Measured on {rows['device'].iloc[0]}. {said}", named_runs(rows, runs))
 
 # %% ../../nbs/09_report/04c_surrogate_costs.ipynb #7b10001a
