@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from torch import nn
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.kernels.split import decode
 from flashoptim_nb.kernels.split import INTERPRETED
-from flashoptim_nb.optim import FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW, GradientError, NumericsError, OptionError, StateError, cast_model
+from flashoptim_nb.optim import FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW, GradientError, NumericsError, OptionError, StateError, cast_model, enable_gradient_release
 
 KW = dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
 
@@ -570,3 +571,54 @@ def test_a_group_without_parameters_yet():
     optimizer.step()
     assert (B < 0.6).all()
     optimizer.load_state_dict(optimizer.state_dict())
+
+
+def a_stepped(cls=FlashAdamW, **options):
+    p = torch.nn.Parameter(torch.randn(40))
+    opt = cls([p], lr=1e-3, **options)
+    p.grad = torch.randn(40)
+    opt.step()
+    return opt
+
+
+@pytest.mark.parametrize("damage", [
+    lambda s: s | dict(param_groups=3), lambda s: s | dict(param_groups=[3]), lambda s: s | dict(param_groups=["params"]), lambda s: s | dict(state=None), lambda s: s | dict(state=[]),
+    lambda s: s | dict(param_groups=[dict(s["param_groups"][0], params=5)]), lambda s: s | dict(param_groups=[dict(s["param_groups"][0], params=[[0]])]), lambda s: s | dict(state={0: 3}),
+    lambda s: s | dict(state={0: s["state"][0] | {"exp_avg_sq::scales": -s["state"][0]["exp_avg_sq::scales"]}}),
+    lambda s: s | dict(state={0: dict(step=1.0, exp_avg=torch.zeros(40), exp_avg_sq=-torch.ones(40))})])
+def test_damaged_state_dicts_are_refused_in_words(damage):
+    opt = a_stepped()
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(StateError): opt.load_state_dict(damage(before))
+    after = opt.state_dict()
+    assert after["param_groups"] == before["param_groups"] and all(torch.equal(x, after["state"][0][k]) for k, x in before["state"][0].items())
+
+
+def test_hooks_of_load_state_dict_run():
+    opt, other, ran = a_stepped(), a_stepped(), []
+    opt.register_load_state_dict_pre_hook(lambda o, state: ran.append("before") or other.state_dict())
+    opt.register_load_state_dict_post_hook(lambda o: ran.append("after"))
+    opt.load_state_dict(opt.state_dict())
+    p, q = opt.param_groups[0]["params"][0], other.param_groups[0]["params"][0]
+    assert ran == ["before", "after"] and torch.equal(opt.state[p]["exp_avg::quantized"], other.state[q]["exp_avg::quantized"])
+
+
+def test_options_of_the_optimizer_are_refused_in_a_group():
+    p = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(OptionError, match="max_norm in a group"): FlashAdamW([dict(params=[p], max_norm=1.0)])
+    with pytest.raises(OptionError, match="maximize='no'"): FlashAdamW([p], maximize="no")
+    with pytest.raises(OptionError, match="in a set"): FlashAdamW({p})
+    FlashAdamW([p], lr=np.float32(1e-3))
+
+
+def test_a_stale_handle_of_release_changes_nothing():
+    layer = torch.nn.Linear(4, 4)
+    opt = FlashAdamW(layer.parameters(), max_norm=1.0)
+    old = enable_gradient_release(layer, opt)
+    old.remove()
+    new = enable_gradient_release(layer, opt)
+    old.remove()
+    assert opt.release is new
+    for wrong in dict(grad_scaler=3), dict(pre_step=3):
+        new.remove()
+        with pytest.raises(UserError, match=next(iter(wrong))): enable_gradient_release(layer, opt, **wrong)

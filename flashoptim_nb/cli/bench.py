@@ -66,7 +66,7 @@ def bench(
             print(row_text(row), flush=True)
         for work in works if "FlashAdamW" in names else ():
             writer.append("released", **(row := released_peak(work, where)))
-            print(f"{work:6} FlashAdamW, released: {row['between']:.3f} B a parameter between steps, at the peak {row['peak'] or float('nan'):.3f}, of them the largest gradient {row['largest_gradient']:.3f}", flush=True)
+            print(f"{work:6} FlashAdamW, released: {row['between']:.3f} B a parameter between steps, at the peak {format(row['peak'], '.3f') if row['peak'] else 'not counted on a CPU'}, of them the largest gradient {row['largest_gradient']:.3f}", flush=True)
     return writer.folder
 
 # %% ../../nbs/10_cli/07_bench.ipynb #41c7be04
@@ -79,6 +79,7 @@ def bench_molecules(
     "Times DimeNet++'s training steps and records them; returns the run's folder."
     if measured.get("steps", 1) < 1: raise UserError(f"{measured['steps']} timed steps were asked for; at least 1 is needed")
     where = pick_device(device)
+    if where.type != "cuda" and "domain" not in measured: raise UserError(f"DimeNet++'s steps over the shipped molecules want a GPU, and the device is {where}: on a CPU they take most of an hour; leave --molecules out here")
     domain = measured.pop("domain", None) or load_molecules("gpu", config=measured.get("network", "published"), device=where)
     with _recorded(out, where, "molecule-steps", "molecules", {name: list(v) if isinstance(v, tuple) else v for name, v in measured.items()}, domain.data_hash) as writer:
         def show(row):

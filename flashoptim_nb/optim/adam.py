@@ -71,7 +71,7 @@ class FlashAdam(FlashOptimizer):
 
 
 class FlashAdamW(FlashAdam):
-    "AdamW (arXiv 1711.05101) likewise: weight decay shrinks the weights by 1 - lr * weight_decay, or with `decouple_lr` by 1 - weight_decay * lr / initial lr."
+    "AdamW (arXiv 1711.05101), with `FlashAdam`'s arguments and formats: weight decay shrinks the weights by 1 - lr * weight_decay, or with `decouple_lr` by 1 - weight_decay * lr / initial lr."
 
     decoupled = True
 

@@ -66,7 +66,7 @@ class FlashOptimizer(Optimizer):
         if not isinstance(param_group, dict): raise ParametersError(f"a {type(param_group).__name__} in place of a group: a dict is needed, dict(params=model.parameters(), lr=...)")
         if "params" not in param_group: raise ParametersError(f"a group without params (it has {', '.join(map(str, param_group)) or 'nothing'}): add them, dict(params=model.parameters(), lr=...)")
         given = param_group["params"]
-        if isinstance(given, (set, frozenset)): raise ParametersError("params in a set: a list is needed, for in a set their order, by which states are saved, changes from run to run")
+        if whole := [name for name in self.options if name in param_group and name != "fused"]: raise OptionError(f"{', '.join(whole)} in a group: an option of the whole optimizer, to be given beside the groups")
         param_group["params"] = [given] if isinstance(given, torch.Tensor) else listed(given)
         seen = {id(p) for group in self.param_groups for p in group["params"]}
         for p in param_group["params"]:
@@ -84,6 +84,7 @@ class FlashOptimizer(Optimizer):
     def check_group(self, group: dict):
         "Raises `OptionError` for options of a group that cannot work; subclasses add theirs."
         given = [x.item() if isinstance(x, torch.Tensor) and x.numel() == 1 else x for x in (group["lr"], group["weight_decay"])]  # read here, and not in a step
+        if not isinstance(group.get("maximize", False), bool): raise OptionError(f"maximize={group['maximize']!r}: True or False is needed")
         if not all(map(is_number, given)): raise OptionError(f"lr={group['lr']!r}, weight_decay={group['weight_decay']!r}: both must be finite numbers, 0 or more (or 0-d tensors of such)")
 
     def __getstate__(self):

@@ -43,7 +43,7 @@ def is_number(
     most: float = float_info.max,
 ) -> bool:
     "Whether an option is a finite number in these limits; `True` and `False` are none."
-    return isinstance(x, Real) and not isinstance(x, bool) and least <= x <= most
+    return isinstance(x, Real) and not isinstance(x, bool) and least <= getattr(x, "item", lambda: x)() <= most  # numpy's fp32 would overflow beside the limit
 
 # %% ../../nbs/03_optim/01_batches.ipynb #7be0d1a4
 def listed(
@@ -53,6 +53,7 @@ def listed(
     if isinstance(given, (torch.Tensor, str, Mapping)) or not isinstance(given, Iterable):
         said = repr(given) if given is None or isinstance(given, (str, Real)) else f"a {type(given).__name__}"
         raise ParametersError(f"params={said}: tensors in a list are needed, as model.parameters() gives them, or groups in a list, [dict(params=..., lr=...), ...]")
+    if isinstance(given, (set, frozenset)): raise ParametersError("parameters in a set: a list is needed, for in a set their order, by which states are saved, changes from run to run")
     return list(given)
 
 # %% ../../nbs/03_optim/01_batches.ipynb #ab621f64

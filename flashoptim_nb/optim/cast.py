@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import UninitializedTensorMixin
 
 from ..base.errors import UserError
 from .batches import keep_rounding
@@ -24,7 +25,7 @@ def _chosen(
 ) -> list[nn.Module]:
     "The modules that patterns or references name; raises `UserError` where one names none."
     found = []
-    for layer in [layers] if isinstance(layers, str) else layers or ():
+    for layer in [layers] if isinstance(layers, (str, nn.Module)) else layers or ():
         hits = [m for name, m in model.named_modules() if m is layer or isinstance(layer, str) and fnmatchcase(name, layer)]
         if not hits: raise UserError(f"no layer of the model matches {layer!r}; names are full dotted ones, such as {', '.join(n for n, _ in list(model.named_modules())[1:4])}")
         found += hits
@@ -70,6 +71,8 @@ def cast_model(
     "Casts a model for training with a Flash optimizer; tied parameters stay tied. Raises `UserError` for other dtypes and for names that match nothing."
     if not isinstance(model, nn.Module): raise UserError(f"cast_model of a {type(model).__name__}: give the model itself, a torch.nn.Module")
     if dtype not in (torch.bfloat16, torch.float16): raise UserError(f"cast_model to {dtype}: choose torch.bfloat16 or torch.float16")
+    if lazy := [name for name, t in (*model.named_parameters(), *model.named_buffers()) if isinstance(t, UninitializedTensorMixin)]:
+        raise UserError(f"{len(lazy)} parameters have no shape yet ({', '.join(lazy[:3])}): send one batch through a lazy model before it is cast")
     keep, recast = _chosen(model, full_precision_layers), _chosen(model, full_precision_recast_layers)
     norms = [m for m in model.modules() if selective and isinstance(m, _NormBase)]
     whole = {m for chosen in (*keep, *recast, *norms) for m in chosen.modules()}
@@ -77,7 +80,7 @@ def cast_model(
     for t in (*model.parameters(), *model.buffers()):
         if id(t) in spared or not t.is_floating_point(): continue
         wide, t.data = t.data, t.data.to(dtype)
-        if masters and isinstance(t, nn.Parameter) and wide.dtype == torch.float32 and type(wide) is torch.Tensor and t.requires_grad: keep_rounding(t, wide)
+        if masters and isinstance(t, nn.Parameter) and wide.dtype == torch.float32 and type(wide) is torch.Tensor and t.requires_grad and not t.is_meta: keep_rounding(t, wide)
     for m in dict.fromkeys((*keep, *recast, *norms)):
         if getattr(m, "_has_fp32_input_hook", False): continue
         m.register_forward_pre_hook(_fp32_inputs, with_kwargs=True)

@@ -47,7 +47,8 @@ class GradientReleaseHandle:
     def remove(self):
         "Back to ordinary steps."
         for hook in self.hooks: hook.remove()
-        self.hooks, self.active, self.optimizer.release = [], False, None
+        self.hooks, self.active = [], False
+        if self.optimizer.release is self: self.optimizer.release = None  # and not a later handle
 
 # %% ../../nbs/03_optim/06_release.ipynb #8bc1b45b
 @patch
@@ -113,6 +114,9 @@ def enable_gradient_release(
     "Steps each parameter inside the backward pass and frees its gradient; raises `UserError` where that cannot be right."
     if not isinstance(optimizer, FlashOptimizer):
         raise UserError(f"gradient release needs an optimizer that steps one parameter at a time, not {type(optimizer).__name__}: FlashAdamW(params, quantize=False, master_weight_bits=None) is plain AdamW")
+    if not isinstance(model, nn.Module): raise UserError(f"gradient release of a {type(model).__name__}: give the model, a torch.nn.Module")
+    if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler): raise UserError(f"grad_scaler is a {type(grad_scaler).__name__}: give the loop's torch.amp.GradScaler, or None")
+    if pre_step is not None and not callable(pre_step): raise UserError(f"pre_step is a {type(pre_step).__name__}: give a function of one parameter, or None")
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise UserError("gradient release under DistributedDataParallel: gradients are averaged in buckets after they are released; train without DDP or without release")
     if any(isinstance(p, DTensor) for p in model.parameters()):

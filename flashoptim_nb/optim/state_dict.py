@@ -66,14 +66,20 @@ def _moment(opt, p, saved, key, where):
         q, s = saved[f"{key}::quantized"], saved.get(f"{key}::scales")
         _fits(q, p, p.shape, code, f"{where}: {key}::quantized")
         _fits(s, p, scale_shape(p), torch.float16, f"{where}: {key}::scales")
+        _nonnegative(s, f"{where}: {key}::scales")
         if opt.quantize: return {f"{key}::quantized": q.to(p.device, copy=True), f"{key}::scales": s.to(p.device, copy=True)}
         return {key: _decoded(q.to(p.device), s.to(p.device), opt.companded)}
     x = saved.get(key)
     _fits(x, p, p.shape, None, f"{where}: {key}")
+    if code == torch.uint8: _nonnegative(x, f"{where}: {key}")
     x = x.detach().to(p.device, torch.float32, copy=True).contiguous()
     if not opt.quantize: return {key: x}
     codes, scales = _codec(code)[0](local(x), opt.companded)
     return {f"{key}::quantized": like(p, codes), f"{key}::scales": scales_like(p, scales)}
+
+
+def _nonnegative(t, where):
+    if (local(t) < 0).any(): raise StateError(f"{where} has values below 0, which squares and scales never have: the checkpoint is damaged")
 
 
 def _fits(t, p, shape, dtype, where):
@@ -92,6 +98,7 @@ def _correction(opt, p, saved, widened, where):
     if bits is None: return {}
     if rho is None and (rounded := first_correction(p, bits, keep=True)) is not None: return {"error_bits": rounded.clone()}
     if rho is None: return {"error_bits": like(p, torch.zeros(local(p).shape, dtype=INTEGERS[bits], device=p.device))}
+    if not isinstance(rho, torch.Tensor): raise StateError(f"{where}: error_bits is a {type(rho).__name__}; an int8 or int16 tensor {tuple(p.shape)} is needed")
     if rho.shape != p.shape or rho.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
         raise StateError(f"{where}: error_bits is {rho.dtype} {tuple(rho.shape)}; int8 or int16 {tuple(p.shape)} is needed")
     rho = rho.to(p.device, torch.int8 if widened else torch.int16, copy=True)
@@ -129,6 +136,19 @@ def _check_kind(opt, group, where):
     raise StateError(f"{where} was saved by {_KINDS.get(saved, 'another kind of optimizer')} (it has {', '.join(sorted(saved))}), another kind than {type(opt).__name__}, "
                      f"which loads {_KINDS.get(own, 'its own')} ({', '.join(sorted(own))}): load it into the kind that saved it, or start without it")
 
+# %% ../../nbs/03_optim/03_state_dict.ipynb #4b2ddd55
+def _opened(state_dict):
+    "Groups and states of a state dict; raises `StateError` for what is none."
+    asks = "give what an optimizer's state_dict() returned"
+    if not isinstance(state_dict, Mapping) or not {"param_groups", "state"} <= state_dict.keys(): raise StateError(f"a {type(state_dict).__name__} without `state` and `param_groups`: {asks}")
+    groups, saved = state_dict["param_groups"], state_dict["state"]
+    if not isinstance(groups, (list, tuple)) or not isinstance(saved, Mapping): raise StateError(f"param_groups is a {type(groups).__name__} and state a {type(saved).__name__}, where a list and a dict are needed: {asks}")
+    for n, g in enumerate(groups):
+        if not isinstance(g, Mapping) or not isinstance(g.get("params"), (list, tuple)) or not all(isinstance(i, (int, str)) for i in g["params"]): raise StateError(f"group {n} of the state dict has no list of parameters' numbers as its `params`: {asks}")
+    for i, s in saved.items():
+        if not isinstance(s, Mapping): raise StateError(f"the state of {i!r} is a {type(s).__name__}, where a dict is needed: {asks}")
+    return groups, saved
+
 # %% ../../nbs/03_optim/03_state_dict.ipynb #4b2ddd56
 @patch
 @torch.no_grad()
@@ -137,11 +157,9 @@ def load_state_dict(
     state_dict: Mapping,  # of this class, of torch.optim's or of the public package's; tensors are copied
 ):
     "Loads states and groups, converting what is kept otherwise; raises `StateError`, with nothing changed, where it does not fit."
-    if not isinstance(state_dict, Mapping) or not {"param_groups", "state"} <= state_dict.keys():
-        raise StateError(f"a {type(state_dict).__name__} without `state` and `param_groups`: give what an optimizer's state_dict() returned")
-    groups, saved = state_dict["param_groups"], state_dict["state"]
-    for n, g in enumerate(groups):
-        if "params" not in g: raise StateError(f"group {n} of the state dict has no `params`: give what an optimizer's state_dict() returned")
+    for hook in self._optimizer_load_state_dict_pre_hooks.values():
+        if (other := hook(self, state_dict)) is not None: state_dict = other
+    groups, saved = _opened(state_dict)
     sizes, wanted = [len(g["params"]) for g in groups], [len(g["params"]) for g in self.param_groups]
     if sizes != wanted: raise StateError(f"the state dict has groups of {sizes} parameters, the optimizer {wanted}: build it from the same model and groups")
     pairs = [(n, i, p) for n, (g, own) in enumerate(zip(groups, self.param_groups)) for i, p in zip(g["params"], own["params"])]
@@ -165,6 +183,7 @@ def load_state_dict(
     for p in state: first_correction(p, None)  # what casting kept for a first state is not needed any more
     self._largest = {}
     self.forget()
+    for hook in self._optimizer_load_state_dict_post_hooks.values(): hook(self)
 
 # %% ../../nbs/03_optim/03_state_dict.ipynb #2025f3d0
 @patch

@@ -59,7 +59,7 @@ def told_capacity(
         table = error_table(domain, runs, against=against)
         table = table[(table["config"] == config) & table["value"].notna()] if len(table) else table
         used.update(name for names in table["runs"] for name in names) if len(table) else None
-        return ", ".join(f"{row['target']} {row['value']:.3f}" + (f" [{row['lo']:.3f}, {row['hi']:.3f}]" if row["lo"] == row["lo"] else "") for row in table.to_dict("records"))
+        return ", ".join(f"{row['target']} {row['value']:.3f}" + (f" [{row['lo']:.3f}, {row['hi']:.3f}]" if pd.notna(row["lo"]) else "") for row in table.to_dict("records"))
     for domain in DOMAINS:
         parts = [f"{config} over {against}: {words}" for config, against in [("fp32_2x", "fp32"), *((f"{stack}_2x", "fp32_2x") for stack in stacks)] if (words := ratios(domain, config, against))]
         said.append(f"{domain}: {'; '.join(parts)}." if parts else f"{domain}: fp32_2x was not run, so the two cannot be told apart.")

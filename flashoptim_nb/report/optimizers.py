@@ -132,7 +132,7 @@ def told_gap(
     if not found: return told(f"{config} against {against}: not measured.", [])
     used = [run for run in runs if full_name(run) in {name for row in found.values() for name in row["runs"]}]
     recipe, size = used[0].header["settings"]["recipe"], used[0].header["size"]
-    said = "; ".join(f"{text} {row['value']:+.4f}" + (f" [{row['lo']:+.4f}, {row['hi']:+.4f}]" if row["lo"] == row["lo"] else "") + f", {row['says']}" for text, row in found.items())
+    said = "; ".join(f"{text} {row['value']:+.4f}" + (f" [{row['lo']:+.4f}, {row['hi']:+.4f}]" if pd.notna(row["lo"]) else "") + f", {row['says']}" for text, row in found.items())
     pairs = int(max(row["n"] for row in found.values()))
     return told(f"{config} against {against}, GPT of {size}, {pairs} pair{'s' * (pairs > 1)} of {recipe['steps']} steps at a peak rate of {recipe['lr']:g}; held-out loss, nats a token, margin {margin:g}: {said}.", used)
 
