@@ -64,15 +64,16 @@ def _run_h1(args) -> int:
 
 def _run_h2(args) -> int:
     from flashoptim_nb.base.machine import repo_root
-    from flashoptim_nb.cli.h2 import SurrogateStudy, dry_run
+    from flashoptim_nb.cli.h2 import SurrogateStudy, check_request, dry_run
     from flashoptim_nb.cli.h2scales import ARMS, SCALES, narrow
     _refuse(args, ("sizes",), "its runs are chosen by --domains, --configs and --arms; 1x and 2x are part of a configuration's name")
     scale = choose("scale", args.scale, SCALES)
     for arm in args.arms or (): choose("arm", arm, ARMS)
-    if args.workers is not None and args.workers < 1 or args.minutes is not None and not args.minutes > 0: raise UserError(f"--workers {args.workers}, --minutes {args.minutes}: workers are 1 or more, minutes above 0")
+    workers = 1 if args.workers is None else args.workers
+    check_request(workers, args.minutes)
     if args.dry_run: return dry_run(narrow(scale, args.domains, args.configs), args.arms or ARMS)
     study = SurrogateStudy(scale, args.out or repo_root() / "runs", device=args.device or scale.device, domains=args.domains, configs=args.configs, arms=args.arms,
-                           workers=1 if args.workers is None else args.workers, graphs=bool(args.graphs), minutes=args.minutes, stopped=_Stop())
+                           workers=workers, graphs=bool(args.graphs), minutes=args.minutes, stopped=_Stop())
     return study.run(args.confirm)
 
 # %% ../../nbs/10_cli/08_main.ipynb #37c569ae
