@@ -201,6 +201,90 @@ def test_a_budget_too_small_is_a_finding(tmp_path):
     assert run.status == "oom" and "nothing fits" in run.reason and run.of("largest")[0]["parameters"] is None
 
 
+def records(out):
+    "Every file of a study but its lock, with its bytes."
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file() and path.name != ".lock"}
+
+
+@pytest.fixture
+def taught(monkeypatch):
+    "A scale whose runs are taught by inexpensive labels, and what says whether their solver is installed."
+    solver = dict(installed=False)
+    class Taught(Toy):  # noqa: F821 - of COMMON
+        def label_ways(self):
+            if not solver["installed"]: raise UserError("the solver was not found; [path/to] install it")
+            return dict(full=[self], cheap_then_fine=[self, self]), dict(full=2.0, cheap_then_fine=1.0), "a solver"
+    monkeypatch.setitem(globals(), "load_taught", lambda scale, **limits: Taught(**limits))
+    monkeypatch.setitem(h2scales.LOADERS, "toy", (__name__, "load_taught"))
+    part = SCALE.parts["toy"].replace(labels=("fp32",), solve=None)  # noqa: F821
+    return SCALE.replace(parts={"toy": part}, seeds=(0,)), solver  # noqa: F821
+
+
+def statuses(out): return {run.id: run.status for run in read_study(out / "h2-laptop")}
+
+
+def test_a_run_that_cannot_be_had_is_tried_again_and_ends_nothing(tmp_path, taught):
+    scale, solver = taught
+    first = dict(arms=["labels", "speed"], configs=["fp32"])
+    assert study(tmp_path, scale, **first).run() == 0
+    stands, files = statuses(tmp_path), records(tmp_path)
+    assert stands["toy-labels-fp32-s0"] == "unavailable" and stands["protocol"] == "finished"
+    for _ in range(2):
+        assert study(tmp_path, scale, **first).run() == 0
+        assert records(tmp_path) == files, "nothing was done, so nothing is written"
+    assert study(tmp_path, scale, **first, workers=2).run() == 0 and records(tmp_path) == files
+    assert study(tmp_path, scale, configs=["fp32"]).run() == 0  # what comes after it is reached
+    assert statuses(tmp_path) == stands | {"toy-train-fp32-s0": "finished"}
+    solver["installed"] = True
+    assert study(tmp_path, scale, configs=["fp32"]).run() == 0
+    assert set(statuses(tmp_path).values()) == {"finished"}
+    assert [bad for run in read_study(tmp_path / "h2-laptop") for bad in problems(run.folder)] == []
+
+
+@pytest.mark.parametrize("arm", ["labels", "speed", "largest"])
+def test_a_measurement_that_was_killed_and_then_cannot_be_had_ends_nothing(tmp_path, taught, arm, monkeypatch):
+    scale, solver = taught
+    solver["installed"] = True
+    assert study(tmp_path, scale, arms=[arm]).run() == 0
+    run = next(run for run in read_study(tmp_path / "h2-laptop") if run.header["arm"] == arm)
+    file = run.folder / "rows.jsonl"
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-1]))
+    def cannot(*_, **__): raise UserError("it cannot be had here")
+    for name in ("label_rows", "speed_rows", "largest_of"): monkeypatch.setattr(f"flashoptim_nb.cli.h2.{name}", cannot)
+    for _ in range(2):
+        assert study(tmp_path, scale, arms=[arm]).run() == 0
+        stands = statuses(tmp_path)
+        assert stands[run.id] == "unavailable" and stands["protocol"] == "finished"
+
+
+def test_data_that_come_and_go_end_nothing(tmp_path, monkeypatch):
+    wanted = dict(arms=["train", "speed"], configs=["fp32"])
+    def lacking(scale, **limits): raise UserError("the package of the data is not installed")
+    monkeypatch.setitem(globals(), "load_lacking", lacking)
+    def have(yes): monkeypatch.setitem(h2scales.LOADERS, "toy", (__name__, "load_solvable" if yes else "load_lacking"))
+    have(False)
+    assert study(tmp_path, **wanted).run() == 0 and set(statuses(tmp_path).values()) == {"unavailable", "finished"}
+    files = records(tmp_path)
+    assert study(tmp_path, **wanted).run() == 0 and records(tmp_path) == files
+    have(True)
+    assert study(tmp_path, **wanted).run() == 0 and set(statuses(tmp_path).values()) == {"finished"}
+    have(False)  # what was made stays made
+    assert study(tmp_path, **wanted).run() == 0 and set(statuses(tmp_path).values()) == {"finished"}
+
+
+def test_an_interrupted_run_waits_for_its_data(tmp_path, monkeypatch):
+    wanted, left = dict(arms=["train"], configs=["fp32"]), iter([False] * 4 + [True] * 9)
+    with pytest.raises(Interrupted): study(tmp_path, **wanted, stopped=lambda: next(left)).run()
+    def lacking(scale, **limits): raise UserError("the package of the data is not installed")
+    monkeypatch.setitem(globals(), "load_lacking", lacking)
+    monkeypatch.setitem(h2scales.LOADERS, "toy", (__name__, "load_lacking"))
+    assert study(tmp_path, **wanted).run() == 1
+    assert list((tmp_path / "h2-laptop").glob("*/checkpoint.safetensors")), "it is still there to go on from"
+    monkeypatch.setitem(h2scales.LOADERS, "toy", (__name__, "load_solvable"))
+    assert study(tmp_path, **wanted).run() == 0
+    assert set(statuses(tmp_path).values()) == {"finished"} and not list(tmp_path.rglob("checkpoint*"))
+
+
 def test_other_settings_do_not_mix(tmp_path):
     assert study(tmp_path, arms=["speed"], configs=["fp32"]).run() == 0
     other = SCALE.replace(parts={"toy": SCALE.parts["toy"].replace(batches=(8,))})  # noqa: F821

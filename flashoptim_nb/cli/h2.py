@@ -21,18 +21,18 @@ from rich.console import Console
 
 from ..base.config import content_hash
 from ..base.errors import UserError, choose
-from ..base.records import ROWS, RunWriter, read_study
-from .h2runs import Epochs, Held, SurrogateSpec, keep_search, labels as label_rows, speed, surrogate_spec, task_of
+from ..base.records import RunWriter, read_study
+from .h2runs import Epochs, Held, SurrogateSpec, keep_search, labels as label_rows, speed as speed_rows, surrogate_spec, task_of
 from .h2scales import ARMS, CONDITIONS, SurrogateScale, load_domain, narrow
 from .journal import Journal
-from .runs import end_at_once, header as header_of, is_done
+from .runs import end_at_once, header as header_of, is_done, recorded
 from .stages import rates
 from ..judge.decisions import Decision, decide_from
 from ..judge.evidence import Evidence
 from ..judge.surrogates import DOMAINS, H2, PRIMARY
 from ..judge.table import evidence_table
 from ..measure.largest import largest as largest_of
-from ..train.loop import Interrupted, Paused, fit
+from ..train.loop import CHECKPOINT, Interrupted, Paused, fit
 
 # %% ../../nbs/10_cli/06c_h2.ipynb #6a80c006
 @dataclass(frozen=True)
@@ -211,23 +211,45 @@ def labels(self: SurrogateStudy, spec: SurrogateSpec, domain):
     self.console.print(f"  {spec.id}: " + ", ".join(f"{row['recipe']} {row['target']} {row['mae']:.3g}" for _, row in rows))
 
 @patch
+def speed(self: SurrogateStudy, spec: SurrogateSpec, domain):
+    speed_rows(spec, domain, self.device, RunWriter(self.folder / spec.id, header=self.header(spec)), self.scale.parts[spec.role].timed)
+    self.console.print(f"  {spec.id}")
+
+@patch
+def done(self: SurrogateStudy, spec: SurrogateSpec) -> bool:
+    "Whether a run is ended for good. Where its data cannot be had now there is nothing to compare its settings with."
+    folder, header = self.folder / spec.id, self.header(spec)
+    if isinstance(self.domain(spec.role), str) and (begun := recorded(folder)): header = begun.header
+    return is_done(folder, header)
+
+def _mark(folder: Path):
+    "Where a run's record stands; None if there is none."
+    return (run := recorded(folder)) and run.mark
+
+@patch
+def cannot(self: SurrogateStudy, spec: SurrogateSpec, why: str):
+    "Records that a run cannot be had here, and says so. What was begun and has a checkpoint stays to be gone on with."
+    folder = self.folder / spec.id
+    if (folder / CHECKPOINT).exists(): raise RuntimeError(f"it was begun, and cannot go on: {why}")
+    if (begun := recorded(folder)) and begun.status == "unfinished": RunWriter(folder).end("unavailable", why)
+    else: end_at_once(folder, self.header(spec), "unavailable", why)
+    self.console.print(f"  {spec.id} is unavailable: {why}; the same command tries it again")
+
+@patch
 def perform(self: SurrogateStudy, spec: SurrogateSpec):
-    "Makes one run unless its record is there and ended."
-    domain, folder, header = self.domain(spec.role), self.folder / spec.id, self.header(spec)
-    if is_done(folder, header): return
+    "Makes one run unless its record is there and ended. One that cannot be had here is recorded as unavailable; the study goes on."
+    if self.done(spec): return
+    domain, folder = self.domain(spec.role), self.folder / spec.id
     self.hold(folder)
     self.check_stop()
-    if isinstance(domain, str): return end_at_once(folder, header, "unavailable", domain)
+    if isinstance(domain, str): return self.cannot(spec, domain)
     if spec.arm in ("speed", "largest"): self.loaded = {spec.role: domain}  # another domain's tables would count as this one's memory
-    if spec.arm == "speed":
-        speed(spec, domain, self.device, RunWriter(folder, header=header), self.scale.parts[spec.role].timed)
-        self.console.print(f"  {spec.id}")
-    else:
-        try: dict(train=self.train, largest=self.largest, labels=self.labels)[spec.arm](spec, domain)
-        except (Interrupted, Paused): raise
-        except UserError as error:  # this run cannot be had; others can
-            if (folder / ROWS).exists(): raise
-            end_at_once(folder, header, "unavailable", str(error))
+    before = _mark(folder)
+    try: dict(train=self.train, speed=self.speed, largest=self.largest, labels=self.labels)[spec.arm](spec, domain)
+    except (Interrupted, Paused): raise
+    except UserError as error:
+        if (folder / CHECKPOINT).exists() or spec.arm == "train" and _mark(folder) != before: raise  # it was under way
+        self.cannot(spec, str(error))
 
 # %% ../../nbs/10_cli/06c_h2.ipynb #6a80c016
 def _work(scale, given, tasks, done, stop):
@@ -250,7 +272,7 @@ def _work(scale, given, tasks, done, stop):
 @patch
 def attempts(self: SurrogateStudy, specs: Iterable[SurrogateSpec]) -> int:
     "Attempts runs; returns how many failed. Training runs go on in several processes where more than one worker is asked for."
-    specs = [spec for spec in specs if not is_done(self.folder / spec.id, self.header(spec))]
+    specs = [spec for spec in specs if not self.done(spec)]
     shared = [spec for spec in specs if spec.arm == "train"] if self.workers > 1 else []
     if len(shared) < 2: shared = []
     failed = self.together(shared) if shared else 0
@@ -284,7 +306,7 @@ def ahead(self: SurrogateStudy):
     for role in dict.fromkeys(role for role, *_ in runs): self.note_domain(role)
     places = defaultdict(count)  # one domain waits for its solver while another computes
     specs = sorted(self.stage_specs(runs), key=lambda spec: (spec.config not in CONDITIONS, next(places[spec.role])))
-    specs = [spec for spec in specs if not isinstance(self.loaded[spec.role], str) and not is_done(self.folder / spec.id, self.header(spec))]
+    specs = [spec for spec in specs if not isinstance(self.loaded[spec.role], str) and not self.done(spec)]
     if len(specs) > 1: self.together(specs)  # what failed is tried again, and counted, in its stage
 
 @patch

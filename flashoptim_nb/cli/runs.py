@@ -98,7 +98,7 @@ def is_done(
     header: dict,  # that the run would have now
 ) -> bool:
     "Whether the run's record is there and ended for good. Raises `UserError` if the record is of other settings or other data."
-    if not (run := recorded(folder)): return False
+    if not (run := recorded(folder)) or run.status == "unavailable": return False  # what was never made has no settings or data
     same_origin(folder, run.header, header, ("settings_hash", "data_hash"))
     if run.status in AGAIN: return False
     (folder / CHECKPOINT).unlink(missing_ok=True)
