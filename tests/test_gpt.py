@@ -95,6 +95,54 @@ def test_no_choice_changes_the_result(style, rng_seed):
                 for a, b in zip(one_step(shape, style, attention, checkpointing, how), plain): assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_no_target_is_no_part_of_loss_and_gradients(style, rng_seed):
+    "Both losses, whatever share of the targets is missing, give what torch gives for the logits."
+    shape = random_shape()
+    tokens, targets = torch.randint(shape["vocab_size"], (2, 3, shape["max_seq"]))
+    for missing in (torch.rand(targets.shape) < 0.5, torch.ones(targets.shape, dtype=torch.bool)):
+        found, y = [], targets.masked_fill(missing, -100)
+        for how in (None, *LOSSES):
+            model = GPT(GPTConfig(style=style, **shape)).init_weights(2)
+            loss = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), y.flatten()) if how is None else model.loss(tokens, y, how)
+            loss.backward()
+            found.append((loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+        for other in found[1:]: torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+def test_targets_and_tokens_that_are_none_are_refused(rng_seed):
+    shape = random_shape()
+    model, V = GPT(GPTConfig(**shape)).init_weights(2), shape["vocab_size"]
+    tokens = torch.randint(V, (2, 9))
+    for wrong in (V, -1, -101):
+        bad = tokens.clone()
+        bad[1, 4] = wrong
+        for how in LOSSES:
+            with pytest.raises(UserError, match=f"targets outside their range: {wrong};"): model.loss(tokens, bad, how)
+        with pytest.raises(UserError, match=f"token ids outside their range: {wrong};"): model(bad)
+    with pytest.raises(UserError, match="rows"): model(tokens[0])
+    with pytest.raises(UserError, match="each token has one target"): model.loss(tokens, tokens.T)
+    with pytest.raises(UserError, match="float32"): model(tokens.float())
+    assert torch.equal(model(tokens.to(torch.uint8) % 11), model(tokens.to(torch.uint8).long() % 11))
+    last = tokens[:, -1:]  # strided, one token a sequence
+    for how in LOSSES: torch.testing.assert_close(model.loss(last, last, how), model.loss(last.clone(), last.clone(), how))
+    for how in LOSSES: assert model.loss(tokens[:0], tokens[:0], how).isnan()
+
+
+def test_a_compiled_loss_ignores_and_refuses_the_same(rng_seed):
+    if not (able := capabilities()["compile"]).ok: pytest.skip(able.why)
+    torch._dynamo.reset()
+    model = GPT(GPTConfig(n_layer=1, n_head=2, d_model=32, vocab_size=96, max_seq=24)).init_weights(1)
+    tokens = torch.randint(96, (2, 24))
+    y = tokens.clone()
+    y[:, ::2] = -100
+    expected = model.loss(tokens, y)
+    model.compile_blocks("aot_eager")
+    torch.testing.assert_close(model.loss(tokens, y), expected)
+    y[0, 3] = -1
+    with pytest.raises(UserError, match="targets outside"): model.loss(tokens, y)
+
+
 @pytest.mark.parametrize("style, attention, checkpointing, backend", [
     ("gpt2", "eager", "none", "aot_eager"), ("llama2", "flash", "selective", "aot_eager"), ("llama2", "eager", "full", "aot_eager"),
     pytest.param("gpt2", "flash", "none", "inductor", marks=pytest.mark.slow)])

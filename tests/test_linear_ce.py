@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from flashoptim_nb.base.compare import assert_2x
-from flashoptim_nb.kernels.linear_ce import (chunk_rows_for, linear_cross_entropy, linear_cross_entropy_reference, softmax_minus_onehot_,
+from flashoptim_nb.base.errors import UserError
+from flashoptim_nb.kernels.linear_ce import (IGNORE, chunk_rows_for, linear_cross_entropy, linear_cross_entropy_reference, softmax_minus_onehot_,
                                              softmax_minus_onehot_reference)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -49,6 +50,95 @@ def test_no_more_than_twice_the_error_of_the_reference(device, dtype, autocast, 
         assert_2x(o, s, e, floor=1e-6 if narrow == torch.float32 else 1e-3 if name == "loss" else torch.finfo(narrow).eps)
 
 
+def some_ignored(y, share):
+    return torch.where(torch.rand(len(y), device=y.device) < share, IGNORE, y)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("share", [0.3, 0.95, 1.0])
+def test_ignored_targets_count_nowhere(device, share, rng_seed):
+    "Loss and gradients are those of the other rows alone; without any, NaN and zeros, as torch has it."
+    x, w, y = problem(device, rng_seed)
+    x, w, y = x.double(), w.double(), some_ignored(y, share)
+    torchs = lambda x, w, y: torch.nn.functional.cross_entropy(x @ w.T, y)
+    exact = loss_and_gradients(torchs, x, w, y, 3.7)
+    for f, kw in ((linear_cross_entropy, dict(chunk_rows=100)), (linear_cross_entropy, {}), (linear_cross_entropy_reference, {})):
+        for ours, theirs in zip(loss_and_gradients(f, x, w, y, 3.7, **kw), exact):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13, equal_nan=True)
+    kept = y != IGNORE
+    for ours, alone in zip(loss_and_gradients(linear_cross_entropy, x, w, y), loss_and_gradients(linear_cross_entropy, x[kept], w, y[kept])):
+        torch.testing.assert_close(ours[kept] if ours.shape == x.shape else ours, alone, equal_nan=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype, autocast", [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
+def test_ignored_targets_in_every_precision(device, dtype, autocast, rng_seed):
+    x, w, y = problem(device, rng_seed)
+    x, w, y = x.to(dtype), w.to(dtype), some_ignored(y, 0.5)
+    y[0] = 0  # one is left
+    exact = loss_and_gradients(linear_cross_entropy_reference, x.double(), w.double(), y)
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        same = loss_and_gradients(linear_cross_entropy_reference, x, w, y)
+        ours = loss_and_gradients(linear_cross_entropy, x, w, y, chunk_rows=128)
+    narrow = torch.bfloat16 if autocast else dtype
+    for name, o, s, e in zip(("loss", "dx", "dw"), ours, same, exact):
+        assert_2x(o, s, e, floor=1e-6 if narrow == torch.float32 else 1e-3 if name == "loss" else torch.finfo(narrow).eps)
+    assert not ours[1][y == IGNORE].any()
+
+
+@pytest.mark.parametrize("f", [linear_cross_entropy, linear_cross_entropy_reference])
+def test_other_targets_are_refused(f, rng_seed):
+    x, w, y = torch.randn(9, 4), torch.randn(7, 4), torch.randint(7, (9,))
+    for wrong in (7, -1, -99, -101, 2**40, -(2**62)):
+        bad = y.clone()
+        bad[int(torch.randint(9, ()))] = wrong
+        with pytest.raises(UserError, match=f"targets outside their range: {wrong}"): f(x, w, bad)
+    for bad, words in ((y.float(), "float32"), (y.bool(), "bool"), (y[:-1], "shapes"), (y[:, None], "shapes"), (y.to("meta"), "one device")):
+        with pytest.raises(UserError, match=words): f(x, w, bad)
+    with pytest.raises(UserError, match="shapes"): f(x, torch.randn(7, 5), y)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("f", [linear_cross_entropy, linear_cross_entropy_reference])
+def test_targets_of_any_integer_type_and_layout(f, device, rng_seed):
+    x, w, y = torch.randn(40, 8, device=device), torch.randn(100, 8, device=device), torch.randint(100, (40,), device=device)
+    exact = loss_and_gradients(f, x, w, y)
+    strided = torch.full((40, 3), 10**6, device=device).index_copy_(1, torch.tensor([1], device=device), y[:, None])[:, 1]
+    for same in (y.to(torch.uint8), y.to(torch.int8), y.to(torch.int16), y.int(), strided, strided.int()):
+        for a, b in zip(loss_and_gradients(f, x, w, same), exact): assert torch.equal(a, b)
+    wide = torch.randn(40, 20, device=device)
+    wide[:, 3:19:2] = x
+    for a, b in zip(loss_and_gradients(f, wide[:, 3:19:2], w.T.contiguous().T, y), exact): torch.testing.assert_close(a, b)
+    one = torch.full((40,), 17, device=device)
+    for a, b in zip(loss_and_gradients(f, x, w, one[:1].expand(40)), loss_and_gradients(f, x, w, one)): assert torch.equal(a, b)
+    loss, dx, dw = loss_and_gradients(f, x[:0], w, y[:0])
+    assert loss.isnan() and dx.shape == (0, 8) and not dw.any()
+
+
+REFUSED_ON_THE_DEVICE = """
+import sys, torch
+from flashoptim_nb.kernels.linear_ce import linear_cross_entropy, linear_cross_entropy_reference
+x, w, y = torch.randn(300, 8, device="cuda"), torch.randn(50, 8, device="cuda"), torch.randint(50, (300,), device="cuda")
+y[7] = int(sys.argv[1])
+torch.cuda.synchronize()
+torch.cuda.set_sync_debug_mode("error")  # nothing waits
+{"fused": linear_cross_entropy, "plain": linear_cross_entropy_reference}[sys.argv[2]](x, w, y)
+torch.cuda.set_sync_debug_mode("default")
+try: torch.cuda.synchronize()
+except RuntimeError as error: sys.exit(0 if "assert" in str(error) else f"another error: {error}")
+sys.exit("accepted")
+"""
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("how", ["fused", "plain"])
+@pytest.mark.parametrize("wrong", [50, -1])
+def test_other_targets_are_refused_on_the_device(how, wrong):
+    "In a process of its own, which such an assertion ends."
+    done = subprocess.run([sys.executable, "-c", REFUSED_ON_THE_DEVICE, str(wrong), how], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_gradients_pass_on_what_is_needed_only(rng_seed):
     x, w, y = torch.randn(9, 4, requires_grad=True), torch.randn(7, 4), torch.randint(7, (9,))
     linear_cross_entropy(x, w, y).backward()
@@ -86,7 +176,8 @@ def test_chunks_cover_the_rows_evenly(n, v, gpu):
 @pytest.mark.parametrize("v", [1, 37, 4096, 50_257])
 def test_the_kernel(dtype, v, rng_seed):
     z = (5 * torch.randn(33, v, device="cuda")).to(dtype)
-    y = torch.randint(v, (33,), device="cuda")
+    y = torch.randint(v, (66,), device="cuda")[::2]  # strided
+    y[::5] = IGNORE
     ours, same, exact = z.clone(), z.clone(), z.double()
     nll, nll_same, nll_exact = (f(t, y) for f, t in ((softmax_minus_onehot_, ours), (softmax_minus_onehot_reference, same), (softmax_minus_onehot_reference, exact)))
     assert_2x(ours, same, exact, floor=1e-6)
@@ -98,10 +189,16 @@ import torch
 from flashoptim_nb.kernels import linear_ce as m
 z, y = 4 * torch.randn(3, 300), torch.randint(300, (3,))
 z[1, 250:] = -1e9
-ours, ref, nll = z.clone(), z.clone(), torch.empty(3)
-m._softmax_minus_onehot_kernel[(3,)](ours, y, nll, 300, V=300, BLOCK=128, num_warps=16)
-torch.testing.assert_close(nll, m.softmax_minus_onehot_reference(ref, y))
-torch.testing.assert_close(ours, ref)
+def both(z, y):
+    ours, ref, nll = z.clone(), z.clone(), torch.empty(len(z))
+    m._softmax_minus_onehot_kernel[(len(z),)](ours, y, nll, 300, V=300, BLOCK=128, num_warps=16)
+    torch.testing.assert_close(nll, m.softmax_minus_onehot_reference(ref, y), equal_nan=True)
+    torch.testing.assert_close(ours, ref, equal_nan=True)
+    return nll, ours
+both(z, y)
+y[0], y[2] = -100, 2**40  # ignored; in nobody's memory
+nll, grad = both(z, y)
+assert nll[0] == 0 and not grad[0].any() and nll[1].isfinite() and nll[2].isnan() and grad[2].isnan().all()
 """
 
 

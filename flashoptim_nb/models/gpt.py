@@ -17,10 +17,10 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..base.config import Config
-from ..base.errors import UserError, choose
+from ..base.errors import UserError, check_indices, choose
 from ..base.machine import capabilities
 from ..kernels.attention import ATTENTION, attend
-from ..kernels.linear_ce import linear_cross_entropy, linear_cross_entropy_reference
+from ..kernels.linear_ce import checked_targets, linear_cross_entropy, linear_cross_entropy_reference
 
 # %% ../../nbs/04_models/00_gpt.ipynb #a3081fc7
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD, rotary=None):
         B, T, D = x_BTD.shape
-        q, k, v = (z.view(B, T, self.n_head, -1) for z in self.qkv(x_BTD).split(D, dim=-1))
+        q, k, v = (z.view(B, T, self.n_head, D // self.n_head) for z in self.qkv(x_BTD).split(D, dim=-1))
         if rotary is not None: q, k = rotate(q, *rotary), rotate(k, *rotary)
         y_BHTK = attend(*(z.transpose(1, 2) for z in (q, k, v)), self.attention)
         return self.proj(y_BHTK.transpose(1, 2).reshape(B, T, D))
@@ -194,12 +194,14 @@ class GPT(nn.Module):
 @patch
 def hidden(
     self: GPT,
-    tokens_BT: torch.Tensor,  # int64, each in [0, V)
+    tokens_BT: torch.Tensor,  # integers, each in [0, V)
 ) -> torch.Tensor:  # B T D
-    "The last hidden states, normalized; raises `UserError` for a sequence longer than `max_seq`."
+    "The last hidden states, normalized; raises `UserError` for a sequence longer than `max_seq` and for token ids outside [0, V)."
+    if tokens_BT.dim() != 2: raise UserError(f"tokens of shape {tuple(tokens_BT.shape)} were given; give sequences as rows, (B, T)")
     c, T = self.config, tokens_BT.shape[1]
     if T > c.max_seq: raise UserError(f"a sequence of {T} tokens was given, the model has {c.max_seq} positions; shorten it or raise max_seq")
-    x_BTD, rotary = self.wte(tokens_BT), None
+    check_indices(tokens_BT, c.vocab_size, "token ids")
+    x_BTD, rotary = self.wte(tokens_BT.long()), None
     if c.style == "gpt2": x_BTD = x_BTD + self.wpe.weight[:T]
     else: rotary = rotary_table(T, c.head_dim, c.rope_theta, x_BTD.device, torch.promote_types(x_BTD.dtype, torch.float32))
     if self.stream: x_BTD = x_BTD.to(self.stream)
@@ -220,16 +222,18 @@ def forward(self: GPT, tokens_BT, targets_BT=None, how: str = "plain"):
     "The mean loss; without targets, the logits."
     x_BTD = self.hidden(tokens_BT)
     if targets_BT is None: return self.logits(x_BTD)
+    if targets_BT.shape != tokens_BT.shape:
+        raise UserError(f"targets of shape {tuple(targets_BT.shape)} were given for tokens of shape {tuple(tokens_BT.shape)}; each token has one target")
     return choose("loss", how, self._losses)(x_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten())
 
 @patch
 def loss(
     self: GPT,
     tokens_BT: torch.Tensor,  # int64
-    targets_BT: torch.Tensor,  # int64, the token after each
+    targets_BT: torch.Tensor,  # integers, the token after each; -100 where none is to be predicted
     how: str = "plain",  # or "fused_linear"
 ) -> torch.Tensor:  # scalar, fp32, nats a token
-    "Mean negative log-likelihood of the targets."
+    "Mean negative log-likelihood of the targets; NaN where there is none."
     return self(tokens_BT, targets_BT, how)
 
 # %% ../../nbs/04_models/00_gpt.ipynb #b7c4015a
@@ -255,7 +259,8 @@ def compile_blocks(
     "Compiles each block, and the head with its plain loss; raises `UserError` where there is no compiler."
     if not (able := capabilities()["compile"]).ok: raise UserError(f"the model cannot be compiled here: {able.why}; install what is missing, or choose a configuration without compile")
     for block in self.blocks: block.compile(dynamic=False, backend=backend)  # one graph serves all: weights are its inputs
-    self._losses["plain"] = torch.compile(LOSSES["plain"], dynamic=False, backend=backend)
+    plain = torch.compile(LOSSES["plain"], dynamic=False, backend=backend)
+    self._losses["plain"] = lambda x_ND, w_VD, target_N: plain(x_ND, w_VD, checked_targets(x_ND, w_VD, target_N))  # refuses in words, outside the graph
     return self
 
 # %% ../../nbs/04_models/00_gpt.ipynb #7b09105f
