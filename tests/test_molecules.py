@@ -1,4 +1,5 @@
 """Molecules: data, geometry, bases and network, against definitions and against PyG's own."""
+import dataclasses
 import importlib.util
 
 import numpy as np
@@ -64,7 +65,6 @@ def test_bases_and_angles_are_pygs(rng_seed):
 @pyg
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_network_with_pygs_blocks_is_the_same(dtype, rng_seed):
-    import dataclasses
     g = clouds([7, 1, 5])[0].batch(np.arange(3), torch.zeros(3, 1))
     g = dataclasses.replace(g, dist=g.dist.to(dtype), unit=g.unit.to(dtype)).with_triplets()
     model = awake(DimeNetPP(SMALL)).to(dtype)
@@ -124,6 +124,45 @@ def test_rotating_and_reordering_changes_nothing(rng_seed):
 def test_one_atom_alone_has_no_edges(rng_seed):
     g = clouds([1])[0].batch(np.array([0]), torch.zeros(1, 1))
     for interaction in ("triplets", "fused"): assert torch.equal(awake(DimeNetPP(SMALL, interaction))(g), torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf"), 1e39])
+def test_positions_that_are_not_finite_are_refused(wrong, rng_seed):
+    pos = torch.randn(9, 3, dtype=torch.float64)
+    pos[int(torch.randint(5, 9, ())), int(torch.randint(3, ()))] = wrong
+    with pytest.raises(UserError, match="molecule 1 .* has the position"): Geometry(torch.ones(9, dtype=torch.uint8), pos, np.array([5, 4]))
+
+
+@pytest.mark.parametrize("counts", [[2], [4], [2, 2], [3, 0], [0, 3], [4, -1], [], [1.5, 1.5], [[3]], [float("nan")], ["3"], [2**40]])
+def test_counts_that_do_not_match_the_atoms_are_refused(counts):
+    with pytest.raises(UserError): Geometry(torch.tensor([8, 6, 8]), torch.eye(3), np.array(counts))
+
+
+def test_atoms_that_cannot_be_are_refused():
+    pos = torch.eye(3)
+    for z in ([8, 6, 0], [8, -1, 8], [95, 6, 8], [8, 6.5, 8], [8, 6, float("nan")], [8, 6]):
+        with pytest.raises(UserError, match="atomic number"): Geometry(torch.tensor(z), pos, np.array([3]))
+    for distance in (0.0, 1e-30, 1e-4):
+        with pytest.raises(UserError, match="two atoms in one place"): Geometry(torch.tensor([8, 6]), torch.tensor([[1.0, 2, 3], [1.0 + distance, 2, 3]]), np.array([2]))
+    for cutoff in (0, -5.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="cutoff"): Geometry(torch.tensor([8, 6, 8]), pos, np.array([3]), cutoff)
+    for shape in ((3, 2), (2, 3), (9,)):
+        with pytest.raises(UserError): Geometry(torch.tensor([8, 6, 8]), torch.arange(9.0)[: shape[0] * (shape[1] if len(shape) > 1 else 1)].view(shape), np.array([3]))
+
+
+@pytest.mark.parametrize("interaction", ["triplets", "fused"])
+def test_a_batch_that_points_outside_its_tables_is_refused(interaction, rng_seed):
+    g = clouds([7, 1, 5])[0].batch(np.arange(3), torch.zeros(3, 1)).with_triplets()
+    model, (N, E) = awake(DimeNetPP(SMALL, interaction)), (len(g.z), len(g.source))
+    for name, values in dict(z=(95, -1, 10**9), molecule=(4, -1), source=(N, -1), target=(N, -1), out_edge=(E, -1), incoming=(-1, E + 1), outgoing=(-1, E + 1), kj=(E, -1), ji=(E, -1)).items():
+        for value in values:
+            wrong = getattr(g, name).clone()
+            wrong[int(torch.randint(len(wrong), ()))] = value
+            with pytest.raises(UserError): model(dataclasses.replace(g, **{name: wrong}))
+    for name in ("z", "molecule", "source", "dist", "unit", "incoming", "outgoing", "out_edge"):
+        with pytest.raises(UserError): model(dataclasses.replace(g, **{name: getattr(g, name)[1:]}))
+    for which in ([3], [0, -1], [0.0], [[0]]):
+        with pytest.raises(UserError): clouds([7, 1, 5])[0].batch(np.array(which), torch.zeros(len(which), 1))
 
 
 def test_padding_leaves_every_molecule_and_gradient_as_it_was(rng_seed):

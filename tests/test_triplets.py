@@ -13,10 +13,11 @@ import torch.nn.functional as F
 import triton
 
 from flashoptim_nb.base.compare import assert_2x
+from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.data.geometry import Geometry
 from flashoptim_nb.kernels.bases import spherical_radial, spherical_radial_reference
 from flashoptim_nb.kernels.gathered import gated_sum, gated_sum_reference
-from flashoptim_nb.kernels.triplets import Edges, meeting, triplet_errors, triplet_sum, triplet_sum_reference
+from flashoptim_nb.kernels.triplets import Edges, check_edges, meeting, triplet_errors, triplet_sum, triplet_sum_reference
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -112,6 +113,75 @@ def test_kernel_in_the_network(rng_seed):
         out.square().sum().backward()
         found.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
     for a, b in zip(*found): torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4 * float(a.abs().max()) + 1e-6)
+
+
+def spoiled(g):
+    "Edges and lists of which one number is wrong, each with what is wrong."
+    E, N = len(g.source), len(g.incoming) - 1
+    def put(name, at, value): return g._replace(**{name: getattr(g, name).index_fill(0, torch.tensor([at], device=g.source.device), value)})
+    last = int((g.target == g.target[0]).sum())  # the second atom's first incoming edge
+    yield from ((put(name, 1, wrong), name) for name in ("source", "target") for wrong in (N, -1, 2**40))
+    yield from ((put("out_edge", 1, wrong), "out_edge") for wrong in (E, -1, 2**31 - 1, int(g.out_edge[0])))
+    yield from ((put(name, 1, wrong), name) for name in ("incoming", "outgoing") for wrong in (-1, E + 1, 2**31 - 1))
+    yield from ((put(name, N, E + 1), name) for name in ("incoming", "outgoing"))
+    yield put("target", last, int(g.target[0])), "an edge in another atom's list"
+    yield g._replace(source=g.source.flip(0)), "sources that the lists do not know"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kernel_is_never_given_lists_that_point_elsewhere(dtype, rng_seed):
+    "Under the interpreter too, where a kernel would read whatever lies there."
+    g = cloud(9, 0.8)
+    E = len(g.source)
+    x, q, w2 = (torch.randn(*s, dtype=dtype) for s in ((E, 16), (E, 14), (16, 2)))
+    e, w = torch.randn(E, 3, dtype=dtype), torch.randn(16, 3, dtype=dtype)
+    triplet_sum(x, q, w2, g), gated_sum(x, e, w, g.target, g.incoming)
+    for wrong, what in spoiled(g):
+        with pytest.raises(UserError): print(what), triplet_sum(x, q, w2, wrong)
+        if what in ("target", "incoming"):
+            with pytest.raises(UserError): gated_sum(x, e, w, wrong.target, wrong.incoming)
+    for wrong in (g._replace(source=g.source[1:]), g._replace(outgoing=g.outgoing[1:]), g._replace(unit=g.unit[:, :2]), g._replace(target=g.target.double()), g._replace(source=g.source.to("meta"))):
+        with pytest.raises(UserError): triplet_sum(x, q, w2, wrong)
+    with pytest.raises(UserError): triplet_sum(x[1:], q[1:], w2, g)
+    for args in ((x[1:], e, w, g.target, g.incoming), (x, e[1:], w, g.target, g.incoming), (x, e, w[1:], g.target, g.incoming), (x, e, w, g.target[:, None], g.incoming)):
+        with pytest.raises(UserError): gated_sum(*args)
+
+
+@kernel
+def test_kernel_takes_lists_however_they_lie(rng_seed):
+    g = cloud(8, device=DEVICE)
+    E = len(g.source)
+    x, q, w2, e, w = (torch.randn(*s, device=DEVICE) for s in ((E, 16), (E, 14), (16, 2), (E, 3), (16, 3)))
+    apart = Edges(*(torch.stack([t, t + 7], -1)[..., 0] for t in g))  # strides of two
+    wide = apart._replace(**{name: getattr(apart, name).long() for name in ("incoming", "outgoing", "out_edge")})
+    for same in (apart, wide):
+        assert torch.equal(triplet_sum(x, q, w2, same), triplet_sum(x, q, w2, g))
+        assert torch.equal(gated_sum(x, e, w, same.target, same.incoming), gated_sum(x, e, w, g.target, g.incoming))
+
+
+REFUSED_ON_THE_DEVICE = """
+import sys, torch
+sys.path.insert(0, sys.argv[3])
+from test_triplets import cloud, gated_sum, spoiled, triplet_sum
+g, what = [(w.__class__(*(t.cuda() for t in w)), what) for w, what in spoiled(cloud(9, 0.8))][int(sys.argv[1])]
+E = len(g.source)
+x, q, w2, e, w = (torch.randn(*s, device="cuda") for s in ((E, 16), (E, 14), (16, 2), (E, 3), (16, 3)))
+torch.cuda.synchronize()
+torch.cuda.set_sync_debug_mode("error")  # nothing waits
+triplet_sum(x, q, w2, g) if sys.argv[2] == "triplets" else gated_sum(x, e, w, g.target, g.incoming)
+torch.cuda.set_sync_debug_mode("default")
+try: torch.cuda.synchronize()
+except RuntimeError as error: sys.exit(0 if "assert" in str(error) else f"another error: {error}")
+sys.exit(f"accepted: {what}")
+"""
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("number, sums", [(0, "triplets"), (1, "triplets"), (6, "triplets"), (9, "triplets"), (11, "triplets"), (18, "triplets"), (3, "gated"), (11, "gated")])
+def test_lists_that_point_elsewhere_are_refused_on_the_device(number, sums):
+    "In a process of its own, which such an assertion ends."
+    done = subprocess.run([sys.executable, "-c", REFUSED_ON_THE_DEVICE, str(number), sums, str(Path(__file__).parent)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests above run the kernel here")

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from ..base.errors import UserError, check_indices
 from .many import TYPES, on
-from .triplets import _dot, _fused, _operand, _programs, _put
+from .triplets import check_lists, _dot, _fused, _operand, _programs, _put
 
 # %% ../../nbs/02_kernels/07a_gathered.ipynb #6d0c5005
 def gated_sum_reference(
@@ -107,6 +108,14 @@ def gated_sum(
     w_HR: torch.Tensor,  # same type
     target_E: torch.Tensor,  # int64: which atom each edge enters, sorted
     incoming: torch.Tensor,  # int32 (N + 1,): edges into atom n are incoming[n] .. incoming[n + 1]
+    checked: bool = False,  # whether target and lists were checked, as `check_edges` does
 ) -> torch.Tensor:  # (N, H)
     "Sums of messages into their atoms, each weighed by a linear function of its basis; edges of no atom's list count on a CPU only."
-    return _GatedSum.apply(x_EH.contiguous(), e_ER.contiguous(), w_HR.contiguous(), target_E, incoming)
+    if (not x_EH.dim() == e_ER.dim() == w_HR.dim() == 2 or w_HR.shape != (x_EH.shape[1], e_ER.shape[1]) or not len(x_EH) == len(e_ER) == target_E.numel()
+            or target_E.dim() != 1 or incoming.dim() != 1 or not x_EH.device == target_E.device == incoming.device):
+        raise UserError(f"these do not belong together: messages {tuple(x_EH.shape)} (E, H) on {x_EH.device}, basis {tuple(e_ER.shape)} (E, R), weight {tuple(w_HR.shape)} (H, R), "
+                        f"targets {tuple(target_E.shape)} (E,) on {target_E.device}, lists {tuple(incoming.shape)} (N + 1,) on {incoming.device}")
+    if not checked:
+        check_indices(target_E, len(incoming) - 1, "targets of edges"), check_indices(incoming, len(target_E) + 1, "ends of lists")
+        check_lists(target_E, incoming, "incoming edges")
+    return _GatedSum.apply(x_EH.contiguous(), e_ER.contiguous(), w_HR.contiguous(), target_E.contiguous(), incoming.contiguous())

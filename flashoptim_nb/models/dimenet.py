@@ -18,11 +18,11 @@ from torch.nn import Linear
 from torch.utils.checkpoint import checkpoint
 
 from ..base.config import Config
-from ..base.errors import UserError, choose
-from ..data.geometry import Molecules
+from ..base.errors import UserError, check_indices, choose
+from ..data.geometry import ELEMENTS, Molecules
 from ..kernels.bases import RadialBasis, spherical_radial
 from ..kernels.gathered import gated_sum
-from ..kernels.triplets import Edges, triplet_sum, zonal_harmonics
+from ..kernels.triplets import Edges, check_edges, triplet_sum, zonal_harmonics
 from .lean import gated_down, lin, linear_silu, residual, silu_linear, weight_for
 
 # %% ../../nbs/04_models/03_dimenet.ipynb #6d0c4005
@@ -83,7 +83,7 @@ class EmbeddingBlock(nn.Module):
     "Each edge's first message, from its two atoms and its length."
     def __init__(self, c: DimeNetConfig):
         super().__init__()
-        self.emb = nn.Embedding(95, c.hidden)
+        self.emb = nn.Embedding(ELEMENTS + 1, c.hidden)
         self.emb.weight.data.uniform_(-math.sqrt(3), math.sqrt(3))
         self.lin_rbf, self.lin = Linear(c.radial, c.hidden), Linear(3 * c.hidden, c.hidden)
 
@@ -117,7 +117,7 @@ class OutputPPBlock(nn.Module):
         return self.lin(x)
 
     def lean(self, x, rbf, g: Molecules):
-        x = lin(self.lin_up, gated_sum(x, rbf, weight_for(self.lin_rbf, rbf), g.target, g.incoming))
+        x = lin(self.lin_up, gated_sum(x, rbf, weight_for(self.lin_rbf, rbf), g.target, g.incoming, checked=True))
         x = lin(self.lins[0], x)
         for layer in self.lins[1:]: x = silu_linear(x, layer)
         return silu_linear(x, self.lin)
@@ -168,7 +168,7 @@ def lean(self: InteractionPPBlock, x, rbf, b, edges: Edges, degrees: int):
     "`forward` that keeps little: everything in the type of `x`."
     q = F.linear(b, by_degree(self.lin_sbf1.weight.to(x.dtype), degrees, b.shape[1]))
     x_kj = F.silu(gated_down(x, self.lin_kj, lin(self.lin_rbf1, rbf), self.lin_rbf2, self.lin_down))
-    x_kj = triplet_sum(x_kj, q, self.lin_sbf2.weight, edges)
+    x_kj = triplet_sum(x_kj, q, self.lin_sbf2.weight, edges, checked=True)
     h = linear_silu(x, self.lin_ji) + linear_silu(x_kj, self.lin_up)
     for layer in self.layers_before_skip: h = layer.lean(h)
     h = linear_silu(h, self.lin) + x
@@ -197,11 +197,26 @@ class DimeNetPP(nn.Module):
         return checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False) if self.checkpointing and torch.is_grad_enabled() else block(*given)
 
     def forward(self, g: Molecules) -> torch.Tensor:
+        self._check(g)
         kind, c = g.dist.device.type, self.config
         with torch.autocast(kind, enabled=False): rbf = self.rbf(g.dist)
         per_atom = (self._fused if self.interaction == "fused" else self._plain)(g, rbf)
         sums = per_atom.new_zeros(len(g) + 1, c.targets, dtype=torch.promote_types(per_atom.dtype, torch.float32))
         return sums.index_put((g.molecule,), per_atom.to(sums.dtype), accumulate=True)[: len(g)]  # atoms that only fill up land behind the last
+
+# %% ../../nbs/04_models/03_dimenet.ipynb #fa321e39
+def _edges(g: Molecules) -> Edges: return Edges(g.source, g.target, g.unit, g.incoming, g.outgoing, g.out_edge)
+
+@patch
+def _check(self: DimeNetPP, g: Molecules):
+    "Refuses what points outside its table; on a GPU by an assertion on the device."
+    if len(g.z) != len(g.molecule) or len(g.z) != len(g.incoming) - 1 or len(g.dist) != len(g.source) or (g.kj is None) != (g.ji is None):
+        raise UserError(f"a batch does not fit together: {len(g.z)} atoms, {len(g.molecule)} of them in molecules, lists for {len(g.incoming) - 1}; {len(g.source)} edges, {len(g.dist)} distances")
+    check_edges(_edges(g))
+    check_indices(g.z, ELEMENTS + 1, "atomic numbers"), check_indices(g.molecule, len(g) + 1, "numbers of molecules")
+    for name in ("kj", "ji"):
+        if getattr(g, name) is not None: check_indices(getattr(g, name), len(g.source), "edges of triplets")
+
 
 # %% ../../nbs/04_models/03_dimenet.ipynb #6d0c4011
 @patch
@@ -225,7 +240,7 @@ def _fused(self: DimeNetPP, g: Molecules, rbf):
     "The lean form: all layers in one type."
     kind, c = g.dist.device.type, self.config
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.emb.lin.weight.dtype
-    edges = Edges(g.source, g.target, g.unit, g.incoming, g.outgoing, g.out_edge)
+    edges = _edges(g)
     with torch.autocast(kind, enabled=False):
         rbf = F.pad(rbf.to(dtype), (0, -c.radial % 8))  # rows of whole 16 bytes, as fast products want them
         b = spherical_radial(g.dist, c.spherical, c.radial, c.cutoff, dtype=dtype, columns=-(-c.spherical * c.radial // 8) * 8)
