@@ -19,16 +19,17 @@ def random_shape():
     return dict(n_layer=random.randint(1, 3), n_head=head, d_model=head * width, vocab_size=random.randint(11, 300), max_seq=random.randint(9, 70))
 
 
-def hugging_face(style, shape, ffn):
+def hugging_face(style, shape, ffn, **more):
     "A randomly initialized model of `transformers`, with weights large enough for every part to matter."
     hf = pytest.importorskip("transformers")
     if style == "gpt2":
         config = hf.GPT2Config(n_layer=shape["n_layer"], n_head=shape["n_head"], n_embd=shape["d_model"], vocab_size=shape["vocab_size"],
-                               n_positions=shape["max_seq"], n_inner=ffn, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0)
+                               n_positions=shape["max_seq"], n_inner=ffn, bos_token_id=0, eos_token_id=0, **(dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0) | more))
         model = hf.GPT2LMHeadModel(config)
     else:
         config = hf.LlamaConfig(num_hidden_layers=shape["n_layer"], num_attention_heads=shape["n_head"], hidden_size=shape["d_model"], vocab_size=shape["vocab_size"],
-                                max_position_embeddings=shape["max_seq"], intermediate_size=ffn, rms_norm_eps=10 ** -random.uniform(4, 6), bos_token_id=0, eos_token_id=0)
+                                max_position_embeddings=shape["max_seq"], intermediate_size=ffn, bos_token_id=0, eos_token_id=0,
+                                **(dict(rms_norm_eps=10 ** -random.uniform(4, 6)) | more))
         model = hf.LlamaForCausalLM(config)
     with torch.no_grad():
         for p in model.parameters(): p.copy_(torch.randn_like(p) * 0.3 + (p.dim() == 1))
@@ -72,6 +73,68 @@ def test_another_architecture_is_refused(rng_seed):
     with pytest.raises(UserError, match="grouped keys"): load_transformers(grouped)
     with pytest.raises(UserError, match="unknown architecture 'opt'"):
         load_transformers(hf.OPTForCausalLM(hf.OPTConfig(num_hidden_layers=1, num_attention_heads=1, hidden_size=8, ffn_dim=8, vocab_size=9, word_embed_proj_dim=8)))
+
+
+ONE = dict(n_layer=2, n_head=2, d_model=16, vocab_size=23, max_seq=20)
+
+
+@pytest.mark.parametrize("style, more", [
+    *[("gpt2", dict(activation_function=a)) for a in ("gelu_pytorch_tanh", "gelu_fast", "gelu_accurate")], ("gpt2", dict(layer_norm_epsilon=1e-2)), ("gpt2", dict(reorder_and_upcast_attn=True)),
+    ("gpt2", dict(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)), ("llama2", dict(hidden_act="swish")), ("llama2", dict(rms_norm_eps=1e-2)),
+    ("llama2", dict(rope_parameters=dict(rope_type="default", rope_theta=777.0))), ("llama2", dict(attention_dropout=0.5, num_key_value_heads=2, head_dim=8))])
+def test_every_setting_is_taken_over(style, more, rng_seed):
+    theirs = hugging_face(style, ONE, 24, **more)
+    theirs.train()
+    ours, tokens = load_transformers(theirs), torch.randint(23, (2, 20))
+    assert theirs.training
+    with torch.no_grad(): assert rel_err(ours(tokens), theirs.eval()(tokens).logits.double()) < 2e-5
+
+
+@pytest.mark.parametrize("style, more, words", [
+    ("gpt2", dict(tie_word_embeddings=False), "tied"), ("gpt2", dict(scale_attn_weights=False), "scale_attn_weights=False"), ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "inverse_layer_idx"),
+    *[("gpt2", dict(activation_function=a), repr(a)) for a in ("gelu", "relu", "silu", "quick_gelu")], ("gpt2", dict(add_cross_attention=True), "cross attention"),
+    ("llama2", dict(tie_word_embeddings=True), "tied"), ("llama2", dict(num_key_value_heads=1), "grouped keys"), ("llama2", dict(attention_bias=True), "biases"), ("llama2", dict(mlp_bias=True), "biases"),
+    ("llama2", dict(hidden_act="gelu"), "'gelu'"), ("llama2", dict(head_dim=4), "head width"), ("llama2", dict(head_dim=16), "head width"),
+    *[("llama2", dict(rope_parameters=dict(rope_type=kind, rope_theta=1e4, factor=4.0, **parts)), "scaled rotations")
+      for kind, parts in (("linear", {}), ("dynamic", {}), ("yarn", {}), ("llama3", dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8)))]])
+def test_what_would_be_lost_is_refused(style, more, words, rng_seed):
+    theirs = hugging_face(style, ONE, 24, **more)
+    with pytest.raises(UserError, match=words): load_transformers(theirs)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_what_was_changed_after_building_is_refused(style, rng_seed):
+    "What neither the configuration nor the names of the weights tell."
+    hf = pytest.importorskip("transformers")
+    fresh = lambda: hugging_face(style, ONE, 24)
+    layer = lambda m: m.transformer.h[1] if style == "gpt2" else m.model.layers[1]
+    def head(m): m.lm_head.weight = torch.nn.Parameter(m.lm_head.weight.detach().clone() + (style == "gpt2"))
+    def activation(m): setattr(layer(m).mlp, "act" if style == "gpt2" else "act_fn", torch.nn.ReLU())
+    def hook(m): layer(m).register_forward_hook(lambda module, given, out: (out[0].roll(1, -1), *out[1:]) if isinstance(out, tuple) else out.roll(1, -1))
+    def added(m): layer(m).mlp.adapter = torch.nn.Linear(16, 16)
+    def bias(m): m.lm_head.bias = torch.nn.Parameter(torch.randn(23))
+    def not_finite(m): m.lm_head.weight.data[0] = float("nan")
+    def resized(m): m.config.vocab_size += 1
+    def quantized(m): m.get_parameter("transformer.h.0.mlp.c_fc.weight" if style == "gpt2" else "model.layers.0.mlp.up_proj.weight").requires_grad_(False).data = torch.zeros(1, dtype=torch.int8)
+    def tied(m): m.lm_head.weight = m.get_input_embeddings().weight
+    for change in (*([head] if style == "gpt2" else [tied]), activation, hook, added, bias, not_finite, resized, quantized):
+        theirs = fresh()
+        change(theirs)
+        with pytest.raises(UserError): print(change.__name__), load_transformers(theirs)
+    others = (hf.GPT2Model, hf.GPT2DoubleHeadsModel, hf.GPT2ForSequenceClassification) if style == "gpt2" else (hf.LlamaModel, hf.LlamaForSequenceClassification)
+    for kind in others:
+        with pytest.raises(UserError): print(kind), load_transformers(kind(fresh().config))
+    with pytest.raises(UserError, match="loaded"): load_transformers(fresh().to("meta"))
+    with pytest.raises(UserError, match="unknown architecture"): load_transformers(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_each_weight_keeps_its_dtype(style, rng_seed):
+    theirs = hugging_face(style, ONE, 24).bfloat16()
+    ours = load_transformers(theirs)
+    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16} and all(p.is_contiguous() and p.requires_grad for p in ours.parameters())
+    assert torch.equal(ours.wte.weight, theirs.get_input_embeddings().weight)
+    ours.loss(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64)).backward()
 
 
 def one_step(shape, style, attention="eager", checkpointing="none", how="plain", compiled=None, device="cpu", seed=5):

@@ -264,49 +264,101 @@ def compile_blocks(
     return self
 
 # %% ../../nbs/04_models/00_gpt.ipynb #7b09105f
-def _from_gpt2(hf) -> tuple[GPTConfig, dict]:
-    c, w = hf.config, hf.state_dict()
-    if (c.activation_function, c.scale_attn_weights, c.scale_attn_by_inverse_layer_idx) != ("gelu_new", True, False):
-        raise UserError("only GPT-2 with gelu_new and plainly scaled attention can be copied; given was "
-                        f"{c.activation_function}, scale_attn_weights={c.scale_attn_weights}, scale_attn_by_inverse_layer_idx={c.scale_attn_by_inverse_layer_idx}")
+def _only(given: dict[str, bool]):
+    "Refuses what is true, by its name."
+    if found := [name for name, there in given.items() if there]:
+        raise UserError(f"only GPT-2's and LLaMA-2's architectures can be copied; this model has {', '.join(found)}")
+
+def _acts_as(name: str, ours) -> bool:
+    "Whether an activation of transformers is this function, whatever it is called."
+    from transformers.activations import ACT2FN
+    x = torch.linspace(-9, 9, 999, dtype=torch.float64)
+    return torch.allclose(ACT2FN[name](x), ours(x), rtol=0, atol=1e-6)
+
+class _Weights(dict):
+    "A state dict from which weights are taken; what is taken is gone."
+    def take(self, name: str) -> torch.Tensor:
+        if name not in self: raise UserError(f"this model has no weight {name!r}; give a GPT2LMHeadModel or a LlamaForCausalLM, with nothing wrapped around it")
+        if not self[name].is_floating_point() or self[name].is_meta: raise UserError(f"the weight {name!r} is {self[name].dtype} on {self[name].device}; give a model that is loaded, and not quantized")
+        return self.pop(name)
+
+def _is_tied(hf, w: _Weights, embedding: str) -> bool:
+    "Whether head and embedding are one parameter."
+    head, table = (getattr(part(), "weight", None) for part in (hf.get_output_embeddings, hf.get_input_embeddings))
+    return head is table or (hf.config.tie_word_embeddings and torch.equal(w["lm_head.weight"], w[embedding]))
+
+
+# %% ../../nbs/04_models/00_gpt.ipynb #a21e6f94
+def _from_gpt2(hf, w: _Weights) -> tuple[GPTConfig, dict]:
+    c, head = hf.config, w.get("lm_head.weight")
+    _only({"scale_attn_weights=False": not c.scale_attn_weights, "scale_attn_by_inverse_layer_idx=True": c.scale_attn_by_inverse_layer_idx, "cross attention": c.add_cross_attention,
+           f"the activation {c.activation_function!r}": not _acts_as(c.activation_function, partial(F.gelu, approximate="tanh")),
+           "a head that is not tied to the embedding (tie_word_embeddings=False)": head is not None and not _is_tied(hf, w, "transformer.wte.weight")})
     config = GPTConfig(style="gpt2", n_layer=c.n_layer, d_model=c.n_embd, n_head=c.n_head, vocab_size=c.vocab_size,
                        max_seq=c.n_positions, ffn_dim=c.n_inner, bias=True, norm_eps=c.layer_norm_epsilon)
-    mine = {f"{n}.weight": w[f"transformer.{n}.weight"] for n in ("wte", "wpe")}
+    w.take("lm_head.weight")  # the embedding
+    mine = {f"{n}.weight": w.take(f"transformer.{n}.weight") for n in ("wte", "wpe")}
     names = {"norm1": "ln_1", "norm2": "ln_2", "attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
     for part in ("weight", "bias"):
-        mine[f"norm_f.{part}"] = w[f"transformer.ln_f.{part}"]
+        mine[f"norm_f.{part}"] = w.take(f"transformer.ln_f.{part}")
         for i in range(c.n_layer):
             for name, theirs in names.items():
-                t = w[f"transformer.h.{i}.{theirs}.{part}"]
+                t = w.take(f"transformer.h.{i}.{theirs}.{part}")
                 mine[f"blocks.{i}.{name}.{part}"] = t.T if t.dim() == 2 else t
     return config, mine
 
+
 # %% ../../nbs/04_models/00_gpt.ipynb #1d646051
-def _from_llama(hf) -> tuple[GPTConfig, dict]:
-    c, w = hf.config, hf.state_dict()
-    rope = getattr(c, "rope_parameters", None) or dict(rope_theta=getattr(c, "rope_theta", 10_000.0), **(getattr(c, "rope_scaling", None) or {}))
-    found = dict(grouped_keys=c.num_key_value_heads != c.num_attention_heads, tied_head=c.tie_word_embeddings, biases=c.attention_bias or c.mlp_bias,
-                 other_activation=c.hidden_act != "silu", scaled_rotations=rope.get("rope_type", "default") != "default",
-                 other_head_width=(c.head_dim or 0) * c.num_attention_heads not in (0, c.hidden_size))
-    if any(found.values()): raise UserError(f"only LLaMA-2's architecture can be copied; this model has {', '.join(k.replace('_', ' ') for k, v in found.items() if v)}")
+def _from_llama(hf, w: _Weights) -> tuple[GPTConfig, dict]:
+    c = hf.config
+    rope = dict(getattr(c, "rope_parameters", None) or dict(rope_theta=getattr(c, "rope_theta", 10_000.0), **(getattr(c, "rope_scaling", None) or {})))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    _only({f"grouped keys (num_key_value_heads={c.num_key_value_heads})": c.num_key_value_heads != c.num_attention_heads, "biases": c.attention_bias or c.mlp_bias,
+           f"the activation {c.hidden_act!r}": not _acts_as(c.hidden_act, F.silu), f"scaled rotations ({kind})": kind != "default",
+           "rotations of a part of each head": rope.get("partial_rotary_factor") not in (None, 1.0), f"another head width (head_dim={c.head_dim})": (c.head_dim or 0) * c.num_attention_heads not in (0, c.hidden_size),
+           "a head that is tied to the embedding (tie_word_embeddings=True)": c.tie_word_embeddings or ("lm_head.weight" in w and _is_tied(hf, w, "model.embed_tokens.weight"))})
     config = GPTConfig(style="llama2", n_layer=c.num_hidden_layers, d_model=c.hidden_size, n_head=c.num_attention_heads, vocab_size=c.vocab_size,
-                       max_seq=c.max_position_embeddings, ffn_dim=c.intermediate_size, norm_eps=c.rms_norm_eps, rope_theta=rope["rope_theta"])
-    mine = {"wte.weight": w["model.embed_tokens.weight"], "norm_f.weight": w["model.norm.weight"], "head.weight": w["lm_head.weight"]}
+                       max_seq=c.max_position_embeddings, ffn_dim=c.intermediate_size, norm_eps=c.rms_norm_eps, rope_theta=rope.get("rope_theta", 10_000.0))
+    mine = {"wte.weight": w.take("model.embed_tokens.weight"), "norm_f.weight": w.take("model.norm.weight"), "head.weight": w.take("lm_head.weight")}
     names = {"norm1": ("input_layernorm",), "norm2": ("post_attention_layernorm",), "attn.proj": ("self_attn.o_proj",), "mlp.down": ("mlp.down_proj",),
              "attn.qkv": [f"self_attn.{z}_proj" for z in "qkv"], "mlp.up": ("mlp.gate_proj", "mlp.up_proj")}
     for i in range(config.n_layer):
         for name, theirs in names.items():
-            mine[f"blocks.{i}.{name}.weight"] = torch.cat([w[f"model.layers.{i}.{t}.weight"] for t in theirs])
+            mine[f"blocks.{i}.{name}.weight"] = torch.cat([w.take(f"model.layers.{i}.{t}.weight") for t in theirs])
     return config, mine
 
+
 # %% ../../nbs/04_models/00_gpt.ipynb #8d9baf4f
+_DERIVED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # buffers that older versions store: the causal mask, the rotary frequencies
+
+@torch.no_grad()
+def _check_copy(model: GPT, hf):
+    "Refuses a copy that does not compute what its original computes."
+    if (p := next(model.parameters())).dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16): raise UserError(f"weights in {p.dtype} cannot be computed with; copy the model in another type")
+    c, training = model.config, hf.training
+    tokens = torch.arange(3, 3 + 7 * min(c.max_seq, 16), 7, device=p.device)[None] % c.vocab_size
+    hf.eval()
+    try: theirs = hf(tokens).logits.double()
+    finally: hf.train(training)
+    off = ((model(tokens).double() - theirs).norm() / theirs.norm()).item()
+    if not off < (1e-3 if torch.finfo(p.dtype).eps < 1e-6 else 0.1):
+        raise UserError(f"a copy of this model would not compute the same: the logits of {tokens.shape[1]} tokens are off by {off:.1%}. Something about it is neither in its configuration nor in its weights, "
+                        "or they are not finite, or too rough in 16 bits: in that case copy it in fp32")
+
 def load_transformers(
     hf_model,  # a GPT2LMHeadModel or a LlamaForCausalLM
     attention: str = "eager",
     checkpointing: str = "none",
 ) -> GPT:
-    "The same model as a `GPT`, with copies of the weights in their dtype; raises `UserError` for another architecture."
-    config, weights = choose("architecture", hf_model.config.model_type, {"gpt2": _from_gpt2, "llama": _from_llama})(hf_model)
-    model = GPT(config, attention, checkpointing).to(hf_model.dtype)
-    model.load_state_dict(weights)
+    "The same model as a `GPT`, with copies of the weights in their dtype and on their device, without dropout; raises `UserError` for a model of which anything would be lost."
+    kind = getattr(getattr(hf_model, "config", None), "model_type", type(hf_model).__name__)
+    copy, w = choose("architecture", kind, {"gpt2": _from_gpt2, "llama": _from_llama}), _Weights(hf_model.state_dict())
+    config, weights = copy(hf_model, w)
+    if left := [name for name in w if not name.endswith(_DERIVED)]: raise UserError(f"this model has weights that a GPT does not have: {', '.join(left[:5])}{' ...' if len(left) > 5 else ''}")
+    with torch.device("meta"): model = GPT(config, attention, checkpointing)
+    for name, p in model.state_dict().items():
+        if weights[name].shape != p.shape: raise UserError(f"the weights of {name} have the shape {tuple(weights[name].shape)}; by the model's configuration it would be {tuple(p.shape)}")
+    model.load_state_dict({name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in weights.items()}, assign=True)
+    _check_copy(model, hf_model)
     return model
+
