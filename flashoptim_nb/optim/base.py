@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch.optim import Optimizer
 
 from ..base.errors import UserError, choose
-from ..kernels.split import CODES
+from ..kernels.split import CODES, NARROW
 from .batches import Batch, OptionError, ParametersError, check_gradient, check_parameter, check_states, correction_bits, gather, is_number, listed, remembered
 from .gradients import Control, controls
 
@@ -56,6 +56,7 @@ class FlashOptimizer(Optimizer):
         self.skipped_steps = torch.zeros((), dtype=torch.int64)  # 0-d, on the first parameter's device
         self.release = None  # the active GradientReleaseHandle
         self.remembered: dict = {}  # batches of the last step, see `optim.batches`
+        self.made_for: dict[torch.Tensor, torch.dtype] = {}  # parameter -> its dtype when its state was made
         self._largest: dict[torch.Tensor, float] = {}  # largest |weight| of each parameter, for check_numerics
         self._step_supports_amp_scaling = True  # GradScaler hands grad_scale and found_inf over and leaves the gradients alone
         super().__init__(params, defaults)
@@ -77,6 +78,7 @@ class FlashOptimizer(Optimizer):
         group = self.param_groups[-1]
         try: self.check_group(group)
         except OptionError: self.param_groups.pop(); raise
+        group["state_format"] = self.state_format(group)
         self.forget()
         if self.decouple_lr and not self.decoupled: raise OptionError(f"decouple_lr=True: {type(self).__name__} has its weight decay in the gradient; use the class with a W")
         if self.decouple_lr: group.setdefault("initial_lr", float(group["lr"]))
@@ -89,7 +91,7 @@ class FlashOptimizer(Optimizer):
 
     def __getstate__(self):
         "torch keeps only groups and states when an optimizer is copied or pickled; the options go with them."
-        kept = {k: v for k, v in self.__dict__.items() if k in self.options or k in ("grad_norm", "skipped_steps", "_step_supports_amp_scaling")}
+        kept = {k: v for k, v in self.__dict__.items() if k in self.options or k in ("grad_norm", "skipped_steps", "made_for", "_step_supports_amp_scaling")}
         return super().__getstate__() | kept | {"release": None, "_largest": {}, "remembered": {}}
 
     def moments_of(self, group: dict) -> dict[str, torch.dtype]:
@@ -105,6 +107,11 @@ class FlashOptimizer(Optimizer):
         "Keys of a parameter's state."
         keys = {"step"} | ({"error_bits"} if correction_bits(p.dtype, self.master_weight_bits) else set())
         return keys | {f"{key}{part}" for key in self.moments_of(group) for part in (("::quantized", "::scales") if self.quantize else ("",))}
+
+    def state_format(self, group: dict) -> str:
+        "What the tensors of a group's states are, to go with them in a state dict: `companded-24-bfloat16` says coding, master weights' width and the weights' dtypes."
+        dtypes = {str(self.made_for.get(p, p.dtype)).removeprefix("torch.") for p in group["params"] if p.dtype in NARROW}
+        return f"{'companded' if self.companded else 'linear'}-{self.master_weight_bits}-{'+'.join(sorted(dtypes))}"
 
     def forget(self):
         "Lets go of what was remembered of parameters and states: they were replaced."

@@ -125,7 +125,7 @@ def new_state(
 ) -> dict[str, torch.Tensor]:
     "The state of a parameter that has not been stepped."
     zeros = lambda dtype: like(p, torch.zeros(local(p).shape, dtype=dtype, device=p.device))
-    state = {"step": step}
+    state, opt.made_for[p] = {"step": step}, p.dtype
     rounded = first_correction(p, bits := correction_bits(p.dtype, opt.master_weight_bits))
     if bits: state["error_bits"] = zeros(INTEGERS[bits]) if rounded is None else rounded
     for key, code in opt.moments_of(group).items():
@@ -140,12 +140,10 @@ def check_states(
     key: object,  # under which they were remembered
 ):
     "Raises `OptionError` where a parameter is no longer what its state was made for."
-    known, _ = opt.remembered.get(key, ((), ()))
-    dtypes = {p: flat.dtype for batch in known for p, flat in zip(batch.params, batch.flat)}
     for p in params:
         state = opt.state.get(p, {})
         fits = all(t.device == p.device and (k == "step" or k.endswith("::scales") or t.shape == p.shape) for k, t in state.items())
-        if not fits or "error_bits" in state and (p.dtype not in NARROW or p.dtype != dtypes.get(p, p.dtype)):
+        if not fits or "error_bits" in state and (p.dtype not in NARROW or p.dtype != opt.made_for.get(p, p.dtype)):
             raise OptionError(f"a parameter of shape {tuple(p.shape)} and dtype {p.dtype} on {p.device}, whose state was made for another shape or dtype, or on another device: "
                               "after such a change of the model, make the optimizer anew; after a move, optimizer.load_state_dict(optimizer.state_dict()) takes the states along")
 

@@ -7,6 +7,8 @@ __all__ = ['StateError']
 
 # %% ../../nbs/03_optim/03_state_dict.ipynb #f3ee31ef
 from collections.abc import Mapping
+from copy import deepcopy
+from typing import NamedTuple
 
 import torch
 from fastcore.basics import patch
@@ -15,8 +17,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from ..base.errors import UserError
-from ..kernels.codec import GROUP, dequantize_m, dequantize_v, quantize_m, quantize_v
-from ..kernels.split import INTEGERS, compute_ecc_bits, decode, encode
+from ..kernels.codec import GROUP, SCALE_MAX, dequantize_m, dequantize_v, quantize_m, quantize_v
+from ..kernels.split import INTEGERS, NARROW, compute_ecc_bits, decode
 from .base import FlashOptimizer
 from .batches import correction_bits, first_correction, new_state
 from .shards import like, local, scale_shape, scales_like
@@ -31,17 +33,28 @@ def _codec(code: torch.dtype):
     return (quantize_m, dequantize_m) if code == torch.int8 else (quantize_v, dequantize_v)
 
 
+def _in_storage_order(t):
+    "A flat view of a tensor whose values lie without gaps, in the order in which they lie; else a copy in the usual order."
+    dense = torch.empty_like(t, device="meta").stride() == t.stride()
+    return t.as_strided((t.numel(),), (1,)) if dense else t.reshape(-1)
+
+
 def _decoded(code, scales, companded):
-    "A moment in fp32, sharded as its codes are."
+    "A moment in fp32, sharded as its codes are; groups of 32 are counted as the codes lie in memory."
     shard = local(code)
-    return like(code, _codec(code.dtype)[1](shard, local(scales)[:-(-shard.numel() // GROUP)], companded))
+    flat = _in_storage_order(shard)
+    values = _codec(code.dtype)[1](flat, local(scales)[:-(-shard.numel() // GROUP)], companded)
+    x = torch.empty_like(shard, dtype=torch.float32)
+    _in_storage_order(x).copy_(values)
+    return like(code, x.contiguous())
 
 # %% ../../nbs/03_optim/03_state_dict.ipynb #704f9be4
 @patch
 def state_dict(self: FlashOptimizer) -> dict:
     "As in torch.optim; waits for the device, since step counters leave it. Tensors are the live ones, not copies, but for the counters."
     out = Optimizer.state_dict(self)
-    out["state"] = {i: self.exported(s) for i, s in out["state"].items()}
+    out["state"] = {i: self.exported(s) for i, s in out["state"].items() if s}
+    out["param_groups"] = [g | {"state_format": self.state_format(own)} for g, own in zip(out["param_groups"], self.param_groups)]
     return out
 
 
@@ -51,28 +64,97 @@ def exported(
     state: dict,  # of one parameter, as it is kept
 ) -> dict:  # as it is written
     "A parameter's state for a state dict."
-    state = state | {"step": state["step"].detach().cpu().clone()}
+    state = state | {"step": torch.as_tensor(state.get("step", 1.0)).detach().cpu().clone()}
     if self.compress_state_dict or not self.quantize: return state
     for key in self.moments:
         if f"{key}::quantized" not in state: continue
         state[key] = _decoded(state.pop(f"{key}::quantized"), state.pop(f"{key}::scales"), self.companded)
     return state
 
+# %% ../../nbs/03_optim/03_state_dict.ipynb #c5d1e0a5
+def _viewed(t, dtype):
+    "The same bits under another dtype of their width, sharded as before."
+    view = local(t).view(dtype)
+    return DTensor.from_local(view, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride()) if isinstance(t, DTensor) else view
+
+
+def _public(state, p):
+    "A parameter's state in the public package's layout."
+    out = state | {"step": state["step"].long()}
+    for key in (key for key in state if key.endswith("::scales") and p.dtype == torch.bfloat16): out[key] = _viewed(state[key], p.dtype)
+    if (rho := state.get("error_bits")) is not None: out["error_bits"] = rho.to(p.dtype) if rho.dtype == torch.int8 else _viewed(rho, p.dtype)
+    return out
+
+
+@patch
+def public_state_dict(self: FlashOptimizer) -> dict:
+    "A state dict for the public package's `load_state_dict`, bit for bit; raises `StateError` for what that package lacks."
+    if not self.companded or any(g.get("maximize") for g in self.param_groups):
+        raise StateError("companded=False or maximize=True: the public package has neither; save state_dict() and go on here")
+    out, beyond = self.state_dict(), {"state_format", "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"}
+    width = {None: 0, 24: 3, 32: 4}[self.master_weight_bits]
+    for n, own in enumerate(self.param_groups):
+        group = {key: x for key, x in out["param_groups"][n].items() if key not in beyond}
+        out["param_groups"][n] = dict(initial_lr=group["lr"]) | group | dict(master_bytewidth=width, quantize=self.quantize)
+        for i, p in zip(group["params"], own["params"]):
+            if i in out["state"]: out["state"][i] = _public(out["state"][i], p)
+    return out
+
 # %% ../../nbs/03_optim/03_state_dict.ipynb #a9db8495
-def _moment(opt, p, saved, key, where):
+class _Origin(NamedTuple):
+    "Who wrote a group of a state dict, and what its tensors are."
+    public: bool = False  # in the public package's layout
+    through_torch: bool = False  # torch.optim cast the tensors, and may have stepped the weights since
+    bits: int | None = None  # width of corrections; None: their type says it
+    companded: bool | None = None  # how moments are coded; None: as the optimizer codes them
+    weights: str = ""  # dtype of the weights that corrections belong to; several, or none: not known
+
+
+def _origin(group, where):
+    "Where a saved group comes from."
+    if (mark := group.get("state_format")) is not None:
+        coding, bits, weights = (str(mark).split("-") + ["", ""])[:3]
+        if coding not in ("companded", "linear") or bits not in ("24", "32", "None"): raise StateError(f"{where}: state_format is {mark!r}, which this version does not know: was it saved by a newer one?")
+        return _Origin(bits={"24": 8, "32": 16}.get(bits), companded=coding == "companded", weights=weights)
+    if (width := group.get("master_bytewidth")) is None: return _Origin()
+    if width not in (0, 3, 4): raise StateError(f"{where}: master_bytewidth is {width!r}; the public package writes 0, 3 or 4: the checkpoint is damaged")
+    return _Origin(True, "foreach" in group, {3: 8, 4: 16}.get(width), True)
+
+# %% ../../nbs/03_optim/03_state_dict.ipynb #c5d1e0a9
+def _whole(t, dtype, where):
+    "Whole numbers that were cast to another type, as the integers that they are."
+    whole = t.to(dtype)
+    if t.dtype != dtype and not (local(whole).to(t.dtype) == local(t)).all(): raise StateError(f"{where} is {t.dtype} with values that {dtype} has not: the checkpoint is damaged")
+    return whole
+
+
+def _quantized(p, saved, key, code, origin, where):
+    "Codes and scales of a saved moment in their own types."
+    if origin.through_torch: raise StateError(f"{where}: {key} holds the public package's 8-bit codes as torch.optim cast them: load the public checkpoint itself, or one saved with compress_state_dict=False")
+    q, s = saved[f"{key}::quantized"], saved.get(f"{key}::scales")
+    if isinstance(q, torch.Tensor) and q.is_floating_point(): q = _whole(q, code, f"{where}: {key}::quantized")
+    _fits(q, p, p.shape, code, f"{where}: {key}::quantized")
+    if origin.public and isinstance(s, torch.Tensor) and s.dtype == torch.bfloat16: s = _viewed(s, torch.float16)
+    _fits(s, p, scale_shape(p), None, f"{where}: {key}::scales")
+    half = s.clamp(max=SCALE_MAX).half()  # bf16's nearest to the largest is above it
+    if not (local(half).float() == local(s).float().clamp(max=SCALE_MAX)).all(): raise StateError(f"{where}: {key}::scales is {s.dtype} with values that are no fp16 numbers: the checkpoint is damaged")
+    _nonnegative(half, f"{where}: {key}::scales")
+    return q.detach().to(p.device, copy=True), half.detach().to(p.device, copy=True)
+
+
+def _moment(opt, p, saved, key, origin, where):
     "One moment of one parameter in the form this optimizer keeps: a dict of one or two tensors."
     code = opt.moments[key]
-    if f"{key}::quantized" in saved:
-        q, s = saved[f"{key}::quantized"], saved.get(f"{key}::scales")
-        _fits(q, p, p.shape, code, f"{where}: {key}::quantized")
-        _fits(s, p, scale_shape(p), torch.float16, f"{where}: {key}::scales")
-        _nonnegative(s, f"{where}: {key}::scales")
-        if opt.quantize: return {f"{key}::quantized": q.to(p.device, copy=True), f"{key}::scales": s.to(p.device, copy=True)}
-        return {key: _decoded(q.to(p.device), s.to(p.device), opt.companded)}
-    x = saved.get(key)
-    _fits(x, p, p.shape, None, f"{where}: {key}")
-    if code == torch.uint8: _nonnegative(x, f"{where}: {key}")
-    x = x.detach().to(p.device, torch.float32, copy=True).contiguous()
+    if f"{key}::quantized" in saved and saved.get(key) is None:  # torch's SGD writes its own momentum beside old codes
+        q, s = _quantized(p, saved, key, code, origin, where)
+        companded = opt.companded if origin.companded is None else origin.companded
+        if opt.quantize and companded == opt.companded and local(q).is_contiguous(): return {f"{key}::quantized": q, f"{key}::scales": s}
+        x = _decoded(q, s, companded)
+    else:
+        x = saved.get(key)
+        _fits(x, p, p.shape, None, f"{where}: {key}")
+        if code == torch.uint8: _nonnegative(x, f"{where}: {key}")
+        x = x.detach().to(p.device, torch.float32, copy=True).contiguous()
     if not opt.quantize: return {key: x}
     codes, scales = _codec(code)[0](local(x), opt.companded)
     return {f"{key}::quantized": like(p, codes), f"{key}::scales": scales_like(p, scales)}
@@ -92,16 +174,36 @@ def _fits(t, p, shape, dtype, where):
     if t.is_floating_point() and not local(t).isfinite().all(): raise StateError(f"{where} has values that are not finite: the checkpoint is damaged")
 
 # %% ../../nbs/03_optim/03_state_dict.ipynb #53d658f9
-def _correction(opt, p, saved, widened, where):
+def _saved_correction(p, saved, origin, where):
+    "A saved correction as int8 or int16; None where there is none that belongs to these weights."
+    rho, bits = saved.get("error_bits"), origin.bits
+    if rho is None: return None
+    if not isinstance(rho, torch.Tensor): raise StateError(f"{where}: error_bits is a {type(rho).__name__}; an int8 or int16 tensor {tuple(p.shape)} is needed")
+    refused = lambda why: StateError(f"{where}: error_bits is {rho.dtype} {tuple(rho.shape)}, {why}; int8 or int16 {tuple(p.shape)} is needed: leave error_bits out to begin at the 16-bit weights")
+    if rho.shape != p.shape or rho.is_complex() or rho.dtype == torch.bool: raise refused("of another shape or kind")
+    if isinstance(rho, DTensor) != isinstance(p, DTensor): raise refused("whole or sharded as its parameter is not")
+    if rho.is_floating_point():
+        if not origin.public or origin.through_torch: return None
+        if rho.dtype != p.dtype: raise refused(f"saved beside weights of that type and not {p.dtype}")
+        if bits == 16: return _viewed(rho, torch.int16)
+    if origin.weights in map(_name, NARROW) and origin.weights != _name(p.dtype): raise refused(f"made for {origin.weights} weights and not {p.dtype}")
+    if bits is None and not origin.public: bits = {torch.int8: 8, torch.int16: 16}.get(rho.dtype)
+    if bits is None or rho.dtype in INTEGERS.values() and rho.element_size() * 8 < bits: raise refused("which its group does not account for")
+    if not origin.public and rho.dtype != INTEGERS[bits]: raise refused(f"where its group says {bits} bits")
+    return _whole(rho, INTEGERS[bits], f"{where}: error_bits")
+
+
+def _name(dtype): return str(dtype).removeprefix("torch.")
+
+
+def _correction(opt, p, saved, origin, where):
     "The correction of one parameter in this optimizer's width; an empty dict where it keeps none."
-    bits, rho = correction_bits(p.dtype, opt.master_weight_bits), saved.get("error_bits")
+    bits = correction_bits(p.dtype, opt.master_weight_bits)
     if bits is None: return {}
+    rho = _saved_correction(p, saved, origin, where)
     if rho is None and (rounded := first_correction(p, bits, keep=True)) is not None: return {"error_bits": rounded.clone()}
     if rho is None: return {"error_bits": like(p, torch.zeros(local(p).shape, dtype=INTEGERS[bits], device=p.device))}
-    if not isinstance(rho, torch.Tensor): raise StateError(f"{where}: error_bits is a {type(rho).__name__}; an int8 or int16 tensor {tuple(p.shape)} is needed")
-    if rho.shape != p.shape or rho.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
-        raise StateError(f"{where}: error_bits is {rho.dtype} {tuple(rho.shape)}; int8 or int16 {tuple(p.shape)} is needed")
-    rho = rho.to(p.device, torch.int8 if widened else torch.int16, copy=True)
+    rho = rho.detach().to(p.device, copy=True)
     if rho.dtype != INTEGERS[bits]:
         narrow = local(p.detach())
         rho = like(p, compute_ecc_bits(decode(narrow, local(rho)), narrow, 2 + bits // 8))
@@ -114,12 +216,6 @@ def _steps(saved, where):
     except (TypeError, ValueError, RuntimeError): t = float("nan")
     if not 0 <= t < float("inf"): raise StateError(f"{where}: step is {saved['step']!r}; a number of steps, 0 or more, is needed: the checkpoint is damaged")
     return t
-
-
-def _is_widened(states):
-    "Whether every correction of a state dict fits in 8 bits."
-    rhos = [s["error_bits"] for s in states.values() if isinstance(s.get("error_bits"), torch.Tensor)]
-    return all(r.dtype == torch.int8 or not isinstance(r, DTensor) and (not r.numel() or r.abs().max() <= 127) for r in rhos)
 
 # %% ../../nbs/03_optim/03_state_dict.ipynb #a17c9e54
 _KINDS = {frozenset(tells): kind for kind, tells in {
@@ -145,11 +241,16 @@ def _opened(state_dict):
     if not isinstance(groups, (list, tuple)) or not isinstance(saved, Mapping): raise StateError(f"param_groups is a {type(groups).__name__} and state a {type(saved).__name__}, where a list and a dict are needed: {asks}")
     for n, g in enumerate(groups):
         if not isinstance(g, Mapping) or not isinstance(g.get("params"), (list, tuple)) or not all(isinstance(i, (int, str)) for i in g["params"]): raise StateError(f"group {n} of the state dict has no list of parameters' numbers as its `params`: {asks}")
+    named = [i for g in groups for i in g["params"]]
+    if len(set(named)) < len(named): raise StateError(f"the groups name a parameter twice ({max(named, key=named.count)!r}): {asks}")
     for i, s in saved.items():
         if not isinstance(s, Mapping): raise StateError(f"the state of {i!r} is a {type(s).__name__}, where a dict is needed: {asks}")
     return groups, saved
 
 # %% ../../nbs/03_optim/03_state_dict.ipynb #4b2ddd56
+_MARKS = ("params", "param_names", "state_format", "master_bytewidth", "quantize")  # of a saved group: what is stored, and no options of ours
+
+
 @patch
 @torch.no_grad()
 def load_state_dict(
@@ -157,6 +258,7 @@ def load_state_dict(
     state_dict: Mapping,  # of this class, of torch.optim's or of the public package's; tensors are copied
 ):
     "Loads states and groups, converting what is kept otherwise; raises `StateError`, with nothing changed, where it does not fit."
+    if isinstance(state_dict, Mapping): state_dict = dict(state_dict)  # the caller's stays, whatever a hook does
     for hook in self._optimizer_load_state_dict_pre_hooks.values():
         if (other := hook(self, state_dict)) is not None: state_dict = other
     groups, saved = _opened(state_dict)
@@ -166,7 +268,10 @@ def load_state_dict(
     if strange := saved.keys() - {i for _, i, _ in pairs}:
         raise StateError(f"the state dict has a state of {next(iter(strange))!r}, which none of its groups names: parameters are numbered by integers, which JSON for one makes into strings")
     for n, g in enumerate(groups): _check_kind(self, g, f"group {n} of the state dict")
-    widened, counters, state = _is_widened(saved), {}, {}
+    options = [{k: deepcopy(v) for k, v in g.items() if k not in _MARKS} for g in groups]
+    for own, new in zip(self.param_groups, options): self.check_group(own | new)
+    origins = [_origin(g, f"group {n} of the state dict") for n, g in enumerate(groups)]
+    counters, state = {}, {}
     for n, i, p in pairs:
         if not saved.get(i): continue
         if any(key.startswith("exp_avg_sq") for key in saved[i]) and "exp_avg_sq" not in self.moments:
@@ -175,17 +280,43 @@ def load_state_dict(
         t = _steps(saved[i], where)
         step = counters.setdefault((n, p.device, t),  # a counter belongs to one group: each group that steps advances its own
                                     torch.full((), t, dtype=torch.float32, device=p.device))
-        state[p] = {"step": step} | _correction(self, p, saved[i], widened, where)
-        for key in self.moments_of(self.param_groups[n] | groups[n]): state[p] |= _moment(self, p, saved[i], key, where)
-    for own, g in zip(self.param_groups, groups): self.check_group(own | {k: v for k, v in g.items() if k != "params"})
-    for own, g in zip(self.param_groups, groups): own.update({k: v for k, v in g.items() if k not in ("params", "param_names")})
+        state[p] = {"step": step} | _correction(self, p, saved[i], origins[n], where)
+        for key in self.moments_of(self.param_groups[n] | options[n]): state[p] |= _moment(self, p, saved[i], key, origins[n], where)
+    for own, new in zip(self.param_groups, options): own.update(new)
     self.state.clear(); self.state.update(state)
+    self.made_for = {p: p.dtype for p in state}
     for p in state: first_correction(p, None)  # what casting kept for a first state is not needed any more
     self._largest = {}
     self.forget()
     for hook in self._optimizer_load_state_dict_post_hooks.values(): hook(self)
 
 # %% ../../nbs/03_optim/03_state_dict.ipynb #2025f3d0
+def _memory(t):
+    "What tensors that are one memory under several names have in common."
+    if not isinstance(t, torch.Tensor): return id(t)
+    shard = local(t.detach())
+    return (shard.device, shard.dtype, shard.data_ptr(), shard.shape, shard.stride()) if shard.numel() and not shard.is_meta else id(t)
+
+
+def _first(opt, t):
+    "The correction that an entry begins with, and the dtype it was made for; None where it has a state already, or nothing is known."
+    if not isinstance(t, torch.Tensor) or opt.state.get(t): return None
+    rho = first_correction(t, correction_bits(t.dtype, opt.master_weight_bits), keep=True)
+    return None if rho is None else (rho, t.dtype)
+
+
+def _in_fp32(t, correction, name):
+    "One entry of a model's state dict in fp32, a new tensor; what is not floating point as it is."
+    if not isinstance(t, torch.Tensor): return deepcopy(t)
+    t = t.detach()
+    if correction is None: return t.float().clone() if t.is_floating_point() else t.clone()
+    rho, dtype = correction
+    narrow = t.to(dtype)  # .float() and .double() keep the 16-bit weights, .half() may not
+    if rho.shape != t.shape or t.dtype != dtype and (t.dtype in NARROW or dtype not in NARROW or not (local(narrow.to(t.dtype)) == local(t)).all()):
+        raise StateError(f"{name} is {t.dtype} {tuple(t.shape)} now and its correction was made for {dtype} weights {tuple(rho.shape)}: take the fp32 weights before such a change, and make the optimizer anew after it")
+    return like(t, decode(local(narrow), local(rho).to(t.device)))
+
+
 @patch
 @torch.no_grad()
 def get_fp32_model_state_dict(
@@ -193,34 +324,62 @@ def get_fp32_model_state_dict(
     model: nn.Module,  # whose parameters this optimizer steps
 ) -> dict[str, torch.Tensor]:  # names as in model.state_dict(), new tensors
     "The model's state dict in fp32, masters joined with their corrections; what is not floating point stays."
-    params = dict(model.named_parameters(remove_duplicate=False))
-    out = {}
-    for name, t in model.state_dict().items():
-        p = params.get(name)
-        rho = self.state.get(p, {}).get("error_bits")
-        if rho is None and p is not None and p not in self.state: rho = first_correction(p, correction_bits(p.dtype, self.master_weight_bits), keep=True)
-        out[name] = like(t, decode(local(t), local(rho))) if rho is not None else t.float().clone() if t.is_floating_point() else t.clone()
-    return out
+    known = {_memory(p): (state["error_bits"], self.made_for.get(p, p.dtype)) for p, state in self.state.items() if state.get("error_bits") is not None}
+    return {name: _in_fp32(t, known.get(_memory(t)) or _first(self, t), name) for name, t in model.state_dict(keep_vars=True).items()}
+
+# %% ../../nbs/03_optim/03_state_dict.ipynb #c5d1e0ad
+def _taken(t, new, name):
+    "A given entry as this rank's part of the model's; raises `StateError` for what it cannot hold."
+    said = f"{name}: {new.dtype if isinstance(new, torch.Tensor) else type(new).__name__} for {t.dtype} {tuple(t.shape)}"
+    if not isinstance(new, torch.Tensor) or new.layout != torch.strided or new.is_meta or t.is_meta: raise StateError(f"{said}: a dense tensor with values is needed, on both sides")
+    if new.is_complex() and not t.is_complex(): raise StateError(f"{said}: the imaginary part would be lost")
+    if isinstance(new, DTensor) and not (isinstance(t, DTensor) and (new.device_mesh, new.placements) == (t.device_mesh, t.placements)): new = new.full_tensor()
+    new = new.to(t.device)
+    if isinstance(t, DTensor) and not isinstance(new, DTensor): new = distribute_tensor(new, t.device_mesh, t.placements)
+    given = local(new)
+    new = given.float() if t.dtype in NARROW else given
+    taken = new.to(t.dtype)
+    kept = taken.isfinite() | ~given.isfinite() if t.is_floating_point() or t.is_complex() else taken.to(given.dtype) == given
+    if not kept.all(): raise StateError(f"{said}: {int((~kept).sum())} values that {t.dtype} cannot hold, such as {given[~kept][0].item()}")
+    return new, taken
 
 
+def _split(opt, t, new, taken, name):
+    "The correction to go beside an entry; None where none is kept."
+    state = opt.state.get(t) or {}
+    if (rho := state.get("error_bits")) is None: bits = correction_bits(t.dtype, opt.master_weight_bits)
+    elif (rho.shape, opt.made_for.get(t, t.dtype)) == (t.shape, t.dtype): bits = 8 * rho.element_size()
+    else: raise StateError(f"{name} is {t.dtype} {tuple(t.shape)} now and its state was made for {opt.made_for.get(t)} weights {tuple(rho.shape)}: make the optimizer anew after such a change")
+    return compute_ecc_bits(new, taken, 2 + bits // 8) if bits else None
+
+# %% ../../nbs/03_optim/03_state_dict.ipynb #c5d1e0ae
 @patch
 @torch.no_grad()
 def set_fp32_model_state_dict(
     self: FlashOptimizer,
     model: nn.Module,  # whose parameters this optimizer steps
-    state_dict: Mapping[str, torch.Tensor],  # fp32, names and shapes as in model.state_dict()
+    state_dict: Mapping[str, torch.Tensor],  # fp32, names and shapes as in model.state_dict(); whole or sharded, on any device
 ):
-    "Puts fp32 weights into the model and its corrections; raises `StateError`, with nothing changed, where names or shapes differ."
-    own, params = model.state_dict(), dict(model.named_parameters(remove_duplicate=False))
-    wrong = [n for n in own.keys() | state_dict.keys() if n not in own or n not in state_dict or own[n].shape != state_dict[n].shape]
+    "Puts fp32 weights into the model and its corrections; raises `StateError`, with nothing changed, where names, shapes or ranges differ."
+    own = model.state_dict(keep_vars=True)
+    shape = lambda t: getattr(t, "shape", None)
+    wrong = [n for n in own.keys() | state_dict.keys() if n not in own or n not in state_dict or shape(own[n]) != shape(state_dict[n])]
     if wrong: raise StateError(f"{len(wrong)} entries differ between model and state dict in name or shape: {', '.join(sorted(wrong)[:5])}")
     groups = {p: group for group in self.param_groups for p in group["params"]}
-    for name, t in own.items():
-        p, new = params.get(name), state_dict[name].to(t.device)
-        bits = correction_bits(t.dtype, self.master_weight_bits) if p in groups else None
-        if bits is None: t.copy_(new); continue
-        if not self.state[p]: self.state[p].update(new_state(self, groups[p], p, torch.zeros((), dtype=torch.float32, device=p.device)))
-        if isinstance(t, DTensor) and not isinstance(new, DTensor): new = distribute_tensor(new, t.device_mesh, t.placements)
-        narrow, rho = encode(local(new).float(), t.dtype, bits)
-        local(t).copy_(narrow); local(self.state[p]["error_bits"]).copy_(rho)
+    entries, by_memory, counters = {name: t for name, t in own.items() if isinstance(t, torch.Tensor)}, {}, {}
+    given = {name: _taken(t, state_dict[name], name) for name, t in entries.items()}
+    for name, t in entries.items():
+        new, first = given[name][0], by_memory.setdefault(_memory(t), name)
+        same = new == (other := given[first][0])
+        if not (same | (new != new) & (other != other)).all(): raise StateError(f"{first} and {name} are one tensor in the model and have different values in the state dict")
+    rhos = {name: _split(self, t, *given[name], name) for name, t in entries.items() if t in groups}
+    for name in own.keys() - entries.keys(): model.get_submodule(name.rpartition(".")[0]).set_extra_state(state_dict[name])
+    for name, t in entries.items():
+        local(t.detach()).copy_(given[name][1])
+        if (rho := rhos.get(name)) is None: continue
+        if not self.state.get(t): self.state[t] = new_state(self, groups[t], t, counters.setdefault((id(groups[t]), t.device), torch.zeros((), device=t.device)))
+        if "error_bits" in self.state[t]: local(self.state[t]["error_bits"]).copy_(rho)
+        else: self.state[t]["error_bits"] = like(t, rho)
+    for t in entries.values(): first_correction(t, None)  # of the weights that were there before
     self._largest = {}
+    self.forget()
