@@ -98,7 +98,7 @@ class Child:
         "One question; None where the process was killed or died."
         if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:  # a forked process starts its own
             self.owner = os.getpid()
-            self.process = subprocess.Popen([sys.executable, "-c", self.code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            self.process = subprocess.Popen([sys.executable, "-P", "-c", self.code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # -P: nothing from the working directory
         try:
             self.process.stdin.write(json.dumps(question) + "\n"); self.process.stdin.flush()
             if select.select([self.process.stdout], [], [], seconds)[0] and (line := self.process.stdout.readline()): return json.loads(line)

@@ -21,6 +21,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..base.errors import UserError, choose
+from ..base.machine import find_program
 from .airfoils import N_SIDE, fit_cst, sound_contour
 
 # %% ../../nbs/01_data/05a_solvers.ipynb #a2f00006
@@ -54,7 +55,7 @@ def n_workers(
 @lru_cache
 def trap_stub() -> Path:
     "The compiled stub that keeps XFOIL from stopping at floating-point exceptions; raises `UserError` without a C compiler."
-    cc = next(filter(None, map(shutil.which, ("gcc", "cc", "clang"))), None)
+    cc = find_program("gcc", "cc", "clang")
     if cc is None: raise UserError("XFOIL needs a small stub that a C compiler builds, and none was found (gcc, cc, clang); on Debian and Ubuntu: apt install gcc libc6-dev. Without it: pick_solver('neuralfoil')")
     folder = Path(tempfile.mkdtemp(prefix="flashoptim-xfoil-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -75,7 +76,7 @@ class Xfoil:
         iterations: int = 40,  # Newton steps an angle
         workers: int | None = None,  # processes at a time in `many`
     ):
-        self.executable = shutil.which(executable)
+        self.executable = find_program(executable)
         if self.executable is None: raise UserError(f"the solver {executable!r} was not found; on Debian and Ubuntu: apt install xfoil. Without it: pick_solver('neuralfoil')")
         self.timeout, self.n_crit, self.iterations, self.workers, self.stub = timeout, n_crit, iterations, n_workers(workers), trap_stub()
 

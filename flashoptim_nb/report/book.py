@@ -26,7 +26,7 @@ import yaml
 
 from ..base.config import content_hash
 from ..base.errors import UserError
-from ..base.machine import capabilities, repo_root
+from ..base.machine import capabilities, repo_root, safe_path
 from ..base.records import ROWS
 from .guard import page_problems, read_page, remote_loads
 from .notebooks import Job, dress, execute_all, split_directives
@@ -164,7 +164,7 @@ def run_sphinx(
 ) -> Path:
     "The built site; raises `BookError` with what Sphinx complained about."
     words = ["build", str(source), "--path-output", str(aside), "--quiet", "--keep-going", *(["-W"] if strict else [])]
-    done = subprocess.run([sys.executable, "-c", "from jupyter_book.cli.main import main; main()", *words], capture_output=True, text=True)
+    with safe_path(): done = subprocess.run([sys.executable, "-P", "-c", "from jupyter_book.cli.main import main; main()", *words], capture_output=True, text=True)
     said = re.sub(r"\x1b\[[0-9;]*m", "", done.stderr).replace(f"{source}/", "nbs/")
     site = aside / "_build" / "html"
     if done.returncode or not (site / "index.html").is_file():

@@ -23,7 +23,7 @@ from html import escape
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from ..base.machine import capabilities
+from ..base.machine import capabilities, safe_path
 from .shown import attributes
 
 # %% ../../nbs/09_report/04_notebooks.ipynb #82296e41
@@ -132,7 +132,7 @@ def execute_all(
         while waiting or running:
             while waiting and len(running) < (1 if waiting[0].alone else workers):
                 process = context.Process(target=_work, args=(job := waiting.pop(0),))
-                process.start()
+                with safe_path(): process.start()  # the first starts the fork server
                 running[process.sentinel] = job, process, time.monotonic() + limit
             ready = wait(list(running), timeout=1)
             for sentinel, (job, process, until) in list(running.items()):

@@ -76,10 +76,10 @@ def launch(
     "Runs `benchmark` under torchrun on this machine; raises `UserError` if there are too few GPUs, `RanksFailed` if it fails or does not end in time."
     if torch.cuda.is_available() and ranks > torch.cuda.device_count():
         raise UserError(f"{ranks} ranks were asked for, and there are {torch.cuda.device_count()} GPUs here")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", "flashoptim_nb.train.distributed", "--held"]
+    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", "flashoptim_nb.train.distributed", "--held"]
     command += [f"--{name}={value}" for name, value in arguments.items()]
     theirs, ours = os.pipe()
-    try: done = subprocess.run(command, stdin=theirs, capture_output=True, text=True, timeout=timeout, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try: done = subprocess.run(command, stdin=theirs, capture_output=True, text=True, timeout=timeout, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"})
     except subprocess.TimeoutExpired: raise RanksFailed(f"{ranks} ranks did not finish within {timeout:.0f} s") from None
     finally: os.close(theirs), os.close(ours)
     found = [line for line in done.stdout.splitlines() if line.startswith('{"ranks"')]
