@@ -212,7 +212,7 @@ def taught(monkeypatch):
     solver = dict(installed=False)
     class Taught(Toy):  # noqa: F821 - of COMMON
         def label_ways(self):
-            if not solver["installed"]: raise UserError("the solver was not found; [path/to] install it")
+            if not solver["installed"]: raise UserError("the solver was not found; look in [/opt/solver]")
             return dict(full=[self], cheap_then_fine=[self, self]), dict(full=2.0, cheap_then_fine=1.0), "a solver"
     monkeypatch.setitem(globals(), "load_taught", lambda scale, **limits: Taught(**limits))
     monkeypatch.setitem(h2scales.LOADERS, "toy", (__name__, "load_taught"))
@@ -255,6 +255,28 @@ def test_a_measurement_that_was_killed_and_then_cannot_be_had_ends_nothing(tmp_p
         assert study(tmp_path, scale, arms=[arm]).run() == 0
         stands = statuses(tmp_path)
         assert stands[run.id] == "unavailable" and stands["protocol"] == "finished"
+
+
+def test_what_is_told_is_not_read_as_markup(tmp_path, taught):
+    told, out = io.StringIO(), tmp_path / "a [bold] place [/x] :fire:"
+    console = Console(file=told, force_terminal=True, color_system=None, width=60)
+    assert SurrogateStudy(taught[0], out, device="cpu", arms=["labels", "train"], configs=["fp32"], console=console).run() == 0
+    assert "is unavailable: the solver was not found; look in [/opt/solver]; the same" in told.getvalue()
+    assert f"3 records in {out / 'h2-laptop'}; next: flashoptim-nb verdict h2 --records '{out}'" in told.getvalue()
+
+
+def test_a_refused_request_changes_nothing(tmp_path):
+    wanted = dict(arms=["speed"], configs=["fp32"])
+    with pytest.raises(UserError, match="nothing waits for H2-CA"): study(tmp_path / "new", **wanted).run(["H2-CA"])
+    assert not (tmp_path / "new").exists()
+    assert study(tmp_path, **wanted).run() == 0
+    files = records(tmp_path)
+    other = SCALE.replace(parts={"toy": SCALE.parts["toy"].replace(batches=(8,))})  # noqa: F821
+    for scale, confirm in ((SCALE, ["H2-CA"]), (SCALE, ["H2-CX"]), (other, [])):  # noqa: F821
+        with pytest.raises(UserError): study(tmp_path, scale, **wanted).run(confirm)
+        assert records(tmp_path) == files
+    with pytest.raises(Interrupted): study(tmp_path, **wanted, stopped=lambda: True).run()
+    assert records(tmp_path) == files
 
 
 def test_data_that_come_and_go_end_nothing(tmp_path, monkeypatch):
@@ -316,6 +338,10 @@ def test_an_enforced_checkpoint_holds_the_study_until_it_is_confirmed(tmp_path, 
     assert study(tmp_path, scale).run() == 1
     assert (stands().status, [row["checkpoint"] for row in stands().of("decision")]) == ("paused", ["H2-CA"])
     assert not [run for run in read_study(tmp_path / "h2-laptop") if run.header["config"] == "mixed_fp16"]
-    with pytest.raises(UserError, match="what waits: H2-CA"): study(tmp_path, scale).run(["H2-CB"])
+    files = records(tmp_path)
+    for ids in (["H2-CB"], ["H2-CA", "H2-CB"]):
+        with pytest.raises(UserError, match="what waits: H2-CA"): study(tmp_path, scale).run(ids)
+        assert records(tmp_path) == files
+    assert study(tmp_path, scale).run() == 1 and records(tmp_path) == files, "it waits, and is as it was"
     assert study(tmp_path, scale).run(["H2-CA"]) == 1  # and is held by the next that cannot be decided
     assert stands().of("confirm") and stands().status == "paused" and stands().of("decision")[-1]["checkpoint"] != "H2-CA"

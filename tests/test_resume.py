@@ -56,8 +56,10 @@ def uninterrupted(whole): return content(whole)
 
 def test_a_finished_study_run_again_changes_nothing(whole, uninterrupted):
     "Not even its decisions, which rest on the runs before them and not on those that came later."
-    process = start(whole)
+    def files(): return {path: path.read_bytes() for path in whole.rglob("*.jsonl")}
+    before, process = files(), start(whole)
     told, _ = process.communicate(timeout=300)
+    assert files() == before, "the journal is as it was, its last row included"
     assert told.count("sizes are roles at laptop scale") == 1, "said once, before anything is called 1B"
     assert process.returncode == 0, told
     assert content(whole) == uninterrupted

@@ -6,6 +6,7 @@
 __all__ = ['WORKS', 'LARGEST', 'bench', 'bench_molecules', 'bench_largest']
 
 # %% ../../nbs/10_cli/07_bench.ipynb #9766f7a0
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ def _recorded(out: str | Path, device: torch.device, run: str, config: str, sett
     study = study_name("bench", scale, origin["device"], origin["device_kind"])
     header = dict(run=run, hypothesis="bench", study=study, scale=scale, role=role, size="all", arm=arm, config=config, seed=0, settings=settings,
                   settings_hash=content_hash(settings), criteria_hash=CRITERIA_HASH, data_hash=content_hash(data),
-                  started=datetime.now(timezone.utc).isoformat(timespec="seconds"), command=" ".join(["flashoptim-nb", *sys.argv[1:]]), **origin)
+                  started=datetime.now(timezone.utc).isoformat(timespec="seconds"), command=shlex.join(["flashoptim-nb", *sys.argv[1:]]), **origin)
     with only_writer(Path(out) / study):
         writer = RunWriter(Path(out) / study / run, header=header)
         print(f"{origin['device']}, torch {torch.__version__}")

@@ -35,7 +35,8 @@ def prerequisites(self: Study) -> int:
 def prerequisite(self: Study, spec: Spec, shows: str, checks) -> int:
     "One prerequisite; returns 1 if it failed, which is not the same as checks that did not pass."
     self.check_stop()
-    self.console.print(f"  prerequisite: {shows}")
+    self.begin()
+    self.say(f"  prerequisite: {shows}")
     rows, status, reason = [], "finished", ""
     try:
         for row in checks(self.device, seed=spec.seed): rows.append(row)
@@ -43,7 +44,7 @@ def prerequisite(self: Study, spec: Spec, shows: str, checks) -> int:
         self.check_stop()  # what broke because the study was told to stop is no finding
         cannot = isinstance(error, UserError) and not isinstance(error, RanksFailed)
         status, reason = ("unavailable", str(error)) if cannot else ("failed", f"{type(error).__name__}: {error}")
-        if status == "failed": self.console.print(f"  {spec.id} failed: {error}")
+        if status == "failed": self.say(f"  {spec.id} failed: {error}")
     finally: free(self.device)
     end_at_once(self.folder / spec.id, self.header(spec), status, reason, rows)
     return status == "failed"
@@ -76,6 +77,7 @@ def perform(self: Study, spec: Spec):
     "Makes one run unless its record is there and ended."
     folder, header = self.folder / spec.id, self.header(spec)
     if is_done(folder, header): return
+    self.begin()
     self.hold(folder)
     self.check_stop()
     if reason := unavailable(spec.stack, self.device, spec.model.d_model // spec.model.n_head): return end_at_once(folder, header, "unavailable", reason)
@@ -133,14 +135,14 @@ def attempts(self: Study, specs: Iterable[Spec]) -> int:
 @patch
 def protocol(self: Study) -> tuple[int, str]:
     "Runs what is left of the protocol; returns how many runs failed, and why the study was aborted, if it was."
-    if played := stand_ins(self.scale): self.console.print(played)
+    if played := stand_ins(self.scale): self.say(played)
     failed, downgraded = self.prerequisites(), ""
     for stage in stages(self.scale):
         if downgraded and stage.role in LARGER:
             self.note_once("skip", what=stage.role, reason=f"left out by {downgraded}")
             continue
         self.check_stop()
-        self.console.print(f"{stage.role}: {', '.join(stage.configs)}")
+        self.say(f"{stage.role}: {', '.join(stage.configs)}")
         failed += self.attempts(self.stage_specs(stage))
         action = self.settle(stage)
         if action == "abort": return failed, f"{stage.checkpoint}: {action}"

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from ..base.config import content_hash
 from ..base.errors import UserError, choose
+from ..base.machine import safe_path
 from ..base.records import RunWriter, read_study
 from .h2runs import Epochs, Held, SurrogateSpec, keep_search, labels as label_rows, speed as speed_rows, surrogate_spec, task_of
 from .h2scales import ARMS, CONDITIONS, SurrogateScale, load_domain, narrow
@@ -121,7 +122,7 @@ def domain(self: SurrogateStudy, role: str):
         part, begin = self.scale.parts[role], time.perf_counter()
         try: self.loaded[role] = load_domain(role, part.load, part.limits, self.device, self.folder)
         except (UserError, ImportError) as error: self.loaded[role] = f"{error}"
-        else: self.console.print(f"  {role}: loaded in {time.perf_counter() - begin:.1f} s")
+        else: self.say(f"  {role}: loaded in {time.perf_counter() - begin:.1f} s")
     return self.loaded[role]
 
 @patch
@@ -150,11 +151,10 @@ class _Protocol(SurrogateSpec):
 
 @patch
 def open_journal(self: SurrogateStudy):
-    "Opens the study's own record; notes what was cut against the protocol."
+    "Reads the study's own record; it begins with what was cut against the protocol."
     spec = _Protocol(scale=self.scale.name, role="", size="", arm="protocol", config="protocol", seed=0, whole=self.whole)
     asked = content_hash({role: [part.load, part.limits] for role, part in self.whole.parts.items()})
-    self.reopen(self.header(spec) | dict(run="protocol", data_hash=asked))
-    for what in self.whole.cut: self.note_once("cut", what=what)
+    self.reopen(self.header(spec) | dict(run="protocol", data_hash=asked), [("cut", dict(what=what)) for what in self.whole.cut])
 
 @patch
 def note_domain(self: SurrogateStudy, role: str):
@@ -200,7 +200,7 @@ def largest(self: SurrogateStudy, spec: SurrogateSpec, domain):
     writer = RunWriter(self.folder / spec.id, header=self.header(spec))
     found = keep_search(writer, row, tries)
     writer.end("finished" if row["width"] else "oom", "" if row["width"] else row["note"])
-    self.console.print(f"  {spec.id}: {found}")
+    self.say(f"  {spec.id}: {found}")
 
 @patch
 def labels(self: SurrogateStudy, spec: SurrogateSpec, domain):
@@ -208,12 +208,12 @@ def labels(self: SurrogateStudy, spec: SurrogateSpec, domain):
     writer = RunWriter(self.folder / spec.id, header=self.header(spec))
     for kind, fields in rows: writer.append(kind, **fields)
     writer.end("finished")
-    self.console.print(f"  {spec.id}: " + ", ".join(f"{row['recipe']} {row['target']} {row['mae']:.3g}" for _, row in rows))
+    self.say(f"  {spec.id}: " + ", ".join(f"{row['recipe']} {row['target']} {row['mae']:.3g}" for _, row in rows))
 
 @patch
 def speed(self: SurrogateStudy, spec: SurrogateSpec, domain):
     speed_rows(spec, domain, self.device, RunWriter(self.folder / spec.id, header=self.header(spec)), self.scale.parts[spec.role].timed)
-    self.console.print(f"  {spec.id}")
+    self.say(f"  {spec.id}")
 
 @patch
 def done(self: SurrogateStudy, spec: SurrogateSpec) -> bool:
@@ -233,7 +233,7 @@ def cannot(self: SurrogateStudy, spec: SurrogateSpec, why: str):
     if (folder / CHECKPOINT).exists(): raise RuntimeError(f"it was begun, and cannot go on: {why}")
     if (begun := recorded(folder)) and begun.status == "unfinished": RunWriter(folder).end("unavailable", why)
     else: end_at_once(folder, self.header(spec), "unavailable", why)
-    self.console.print(f"  {spec.id} is unavailable: {why}; the same command tries it again")
+    self.say(f"  {spec.id} is unavailable: {why}; the same command tries it again")
 
 @patch
 def perform(self: SurrogateStudy, spec: SurrogateSpec):
@@ -273,6 +273,7 @@ def _work(scale, given, tasks, done, stop):
 def attempts(self: SurrogateStudy, specs: Iterable[SurrogateSpec]) -> int:
     "Attempts runs; returns how many failed. Training runs go on in several processes where more than one worker is asked for."
     specs = [spec for spec in specs if not self.done(spec)]
+    if specs: self.begin()
     shared = [spec for spec in specs if spec.arm == "train"] if self.workers > 1 else []
     if len(shared) < 2: shared = []
     failed = self.together(shared) if shared else 0
@@ -283,11 +284,12 @@ def together(self: SurrogateStudy, specs: list[SurrogateSpec]) -> int:
     "Attempts runs in worker processes; returns how many failed."
     import multiprocessing
     context, workers = multiprocessing.get_context("spawn"), min(self.workers, len(specs))
-    tasks, done, stop = context.Queue(), context.Queue(), context.Event()
+    with safe_path(): tasks, done, stop = context.Queue(), context.Queue(), context.Event()
     for spec in specs: tasks.put((spec.role, spec.arm, spec.config, spec.seed))
     for _ in range(workers): tasks.put(None)
     crew = [context.Process(target=_work, args=(self.whole, self.given | dict(workers=self.workers), tasks, done, stop), daemon=True) for _ in range(workers)]
-    for one in crew: one.start()
+    with safe_path():
+        for one in crew: one.start()
     try: failed, told = self.watch(crew, done, stop)
     finally:
         stop.set()
@@ -295,7 +297,7 @@ def together(self: SurrogateStudy, specs: list[SurrogateSpec]) -> int:
         for one in crew: one.kill()
     self.check_stop()
     lost = len(specs) - told  # a worker that died leaves its run unfinished; the same command goes on with it
-    if lost: self.console.print(f"  {lost} runs were not ended, for a worker died; the same command tries them again")
+    if lost: self.say(f"  {lost} runs were not ended, for a worker died; the same command tries them again")
     return failed + lost
 
 @patch
@@ -307,7 +309,9 @@ def ahead(self: SurrogateStudy):
     places = defaultdict(count)  # one domain waits for its solver while another computes
     specs = sorted(self.stage_specs(runs), key=lambda spec: (spec.config not in CONDITIONS, next(places[spec.role])))
     specs = [spec for spec in specs if not isinstance(self.loaded[spec.role], str) and not self.done(spec)]
-    if len(specs) > 1: self.together(specs)  # what failed is tried again, and counted, in its stage
+    if len(specs) < 2: return
+    self.begin()
+    self.together(specs)  # what failed is tried again, and counted, in its stage
 
 @patch
 def watch(self: SurrogateStudy, crew: list, done, stop) -> tuple[int, int]:
@@ -323,7 +327,7 @@ def watch(self: SurrogateStudy, crew: list, done, stop) -> tuple[int, int]:
         if found is None: left += 1; continue
         id, bad, words = found
         told, failed = told + 1, failed + bad
-        if words: self.console.print(f"  {id}: {words}")
+        if words: self.say(f"  {id}: {words}")
     return failed, told
 
 # %% ../../nbs/10_cli/06c_h2.ipynb #6a80c019
@@ -336,7 +340,7 @@ def protocol(self: SurrogateStudy) -> tuple[int, str]:
         self.check_stop()
         if stage.runs:
             self.note_domain(stage.role)
-            for arm, configs in stage.runs: self.console.print(f"{stage.role}, {arm}: {', '.join(configs)}")
+            for arm, configs in stage.runs: self.say(f"{stage.role}, {arm}: {', '.join(configs)}")
             failed += self.attempts(self.stage_specs((stage.role, arm, configs) for arm, configs in stage.runs))
         action = self.settle(stage)
         if action == "abort": return failed, f"{stage.checkpoint}: {action}"

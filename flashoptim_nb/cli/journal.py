@@ -6,6 +6,7 @@
 __all__ = ['study_folder', 'Journal']
 
 # %% ../../nbs/10_cli/04a_journal.ipynb #6a40c003
+import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +40,7 @@ def study_folder(
 class Journal:
     "Base of the studies. A sub-class gives `header(spec)`, `perform(spec)`, `open_journal()`, `protocol()`, `decide(stage)` and `left_out(stage)`."
     hypothesis, narrowing = "h1", "--sizes and --configs"
+    now, rows, journal = None, (), None  # the journal's header, its rows, and its writer once there is something to write
 
     def __init__(
         self,
@@ -51,8 +53,12 @@ class Journal:
         self.scale, self.device, self.stopped = scale, pick_device(device), stopped
         if scale.device == "cuda" and self.device.type != "cuda":
             raise UserError(f"scale {scale.name!r} is measured on a GPU, and the device is {device!r}; leave --device out where there is a GPU, or rehearse with --scale laptop")
-        self.where = "" if Path(out).resolve() == repo_root() / "runs" else f" --records {out}"  # that the next commands look into
+        self.where = "" if Path(out).resolve() == repo_root() / "runs" else f" --records {shlex.quote(str(out))}"  # that the next commands look into
         self.folder, self.console = study_folder(Path(out), scale, self.device, self.hypothesis), console or Console(stderr=True)
+
+    def say(self, text: str):
+        "Tells a line as it is: brackets in a message, a path or a name are no markup, and nothing is broken at the eightieth letter."
+        self.console.print(text, markup=False, emoji=False, soft_wrap=True)
 
     def check_stop(self):
         "Between runs: raises `Interrupted` if the study was told to stop."
@@ -63,17 +69,32 @@ class Journal:
 def reopen(
     self: Journal,
     now: dict,  # the header that the journal would have now
+    first: Iterable[tuple[str, dict]] = (),  # rows (kind, fields) that it begins with
 ):
-    "Opens the study's own record, new or where it stood; raises `UserError` if it is of another origin."
+    "Reads the study's own record; raises `UserError` if it is of another origin. Writes nothing."
+    begun = recorded(self.folder / "protocol")
+    if begun: same_origin(begun.folder, begun.header, now, ("settings_hash", "data_hash", "device"))
+    self.now, self.first, self.rows, self.journal = now, [*first], begun.rows if begun else [], None
+
+@patch
+def begin(self: Journal):
+    "Opens the journal to write, new or where it stood: the study has not ended any more. A study that never read its journal has none, as in a worker."
+    if self.journal or not self.now: return
     folder = self.folder / "protocol"
-    begun = recorded(folder)
-    if begun: same_origin(folder, begun.header, now, ("settings_hash", "data_hash", "device"))
-    self.rows = begun.rows if begun else []
-    self.journal = RunWriter(folder, header=None if begun else now)
+    self.journal = RunWriter(folder, header=None if recorded(folder) else self.now)
+    self.rows = [row for row in self.rows if row["kind"] != "end"]
+
+@patch
+def close(self: Journal, status: str, reason: str = ""):
+    "The journal's last row, unless it stands there already."
+    if not self.journal and self.noted("end", status=status, reason=reason): return
+    self.begin()
+    self.journal.end(status, reason)
 
 @patch
 def note(self: Journal, kind: str, **fields):
     "A row of the journal."
+    self.begin()
     self.journal.append(kind, **fields)
     self.rows.append(dict(kind=kind) | fields)
 
@@ -93,13 +114,13 @@ def settle(self: Journal, stage) -> str:
     if not (id := stage.checkpoint): return "continue"
     if lacking := self.left_out(stage):
         reason = f"not decided: this study leaves out {', '.join(lacking)}, on which it rests; run without {self.narrowing}"
-        if not self.noted("skip", what=id, reason=reason): self.console.print(f"  {id} {reason}")
+        if not self.noted("skip", what=id, reason=reason): self.say(f"  {id} {reason}")
         self.note_once("skip", what=id, reason=reason)
     else:
         decision, last = self.decide(stage), self.noted("decision", checkpoint=id)
         if last != dict(kind="decision") | finite(asdict(decision)):
             self.note("decision", **finite(asdict(decision)))
-            self.console.print(f"  {decision.words}")
+            self.say(f"  {decision.words}")
     row = self.noted("decision", checkpoint=id) or dict(enforced=False)
     return "continue" if not row["enforced"] or self.confirmed(row) else row["action"]
 
@@ -122,13 +143,18 @@ def pauses(self: Journal) -> dict[str, dict]:
     return {row["checkpoint"]: row for row in self.unconfirmed([*latest.values(), *held])}
 
 @patch
-def confirm(self: Journal, ids: Iterable[str]):
-    "Lets the study go on after pauses; raises `UserError` for a checkpoint that nothing waits for."
+def waiting(self: Journal, ids: Iterable[str]) -> dict[str, str]:
+    "Why each of these checkpoints waits to be confirmed; raises `UserError` for one that nothing waits for."
+    waits = self.pauses() if (ids := [*ids]) else {}
     for id in ids:
         choose("checkpoint", id, checkpoints_of(self.hypothesis))
-        waiting = self.pauses()
-        if id not in waiting: raise UserError(f"nothing waits for {id} to be confirmed; " + (f"what waits: {', '.join(waiting)}" if waiting else "leave --confirm out"))
-        self.note("confirm", checkpoint=id, why=waiting[id]["why"])
+        if id not in waits: raise UserError(f"nothing waits for {id} to be confirmed; " + (f"what waits: {', '.join(waits)}" if waits else "leave --confirm out"))
+    return {id: waits[id]["why"] for id in ids}
+
+@patch
+def confirm(self: Journal, ids: Iterable[str]):
+    "Lets the study go on after pauses, all of them or none."
+    for id, why in self.waiting(ids).items(): self.note("confirm", checkpoint=id, why=why)
 
 @patch
 def hold(self: Journal, folder: Path):
@@ -145,17 +171,19 @@ def bar(
     steps: int,
 ):
     "A progress bar for one run, as a context and a callback."
-    return _Bar(self.console, spec.id, steps)
+    return _Bar(self, spec.id, steps)
 
 class _Bar(Callback):
-    def __init__(self, console, id, steps):
-        self.progress = Progress(TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[loss]}"), console=console, disable=not console.is_terminal)
-        self.id, self.told = id, "nothing was left to do"
+    def __init__(self, study, id, steps):
+        console = study.console
+        self.progress = Progress(TextColumn("  {task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[loss]}", markup=False),
+                                 console=console, disable=not console.is_terminal)
+        self.study, self.id, self.told = study, id, "nothing was left to do"
         self.bar = self.progress.add_task(id, total=steps, loss="")
     def __enter__(self): self.progress.start(); return self
     def __exit__(self, kind, *error):
         self.progress.stop()
-        if kind is None and self.progress.disable: self.progress.console.print(f"  {self.id}: {self.told}")  # a log has no bar
+        if kind is None and self.progress.disable: self.study.say(f"  {self.id}: {self.told}")  # a log has no bar
     def after(self, n, row):
         self.told = "loss not finite" if row["loss"] is None else f"loss {row['loss']:.3f}"
         self.progress.update(self.bar, completed=n, loss=self.told)
@@ -178,7 +206,7 @@ def broke(self: Journal, spec, error: Exception) -> int:
     begun = recorded(folder)
     if begun and begun.status == "unfinished": RunWriter(folder).end(status, words)
     elif not begun or begun.status == "unavailable" or status == "oom": end_at_once(folder, self.header(spec), status, words)
-    if status == "failed": self.console.print(f"  {spec.id} failed: {words}; the same command tries it again")
+    if status == "failed": self.say(f"  {spec.id} failed: {words}; the same command tries it again")
     return status == "failed"
 
 # %% ../../nbs/10_cli/04a_journal.ipynb #6a40c013
@@ -188,15 +216,18 @@ def run(
     confirm: Iterable[str] = (),  # checkpoints whose pause somebody has looked into
 ) -> int:
     "Runs what is left of the protocol; returns 0, or 1 if a run failed or a decision ended or holds the study."
+    self.open_journal()  # only reads
+    self.waiting(confirm)
     with only_writer(self.folder):
-        self.open_journal()
+        self.open_journal()  # another process may have written meanwhile
         self.confirm(confirm)
+        for kind, fields in self.first: self.note_once(kind, **fields)
         try: failed, ended = self.protocol()
         except Paused as pause:
-            self.console.print(f"  {pause}\n  nothing is lost; to go on, give the same command with --confirm and the checkpoint's name")
-            self.journal.end("paused", str(pause))
+            self.say(f"  {pause}\n  nothing is lost; to go on, give the same command with --confirm and the checkpoint's name")
+            self.close("paused", str(pause))
             return 1
-        self.journal.end("aborted" if ended else "finished", ended)
-        if not self.scale.enforced: self.console.print("  what a checkpoint *would* do is advice at this scale: nothing was cut short")
-        self.console.print(f"{len(read_study(self.folder))} records in {self.folder}{f', {failed} runs failed' if failed else ''}; next: flashoptim-nb verdict {self.hypothesis}{self.where}, flashoptim-nb book{self.where}")
+        self.close("aborted" if ended else "finished", ended)
+        if not self.scale.enforced: self.say("  what a checkpoint *would* do is advice at this scale: nothing was cut short")
+        self.say(f"{len(read_study(self.folder))} records in {self.folder}{f', {failed} runs failed' if failed else ''}; next: flashoptim-nb verdict {self.hypothesis}{self.where}, flashoptim-nb book{self.where}")
     return 1 if failed or ended else 0

@@ -299,6 +299,7 @@ def main(
 ) -> int:
     "Runs one command; returns its exit status."
     args = _parser().parse_args(words)
+    os.environ["PYTHONSAFEPATH"] = "1"  # what this command starts imports nothing from the working directory
     try:
         if getattr(args, "hypothesis", None):
             from flashoptim_nb.judge.surrogates import HYPOTHESES

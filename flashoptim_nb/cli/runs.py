@@ -7,6 +7,7 @@ __all__ = ['AGAIN', 'Spec', 'spec_of', 'unavailable', 'header', 'is_done', 'reco
            'make_task', 'search', 'pace', 'probe']
 
 # %% ../../nbs/10_cli/03_runs.ipynb #d18f6c93
+import shlex
 import sys
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -88,7 +89,7 @@ def header(
     "The record's header: what the run is and everything its origin needs."
     return dict(run=spec.id, hypothesis=hypothesis, study=study, scale=spec.scale, role=spec.role, size=spec.size, arm=spec.arm, config=spec.config,
                 seed=spec.seed, settings=spec.to_dict(), settings_hash=spec.hash, criteria_hash=HYPOTHESES[hypothesis].hash, data_hash=data_hash,
-                started=datetime.now(timezone.utc).isoformat(timespec="seconds"), command=" ".join(["flashoptim-nb", *sys.argv[1:]]), **provenance(device))
+                started=datetime.now(timezone.utc).isoformat(timespec="seconds"), command=shlex.join(["flashoptim-nb", *sys.argv[1:]]), **provenance(device))
 
 # %% ../../nbs/10_cli/03_runs.ipynb #9ed3a3de
 AGAIN = ("unfinished", "failed", "unavailable")  # endings after which a run is made again

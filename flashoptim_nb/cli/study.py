@@ -63,11 +63,10 @@ class _Protocol(Spec):
 
 @patch
 def open_journal(self: Study):
-    "Opens the study's own record, new or where it stood; raises `UserError` if it is of another origin."
+    "Reads the study's own record; raises `UserError` if it is of another origin."
     spec = _Protocol(scale=self.scale.name, role="", size="", arm="protocol", config="protocol", seed=0, tokenizer=self.scale.tokenizer, whole=self.whole)
-    self.reopen(self.header(spec) | dict(run="protocol"))
-    for kind, known in (("source", self.corpus.sources), ("skip", self.corpus.skipped)):
-        for fields in known: self.note_once(kind, **fields)
+    told = dict(source=self.corpus.sources, skip=self.corpus.skipped)
+    self.reopen(self.header(spec) | dict(run="protocol"), [(kind, fields) for kind in told for fields in told[kind]])
 
 # %% ../../nbs/10_cli/05_study.ipynb #e4d0d323
 @patch
