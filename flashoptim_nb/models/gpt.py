@@ -282,22 +282,20 @@ class _Weights(dict):
         if not self[name].is_floating_point() or self[name].is_meta: raise UserError(f"the weight {name!r} is {self[name].dtype} on {self[name].device}; give a model that is loaded, and not quantized")
         return self.pop(name)
 
-def _is_tied(hf, w: _Weights, embedding: str) -> bool:
-    "Whether head and embedding are one parameter."
-    head, table = (getattr(part(), "weight", None) for part in (hf.get_output_embeddings, hf.get_input_embeddings))
-    return head is table or (hf.config.tie_word_embeddings and torch.equal(w["lm_head.weight"], w[embedding]))
+def _is_tied(hf, head: torch.Tensor, table: torch.Tensor) -> bool:
+    "Whether head and embedding are one parameter, or meant to be."
+    return hf.get_output_embeddings().weight is hf.get_input_embeddings().weight or (hf.config.tie_word_embeddings and torch.equal(head, table))
 
 
 # %% ../../nbs/04_models/00_gpt.ipynb #a21e6f94
 def _from_gpt2(hf, w: _Weights) -> tuple[GPTConfig, dict]:
-    c, head = hf.config, w.get("lm_head.weight")
+    c, head, table = hf.config, w.take("lm_head.weight"), w.take("transformer.wte.weight")
     _only({"scale_attn_weights=False": not c.scale_attn_weights, "scale_attn_by_inverse_layer_idx=True": c.scale_attn_by_inverse_layer_idx, "cross attention": c.add_cross_attention,
            f"the activation {c.activation_function!r}": not _acts_as(c.activation_function, partial(F.gelu, approximate="tanh")),
-           "a head that is not tied to the embedding (tie_word_embeddings=False)": head is not None and not _is_tied(hf, w, "transformer.wte.weight")})
+           "a head that is not tied to the embedding (tie_word_embeddings=False)": not _is_tied(hf, head, table)})
     config = GPTConfig(style="gpt2", n_layer=c.n_layer, d_model=c.n_embd, n_head=c.n_head, vocab_size=c.vocab_size,
                        max_seq=c.n_positions, ffn_dim=c.n_inner, bias=True, norm_eps=c.layer_norm_epsilon)
-    w.take("lm_head.weight")  # the embedding
-    mine = {f"{n}.weight": w.take(f"transformer.{n}.weight") for n in ("wte", "wpe")}
+    mine = {"wte.weight": table, "wpe.weight": w.take("transformer.wpe.weight")}
     names = {"norm1": "ln_1", "norm2": "ln_2", "attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
     for part in ("weight", "bias"):
         mine[f"norm_f.{part}"] = w.take(f"transformer.ln_f.{part}")
@@ -310,16 +308,16 @@ def _from_gpt2(hf, w: _Weights) -> tuple[GPTConfig, dict]:
 
 # %% ../../nbs/04_models/00_gpt.ipynb #1d646051
 def _from_llama(hf, w: _Weights) -> tuple[GPTConfig, dict]:
-    c = hf.config
+    c, head, table = hf.config, w.take("lm_head.weight"), w.take("model.embed_tokens.weight")
     rope = dict(getattr(c, "rope_parameters", None) or dict(rope_theta=getattr(c, "rope_theta", 10_000.0), **(getattr(c, "rope_scaling", None) or {})))
     kind = rope.get("rope_type", rope.get("type", "default"))
     _only({f"grouped keys (num_key_value_heads={c.num_key_value_heads})": c.num_key_value_heads != c.num_attention_heads, "biases": c.attention_bias or c.mlp_bias,
            f"the activation {c.hidden_act!r}": not _acts_as(c.hidden_act, F.silu), f"scaled rotations ({kind})": kind != "default",
            "rotations of a part of each head": rope.get("partial_rotary_factor") not in (None, 1.0), f"another head width (head_dim={c.head_dim})": (c.head_dim or 0) * c.num_attention_heads not in (0, c.hidden_size),
-           "a head that is tied to the embedding (tie_word_embeddings=True)": c.tie_word_embeddings or ("lm_head.weight" in w and _is_tied(hf, w, "model.embed_tokens.weight"))})
+           "a head that is tied to the embedding (tie_word_embeddings=True)": c.tie_word_embeddings or _is_tied(hf, head, table)})
     config = GPTConfig(style="llama2", n_layer=c.num_hidden_layers, d_model=c.hidden_size, n_head=c.num_attention_heads, vocab_size=c.vocab_size,
                        max_seq=c.max_position_embeddings, ffn_dim=c.intermediate_size, norm_eps=c.rms_norm_eps, rope_theta=rope.get("rope_theta", 10_000.0))
-    mine = {"wte.weight": w.take("model.embed_tokens.weight"), "norm_f.weight": w.take("model.norm.weight"), "head.weight": w.take("lm_head.weight")}
+    mine = {"wte.weight": table, "norm_f.weight": w.take("model.norm.weight"), "head.weight": head}
     names = {"norm1": ("input_layernorm",), "norm2": ("post_attention_layernorm",), "attn.proj": ("self_attn.o_proj",), "mlp.down": ("mlp.down_proj",),
              "attn.qkv": [f"self_attn.{z}_proj" for z in "qkv"], "mlp.up": ("mlp.gate_proj", "mlp.up_proj")}
     for i in range(config.n_layer):
