@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['OptionError', 'ParametersError', 'GradientError', 'is_number', 'listed', 'check_parameter', 'check_gradient',
-           'correction_bits', 'keep_rounding', 'first_correction', 'new_state', 'check_states', 'share_steps',
-           'state_operands', 'Batch', 'current_gradients', 'remembered', 'gather']
+           'correction_bits', 'Rounded', 'keep_rounding', 'first_correction', 'new_state', 'check_states',
+           'share_steps', 'state_operands', 'Batch', 'current_gradients', 'remembered', 'gather']
 
 # %% ../../nbs/03_optim/01_batches.ipynb #dbef7b01
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from numbers import Real
 from operator import attrgetter, is_
 from sys import float_info
+from weakref import WeakSet, WeakValueDictionary, ref
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -22,7 +24,7 @@ from ..base.errors import UserError
 from ..kernels.codec import GROUP
 from ..kernels.many import Many, Operands
 from ..kernels.split import CODES, INTEGERS, INTERPRETED, NARROW, compute_ecc_bits
-from .shards import like, local, scale_count, scales_like
+from .shards import held, like, local, scale_count, scales_like
 
 # %% ../../nbs/03_optim/01_batches.ipynb #c8225618
 class OptionError(UserError, ValueError):
@@ -66,6 +68,7 @@ def check_parameter(
         raise OptionError("an FSDP1 parameter: FSDP1 flattens parameters and shards states itself; use FSDP2 (torch.distributed.fsdp.fully_shard)")
     if p.dtype not in (torch.float32, *NARROW):
         raise OptionError(f"a parameter of dtype {p.dtype}: bf16, fp16 and fp32 can be optimized; convert the model with cast_model(model) or model.float()")
+    if isinstance(p, DTensor): _rounded(p)  # looked up by its place, which FSDP2 gives to another tensor while it computes
 
 
 def check_gradient(
@@ -88,35 +91,76 @@ def correction_bits(
     "Width of a parameter's correction: what its master weight has beyond its own 16 bits."
     return master_weight_bits - 16 if master_weight_bits and dtype in NARROW else None
 
+# %% ../../nbs/03_optim/01_batches.ipynb #b850d97b
+class Rounded:
+    "What the cast took from one parameter of a module: `rho` (int8, the parameter's shape), and `fold`, by which its 16-bit values are known again."
+    waiting = WeakSet()  # those whose masters have not begun
 
-def _fingerprint(p):
-    "Sums over a parameter's 16-bit values in rows of 1024, of rows and of columns: other values have others, and so have the same in another order."
-    bits = p.detach().flatten().view(torch.int16)
-    rows = bits[:len(bits) // 1024 * 1024].view(-1, 1024)
-    return torch.cat([rows.sum(1), rows.sum(0), bits[rows.numel():].long()]).cpu()
+    def __init__(self, module: torch.nn.Module, name: str, dtype: torch.dtype, rho: torch.Tensor, fold: torch.Tensor):
+        self.module, self.name, self.dtype, self.rho, self.fold = ref(module), name, dtype, rho, fold
+        self.waiting.add(self)
+
+    def __getstate__(self): return self.module(), self.name, self.dtype, self.rho, self.fold
+    def __setstate__(self, state): self.__init__(*state)  # of a copied or unpickled module
+
+    def parameter(self) -> torch.Tensor | None:
+        "The one that is at this place now."
+        module = self.module()
+        return None if module is None else module._parameters.get(self.name)
+
+    def drop(self):
+        "Lets go of it."
+        self.waiting.discard(self)
+        if (module := self.module()) is not None: module.__dict__.get("_rounded_away", {}).pop(self.name, None)
 
 
+def _fold(p):
+    "The two bytes of each 16-bit value that this rank holds, folded into one."
+    shard = local(p.detach())
+    halves = shard.contiguous().view(-1).view(torch.int8).view(-1, 2)
+    return (halves[:, 0] ^ halves[:, 1]).view(shard.shape)
+
+
+_PLACES = WeakValueDictionary()  # id of a parameter -> what was rounded away from it
+
+
+def _rounded(p):
+    "What waits for a parameter, or None."
+    if not Rounded.waiting: return None
+    found = _PLACES.get(id(p))
+    if found is None or found.parameter() is not p:
+        _PLACES.update({id(q): r for r in Rounded.waiting if (q := r.parameter()) is not None})
+        found = _PLACES.get(id(p))
+    return found if found is not None and (found.parameter() is p or isinstance(p, DTensor)) else None
+
+# %% ../../nbs/03_optim/01_batches.ipynb #b850d97c
 def keep_rounding(
-    p: torch.Tensor,  # a parameter in bf16 or fp16
-    theta: torch.Tensor,  # fp32, the weights that it was rounded from
+    module: torch.nn.Module,
+    name: str,  # of its parameter
+    theta: torch.Tensor,  # fp32, the parameter's weights; of a DTensor this rank's shard
+    narrow: torch.Tensor,  # bf16 or fp16, what they are rounded to; a DTensor where the parameter is one
 ):
-    "Puts what rounding took away beside a parameter, a byte a value, for its first state: a master that begins at the rounded weight takes steps of less than half a spacing that nobody sees."
-    p._rounded_away = compute_ecc_bits(theta, p.detach(), 3).contiguous(), _fingerprint(p)
+    "Keeps what rounding took away, for a parameter's first state: a master that begins at the rounded weight takes steps of less than half a spacing that nobody sees."
+    rho = compute_ecc_bits(theta, local(narrow.detach()), 3).contiguous()
+    module.__dict__.setdefault("_rounded_away", {})[name] = Rounded(module, name, narrow.dtype, like(narrow, rho), like(narrow, _fold(narrow)))
 
 
 def first_correction(
     p: torch.Tensor,  # the parameter, not stepped yet
     bits: int | None,  # width of its correction
     keep: bool = False,  # leave it where it is; else it is handed out once
-) -> torch.Tensor | None:  # int8 or int16; None where nothing is known
+) -> torch.Tensor | None:  # int8 or int16, sharded as the parameter is; None where nothing is known
     "What was rounded away when the parameter was cast, if its weights are still those."
-    rho, known = p.__dict__.get("_rounded_away", (None, None))
-    if not keep: p.__dict__.pop("_rounded_away", None)
-    if rho is None or not bits or rho.shape != p.shape or not torch.equal(known, _fingerprint(p)): return None
-    rho = rho.to(p.device)
-    return rho if bits == 8 else (rho.double() * (CODES[16] / CODES[8])).round().to(INTEGERS[16])
+    if (kept := _rounded(p)) is None: return None
+    if not keep: kept.drop()
+    if not bits or kept.dtype != p.dtype or kept.rho.shape != p.shape: return None
+    rho, fold = held(p, kept.rho), held(p, kept.fold)
+    if rho is None: warnings.warn(f"{kept.name} was sharded again after the cast: its masters begin at its 16-bit weights, not at the fp32 ones. Cast the model before parallelize_module and fully_shard")
+    device = local(p).device
+    if rho is None or not torch.equal(fold.to(device), _fold(p)): return None
+    return like(p, rho.to(device) if bits == 8 else (rho.to(device).double() * (CODES[16] / CODES[8])).round().to(INTEGERS[16]))
 
-
+# %% ../../nbs/03_optim/01_batches.ipynb #b850d97d
 def new_state(
     opt,  # a FlashOptimizer
     group: dict,  # the parameter's

@@ -6,50 +6,103 @@
 __all__ = ['cast_model']
 
 # %% ../../nbs/03_optim/07_cast.ipynb #699bd7b6
+import copy
+from collections import defaultdict
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from functools import partial
+from itertools import chain
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..base.errors import UserError
-from .batches import keep_rounding
+from ..kernels.split import NARROW, decode
+from .batches import first_correction, keep_rounding
+from .shards import like, local
 
 # %% ../../nbs/03_optim/07_cast.ipynb #125f2b2c
+_FLOATS = (torch.float32, torch.float64, *NARROW)  # what is cast; 8-bit codes are left alone
+
+
 def _chosen(
-    model: nn.Module,
-    layers: Sequence[str | nn.Module] | None,  # patterns or modules
-) -> list[nn.Module]:
-    "The modules that patterns or references name; raises `UserError` where one names none."
+    known: dict,  # full dotted name -> module or buffer
+    chosen: Sequence | str | nn.Module | None,  # patterns or references
+    kind: str,  # what is chosen
+) -> list:
+    "Those that patterns or references name; raises `UserError` where one names none."
     found = []
-    for layer in [layers] if isinstance(layers, (str, nn.Module)) else layers or ():
-        hits = [m for name, m in model.named_modules() if m is layer or isinstance(layer, str) and fnmatchcase(name, layer)]
-        if not hits: raise UserError(f"no layer of the model matches {layer!r}; names are full dotted ones, such as {', '.join(n for n, _ in list(model.named_modules())[1:4])}")
+    for each in [chosen] if isinstance(chosen, (str, nn.Module, torch.Tensor)) else chosen or ():
+        hits = [t for name, t in known.items() if t is each or isinstance(each, str) and fnmatchcase(name.replace("_orig_mod.", ""), each)]
+        if not hits: raise UserError(f"no {kind} of the model matches {each!r}; names are full dotted ones, such as {', '.join([n for n in known if n][:3]) or 'none here'}")
         found += hits
     return found
 
-
+# %% ../../nbs/03_optim/07_cast.ipynb #125f2b2e
 def _recast(x, dtype):
-    "The same with floating-point tensors in another dtype, inside tuples, lists and dicts too."
-    if isinstance(x, torch.Tensor): return x.to(dtype) if x.is_floating_point() else x
-    if isinstance(x, dict): return {k: _recast(v, dtype) for k, v in x.items()}
-    return type(x)(_recast(v, dtype) for v in x) if type(x) in (tuple, list) else x
+    "The same with floating-point tensors in another dtype, inside tuples, lists and dicts too; itself where nothing changes."
+    if isinstance(x, torch.Tensor): return x.to(dtype) if x.dtype in _FLOATS else x
+    if isinstance(x, dict):
+        new = {k: _recast(v, dtype) for k, v in x.items()}
+        if all(new[k] is v for k, v in x.items()): return x
+        kept = copy.copy(x)  # of the same class
+        for k, v in new.items(): kept[k] = v
+        return kept
+    if type(x) not in (tuple, list) and not hasattr(x, "_fields"): return x
+    new = [_recast(v, dtype) for v in x]
+    return x if all(a is b for a, b in zip(new, x)) else type(x)(*new) if hasattr(x, "_fields") else type(x)(new)
 
 
-def _narrow_output(dtype, module, args, out): return _recast(out, dtype)
+def _first_dtype(x):
+    "The dtype of the first floating-point tensor in it, or None."
+    if isinstance(x, torch.Tensor): return x.dtype if x.dtype in _FLOATS else None
+    inside = x.values() if isinstance(x, dict) else x if isinstance(x, (tuple, list)) else ()
+    for v in inside:
+        if (dtype := _first_dtype(v)) is not None: return dtype
+    return None
+
+# %% ../../nbs/03_optim/07_cast.ipynb #125f2b2f
+def _take_in(module, args, kwargs):
+    "Before a layer in full precision: its inputs in the dtype of its weights, or of its buffers."
+    mark, own = module._buffers.get("_cast_to"), torch.float32
+    for t in chain(module.parameters(), module.buffers()):
+        if t is not mark and t.dtype in _FLOATS:
+            own = t.dtype
+            break
+    module._given = _first_dtype((args, kwargs))
+    return _recast(args, own), _recast(kwargs, own)
 
 
-def _fp32_inputs(module, args, kwargs): return _recast(args, torch.float32), _recast(kwargs, torch.float32)
+def _hand_on(module, args, out):
+    "After it: its output in the model's dtype, or where there is no mark of it in the narrow dtype that came in."
+    mark = module._buffers.get("_cast_to")
+    dtype = module._given if mark is None or mark.dtype not in NARROW and module._given else mark.dtype
+    return out if module._keeps_output or mark is None and dtype not in NARROW else _recast(out, dtype)
+
+
+def _hook(
+    module: nn.Module,
+    keeps_output: bool,  # hands on what it computed
+    dtype: torch.dtype | None,  # the model's; None for a module of buffers alone
+):
+    "Makes a module compute in its own precision inside a cast model; a second time, only the answers change."
+    if not hasattr(module, "_keeps_output"):
+        module.register_forward_pre_hook(_take_in, with_kwargs=True)
+        module.register_forward_hook(_hand_on)
+    module._keeps_output = keeps_output
+    if dtype: module.register_buffer("_cast_to", torch.empty(0, dtype=dtype), persistent=False)
 
 # %% ../../nbs/03_optim/07_cast.ipynb #5e0c91b7
 def _spared(
     model: nn.Module,
     whole: set[nn.Module],  # those of its modules that stay in fp32
 ) -> set[int]:  # ids
-    "The parameters and buffers that stay in fp32; raises `UserError` where a module that is cast shares a parameter, for its inputs would not fit it."
+    "The parameters that stay in fp32; raises `UserError` where a module that is cast shares one, for its inputs would not fit it."
     def own(m): return {id(p): name for name, p in m.named_parameters(recurse=False)}
     names = {m: name or "the model itself" for name, m in model.named_modules()}
     kept = {i: f"{names[m]}.{name}" for m in names if m in whole for i, name in own(m).items()}
@@ -57,32 +110,129 @@ def _spared(
         for i, name in own(m).items():
             if m not in whole and i in kept: raise UserError(f"{names[m]}.{name} is {kept[i]}, and of the two modules only {kept[i].rpartition('.')[0]} stays in fp32: name both, "
                                                              "each in full_precision_layers or (where layers in the model's type follow) in full_precision_recast_layers, or neither")
-    return {*kept, *(id(t) for m in whole for t in m.buffers(recurse=False))}
+    return set(kept)
+
+
+def _paired(m):
+    "The buffers of a module that torch computes beside its weights, in their dtype."
+    names = m._buffers if isinstance(m, _NormBase) else [f"{h.name}_{v}" for h in m._forward_pre_hooks.values() if isinstance(h, SpectralNorm) for v in "uv"]
+    return [m._buffers[name] for name in names]
+
+
+def _of_buffers_alone(m): return any(t is not None and t.ndim and t.dtype in _FLOATS for t in m._buffers.values()) and next(m.parameters(), None) is None
+
+# %% ../../nbs/03_optim/07_cast.ipynb #5e0c91c1
+def _end(t): return t.storage_offset() + 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
+
+
+def _shared(named: dict[str, torch.Tensor]) -> list[list[str]]:
+    "Names of tensors that overlap in memory, in groups."
+    spans, groups = defaultdict(list), []
+    for name, t in named.items():
+        if t.layout != torch.strided or t.is_meta or not t.numel() or is_traceable_wrapper_subclass(t): continue
+        spans[t.device, t.untyped_storage().data_ptr()].append((t.storage_offset() * t.element_size(), _end(t) * t.element_size(), name))
+    for found in spans.values():
+        reach = -1
+        for start, end, name in sorted(found):
+            if start >= reach: groups.append([])
+            groups[-1].append(name)
+            reach = max(reach, end)
+    return [group for group in groups if len(group) > 1]
+
+
+def _narrowed(wide, dtype):
+    "In bf16 or fp16; what was finite stays so."
+    narrow = wide.to(dtype)
+    if narrow.is_meta or not (over := narrow.isinf() & wide.isfinite()).any(): return narrow
+    return torch.where(over, wide.sign().to(dtype) * torch.finfo(dtype).max, narrow)
 
 # %% ../../nbs/03_optim/07_cast.ipynb #b8a6763f
+def _check(model):
+    "Raises `UserError` for what cannot be cast."
+    if not isinstance(model, nn.Module): raise UserError(f"cast_model of a {type(model).__name__}: give the model itself, a torch.nn.Module")
+    if lazy := [name for name, t in (*model.named_parameters(), *model.named_buffers()) if isinstance(t, UninitializedTensorMixin)]:
+        raise UserError(f"{len(lazy)} parameters have no shape yet ({', '.join(lazy[:3])}): send one batch through a lazy model before it is cast")
+    if any(type(p).__name__ == "FlatParameter" for p in model.parameters()):
+        raise UserError("an FSDP1 model: its parameters are flattened; cast the model first, and shard it with FSDP2 (torch.distributed.fsdp.fully_shard)")
+    if any(isinstance(m, FSDPModule) and m._get_fsdp_state()._is_root is not None for m in model.modules()):
+        raise UserError("a model that ran under fully_shard has its buffers for communication in the old dtype: cast it before its first forward pass")
+
+
+def _check_range(name, t, dtype):
+    "Raises `UserError` for a parameter with finite values far beyond a dtype's largest."
+    if t.is_meta or dtype == torch.bfloat16 and t.dtype != torch.float64: return  # fp32 reaches half a spacing further than bf16
+    big = local(t.detach()).abs().nan_to_num_(posinf=0.0)
+    if big.numel() and (most := big.max().item()) > torch.finfo(dtype).max * (1 + 2**-8):
+        raise UserError(f"{name} has a value of size {most:.3g}, and {dtype} ends at {torch.finfo(dtype).max:.3g}: cast to torch.bfloat16, or name the layer in full_precision_recast_layers")
+
+# %% ../../nbs/03_optim/07_cast.ipynb #b8a67641
+def _narrow(t, dtype, place=None):
+    "A tensor in another dtype, a DTensor shard by shard; with a place, what is rounded away is kept there."
+    if is_traceable_wrapper_subclass(t) and not isinstance(t, DTensor): return t.detach().to(dtype)  # as it thinks right
+    wide, rho = local(t.detach()), first_correction(t, 8, keep=True) if place else None
+    if rho is not None: wide = decode(wide, local(rho))  # cast before: from the weights of then
+    narrow = like(t, _narrowed(wide, dtype))
+    if place: keep_rounding(*place, wide.float(), narrow)
+    return narrow
+
+
+def _cast(
+    model: nn.Module,
+    named: dict[str, torch.Tensor],  # those of its parameters and buffers that change, each once
+    groups: list[list[str]],  # those that share memory
+    dtype: torch.dtype,
+    masters: bool,  # whether to keep what is rounded away
+):
+    "Casts parameters and buffers in place, and gradients with them."
+    places = {id(p): (m, name) for m in model.modules() for name, p in m._parameters.items() if p is not None} if masters else {}
+    place = lambda t: places.get(id(t)) if t.requires_grad and not t.is_meta else None
+    grads = {name: t.grad for name, t in named.items() if t.grad is not None}
+    for name in grads: named[name].grad = None
+    for group in groups:
+        if named[group[0]].dtype == dtype: continue
+        start, end = min(named[n].storage_offset() for n in group), max(_end(named[n]) for n in group)
+        wide = named[group[0]].detach().as_strided((end - start,), (1,), start)
+        flat = _narrowed(wide, dtype)
+        for t in map(named.get, group):
+            old, t.data = t.data, flat.as_strided(t.shape, t.stride(), t.storage_offset() - start)
+            if place(t): keep_rounding(*place(t), old.float(), t)
+    alone = {name: t for name, t in named.items() if t.dtype != dtype}
+    wrapped = {id(t) for t in alone.values() if is_traceable_wrapper_subclass(t)}
+    for t in alone.values():
+        if id(t) not in wrapped: t.data = _narrow(t, dtype, place(t))
+    if wrapped: model._apply(lambda t: _narrow(t, dtype, place(t)) if id(t) in wrapped and t.dtype != dtype else t)
+    for name, g in grads.items(): named[name].grad = g.to(dtype)
+
+# %% ../../nbs/03_optim/07_cast.ipynb #b8a67642
 def cast_model(
     model: nn.Module,  # changed in place
-    dtype: torch.dtype = torch.bfloat16,  # of parameters and floating-point buffers: bf16 or fp16
+    dtype: torch.dtype = torch.bfloat16,  # of its parameters: bf16 or fp16
     selective: bool = True,  # keep batch and instance norms in fp32
     full_precision_layers: Sequence[str | nn.Module] | None = None,  # stay in fp32, fp32 outputs
     full_precision_recast_layers: Sequence[str | nn.Module] | None = None,  # stay in fp32, outputs in `dtype`
-    masters: bool = True,  # keep what rounding takes away, a byte a parameter, until a Flash optimizer's first step makes it the masters' correction
+    masters: bool = True,  # keep what rounding takes away, two bytes a parameter, until a Flash optimizer's first step makes it the masters' correction
+    cast_buffers: Sequence[str | torch.Tensor] | None = None,  # buffers to be cast with the parameters; others keep their dtype
 ) -> None:
-    "Casts a model for training with a Flash optimizer; tied parameters stay tied. Raises `UserError` for other dtypes and for names that match nothing."
-    if not isinstance(model, nn.Module): raise UserError(f"cast_model of a {type(model).__name__}: give the model itself, a torch.nn.Module")
+    "Casts a model for training with a Flash optimizer; what is tied or shares memory goes on so. Raises `UserError`, with nothing changed, for what cannot be cast and for names that match nothing."
+    _check(model)
     if dtype not in (torch.bfloat16, torch.float16): raise UserError(f"cast_model to {dtype}: choose torch.bfloat16 or torch.float16")
-    if lazy := [name for name, t in (*model.named_parameters(), *model.named_buffers()) if isinstance(t, UninitializedTensorMixin)]:
-        raise UserError(f"{len(lazy)} parameters have no shape yet ({', '.join(lazy[:3])}): send one batch through a lazy model before it is cast")
-    keep, recast = _chosen(model, full_precision_layers), _chosen(model, full_precision_recast_layers)
-    norms = [m for m in model.modules() if selective and isinstance(m, _NormBase)]
-    whole = {m for chosen in (*keep, *recast, *norms) for m in chosen.modules()}
+    modules, buffers = dict(model.named_modules()), dict(model.named_buffers())
+    keep, recast = _chosen(modules, full_precision_layers, "layer"), _chosen(modules, full_precision_recast_layers, "layer")
+    chosen = {m for layer in (*keep, *recast) for m in layer.modules()}
+    norms = [m for m in model.modules() if selective and isinstance(m, _NormBase) and m not in chosen]
+    whole = chosen | set(norms)
     spared = _spared(model, whole)
-    for t in (*model.parameters(), *model.buffers()):
-        if id(t) in spared or not t.is_floating_point(): continue
-        wide, t.data = t.data, t.data.to(dtype)
-        if masters and isinstance(t, nn.Parameter) and wide.dtype == torch.float32 and type(wide) is torch.Tensor and t.requires_grad and not t.is_meta: keep_rounding(t, wide)
-    for m in dict.fromkeys((*keep, *recast, *norms)):
-        if getattr(m, "_has_fp32_input_hook", False): continue
-        m.register_forward_pre_hook(_fp32_inputs, with_kwargs=True)
-        m._has_fp32_input_hook = True
-        if m not in keep: m.register_forward_hook(partial(_narrow_output, dtype))
+    also = {id(t) for m in model.modules() if m not in whole for t in _paired(m)} | {id(t) for t in _chosen(buffers, cast_buffers, "buffer")}
+    everything = dict(model.named_parameters()) | buffers
+    named = {n: t for n, t in everything.items() if t.dtype in _FLOATS and (id(t) in also if n in buffers else id(t) not in spared)}
+    groups = [group for group in _shared(everything) if not named.keys().isdisjoint(group)]
+    for group in groups:
+        if len({everything[n].dtype for n in group}) > 1 or (left := [n for n in group if n not in named]):
+            raise UserError(f"{', '.join(group)} lie in the same memory, and not all are cast alike: name their layers together in full_precision_recast_layers, buffers in cast_buffers, or give each its own memory with .clone()")
+    for name, t in named.items():
+        if name not in buffers: _check_range(name, t, dtype)
+    _cast(model, named, groups, dtype, masters)
+    for m in dict.fromkeys((*keep, *recast, *norms)): _hook(m, m in keep, dtype)
+    for m in model.modules():
+        if "_cast_to" in m._buffers: _hook(m, m._keeps_output, dtype)  # of an earlier cast, too
+        elif m not in whole and _of_buffers_alone(m): _hook(m, False, None)

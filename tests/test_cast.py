@@ -1,0 +1,263 @@
+"""The cast: what it leaves exact, what goes on running, and what reaches the masters, on one rank and on two."""
+import copy
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+
+from flashoptim_nb.base.errors import UserError
+from flashoptim_nb.optim import FlashAdamW, cast_model
+
+NARROW = [torch.bfloat16, torch.float16]
+
+
+def masters(model): return FlashAdamW(model.parameters()).get_fp32_model_state_dict(model)
+
+
+class Owner(nn.Module):
+    "A module with one buffer, and a rule of how it is used."
+    def __init__(self, value, use, **register):
+        super().__init__()
+        self.use = use
+        self.register_buffer("value", value, **register)
+
+    def forward(self, *x): return self.use(self.value, *x)
+
+
+BUFFERS_ALONE = dict(
+    positions=(torch.randn(16, 8), lambda v, x: x + v[: len(x)]),
+    fourier=(torch.randn(8, 8), lambda v, x: (x @ v).cos()),
+    codebook=(torch.randn(16, 8), lambda v, x: v[torch.cdist(x, v).argmin(1)]),
+    standardize=(torch.rand(8) + 1, lambda v, x: x / v),
+    mask=(torch.full((16, 8), torch.finfo(torch.float32).min).triu(1), lambda v, x: (x + v).softmax(-1)),
+)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("kind", BUFFERS_ALONE)
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_module_of_buffers_alone_computes_exactly_and_the_model_runs(kind, dtype, persistent, rng_seed):
+    value, use = BUFFERS_ALONE[kind]
+    model = nn.Sequential(nn.Linear(8, 8), Owner(value.clone(), use, persistent=persistent), nn.Linear(8, 4))
+    cast_model(model, dtype)
+    assert torch.equal(model[1].value, value) and model[1].value.dtype == torch.float32
+    x = torch.randn(16, 8).to(dtype)
+    h = model[0](x)
+    assert torch.equal(model[1](h), use(value, h.float()).to(dtype))
+    assert model(x).dtype == dtype
+    model(x).float().sum().backward()
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_positions_stay_apart_and_counts_go_on(dtype):
+    angles = Owner(1e4 ** -(torch.arange(0, 64, 2) / 64), lambda v, at: at[:, None] * v, persistent=False)
+    model = nn.Sequential(angles, nn.Linear(32, 4))
+    model.register_buffer("seen", torch.zeros(()))
+    at = torch.arange(100_000)
+    exact = angles(at)
+    cast_model(model, dtype)
+    assert torch.equal(angles(at), exact)
+    for _ in range(3000): model.seen += 1
+    assert model.seen == 3000
+
+
+@pytest.mark.parametrize("normalized", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm])
+def test_parametrized_weights_train(normalized, rng_seed):
+    model = nn.Sequential(normalized(nn.Linear(16, 16)), nn.Linear(16, 1))
+    x = torch.randn(8, 16)
+    for _ in range(50): model(x)  # power iterations
+    exact = model.eval()(x)
+    cast_model(model)
+    assert (model(x.bfloat16()) - exact).abs().max() < 0.05
+    optimizer = FlashAdamW(model.train().parameters(), lr=1e-2)
+    losses = []
+    for _ in range(10):
+        losses.append(loss := (model(x.bfloat16()).float() - 1).square().mean())
+        loss.backward(); optimizer.step(); optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("selective", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_norms_with_running_statistics_run(selective, affine):
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8, affine=affine), nn.Linear(8, 8))
+    cast_model(model, selective=selective)
+    assert model(torch.randn(4, 8).bfloat16()).dtype == torch.bfloat16
+    assert model[1].running_mean.dtype == (torch.float32 if selective else torch.bfloat16)
+
+
+def test_a_norm_inside_a_block_in_full_precision_hands_on_fp32():
+    block = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+    model = nn.Sequential(nn.Linear(8, 8), block)
+    cast_model(model, full_precision_layers=["1"])
+    assert model(torch.randn(4, 8).bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Qwen2", "Gemma", "GPTNeoX"])
+def test_transformers_models_keep_their_frequencies_and_train(name, rng_seed):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name}Config")(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                                    head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    for cls in ("ForCausalLM", "LMHeadModel"):
+        if hasattr(transformers, name + cls): model = getattr(transformers, name + cls)(config)
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    ids = torch.randint(3, 60, (2, 16))
+    exact = model.eval()(ids).logits
+    cast_model(model)
+    out = model(ids, labels=ids)
+    for n, b in model.named_buffers(): assert torch.equal(b, buffers[n]) and b.dtype == buffers[n].dtype, n
+    assert out.logits.dtype == torch.bfloat16 and (out.logits - exact).abs().max() < 0.05 * exact.abs().max()
+    out.loss.backward()
+    FlashAdamW(model.parameters()).step()
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_what_is_not_floating_point_or_frozen_is_left_or_cast_without_masters(dtype):
+    model = nn.Module()
+    model.codes = nn.Parameter(torch.arange(4, dtype=torch.int8), requires_grad=False)
+    model.phases = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    model.eighth = nn.Parameter(torch.ones(4).to(torch.float8_e4m3fn), requires_grad=False)
+    model.frozen = nn.Parameter(torch.randn(4), requires_grad=False)
+    model.wide = nn.Parameter(torch.full((4,), 1 / 3, dtype=torch.float64))
+    model.listed = nn.ParameterList([torch.randn(3), torch.randn(3)])
+    cast_model(model, dtype)
+    assert [p.dtype for p in model.parameters()] == [torch.int8, torch.complex64, torch.float8_e4m3fn, dtype, dtype, dtype, dtype]
+    assert (FlashAdamW([model.wide]).get_fp32_model_state_dict(model)["wide"] - 1 / 3).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("value,dtype,limit", [(1e5, torch.float16, None), (65504.0, torch.float16, 65504.0), (3.4e38, torch.bfloat16, 3.3895313892515355e38), (float("-inf"), torch.float16, float("-inf"))])
+def test_a_large_weight_stays_finite_or_is_refused_by_name(value, dtype, limit):
+    model = nn.Linear(2, 2)
+    with torch.no_grad(): model.weight[0, 1] = value
+    before = {n: p.dtype for n, p in model.named_parameters()}
+    if limit is None:
+        with pytest.raises(UserError, match="weight has a value of size 1e\\+05"): cast_model(model, dtype)
+        assert {n: p.dtype for n, p in model.named_parameters()} == before
+    else:
+        cast_model(model, dtype)
+        assert model.weight[0, 1].item() == limit
+
+
+def test_a_parameter_that_is_a_view_of_a_buffer_is_refused_or_cast_with_it():
+    def made():
+        model = nn.Linear(4, 4)
+        model.register_buffer("shadow", model.weight.data.view(-1))
+        return model
+    model = made()
+    with pytest.raises(UserError, match="the same memory"): cast_model(model)
+    assert model.weight.dtype == torch.float32
+    cast_model(model, cast_buffers=["shadow"])
+    with torch.no_grad(): model.weight[1, 1] = 3
+    assert model.shadow[5] == 3
+
+
+@pytest.mark.parametrize("first,second", [NARROW, NARROW[::-1]])
+def test_a_second_cast_starts_from_the_weights_of_the_first(first, second, rng_seed):
+    model = nn.Linear(64, 64)
+    exact = model.weight.detach().clone()
+    cast_model(model, first); cast_model(model, first); cast_model(model, second)
+    assert model.weight.dtype == second
+    off = (masters(model)["weight"] - exact).abs().max()
+    assert off < 0.05 * (exact.to(torch.bfloat16) - exact).abs().max()
+
+
+@pytest.mark.parametrize("change", [nn.Module.float, nn.Module.half, nn.Module.double, nn.Module.bfloat16, lambda m: m.to(torch.float16), copy.deepcopy, torch.compile])
+def test_layers_in_full_precision_follow_what_is_done_to_the_model(change):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.table, self.mid, self.norm, self.out = nn.Embedding(9, 8), Owner(torch.randn(8, 8), lambda v, x: x + v), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)
+
+        def forward(self, i): return self.out(self.norm(self.mid(self.table(self.embed(i)))))
+
+    model = Net()
+    cast_model(model, full_precision_recast_layers=["embed"])
+    model = change(model, backend="eager", fullgraph=True) if change is torch.compile else change(model)
+    assert model(torch.arange(8)).dtype == next(p.dtype for n, p in model.named_parameters() if n.endswith("out.weight"))
+
+
+def test_a_compiled_model_is_cast_under_its_own_names():
+    model = torch.compile(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)), backend="eager")
+    cast_model(model, full_precision_layers=["2"])
+    assert model(torch.randn(4, 8).bfloat16()).dtype == torch.float32
+
+
+def test_a_gradient_at_hand_is_cast_with_its_weight():
+    model = nn.Linear(4, 4)
+    model(torch.randn(2, 4)).sum().backward()
+    cast_model(model)
+    assert model.weight.grad.dtype == torch.bfloat16
+    FlashAdamW(model.parameters()).step()
+
+
+RANK = """
+import sys, warnings, torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+from flashoptim_nb.base.errors import UserError
+from flashoptim_nb.optim import FlashAdamW, cast_model
+
+kind = sys.argv[1]
+dist.init_process_group("gloo" if kind == "cpu" else "nccl")
+if kind == "cuda": torch.cuda.set_device(dist.get_rank())
+mesh = init_device_mesh(kind, (2,))
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(38, 13), nn.BatchNorm1d(13), nn.Linear(13, 1), nn.Linear(1, 4)).to(kind)  # 7 and 6 rows; 1 and 0; 2 and 2
+
+def shard(model, columns=False):
+    for part in model: fully_shard(part, mesh=mesh, shard_placement_fn=lambda p: Shard(1) if columns and p.ndim == 2 and p.shape[1] % 2 == 0 else None)
+    return fully_shard(model, mesh=mesh)
+
+def whole(t): return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+exact = {n: p.detach().clone() for n, p in net().named_parameters()}
+x = torch.randn(8, 38, device=kind, generator=torch.Generator(kind).manual_seed(1)).bfloat16()
+
+for order in ("cast, shard", "cast, shard by columns", "shard, cast", "shard, cast, cast", "cast, shard, load"):
+    model = net()
+    for act in order.split(", "):
+        if act == "cast": cast_model(model, torch.float16 if order == "shard, cast, cast" and model[0].weight.dtype == torch.float32 else torch.bfloat16)
+        elif act == "load": model.load_state_dict({n: t * 2 for n, t in model.state_dict().items()})
+        else: model = shard(model, act != "shard")
+    for p in model.parameters(): assert p.dtype == p.to_local().dtype
+    optimizer = FlashAdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    loaded = "load" in order
+    far = {n: (whole(t) - exact[n] * (2 if loaded else 1)).abs().max().item() for n, t in optimizer.get_fp32_model_state_dict(model).items() if n in exact}
+    model(x).float().square().sum().backward()
+    optimizer.step()
+    stepped = {n: (whole(t) - exact[n] * (2 if loaded else 1)).abs().max().item() for n, t in optimizer.get_fp32_model_state_dict(model).items() if n in exact}
+    coarse = (exact["0.weight"] - exact["0.weight"].bfloat16()).abs().max().item()
+    assert far == stepped, (order, far, stepped)
+    if loaded: assert far["0.weight"] > 0.5 * coarse, far
+    else: assert max(far.values()) < 0.05 * coarse, (order, far)
+
+model = shard(net())
+model(x.float())
+try: cast_model(model)
+except UserError as error: assert "before its first forward pass" in str(error)
+else: raise AssertionError("a model that ran sharded was cast")
+
+model = net(); cast_model(model)
+ddp = nn.parallel.DistributedDataParallel(model)
+ddp(x).float().square().sum().backward()
+assert model[0].weight.grad.dtype == torch.bfloat16
+FlashAdamW(model.parameters()).step()
+print("rank agrees")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")])])
+def test_what_the_cast_rounds_away_reaches_the_masters_of_shards(kind, tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(textwrap.dedent(RANK))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), kind], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("agrees") == 2
