@@ -90,8 +90,9 @@ def _parse(line: bytes, seal: str) -> tuple[dict, str]:
     return row, fitting
 
 def _was_whole(tail: bytes, seal: str) -> bool:
-    "Whether a last line without a newline is a row whose newline was changed into something else."
-    try: return bool(_parse(tail[:-1] + b"\n", seal))
+    "Whether a last line without a newline is a row with something else in its newline's place."
+    row = tail[: tail.rfind(b"}") + 1]
+    try: return row != tail and bool(_parse(row + b"\n", seal))
     except ValueError: return False
 
 # %% ../../nbs/00_base/04_records.ipynb #29fce28a
@@ -111,7 +112,7 @@ def read_run(
             before, mark = mark, (mark[0] + len(line), seal)
             rows.append(row)
     if len(line) == LONGEST_ROW: raise damaged(f"is longer than {LONGEST_ROW:,} bytes, the file is damaged")
-    if _was_whole(line, mark[1]): raise damaged("does not end in a newline but in another byte, the file is damaged")
+    if _was_whole(line, mark[1]): raise damaged("is whole but does not end in a newline, the file is damaged")
     if not rows or rows[0]["kind"] != "header": raise damaged("the header is missing")
     return Run(Path(folder), rows, mark, before if rows[-1]["kind"] == "end" else mark)
 

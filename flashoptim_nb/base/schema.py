@@ -34,7 +34,7 @@ FORMS: dict[str, tuple[Callable[[object], bool], str]] = {
 }
 
 # %% ../../nbs/00_base/03a_schema.ipynb #5a9cc187
-_HEADER = """run!:name? hypothesis:name? study:name? scale:scale? role:name? size:name? arm!:name? config!:name? seed:int?
+_HEADER = """run!:name? hypothesis:name? study:name? scale:scale? role:name? size:name? arm:name? config:name? seed:int?
     settings:.settings? settings_hash:name? criteria_hash:name? data_hash:name? started:name? command:text? package_version:text?
     commit:text? device_kind:name? device:name? driver:text? libraries:text{}? cut:text[]?"""
 

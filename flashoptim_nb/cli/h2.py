@@ -169,13 +169,13 @@ def decide(self: SurrogateStudy, stage: Stage) -> Decision:
     "A stage's decision on the runs that its checkpoint rests on."
     wanted = rests_on(stage.checkpoint, self.whole)
     if stage.checkpoint == "H2-CF": wanted = [(role, arm, config) for role in DOMAINS for arm in ARMS for config in ("fp32", H2.stack, f"{H2.stack}_2x")]
-    runs = [run for run in read_study(self.folder) if (run.header["role"], run.header["arm"], run.header["config"]) in wanted]
+    runs = [run for run in read_study(self.folder) if tuple(map(run.header.get, ("role", "arm", "config"))) in wanted]
     return decide_from(stage.checkpoint, Evidence(evidence_table(runs), against=H2.headline, stack=H2.stack, scale=self.scale.name), self.scale.enforced)
 
 @patch
 def left_out(self: SurrogateStudy, stage: Stage) -> list[str]:
     "Runs that the stage's checkpoint rests on and that were never made."
-    made = {tuple(run.header[key] for key in ("role", "arm", "config")) for run in read_study(self.folder)}
+    made = {tuple(map(run.header.get, ("role", "arm", "config"))) for run in read_study(self.folder)}
     return [f"{config} ({arm}) of {role}" for role, arm, config in rests_on(stage.checkpoint, self.whole) if (role, arm, config) not in made]
 
 # %% ../../nbs/10_cli/06c_h2.ipynb #6a80c012

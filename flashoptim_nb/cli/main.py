@@ -15,10 +15,11 @@ import json
 import signal
 import sys
 from collections import defaultdict
+from functools import lru_cache
 from pathlib import Path
 
 from .. import __version__
-from ..base.errors import UserError, choose
+from ..base.errors import UserError, choose, visible
 
 # %% ../../nbs/10_cli/08_main.ipynb #c6e882a7
 def _studies(given: list[str]) -> list[Path]:
@@ -89,7 +90,7 @@ def _tell_unfinished(studies: list[Path]):
     from flashoptim_nb.base.records import read_study
     for study in studies:
         runs = [run.id for run in read_study(study) if run.status == "unfinished"]
-        if runs: print(f"{study}: {len(runs)} of its runs did not end and are left out ({', '.join(runs[:3])}{', ...' * (len(runs) > 3)}); `flashoptim-nb check` says how to finish them", file=sys.stderr)
+        if runs: print(visible(f"{study}: {len(runs)} of its runs did not end and are left out ({', '.join(runs[:3])}{', ...' * (len(runs) > 3)}); `flashoptim-nb check` says how to finish them"), file=sys.stderr)
 
 def _verdict(args) -> int:
     from flashoptim_nb.cli.scales import SCALES
@@ -104,7 +105,7 @@ def _verdict(args) -> int:
     runs = [run for run in load_runs(studies, args.hypothesis) if args.scale in (None, run.header["scale"])]
     if not runs: raise UserError(f"there are no records of {args.hypothesis}{f' at scale {args.scale}' if args.scale else ''} to judge; name others with --records, or make some with `flashoptim-nb run {args.hypothesis} --scale {args.scale or 'laptop'}`")
     entries = verdict(runs, HYPOTHESES[args.hypothesis])
-    print(json.dumps(entries, indent=1, allow_nan=False) if args.json else verdict_text(entries, args.statements))
+    print(visible(json.dumps(entries, indent=1, allow_nan=False) if args.json else verdict_text(entries, args.statements), keep="\n"))
     return 0
 
 def _book(args) -> int:
@@ -156,31 +157,37 @@ def _deciding(runs: list, wanted) -> list:
 
 def _standing(run) -> object:
     "The run with the decisions that stand: in a journal, of each checkpoint the last."
-    last = {row["checkpoint"]: n for n, row in enumerate(run.rows) if row["kind"] == "decision"} if run.header["arm"] == "protocol" else {}
+    last = {row["checkpoint"]: n for n, row in enumerate(run.rows) if row["kind"] == "decision"} if run.header.get("arm") == "protocol" else {}
     gone = [row for n, row in enumerate(run.rows) if row["kind"] == "decision" and last.get(row["checkpoint"], n) != n]
     return _deciding([run], lambda row: not any(row is old for old in gone))[0]
 
-def _replayed(study: Path) -> list[str]:
-    "What does not replay in a study of good records, in words."
-    from flashoptim_nb.base.records import read_study, study_origin
+def _replayed(study: Path, runs_of) -> list[str]:
+    "What does not replay in a study of good records, in words; `runs_of` reads a study."
+    from flashoptim_nb.base.records import study_origin
     from flashoptim_nb.judge.decisions import replay
-    runs, scale = [_standing(run) for run in read_study(study)], study_origin(study)["scale"]
+    runs, scale = [_standing(run) for run in runs_of(study)], study_origin(study).get("scale")
     between = _deciding(runs, lambda row: row["checkpoint"] == "H1-CF")
-    beside = [folder for folder in sorted(study.parent.iterdir()) if folder != study and study_origin(folder).get("scale") == scale]
-    others = _deciding([run for folder in beside for run in read_study(folder)], lambda row: False)
+    beside = [folder for folder in sorted(study.parent.iterdir()) if folder != study and scale and study_origin(folder).get("scale") == scale]
+    others = _deciding([run for folder in beside for run in runs_of(folder)], lambda row: False)
     taken = replay(_deciding(runs, lambda row: row["checkpoint"] != "H1-CF")) + replay(between + others)
     return [f"{study / one['run']}: {one['checkpoint']} does not replay: {one['difference']}" for one in taken if not one["agrees"]]
 
 def _check(args) -> int:
-    from flashoptim_nb.base.records import ROWS, problems
+    from flashoptim_nb.base.records import ROWS, complete, examine, read_study
     found, n = [], 0
+    runs_of = lru_cache(maxsize=None)(read_study)
     for study in _studies(args.folders):
-        folders = [path.parent for path in sorted(study.glob(f"*/{ROWS}"))]
-        bad = [line for folder in folders for line in problems(folder)]
-        n += len(folders)
-        try: found += bad + _replayed(study)
-        except UserError: found += bad  # one of the bad cannot be read at all
-    for line in found: print(line, file=sys.stderr)
+        looked = [examine(path.parent) for path in sorted(study.glob(f"*/{ROWS}"))]
+        bad = [line for _, lines in looked for line in lines]
+        n += len(looked)
+        try:
+            for run, _ in looked:
+                if run: complete(run)
+            if all(run for run, _ in looked): bad += _replayed(study, lambda folder: [run for run, _ in looked] if folder == study else runs_of(folder))
+        except UserError as error:
+            if not bad: bad = [f"{study}: its decisions cannot be taken again: {error}"]
+        found += bad
+    for line in found: print(visible(line), file=sys.stderr)
     print(f"{n} records, {len(found)} problems" + ("" if found else "; every decision replays from its records"))
     return 1 if found else 0
 
@@ -306,7 +313,7 @@ def main(
             choose("hypothesis", args.hypothesis, HYPOTHESES)
         return args.function(args)
     except UserError as error:
-        print(f"flashoptim-nb: {error}", file=sys.stderr)
+        print(f"flashoptim-nb: {visible(str(error), keep=chr(10))}", file=sys.stderr)
         from flashoptim_nb.train.loop import Interrupted
         return 130 if isinstance(error, Interrupted) else 2
     except KeyboardInterrupt:

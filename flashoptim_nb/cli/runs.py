@@ -18,7 +18,7 @@ import torch
 from ..base.config import Config
 from ..base.errors import UserError
 from ..base.machine import capabilities, provenance
-from ..base.records import ROWS, Run, RunWriter, read_run
+from ..base.records import ROWS, Run, RunWriter, complete, read_run
 from .corpus import Corpus
 from .scales import Scale
 from ..data.batches import Synthetic, Windows
@@ -109,7 +109,7 @@ def recorded(
     folder: Path,
 ) -> Run | None:
     "The record in a run's directory, if there is one."
-    return read_run(folder) if (folder / ROWS).exists() else None
+    return complete(read_run(folder)) if (folder / ROWS).exists() else None
 
 def end_at_once(
     folder: Path,

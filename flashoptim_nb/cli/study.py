@@ -80,10 +80,10 @@ def decide(self: Study, stage: Stage) -> Decision:
     "A stage's decision on the runs that its checkpoint rests on, against `baseline`, whatever ran since; the one between platforms also looks at the studies beside."
     id, wanted = stage.checkpoint, rests_on(stage, self.whole)
     runs = read_study(self.folder) + (self.siblings() if id == "H1-CF" else [])
-    return decide_from(id, Evidence(evidence_table([run for run in runs if (run.header["role"], run.header["config"]) in wanted]), scale=self.scale.name), self.scale.enforced)
+    return decide_from(id, Evidence(evidence_table([run for run in runs if (run.header.get("role"), run.header.get("config")) in wanted]), scale=self.scale.name), self.scale.enforced)
 
 @patch
 def left_out(self: Study, stage: Stage) -> list[str]:
     "Runs that the stage's checkpoint rests on and that were never made."
-    made = {(run.header["role"], run.header["config"]) for run in read_study(self.folder)}
+    made = {(run.header.get("role"), run.header.get("config")) for run in read_study(self.folder)}
     return [f"{config} at {role}" for role, config in rests_on(stage, self.whole) if (role, config) not in made]

@@ -195,9 +195,9 @@ def early_values(
 ) -> dict[str, float | None]:
     "The values of H1-CB at a step; None for what the records do not tell."
     def pace(r):
-        warm = [row["seconds"] / row["tokens"] for row in r.of("step") if row["step"] <= step and not row["cold"]]
+        warm = [row["seconds"] / row["tokens"] for row in r.of("step") if row["step"] <= step and not row.get("cold") and row.get("seconds") and row.get("tokens")]
         return median(warm) if warm else None
-    def curve(r): return {(row["set"], row["step"]): row["nll"] / row["tokens"] for row in r.of("eval") if row["set"].endswith("(tracked)") and row["step"] < step}
+    def curve(r): return {(row["set"], row["step"]): row["nll"] / row["tokens"] for row in r.of("eval") if row["set"].endswith("(tracked)") and row.get("nll") is not None and row["tokens"] and row["step"] < step}
     ours, theirs = pace(run), pace(baseline)
     shared = sorted(curve(run).keys() & curve(baseline).keys(), key=lambda at: at[1])
     gap = None
@@ -314,16 +314,17 @@ def projected_seconds(
     tokens: int,  # of the whole run
 ) -> float | None:
     "What a run takes at the pace that the search measured for its choice; None where it measured none."
-    pace = next((row.get("tokens_per_s") for row in search["tried"] if row["fits"] and (row["micro_batch"], row["checkpointing"]) == (search["micro"], search["checkpointing"])), None)
+    pace = next((row.get("tokens_per_s") for row in search.get("tried", ()) if row["fits"] and (row["micro_batch"], row["checkpointing"]) == (search.get("micro"), search.get("checkpointing"))), None)
     return tokens / pace if pace else None
 
 def _monitor_of(run: Run, runs: Iterable[Run]) -> Monitor:
     "A monitor set up as the run's was, as far as its study tells."
     recipe = (run.header.get("settings") or {}).get("recipe") or {}
     journal, search = next(((other, row) for other in runs for row in other.of("search") if all(row.get(name) == run.header.get(name) for name in ("role", "config"))), (None, None))
-    if not (recipe and search and search["tried"]): return Monitor(steps=recipe.get("steps", 0))
+    budget = next((row.get("budget") for row in (search or {}).get("tried", ())), None)
+    if not (budget and recipe.keys() >= {"steps", "batch", "seq"}): return Monitor(steps=recipe.get("steps", 0))
     asked = ((journal.header.get("settings") or {}).get("whole") or {}).get("memory_bytes")  # a budget of one's own says nothing of the device
-    return Monitor(steps=recipe["steps"], device_bytes=None if asked else round(search["tried"][0]["budget"] / MEMORY_BUDGET),
+    return Monitor(steps=recipe["steps"], device_bytes=None if asked else round(budget / MEMORY_BUDGET),
                    projected_seconds=projected_seconds(search, recipe["steps"] * recipe["batch"] * recipe["seq"]))
 
 # %% ../../nbs/08_judge/05_decisions.ipynb #ea7adfba
@@ -331,6 +332,10 @@ def _absent(row: dict, by_id: dict[str, Run]) -> list[str]:
     "The runs that a decision names and that are not there."
     evidence = row.get("evidence") or {}
     return [id for id in map(_id, evidence.get("records") or filter(None, map(evidence.get, ("run", "baseline")))) if id not in by_id]
+
+def _place(evidence: Mapping) -> dict:
+    "What a decision's evidence says of where it looked."
+    return {key: evidence[key] for key in ("against", "stack", "scale", "device") if key in evidence}
 
 def _recomputed(row: dict, run: Run, table, by_id: dict[str, Run]) -> dict[str, float]:
     "The values of a decision row that the records can give again."
@@ -341,8 +346,7 @@ def _recomputed(row: dict, run: Run, table, by_id: dict[str, Run]) -> dict[str, 
         return {key: value for key, value in seen.items() if key in row["values"]}
     if not row.get("evidence"): return {}
     if "step" in row["evidence"]: return early_values(by_id[row["evidence"]["run"]], by_id[row["evidence"]["baseline"]], row["evidence"]["step"])
-    place = {k: v for k, v in row["evidence"].items() if k != "records"}
-    here = Evidence(table[table.run.isin(list(map(_id, row["evidence"]["records"])))], **place)
+    here = Evidence(table[table.run.isin(list(map(_id, row["evidence"].get("records", ()))))], **_place(row["evidence"]))
     estimates = {q.key: here.estimate(q) for q in checkpoint_quantities(row["checkpoint"])}
     return {key: estimate.value for key, estimate in estimates.items() if estimate.value is not None or not estimate.note.endswith("supplied at its checkpoint")}
 
@@ -377,8 +381,7 @@ def decide_against(
     by_id = {run.header.get("run"): run for run in runs}
     if "step" in evidence:
         ours = by_id.get(evidence["run"])
-        same = {key: ours.header[key] for key in ("role", "arm", "seed")} if ours else {}
-        partner = next((run for run in runs if ours and run.header["config"] == against and same.items() <= run.header.items()), None)
+        same = {key: ours.header.get(key) for key in ("role", "arm", "seed")} if ours else {}
+        partner = next((run for run in runs if ours and run.header.get("config") == against and same.items() <= run.header.items()), None)
         return decide_early(ours, partner, evidence["step"]) if partner else None
-    place = {key: value for key, value in evidence.items() if key != "records"}
-    return decide_from(row["checkpoint"], Evidence(evidence_table(runs), **place | dict(against=against)))
+    return decide_from(row["checkpoint"], Evidence(evidence_table(runs), **_place(evidence) | dict(against=against)))

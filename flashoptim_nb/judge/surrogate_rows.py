@@ -35,7 +35,7 @@ def grown(
 
 def scales(run: Run) -> dict:
     "Steps with a loss scale, how many of them above 1.0, and the smallest; none where the precision has no loss scale."
-    if "fp16" not in run.header.get("config", ""): return dict(n=0, above=0, least=None)
+    if "fp16" not in (run.header.get("config") or ""): return dict(n=0, above=0, least=None)
     if epochs := [row for row in run.of("epoch") if row.get("steps") and row.get("scaled_above") is not None]:
         return dict(n=sum(row["steps"] for row in epochs), above=sum(row["scaled_above"] for row in epochs), least=min(row["least_scale"] for row in epochs))
     found = [row["loss_scale"] for row in run.of("step") if row.get("loss_scale") is not None]

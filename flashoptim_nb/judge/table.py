@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..base.config import content_hash
+from ..base.errors import visible
 from ..base.records import Run
 from .criteria import REACHED_AT, SEQUENCE
 from .surrogate_rows import surrogate_row
@@ -60,9 +61,9 @@ def untried(
 ) -> str:
     "Why a larger micro-batch might be faster, in words; empty where none can be, or where the record does not tell the batches."
     if not micro or not batch or micro >= batch: return ""
-    tried = [row for row in (search or {}).get("tried", ()) if row["checkpointing"] == search["checkpointing"]]
+    tried = [row for row in (search or {}).get("tried", ()) if row["checkpointing"] == search.get("checkpointing")]
     if any(row["micro_batch"] > micro for row in tried): return ""
-    fits = sorted((row for row in tried if row["fits"]), key=lambda row: row["micro_batch"])
+    fits = sorted({row["micro_batch"]: row for row in tried if row["fits"] and row.get("peak") and row.get("budget")}.values(), key=lambda row: row["micro_batch"])
     if not fits: return f"micro-batch {micro} of {batch}; no search for a larger one is recorded"
     at, peak, budget = (fits[-1][name] for name in ("micro_batch", "peak", "budget"))
     following = next(n for n in range(at + 1, batch + 1) if batch % n == 0)
@@ -75,7 +76,7 @@ def brief(
 ) -> str:
     "The part of a recorded reason that says what happened."
     first, _, rest = reason.partition(". ")
-    return f"{first}: {rest.partition('. ')[0]}" if "out of memory" in first and rest.startswith("Tried") else first
+    return visible(f"{first}: {rest.partition('. ')[0]}" if "out of memory" in first and rest.startswith("Tried") else first)
 
 # %% ../../nbs/08_judge/03_table.ipynb #3f1ad7ba
 SCALES = ("laptop", "gpu", "full")  # from least to most
@@ -111,7 +112,7 @@ def evidence_row(
     count, unrecovered, still_open = nan_steps(steps, run.status)
     rate, batch = speed.get("tokens_per_s"), (settings.get("recipe") or {}).get("batch")
     return {key: header.get(key) for key in _HEADER} | dict(
-        name="/".join(filter(None, [header.get("study"), header["run"]])), recipe=_recipe(settings),
+        name="/".join(filter(None, [header.get("study"), header.get("run")])), recipe=_recipe(settings),
         evidence=header.get("scale") != SCALES[0] and header.get("device_kind") == "cuda",
         status=run.status, reason=brief(run.reason), steps=len(steps), nan_steps=count, nan_unrecovered=unrecovered, nan_open=still_open,
         losses=[row.get("loss") for row in steps], curves=_curves(run),
@@ -126,7 +127,7 @@ def evidence_table(
     "One row a run, whatever became of it; a whole study's, for its journal tells how the micro-batches were found."
     runs = list(runs)
     def place(header): return header.get("study"), header.get("device")
-    found = {(*place(run.header), row["role"], row["config"]): row for run in runs for row in run.of("search") if "role" in row}
+    found = {(*place(run.header), row["role"], row["config"]): row for run in runs for row in run.of("search") if "role" in row}  # a surrogate's search has none
     rows = [evidence_row(run, found.get((*place(run.header), run.header.get("role"), run.header.get("config")))) for run in runs]
     return pd.DataFrame(rows, columns=list(_COLUMNS), dtype=object)
 

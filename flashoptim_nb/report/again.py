@@ -73,7 +73,7 @@ def told_bench_again(
     "By how much each optimizer's time differed between the first benchmark that is kept and the one that is shown, in a sentence."
     runs = [run for run in (load_runs(hypothesis="bench") if runs is None else runs) if run.header.get("config") == "optimizers"]
     old, new = rows_of("optimizer", first_attempts(runs)), rows_of("optimizer", runs)
-    if old.empty or new.empty or {run.header["started"] for run in runs} == {run.header["started"] for run in first_attempts(runs)}: return told("The benchmark was run once.", runs)
+    if old.empty or new.empty or {run.header.get("started") for run in runs} == {run.header.get("started") for run in first_attempts(runs)}: return told("The benchmark was run once.", runs)
     both = old.merge(new, on=["optimizer", "work", "clip"], suffixes=("_old", "")).query("work == @work").dropna(subset=["ms", "ms_old"])
     both = both.assign(ratio=both["ms"].astype(float) / both["ms_old"].astype(float))
     far = both["ratio"].where(both["ratio"] > 1, 1 / both["ratio"])

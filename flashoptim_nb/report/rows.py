@@ -155,7 +155,7 @@ def show_skips(
     "What was left out at each scale and why: data that was not there, and stacks that the machine cannot run."
     runs = load_runs() if runs is None else list(runs)
     rows = rows_of("skip", runs, every_scale=True)
-    ended = [{key: run.header.get(key) for key in _BESIDE} | dict(what=f"{run.header['config']} at {run.header['role']}", reason=f"{run.status}: {brief(run.reason)}")
+    ended = [{key: run.header.get(key) for key in _BESIDE} | dict(what=f"{run.header['config']} at {run.header.get('role')}", reason=f"{run.status}: {brief(run.reason)}")
              for run in runs if run.status in ("unavailable", "oom", "failed", "aborted")]
     both = pd.concat([rows, pd.DataFrame(ended)], ignore_index=True) if len(ended) + len(rows) else rows
     if not both.empty: both = both.drop_duplicates(["scale", "what", "reason"])

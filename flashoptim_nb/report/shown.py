@@ -132,7 +132,7 @@ def study_folders(
     return found
 
 # %% ../../nbs/09_report/00_shown.ipynb #e2481048
-IDENTITY = ("run", "hypothesis", "study", "scale")  # what nothing can be said of a run without
+IDENTITY = ("run", "hypothesis", "study", "scale", "config", "device", "device_kind")  # what nothing can be said of a run without
 
 @lru_cache(maxsize=4)
 def _read(studies: tuple[Path, ...], stamp: tuple) -> tuple[Run, ...]:

@@ -144,7 +144,7 @@ def told_aims(
     runs: Iterable[Run],  # of the benchmarks
 ) -> Shown:
     "Whether each aim was reached, in a sentence."
-    found = {run.header["config"]: (one, run) for run in runs if run.header["arm"] == "largest" and (one := largest(run))}
+    found = {run.header["config"]: (one, run) for run in runs if run.header.get("arm") == "largest" and (one := largest(run))}
     if "fp32" not in found: return told("Not measured.", [])
     base = found["fp32"][0]["fits"]
     def said(config, aim):
