@@ -177,6 +177,42 @@ def test_the_public_package_itself_reads_ours_and_writes_its_own(kind, dtype, bi
     same_states(opt, again, but=() if "Adam" in kind else ("step",))
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(importlib.util.find_spec("flashoptim") is None, reason="the public package is not here: pip install --no-deps flashoptim==0.1.4")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [24, 32])
+@pytest.mark.parametrize("compress", [True, False])
+def test_what_the_public_package_saves_after_steps_of_its_own(kind, bits, compress):
+    import flashoptim
+    cls, options = KINDS[kind]
+    params = [nn.Parameter(p.detach().cuda()) for p in weights([BF16])]
+    theirs = getattr(flashoptim, cls.__name__)(params, lr=1e-3, master_weight_bits=bits, compress_state_dict=compress, **options)
+    for t in range(4):
+        for p in params: p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(t)).to(p)
+        theirs.step()
+    again = cls([nn.Parameter(p.detach().cpu()) for p in params], master_weight_bits=bits, **options)
+    again.load_state_dict(on_disk(theirs.state_dict()))
+    (s,), (kept,) = again.state.values(), theirs.state.values()
+    assert torch.equal(s["error_bits"], kept["error_bits"].cpu())
+    for key, code in again.moments_of(again.param_groups[0]).items():
+        q, scales = kept[key].quantized.cpu(), kept[key].scales.cpu()
+        if compress: assert torch.equal(s[f"{key}::quantized"], q) and torch.equal(s[f"{key}::scales"], scales)
+        else: assert (s[f"{key}::quantized"].int() - q.int()).abs().max() <= 1  # coded again from fp32; a code of ours is 1 where theirs is 0
+
+
+@pytest.mark.cuda
+def test_states_and_weights_from_another_device():
+    params, opt = stepped(FlashAdamW, (BF16, FP32, FP16))
+    for saved in opt.state_dict(), opt.public_state_dict():
+        there = [nn.Parameter(p.detach().cuda()) for p in params]
+        again = FlashAdamW(there)
+        again.load_state_dict(saved)
+        for p, q in zip(params, there): assert all(t.is_cuda and torch.equal(t.cpu(), opt.state[p][key]) for key, t in again.state[q].items())
+        full, model = opt.get_fp32_model_state_dict(nn.ParameterList(params)), nn.ParameterList(there)
+        again.set_fp32_model_state_dict(model, full)
+        for key, w in again.get_fp32_model_state_dict(model).items(): torch.testing.assert_close(w.cpu(), full[key], rtol=2.0**-15 if key == "0" else 2.0**-17, atol=0)  # ties of a half spacing go either way
+
+
 # our own
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
@@ -478,6 +514,7 @@ def test_fp32_weights_that_the_model_cannot_hold_change_nothing(change, says):
     full = opt.get_fp32_model_state_dict(model)
     given = {k: torch.ones_like(t) if isinstance(t, torch.Tensor) else dict(note="other") for k, t in full.items()} | change
     with pytest.raises(StateError, match=says): opt.set_fp32_model_state_dict(model, given)
+    with pytest.raises(StateError, match="a int in place"): opt.set_fp32_model_state_dict(model, 3)
     assert model.note == "first" and all(torch.equal(t, before[k]) for k, t in model.state_dict().items() if k != "_extra_state")
     assert all(torch.equal(t, states["state"][0][k]) for k, t in opt.state_dict()["state"][0].items()) and len(opt.state) == 1
 

@@ -34,7 +34,7 @@ def _codec(code: torch.dtype):
 
 
 def _in_storage_order(t):
-    "A flat view of a tensor whose values lie without gaps, in the order in which they lie; else a copy in the usual order."
+    "A flat view of a tensor without gaps, in the order in which its values lie; else a copy in the usual order."
     dense = torch.empty_like(t, device="meta").stride() == t.stride()
     return t.as_strided((t.numel(),), (1,)) if dense else t.reshape(-1)
 
@@ -54,7 +54,7 @@ def state_dict(self: FlashOptimizer) -> dict:
     "As in torch.optim; waits for the device, since step counters leave it. Tensors are the live ones, not copies, but for the counters."
     out = Optimizer.state_dict(self)
     out["state"] = {i: self.exported(s) for i, s in out["state"].items() if s}
-    out["param_groups"] = [g | {"state_format": self.state_format(own)} for g, own in zip(out["param_groups"], self.param_groups)]
+    for g, own in zip(out["param_groups"], self.param_groups): g["state_format"] = self.state_format(own)
     return out
 
 
@@ -75,27 +75,31 @@ def exported(
 def _viewed(t, dtype):
     "The same bits under another dtype of their width, sharded as before."
     view = local(t).view(dtype)
-    return DTensor.from_local(view, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride()) if isinstance(t, DTensor) else view
+    if not isinstance(t, DTensor): return view
+    return DTensor.from_local(view, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride())
 
 
 def _public(state, p):
     "A parameter's state in the public package's layout."
     out = state | {"step": state["step"].long()}
-    for key in (key for key in state if key.endswith("::scales") and p.dtype == torch.bfloat16): out[key] = _viewed(state[key], p.dtype)
-    if (rho := state.get("error_bits")) is not None: out["error_bits"] = rho.to(p.dtype) if rho.dtype == torch.int8 else _viewed(rho, p.dtype)
+    for key, t in state.items():
+        if key.endswith("::scales") and p.dtype == torch.bfloat16: out[key] = _viewed(t, p.dtype)
+        if key == "error_bits": out[key] = t.to(p.dtype) if t.dtype == torch.int8 else _viewed(t, p.dtype)
     return out
 
 
 @patch
 def public_state_dict(self: FlashOptimizer) -> dict:
-    "A state dict for the public package's `load_state_dict`, bit for bit; raises `StateError` for what that package lacks."
+    "A state dict that the public package loads bit for bit; raises `StateError` for what that package lacks."
     if not self.companded or any(g.get("maximize") for g in self.param_groups):
-        raise StateError("companded=False or maximize=True: the public package has neither; save state_dict() and go on here")
-    out, beyond = self.state_dict(), {"state_format", "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"}
+        raise StateError("companded=False or maximize=True: the public package has neither; save state_dict()")
+    beyond = {"state_format", "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"}
+    out = self.state_dict()
     width = {None: 0, 24: 3, 32: 4}[self.master_weight_bits]
     for n, own in enumerate(self.param_groups):
         group = {key: x for key, x in out["param_groups"][n].items() if key not in beyond}
-        out["param_groups"][n] = dict(initial_lr=group["lr"]) | group | dict(master_bytewidth=width, quantize=self.quantize)
+        group = {"initial_lr": float(group["lr"]), **group, "master_bytewidth": width, "quantize": self.quantize}
+        out["param_groups"][n] = group
         for i, p in zip(group["params"], own["params"]):
             if i in out["state"]: out["state"][i] = _public(out["state"][i], p)
     return out
@@ -114,30 +118,37 @@ def _origin(group, where):
     "Where a saved group comes from."
     if (mark := group.get("state_format")) is not None:
         coding, bits, weights = (str(mark).split("-") + ["", ""])[:3]
-        if coding not in ("companded", "linear") or bits not in ("24", "32", "None"): raise StateError(f"{where}: state_format is {mark!r}, which this version does not know: was it saved by a newer one?")
+        if coding not in ("companded", "linear") or bits not in ("24", "32", "None"):
+            raise StateError(f"{where}: state_format is {mark!r}, not known here: was it saved by a newer version?")
         return _Origin(bits={"24": 8, "32": 16}.get(bits), companded=coding == "companded", weights=weights)
     if (width := group.get("master_bytewidth")) is None: return _Origin()
-    if width not in (0, 3, 4): raise StateError(f"{where}: master_bytewidth is {width!r}; the public package writes 0, 3 or 4: the checkpoint is damaged")
+    if width not in (0, 3, 4):
+        raise StateError(f"{where}: master_bytewidth is {width!r}; 0, 3 or 4 is needed: the checkpoint is damaged")
     return _Origin(True, "foreach" in group, {3: 8, 4: 16}.get(width), True)
 
 # %% ../../nbs/03_optim/03_state_dict.ipynb #c5d1e0a9
 def _whole(t, dtype, where):
     "Whole numbers that were cast to another type, as the integers that they are."
     whole = t.to(dtype)
-    if t.dtype != dtype and not (local(whole).to(t.dtype) == local(t)).all(): raise StateError(f"{where} is {t.dtype} with values that {dtype} has not: the checkpoint is damaged")
+    if t.dtype != dtype and not (local(whole).to(t.dtype) == local(t)).all():
+        raise StateError(f"{where} is {t.dtype} with values that {dtype} has not: the checkpoint is damaged")
     return whole
 
 
 def _quantized(p, saved, key, code, origin, where):
     "Codes and scales of a saved moment in their own types."
-    if origin.through_torch: raise StateError(f"{where}: {key} holds the public package's 8-bit codes as torch.optim cast them: load the public checkpoint itself, or one saved with compress_state_dict=False")
+    if origin.through_torch:
+        raise StateError(f"{where}: {key} holds the public package's 8-bit codes as torch.optim cast them: "
+                         "load the public checkpoint itself, or one saved with compress_state_dict=False")
     q, s = saved[f"{key}::quantized"], saved.get(f"{key}::scales")
     if isinstance(q, torch.Tensor) and q.is_floating_point(): q = _whole(q, code, f"{where}: {key}::quantized")
     _fits(q, p, p.shape, code, f"{where}: {key}::quantized")
     if origin.public and isinstance(s, torch.Tensor) and s.dtype == torch.bfloat16: s = _viewed(s, torch.float16)
     _fits(s, p, scale_shape(p), None, f"{where}: {key}::scales")
-    half = s.clamp(max=SCALE_MAX).half()  # bf16's nearest to the largest is above it
-    if not (local(half).float() == local(s).float().clamp(max=SCALE_MAX)).all(): raise StateError(f"{where}: {key}::scales is {s.dtype} with values that are no fp16 numbers: the checkpoint is damaged")
+    s = s.clamp(max=SCALE_MAX)  # bf16's nearest to the largest is above it
+    half = s.half()
+    if not (local(half).to(s.dtype) == local(s)).all():
+        raise StateError(f"{where}: {key}::scales is {s.dtype} with values that fp16 lacks: the checkpoint is damaged")
     _nonnegative(half, f"{where}: {key}::scales")
     return q.detach().to(p.device, copy=True), half.detach().to(p.device, copy=True)
 
@@ -148,7 +159,8 @@ def _moment(opt, p, saved, key, origin, where):
     if f"{key}::quantized" in saved and saved.get(key) is None:  # torch's SGD writes its own momentum beside old codes
         q, s = _quantized(p, saved, key, code, origin, where)
         companded = opt.companded if origin.companded is None else origin.companded
-        if opt.quantize and companded == opt.companded and local(q).is_contiguous(): return {f"{key}::quantized": q, f"{key}::scales": s}
+        if opt.quantize and companded == opt.companded and local(q).is_contiguous():
+            return {f"{key}::quantized": q, f"{key}::scales": s}
         x = _decoded(q, s, companded)
     else:
         x = saved.get(key)
@@ -178,19 +190,25 @@ def _saved_correction(p, saved, origin, where):
     "A saved correction as int8 or int16; None where there is none that belongs to these weights."
     rho, bits = saved.get("error_bits"), origin.bits
     if rho is None: return None
-    if not isinstance(rho, torch.Tensor): raise StateError(f"{where}: error_bits is a {type(rho).__name__}; an int8 or int16 tensor {tuple(p.shape)} is needed")
-    refused = lambda why: StateError(f"{where}: error_bits is {rho.dtype} {tuple(rho.shape)}, {why}; int8 or int16 {tuple(p.shape)} is needed: leave error_bits out to begin at the 16-bit weights")
+    needed = f"an int8 or int16 tensor {tuple(p.shape)} is needed: leave error_bits out to begin at the 16-bit weights"
+    if not isinstance(rho, torch.Tensor): raise StateError(f"{where}: error_bits is a {type(rho).__name__}; {needed}")
+    refused = lambda why: StateError(f"{where}: error_bits is {rho.dtype} {tuple(rho.shape)}, {why}; {needed}")
     if rho.shape != p.shape or rho.is_complex() or rho.dtype == torch.bool: raise refused("of another shape or kind")
     if isinstance(rho, DTensor) != isinstance(p, DTensor): raise refused("whole or sharded as its parameter is not")
     if rho.is_floating_point():
         if not origin.public or origin.through_torch: return None
         if rho.dtype != p.dtype: raise refused(f"saved beside weights of that type and not {p.dtype}")
         if bits == 16: return _viewed(rho, torch.int16)
-    if origin.weights in map(_name, NARROW) and origin.weights != _name(p.dtype): raise refused(f"made for {origin.weights} weights and not {p.dtype}")
+    if origin.weights in map(_name, NARROW) and origin.weights != _name(p.dtype):
+        raise refused(f"made for {origin.weights} weights and not {p.dtype}")
     if bits is None and not origin.public: bits = {torch.int8: 8, torch.int16: 16}.get(rho.dtype)
-    if bits is None or rho.dtype in INTEGERS.values() and rho.element_size() * 8 < bits: raise refused("which its group does not account for")
+    narrower = bits == 16 and rho.dtype == torch.int8
+    if bits is None or narrower: raise refused("which its group does not account for")
     if not origin.public and rho.dtype != INTEGERS[bits]: raise refused(f"where its group says {bits} bits")
     return _whole(rho, INTEGERS[bits], f"{where}: error_bits")
+
+
+def _no_correction(p, bits): return like(p, torch.zeros(local(p).shape, dtype=INTEGERS[bits], device=p.device))
 
 
 def _name(dtype): return str(dtype).removeprefix("torch.")
@@ -201,8 +219,9 @@ def _correction(opt, p, saved, origin, where):
     bits = correction_bits(p.dtype, opt.master_weight_bits)
     if bits is None: return {}
     rho = _saved_correction(p, saved, origin, where)
-    if rho is None and (rounded := first_correction(p, bits, keep=True)) is not None: return {"error_bits": rounded.clone()}
-    if rho is None: return {"error_bits": like(p, torch.zeros(local(p).shape, dtype=INTEGERS[bits], device=p.device))}
+    if rho is None:
+        rounded = first_correction(p, bits, keep=True)
+        return {"error_bits": _no_correction(p, bits) if rounded is None else rounded.clone()}
     rho = rho.detach().to(p.device, copy=True)
     if rho.dtype != INTEGERS[bits]:
         narrow = local(p.detach())
@@ -242,13 +261,30 @@ def _opened(state_dict):
     for n, g in enumerate(groups):
         if not isinstance(g, Mapping) or not isinstance(g.get("params"), (list, tuple)) or not all(isinstance(i, (int, str)) for i in g["params"]): raise StateError(f"group {n} of the state dict has no list of parameters' numbers as its `params`: {asks}")
     named = [i for g in groups for i in g["params"]]
-    if len(set(named)) < len(named): raise StateError(f"the groups name a parameter twice ({max(named, key=named.count)!r}): {asks}")
+    if len(set(named)) < len(named):
+        raise StateError(f"the groups name a parameter twice ({max(named, key=named.count)!r}): {asks}")
     for i, s in saved.items():
         if not isinstance(s, Mapping): raise StateError(f"the state of {i!r} is a {type(s).__name__}, where a dict is needed: {asks}")
     return groups, saved
 
 # %% ../../nbs/03_optim/03_state_dict.ipynb #4b2ddd56
-_MARKS = ("params", "param_names", "state_format", "master_bytewidth", "quantize")  # of a saved group: what is stored, and no options of ours
+_MARKS = ("params", "param_names", "state_format", "master_bytewidth", "quantize")  # in groups, no options
+
+
+def _states(opt, groups, saved, options):
+    "The states of a state dict as this optimizer keeps them; raises `StateError` for what does not fit."
+    counters, states = {}, {}  # a counter belongs to one group: each group that steps advances its own
+    for n, (g, own) in enumerate(zip(groups, opt.param_groups)):
+        origin = _origin(g, f"group {n} of the state dict")
+        for i, p in ((i, p) for i, p in zip(g["params"], own["params"]) if saved.get(i)):
+            if any(key.startswith("exp_avg_sq") for key in saved[i]) and "exp_avg_sq" not in opt.moments:
+                raise StateError(f"parameter {i} has a second moment, which {type(opt).__name__} does not keep: "
+                                 "this is the state of another kind of optimizer")
+            t = _steps(saved[i], where := f"parameter {i}")
+            step = counters.setdefault((n, p.device, t), torch.full((), t, dtype=torch.float32, device=p.device))
+            states[p] = {"step": step} | _correction(opt, p, saved[i], origin, where)
+            for key in opt.moments_of(own | options[n]): states[p] |= _moment(opt, p, saved[i], key, origin, where)
+    return states
 
 
 @patch
@@ -264,28 +300,16 @@ def load_state_dict(
     groups, saved = _opened(state_dict)
     sizes, wanted = [len(g["params"]) for g in groups], [len(g["params"]) for g in self.param_groups]
     if sizes != wanted: raise StateError(f"the state dict has groups of {sizes} parameters, the optimizer {wanted}: build it from the same model and groups")
-    pairs = [(n, i, p) for n, (g, own) in enumerate(zip(groups, self.param_groups)) for i, p in zip(g["params"], own["params"])]
-    if strange := saved.keys() - {i for _, i, _ in pairs}:
+    if strange := saved.keys() - {i for g in groups for i in g["params"]}:
         raise StateError(f"the state dict has a state of {next(iter(strange))!r}, which none of its groups names: parameters are numbered by integers, which JSON for one makes into strings")
     for n, g in enumerate(groups): _check_kind(self, g, f"group {n} of the state dict")
     options = [{k: deepcopy(v) for k, v in g.items() if k not in _MARKS} for g in groups]
     for own, new in zip(self.param_groups, options): self.check_group(own | new)
-    origins = [_origin(g, f"group {n} of the state dict") for n, g in enumerate(groups)]
-    counters, state = {}, {}
-    for n, i, p in pairs:
-        if not saved.get(i): continue
-        if any(key.startswith("exp_avg_sq") for key in saved[i]) and "exp_avg_sq" not in self.moments:
-            raise StateError(f"parameter {i} has a second moment, which {type(self).__name__} does not keep: this is the state of another kind of optimizer")
-        where = f"parameter {i}"
-        t = _steps(saved[i], where)
-        step = counters.setdefault((n, p.device, t),  # a counter belongs to one group: each group that steps advances its own
-                                    torch.full((), t, dtype=torch.float32, device=p.device))
-        state[p] = {"step": step} | _correction(self, p, saved[i], origins[n], where)
-        for key in self.moments_of(self.param_groups[n] | options[n]): state[p] |= _moment(self, p, saved[i], key, origins[n], where)
+    states = _states(self, groups, saved, options)
     for own, new in zip(self.param_groups, options): own.update(new)
-    self.state.clear(); self.state.update(state)
-    self.made_for = {p: p.dtype for p in state}
-    for p in state: first_correction(p, None)  # what casting kept for a first state is not needed any more
+    self.state.clear(); self.state.update(states)
+    self.made_for = {p: p.dtype for p in states}
+    for p in states: first_correction(p, None)  # what casting kept for a first state is not needed any more
     self._largest = {}
     self.forget()
     for hook in self._optimizer_load_state_dict_post_hooks.values(): hook(self)
@@ -295,11 +319,12 @@ def _memory(t):
     "What tensors that are one memory under several names have in common."
     if not isinstance(t, torch.Tensor): return id(t)
     shard = local(t.detach())
-    return (shard.device, shard.dtype, shard.data_ptr(), shard.shape, shard.stride()) if shard.numel() and not shard.is_meta else id(t)
+    if not shard.numel() or shard.is_meta: return id(t)
+    return shard.device, shard.dtype, shard.data_ptr(), shard.shape, shard.stride()
 
 
 def _first(opt, t):
-    "The correction that an entry begins with, and the dtype it was made for; None where it has a state already, or nothing is known."
+    "The correction that an entry without a state begins with, and its dtype; None where nothing is known."
     if not isinstance(t, torch.Tensor) or opt.state.get(t): return None
     rho = first_correction(t, correction_bits(t.dtype, opt.master_weight_bits), keep=True)
     return None if rho is None else (rho, t.dtype)
@@ -312,8 +337,10 @@ def _in_fp32(t, correction, name):
     if correction is None: return t.float().clone() if t.is_floating_point() else t.clone()
     rho, dtype = correction
     narrow = t.to(dtype)  # .float() and .double() keep the 16-bit weights, .half() may not
-    if rho.shape != t.shape or t.dtype != dtype and (t.dtype in NARROW or dtype not in NARROW or not (local(narrow.to(t.dtype)) == local(t)).all()):
-        raise StateError(f"{name} is {t.dtype} {tuple(t.shape)} now and its correction was made for {dtype} weights {tuple(rho.shape)}: take the fp32 weights before such a change, and make the optimizer anew after it")
+    widened = t.dtype not in NARROW and dtype in NARROW and (local(narrow.to(t.dtype)) == local(t)).all()
+    if rho.shape != t.shape or not (t.dtype == dtype or widened):
+        raise StateError(f"{name} is {t.dtype} {tuple(t.shape)} now and its correction was made for {dtype} weights "
+                         f"{tuple(rho.shape)}: take the fp32 weights before such a change, make the optimizer anew after it")
     return like(t, decode(local(narrow), local(rho).to(t.device)))
 
 
@@ -324,60 +351,87 @@ def get_fp32_model_state_dict(
     model: nn.Module,  # whose parameters this optimizer steps
 ) -> dict[str, torch.Tensor]:  # names as in model.state_dict(), new tensors
     "The model's state dict in fp32, masters joined with their corrections; what is not floating point stays."
-    known = {_memory(p): (state["error_bits"], self.made_for.get(p, p.dtype)) for p, state in self.state.items() if state.get("error_bits") is not None}
-    return {name: _in_fp32(t, known.get(_memory(t)) or _first(self, t), name) for name, t in model.state_dict(keep_vars=True).items()}
+    kept = {p: rho for p, state in self.state.items() if (rho := state.get("error_bits")) is not None}
+    known = {_memory(p): (rho, self.made_for.get(p, p.dtype)) for p, rho in kept.items()}
+    entries = model.state_dict(keep_vars=True).items()
+    return {name: _in_fp32(t, known.get(_memory(t)) or _first(self, t), name) for name, t in entries}
 
 # %% ../../nbs/03_optim/03_state_dict.ipynb #c5d1e0ad
-def _taken(t, new, name):
-    "A given entry as this rank's part of the model's; raises `StateError` for what it cannot hold."
-    said = f"{name}: {new.dtype if isinstance(new, torch.Tensor) else type(new).__name__} for {t.dtype} {tuple(t.shape)}"
-    if not isinstance(new, torch.Tensor) or new.layout != torch.strided or new.is_meta or t.is_meta: raise StateError(f"{said}: a dense tensor with values is needed, on both sides")
-    if new.is_complex() and not t.is_complex(): raise StateError(f"{said}: the imaginary part would be lost")
-    if isinstance(new, DTensor) and not (isinstance(t, DTensor) and (new.device_mesh, new.placements) == (t.device_mesh, t.placements)): new = new.full_tensor()
+def _here(t, new):
+    "A given entry where the model's lies, sharded alike: this rank's part of it."
+    where = lambda x: (x.device_mesh, x.placements) if isinstance(x, DTensor) else None
+    alike = where(t) == where(new)
+    if isinstance(new, DTensor) and not alike: new = new.full_tensor()
     new = new.to(t.device)
-    if isinstance(t, DTensor) and not isinstance(new, DTensor): new = distribute_tensor(new, t.device_mesh, t.placements)
-    given = local(new)
-    new = given.float() if t.dtype in NARROW else given
-    taken = new.to(t.dtype)
-    kept = taken.isfinite() | ~given.isfinite() if t.is_floating_point() or t.is_complex() else taken.to(given.dtype) == given
-    if not kept.all(): raise StateError(f"{said}: {int((~kept).sum())} values that {t.dtype} cannot hold, such as {given[~kept][0].item()}")
-    return new, taken
+    return local(distribute_tensor(new, t.device_mesh, t.placements) if isinstance(t, DTensor) and not alike else new)
 
 
-def _split(opt, t, new, taken, name):
+def _taken(t, new, name):
+    "A given entry in fp32 and in the model's dtype; raises `StateError` for what the model cannot hold."
+    said = f"{name}: {getattr(new, 'dtype', type(new).__name__)} for {t.dtype} {tuple(t.shape)}"
+    if not isinstance(new, torch.Tensor) or new.layout != torch.strided or new.is_meta or t.is_meta:
+        raise StateError(f"{said}: a dense tensor with values is needed, on both sides")
+    if new.is_complex() and not t.is_complex(): raise StateError(f"{said}: the imaginary part would be lost")
+    given = _here(t, new)
+    wide = given.float() if t.dtype in NARROW else given
+    taken = wide.to(t.dtype)
+    if t.is_floating_point() or t.is_complex(): lost = given.isfinite() & ~taken.isfinite()
+    else: lost = taken.to(given.dtype) != given
+    if not lost.any(): return wide, taken
+    raise StateError(f"{said}: {int(lost.sum())} values that {t.dtype} cannot hold, such as {given[lost][0].item()}")
+
+
+def _split(opt, t, wide, taken, name):
     "The correction to go beside an entry; None where none is kept."
-    state = opt.state.get(t) or {}
-    if (rho := state.get("error_bits")) is None: bits = correction_bits(t.dtype, opt.master_weight_bits)
-    elif (rho.shape, opt.made_for.get(t, t.dtype)) == (t.shape, t.dtype): bits = 8 * rho.element_size()
-    else: raise StateError(f"{name} is {t.dtype} {tuple(t.shape)} now and its state was made for {opt.made_for.get(t)} weights {tuple(rho.shape)}: make the optimizer anew after such a change")
-    return compute_ecc_bits(new, taken, 2 + bits // 8) if bits else None
+    rho, made_for = (opt.state.get(t) or {}).get("error_bits"), opt.made_for.get(t, t.dtype)
+    if rho is None: bits = correction_bits(t.dtype, opt.master_weight_bits)
+    elif (rho.shape, made_for) == (t.shape, t.dtype): bits = 8 * rho.element_size()
+    else: raise StateError(f"{name} is {t.dtype} {tuple(t.shape)} now and its state was made for {made_for} weights "
+                           f"{tuple(rho.shape)}: make the optimizer anew after such a change")
+    return compute_ecc_bits(wide, taken, 2 + bits // 8) if bits else None
 
 # %% ../../nbs/03_optim/03_state_dict.ipynb #c5d1e0ae
+def _named_alike(own, given):
+    "Raises `StateError` where names or shapes of a model's entries and the given ones differ."
+    if not isinstance(given, Mapping):
+        raise StateError(f"a {type(given).__name__} in place of a state dict: give names and tensors as in model.state_dict()")
+    shape = lambda t: getattr(t, "shape", None)
+    wrong = [n for n in own.keys() | given.keys() if n not in own or n not in given or shape(own[n]) != shape(given[n])]
+    if not wrong: return
+    raise StateError(f"{len(wrong)} entries differ between model and state dict in name or shape: {', '.join(sorted(wrong)[:5])}")
+
+
+def _tied_alike(entries, given):
+    "Raises `StateError` where one tensor of the model under two names is given two values."
+    first = {}
+    for name, t in entries.items():
+        a, b = given[name][0], given[other := first.setdefault(_memory(t), name)][0]
+        if not ((a == b) | (a != a) & (b != b)).all():
+            raise StateError(f"{other} and {name} are one tensor in the model and differ in the state dict")
+
+
 @patch
 @torch.no_grad()
 def set_fp32_model_state_dict(
     self: FlashOptimizer,
     model: nn.Module,  # whose parameters this optimizer steps
-    state_dict: Mapping[str, torch.Tensor],  # fp32, names and shapes as in model.state_dict(); whole or sharded, on any device
+    state_dict: Mapping[str, torch.Tensor],  # fp32, named as in model.state_dict(); whole or sharded, on any device
 ):
-    "Puts fp32 weights into the model and its corrections; raises `StateError`, with nothing changed, where names, shapes or ranges differ."
+    "Puts fp32 weights into model and corrections; raises `StateError`, with nothing changed, where they do not fit."
     own = model.state_dict(keep_vars=True)
-    shape = lambda t: getattr(t, "shape", None)
-    wrong = [n for n in own.keys() | state_dict.keys() if n not in own or n not in state_dict or shape(own[n]) != shape(state_dict[n])]
-    if wrong: raise StateError(f"{len(wrong)} entries differ between model and state dict in name or shape: {', '.join(sorted(wrong)[:5])}")
-    groups = {p: group for group in self.param_groups for p in group["params"]}
-    entries, by_memory, counters = {name: t for name, t in own.items() if isinstance(t, torch.Tensor)}, {}, {}
+    _named_alike(own, state_dict)
+    entries = {name: t for name, t in own.items() if isinstance(t, torch.Tensor)}
     given = {name: _taken(t, state_dict[name], name) for name, t in entries.items()}
-    for name, t in entries.items():
-        new, first = given[name][0], by_memory.setdefault(_memory(t), name)
-        same = new == (other := given[first][0])
-        if not (same | (new != new) & (other != other)).all(): raise StateError(f"{first} and {name} are one tensor in the model and have different values in the state dict")
+    _tied_alike(entries, given)
+    groups, counters = {p: group for group in self.param_groups for p in group["params"]}, {}
     rhos = {name: _split(self, t, *given[name], name) for name, t in entries.items() if t in groups}
-    for name in own.keys() - entries.keys(): model.get_submodule(name.rpartition(".")[0]).set_extra_state(state_dict[name])
+    for name in own.keys() - entries.keys():  # what modules keep beside tensors
+        model.get_submodule(name.rpartition(".")[0]).set_extra_state(state_dict[name])
     for name, t in entries.items():
         local(t.detach()).copy_(given[name][1])
         if (rho := rhos.get(name)) is None: continue
-        if not self.state.get(t): self.state[t] = new_state(self, groups[t], t, counters.setdefault((id(groups[t]), t.device), torch.zeros((), device=t.device)))
+        step = counters.setdefault((id(groups[t]), t.device), torch.zeros((), device=t.device))  # one for all new ones
+        if not self.state.get(t): self.state[t] = new_state(self, groups[t], t, step)
         if "error_bits" in self.state[t]: local(self.state[t]["error_bits"]).copy_(rho)
         else: self.state[t]["error_bits"] = like(t, rho)
     for t in entries.values(): first_correction(t, None)  # of the weights that were there before
