@@ -444,6 +444,7 @@ def test_masters_after_a_cast_of_the_model(pause):
         for name, t in opt.get_fp32_model_state_dict(wider()).items(): assert t.dtype == FP32 and torch.equal(t, kept[name])
         with pytest.raises(StateError, match="make the optimizer anew"): opt.set_fp32_model_state_dict(model, kept)
         with pytest.raises(ValueError, match="make the optimizer anew"): take_steps(list(model.parameters()), opt, 1)
+    assert opt.state_dict()["param_groups"][0]["state_format"] == "companded-24-bfloat16"
     model.bfloat16()
     for name, t in opt.get_fp32_model_state_dict(model).items(): assert torch.equal(t, kept[name])
     model.half()

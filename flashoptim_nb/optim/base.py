@@ -110,7 +110,8 @@ class FlashOptimizer(Optimizer):
 
     def state_format(self, group: dict) -> str:
         "What the tensors of a group's states are, to go with them in a state dict: `companded-24-bfloat16` says coding, master weights' width and the weights' dtypes."
-        dtypes = {str(self.made_for.get(p, p.dtype)).removeprefix("torch.") for p in group["params"] if p.dtype in NARROW}
+        made_for = {self.made_for.get(p, p.dtype) for p in group["params"]}
+        dtypes = {str(dtype).removeprefix("torch.") for dtype in made_for if dtype in NARROW}
         return f"{'companded' if self.companded else 'linear'}-{self.master_weight_bits}-{'+'.join(sorted(dtypes))}"
 
     def forget(self):
