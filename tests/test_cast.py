@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flashoptim_nb.base.errors import UserError
-from flashoptim_nb.optim import FlashAdamW, cast_model
+from flashoptim_nb.optim import AveragedMasters, FlashAdamW, FlashLion, FlashSGD, cast_model
 
 NARROW = [torch.bfloat16, torch.float16]
 
@@ -193,14 +193,79 @@ def test_a_gradient_at_hand_is_cast_with_its_weight():
     FlashAdamW(model.parameters()).step()
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("decay", [0.99, None])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_an_average_of_masters_is_that_of_an_fp32_run(device, decay, tied):
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
+    if tied: start[2].weight = start[0].weight
+    x = torch.randn(128, 16)
+    y = x.sum(1, keepdim=True).sin()
+    start, x, y = start.to(device), x.to(device), y.to(device)
+
+    def loss(model): return (model(x.to(next(model.parameters()).dtype)).float() - y).square().mean()
+    def mean_after(model, optimizer, update, steps=100):
+        for _ in range(steps):
+            loss(model).backward(); optimizer.step(); optimizer.zero_grad(); update()
+
+    exact = copy.deepcopy(start)
+    how = dict(multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay)) if decay else {}
+    theirs = torch.optim.swa_utils.AveragedModel(exact, **how)
+    mean_after(exact, torch.optim.AdamW(exact.parameters(), lr=3e-3), lambda: theirs.update_parameters(exact))
+    model = copy.deepcopy(start)
+    cast_model(model)
+    optimizer = FlashAdamW(model.parameters(), lr=3e-3)
+    ours = AveragedMasters(optimizer, model, decay=decay)
+    with pytest.warns(UserWarning, match="AveragedMasters"): still = torch.optim.swa_utils.AveragedModel(model, **how)
+    twin, mean = copy.deepcopy(start), torch.optim.swa_utils.AveragedModel(copy.deepcopy(start), **how)
+
+    def update():
+        ours.update(); still.update_parameters(model)
+        twin.load_state_dict(optimizer.get_fp32_model_state_dict(model)); mean.update_parameters(twin)
+    mean_after(model, optimizer, update)
+    twin.load_state_dict(ours.model_state_dict())
+    far = [max((p - q).abs().max().item() for p, q in zip(m.parameters(), mean.module.parameters())) for m in (twin, still.module)]
+    assert far[0] < 1e-5 and far[1] > 0.01, far
+    assert abs(loss(twin) - loss(theirs)) < 0.1 * (loss(start) - loss(theirs))
+
+
+def test_an_average_before_the_first_step_is_of_the_weights_that_were_cast():
+    model = nn.Linear(32, 32)
+    exact = model.weight.detach().clone()
+    cast_model(model)
+    average = AveragedMasters(FlashAdamW(model.parameters()), model)
+    average.update()
+    assert (average.model_state_dict()["weight"] - exact).abs().max() < 0.02 * (exact - model.weight.float()).abs().max()
+
+
+@pytest.mark.parametrize("make", [FlashLion, lambda p: FlashSGD(p, lr=0.1, momentum=0.9)])
+def test_averages_of_mixed_models(make):
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    cast_model(model)
+    optimizer = make(model.parameters())
+    average, seen = AveragedMasters(optimizer, model, decay=None), []
+    for _ in range(4):
+        model(torch.randn(16, 8).bfloat16()).float().square().sum().backward(); optimizer.step(); optimizer.zero_grad()
+        average.update(); seen.append(optimizer.get_fp32_model_state_dict(model))
+    found = average.model_state_dict()
+    for name, _ in model.named_parameters(): torch.testing.assert_close(found[name], torch.stack([s[name] for s in seen]).mean(0))
+    assert torch.equal(found["1.running_mean"], model[1].running_mean)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(ZeroDivisionError), average.applied():
+        assert torch.equal(model[0].weight, found["0.weight"].bfloat16()) and torch.equal(model[1].weight, found["1.weight"])
+        1 / 0
+    for name, t in model.state_dict().items(): assert torch.equal(t, before[name]), name
+
+
 RANK = """
-import sys, warnings, torch, torch.distributed as dist
+import sys, torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from flashoptim_nb.base.errors import UserError
-from flashoptim_nb.optim import FlashAdamW, cast_model
+from flashoptim_nb.optim import AveragedMasters, FlashAdamW, cast_model
 
 kind = sys.argv[1]
 dist.init_process_group("gloo" if kind == "cpu" else "nccl")
@@ -237,6 +302,21 @@ for order in ("cast, shard", "cast, shard by columns", "shard, cast", "shard, ca
     assert far == stepped, (order, far, stepped)
     if loaded: assert far["0.weight"] > 0.5 * coarse, far
     else: assert max(far.values()) < 0.05 * coarse, (order, far)
+
+def averaged(model):
+    optimizer = FlashAdamW(model.parameters(), lr=1e-2)
+    average = AveragedMasters(optimizer, model, decay=0.9)
+    for _ in range(5):
+        model(x).float().square().sum().backward(); optimizer.step(); optimizer.zero_grad(); average.update()
+    again = AveragedMasters(optimizer, model)
+    again.load_state_dict(average.state_dict())
+    with again.applied(): assert model(x).isfinite().all()
+    return {n: whole(t) for n, t in again.model_state_dict().items() if n in exact}
+
+one, two = net(), net()
+cast_model(one); cast_model(two)
+one, two = averaged(one), averaged(shard(two))
+for n in exact: assert (one[n] - two[n]).abs().max() < 2e-2, (n, (one[n] - two[n]).abs().max())  # the gradients of two ranks are averaged in bf16
 
 model = shard(net())
 model(x.float())

@@ -7,6 +7,7 @@ __all__ = ['cast_model']
 
 # %% ../../nbs/03_optim/07_cast.ipynb #699bd7b6
 import copy
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..base.errors import UserError
@@ -203,6 +205,16 @@ def _cast(
     if wrapped: model._apply(lambda t: _narrow(t, dtype, place(t)) if id(t) in wrapped and t.dtype != dtype else t)
     for name, g in grads.items(): named[name].grad = g.to(dtype)
 
+# %% ../../nbs/03_optim/07_cast.ipynb #b8a67643
+_TOLD = []  # the hook that `cast_model` sets once in a process
+
+
+def _tell(module, name, child):
+    "Where torch's AveragedModel takes its copy of a model in 16 bits: warns that it will stand still."
+    if isinstance(module, AveragedModel) and any(p.dtype in NARROW for p in child.parameters()):
+        warnings.warn("an AveragedModel of a model in 16 bits adds increments that are smaller than half the spacing of its numbers, and stands still: "
+                      "average the masters with flashoptim_nb.optim.AveragedMasters(optimizer, model), or call .float() on the AveragedModel", stacklevel=3)
+
 # %% ../../nbs/03_optim/07_cast.ipynb #b8a67642
 def cast_model(
     model: nn.Module,  # changed in place
@@ -232,6 +244,7 @@ def cast_model(
     for name, t in named.items():
         if name not in buffers: _check_range(name, t, dtype)
     _cast(model, named, groups, dtype, masters)
+    if not _TOLD: _TOLD.append(nn.modules.module.register_module_module_registration_hook(_tell))
     for m in dict.fromkeys((*keep, *recast, *norms)): _hook(m, m in keep, dtype)
     for m in model.modules():
         if "_cast_to" in m._buffers: _hook(m, m._keeps_output, dtype)  # of an earlier cast, too
