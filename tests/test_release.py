@@ -1,10 +1,14 @@
 """Gradient release: the same bits as ordinary steps, gradients that do not outlive their use."""
+import os
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from flashoptim_nb.base.errors import UserError
-from flashoptim_nb.optim import FlashAdamW, enable_gradient_release
+from flashoptim_nb.optim import FlashAdamW, FlashSGD, enable_gradient_release
+from flashoptim_nb.optim.release import ReleaseError
 
 KW = dict(lr=1e-2, betas=(0.9, 0.95))
 
@@ -49,7 +53,7 @@ def test_few_gradients_live_at_once():
     torch.manual_seed(0)
     layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(12)))
     opt, alive = FlashAdamW(layers.parameters()), []
-    enable_gradient_release(layers, opt, pre_step=lambda p: alive.append(sum(q.grad is not None for q in layers.parameters())))
+    enable_gradient_release(layers, opt, pre_step=lambda p, group: alive.append(sum(q.grad is not None for q in layers.parameters())) or True)
     layers(torch.randn(4, 64)).sum().backward(); opt.step()
     assert len(alive) == 24 and max(alive) <= 2
 
@@ -119,3 +123,256 @@ def test_where_it_cannot_be_right():
     for bad in (lambda: enable_gradient_release(m, opt), lambda: enable_gradient_release(m, torch.optim.AdamW(m.parameters())),
                 lambda: enable_gradient_release(Model(), FlashAdamW([nn.Parameter(torch.zeros(2))]))):
         with pytest.raises(UserError): bad()
+
+
+class Twice(nn.Module):
+    "A layer that is used twice, under either kind of checkpointing, and perhaps once more outside of it."
+    def __init__(self, reentrant, outside=False):
+        super().__init__(); torch.manual_seed(0)
+        self.first, self.layer, self.reentrant, self.outside = nn.Linear(16, 16), nn.Linear(16, 16), reentrant, outside
+
+    def forward(self, x):
+        x = self.first(x)
+        for _ in range(2): x = x + checkpoint(lambda y: self.layer(y).tanh(), x, use_reentrant=self.reentrant)
+        return self.layer(x) if self.outside else x
+
+
+def copies(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_a_layer_used_twice_under_checkpointing(outside):
+    a, b = Twice(False, outside), Twice(False, outside)
+    o, r = (FlashAdamW(m.parameters(), lr=1e-2) for m in (a, b))
+    enable_gradient_release(b, r)
+    for t in range(4):
+        torch.manual_seed(t); x = torch.randn(4, 16)
+        for m, opt in (a, o), (b, r): m(x).square().mean().backward(); opt.step(); opt.zero_grad()
+    assert equal(a, b) and {float(s["step"]) for s in r.state.values()} == {4.0}
+
+
+def test_reentrant_checkpointing_is_refused_before_anything_moves():
+    m = Twice(True); opt = FlashAdamW(m.parameters(), lr=1e-2); before = copies(m)
+    handle = enable_gradient_release(m, opt)
+    with pytest.raises(ReleaseError, match="use_reentrant=False"): m(torch.ones(4, 16)).sum().backward()
+    assert all(torch.equal(p, q) for p, q in zip(before, m.parameters())) and not opt.state
+    opt.zero_grad(); m.reentrant = False  # and the same handle goes on
+    m(torch.ones(4, 16)).sum().backward(); opt.step()
+    assert not any(torch.equal(p, q) for p, q in zip(before, m.parameters()))
+    with handle.accumulate():  # where nothing is stepped, anything goes
+        m.reentrant = True; m(torch.ones(4, 16)).sum().backward()
+    opt.step()
+    assert {float(s["step"]) for s in opt.state.values()} == {2.0}
+
+
+class Failing(torch.autograd.Function):
+    "An operation whose backward runs out of memory when told to."
+    on = False
+    @staticmethod
+    def forward(ctx, x): return x.clone()
+    @staticmethod
+    def backward(ctx, g):
+        if Failing.on: raise torch.OutOfMemoryError("in the backward pass")
+        return g
+
+
+@pytest.mark.parametrize("scale", [1e6, float("nan")])
+@pytest.mark.parametrize("cleared", [False, True])
+@pytest.mark.parametrize("options", [dict(max_norm=0.01), dict(skip_nonfinite=True)])
+def test_a_backward_pass_that_raises_leaves_nothing_behind(scale, cleared, options, monkeypatch):
+    torch.manual_seed(0)
+    first, last = nn.Linear(8, 8), nn.Linear(8, 8)
+    net, x = nn.ModuleList([first, last]), torch.randn(4, 8)
+    opt = FlashAdamW(net.parameters(), lr=0.0, **options)  # weights stay, so that norms do
+    handle = enable_gradient_release(net, opt)
+    def backward(scale=1.0): (last(Failing.apply(first(x))).square().mean() * scale).backward()
+    backward(); opt.step()
+    norm, clip = opt.grad_norm, handle.clip
+    monkeypatch.setattr(Failing, "on", True)
+    with pytest.raises(torch.OutOfMemoryError): backward(scale)
+    monkeypatch.setattr(Failing, "on", False)
+    if cleared: opt.zero_grad()
+    backward(); opt.step()
+    assert torch.equal(opt.grad_norm, norm) and opt.skipped_steps == 0
+    assert clip is None or torch.equal(handle.clip, clip)
+
+
+def test_a_step_right_after_a_backward_pass_that_raised(monkeypatch):
+    first, last = nn.Linear(8, 8), nn.Linear(8, 8)
+    net = nn.ModuleList([first, last]); opt = FlashAdamW(net.parameters(), lr=1e-2, max_norm=1.0)
+    enable_gradient_release(net, opt)
+    monkeypatch.setattr(Failing, "on", True)
+    with pytest.raises(torch.OutOfMemoryError): (last(Failing.apply(first(torch.ones(4, 8)))).sum() * torch.nan).backward()
+    opt.step()
+    assert opt.skipped_steps == 0 and opt.grad_norm is None
+
+
+def test_a_second_backward_pass_before_step_is_refused():
+    a, o, b, r, handle = pair()
+    b(0).backward(); b(1).backward()  # nothing tells yet that the loop calls step()
+    with pytest.raises(ReleaseError, match="accumulate"): r.step()
+    b(2).backward(); r.step(); r.zero_grad()
+    b(3).backward(); before = copies(b)
+    with pytest.raises(ReleaseError, match="accumulate"): b(4).backward()
+    assert all(torch.equal(p, q) for p, q in zip(before, b.parameters()))
+    r.step()
+
+
+def test_zero_grad_in_place_of_step_is_refused():
+    "As where a generator's loss goes through a discriminator that is released."
+    torch.manual_seed(0)
+    made, judge = nn.Linear(4, 4), nn.Linear(4, 1)
+    g, d = FlashAdamW(made.parameters(), lr=1e-2), FlashAdamW(judge.parameters(), lr=1e-2)
+    handle = enable_gradient_release(judge, d)
+    def iteration(frozen):
+        d.zero_grad(); judge(made(torch.ones(2, 4)).detach()).sum().backward(); d.step()
+        g.zero_grad(); judge.requires_grad_(not frozen)
+        judge(made(torch.ones(2, 4))).sum().neg().backward(); judge.requires_grad_(True); g.step()
+    for _ in range(3): iteration(frozen=True)
+    assert {float(s["step"]) for s in d.state.values()} == {3.0}
+    iteration(frozen=False)
+    with pytest.raises(ReleaseError, match="requires_grad_"): iteration(frozen=True)
+
+
+def test_two_losses_with_parameters_of_their_own_before_one_step():
+    def both(release):
+        torch.manual_seed(0)
+        net = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]); opt = FlashAdamW(net.parameters(), lr=1e-2, max_norm=0.1)
+        if release: enable_gradient_release(net, opt)
+        norms = []
+        for _ in range(3):
+            for layer in net: layer(torch.ones(2, 4)).square().sum().backward()
+            opt.step(); opt.zero_grad(); norms.append(opt.grad_norm)
+        return norms[0], {float(s["step"]) for s in opt.state.values()}
+    (a, counted), (b, counted_too) = both(False), both(True)
+    torch.testing.assert_close(a, b)
+    assert counted == counted_too == {3.0}
+
+
+@pytest.mark.parametrize("options", [dict(), dict(max_norm=0.02)])
+def test_a_loop_without_step_takes_one_a_backward_pass(options):
+    a, o, b, r, handle = pair(**options); a, o, c, s, with_step = pair(**options)
+    for t in range(5):
+        b(t).backward()
+        c(t).backward(); s.step()
+    assert equal(b, c)
+    assert len(handle.squares) <= len(list(b.parameters()))  # nothing piles up
+
+
+def test_gradients_that_are_no_backward_pass_of_the_parameters():
+    "A gradient penalty by autograd.grad, gradients set by hand, a frozen layer, a backward pass that stops at an input."
+    a, o, b, r, handle = pair()
+    def train(m, opt, by_hand):
+        m.rare.requires_grad_(False)
+        x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+        penalty, = torch.autograd.grad(m.mid(x).float().square().sum(), x, create_graph=True)
+        penalty.float().square().mean().backward(); opt.step(); opt.zero_grad()
+        if by_hand:
+            for p, g in zip(m.mid.parameters(), torch.autograd.grad(m(1), list(m.mid.parameters()))): p.grad = g
+        else: m(1).backward(inputs=list(m.mid.parameters()))
+        opt.step(); opt.zero_grad(); m.rare.requires_grad_(True)
+    for hand in (False, True): train(a, o, False); train(b, r, hand)
+    assert equal(a, b) and all(p.grad is None for p in b.parameters())
+
+
+def test_create_graph_is_refused():
+    a, o, b, r, handle = pair(); before = copies(b)
+    with pytest.raises(ReleaseError, match="create_graph"): b(0).backward(create_graph=True)
+    assert all(torch.equal(p, q) for p, q in zip(before, b.parameters()))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_weight_that_a_later_part_of_the_backward_pass_needs_as_it_was(fused, monkeypatch):
+    "Detached, it feeds no gradient and so is stepped before that part; the graph has kept it, and torch says that it was changed."
+    if fused and not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")): pytest.skip("needs the kernels")
+    layer = nn.Linear(8, 8, bias=False).to("cuda" if fused and torch.cuda.is_available() else "cpu")
+    opt = FlashSGD(layer.parameters(), lr=1.0, fused=fused); enable_gradient_release(layer, opt)
+    x = torch.ones(2, 8, device=layer.weight.device, requires_grad=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"): layer(nn.functional.linear(x * 2, layer.weight.detach())).sum().backward()
+
+
+def test_pre_step_decides():
+    a, o, b, r, handle = pair(max_norm=100.0); handle.remove()
+    seen = []
+    def pre_step(p, group):
+        seen.append(group is r.param_groups[0] and p.grad is not None)
+        return p is not b.rare.weight
+    enable_gradient_release(b, r, pre_step=pre_step)
+    before = b.rare.weight.detach().clone()
+    a.rare.weight.requires_grad_(False)
+    for m, opt in (a, o), (b, r): m(0).backward(); opt.step()
+    assert all(seen) and len(seen) == 5
+    assert equal(a, b) and torch.equal(b.rare.weight, before) and b.rare.weight.grad is None and b.rare.weight not in r.state
+    torch.testing.assert_close(o.grad_norm, r.grad_norm)  # of the gradients that were used
+    for wrong in (lambda p: True), 3, (lambda p, group, more: True):
+        with pytest.raises(UserError, match="pre_step"): enable_gradient_release(a, o, pre_step=wrong)
+    enable_gradient_release(a, o, pre_step=lambda p, group: None)
+    with pytest.raises(ReleaseError, match="True"): a(0).backward()
+
+
+def test_two_optimizers_on_one_model():
+    def train(release):
+        m = Model()
+        parts = [list(m.embed.parameters()) + list(m.mid.parameters()), list(m.rare.parameters())]
+        opts = [FlashAdamW(parts[0], lr=1e-2, skip_nonfinite=True), FlashSGD(parts[1], lr=0.1, momentum=0.9)]
+        handles = [enable_gradient_release(m, opt) for opt in opts] if release else []
+        for t in range(3):
+            m(t).backward()
+            assert not release or all(p.grad is None for p in m.parameters())
+            for opt in opts: opt.step(); opt.zero_grad()
+        return m, opts, handles
+    (a, plain, _), (b, opts, handles) = train(False), train(True)
+    assert equal(a, b) and float(opts[0].state[b.mid.weight]["step"]) == 3
+    torch.testing.assert_close(plain[0].grad_norm, opts[0].grad_norm)
+    shared = FlashAdamW(list(b.rare.parameters()) + [nn.Parameter(torch.zeros(2))])
+    with pytest.raises(ReleaseError, match="another optimizer"): enable_gradient_release(b, shared)
+    handles[1].remove()
+    enable_gradient_release(b, shared)
+
+
+def test_a_parameter_moved_to_another_group_or_out_of_the_optimizer():
+    m = Model(); opt = FlashAdamW([dict(params=[m.embed.weight, *m.mid.parameters()]), dict(params=list(m.rare.parameters()), lr=0.0)], lr=1e-2)
+    enable_gradient_release(m, opt)
+    m(0).backward(); opt.step()
+    moved, out = m.rare.weight, m.mid.weight
+    opt.param_groups[0]["params"] = [p for p in opt.param_groups[0]["params"] if p is not out] + [moved]
+    opt.param_groups[1]["params"] = [m.rare.bias]
+    before = {p: p.detach().clone() for p in m.parameters()}
+    m(1).backward(); opt.step()
+    assert not torch.equal(moved, before[moved]) and torch.equal(out, before[out]) and out.grad is not None and torch.equal(m.rare.bias, before[m.rare.bias])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_a_scaler_that_release_was_not_told_of(dtype, unscaled):
+    layer = nn.Linear(4, 4).to(dtype); opt = FlashAdamW(layer.parameters()); scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    enable_gradient_release(layer, opt)
+    scaler.scale(layer(torch.ones(2, 4, dtype=dtype)).float().sum()).backward()
+    if unscaled: scaler.unscale_(opt)
+    with pytest.raises(ReleaseError, match="grad_scaler="): scaler.step(opt)
+    assert not hasattr(opt, "grad_scale") and not hasattr(opt, "found_inf")
+
+
+def test_unscale_with_a_scaler_that_release_knows():
+    a, o, b, r, handle = pair(); handle.remove()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    enable_gradient_release(b, r, grad_scaler=scaler)
+    for t in range(3):
+        a(t).backward(); o.step(); o.zero_grad()
+        scaler.scale(b(t)).backward(); scaler.unscale_(r); scaler.step(r); scaler.update(); r.zero_grad()
+    assert equal(a, b)
+
+
+def test_wrappers_that_reduce_gradients_themselves(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        inner = nn.Linear(2, 2); wrapped = nn.parallel.DistributedDataParallel(inner); opt = FlashAdamW(inner.parameters())
+        for model in wrapped, nn.Sequential(wrapped):
+            for kind in RuntimeError, UserError, TypeError:
+                with pytest.raises(kind, match="DistributedDataParallel"): enable_gradient_release(model, opt)
+        handle = enable_gradient_release(inner, opt)  # bare, but called through its wrapper
+        with pytest.raises(ReleaseError, match="DistributedDataParallel"): wrapped(torch.ones(1, 2))
+        inner(torch.ones(1, 2)).sum().backward(); opt.step(); handle.remove()
+        wrapped(torch.ones(1, 2)).sum().backward()
+    finally: torch.distributed.destroy_process_group()

@@ -13,7 +13,6 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from flashoptim_nb import optim
-from flashoptim_nb.base.errors import UserError
 
 kind, where = sys.argv[1:]
 dist.init_process_group("gloo" if kind == "cpu" else "nccl")
@@ -70,18 +69,149 @@ before = [p.clone() for p in whole(model)]
 if rank == 0: next(model.parameters()).grad.to_local()[0, 0] = torch.nan
 opt.step()
 assert opt.skipped_steps.item() == 1 and all(torch.equal(p, q) for p, q in zip(before, whole(model)))
-try: optim.enable_gradient_release(model, opt)
-except UserError as error: assert "FSDP2" in str(error)
-else: raise AssertionError("release of shards was not refused")
+print("rank", rank, "agrees")
+dist.destroy_process_group()
+"""
+
+
+RELEASE = """
+import sys, torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from flashoptim_nb.optim import FlashAdamW, enable_gradient_release
+
+kind, where = sys.argv[1:]
+dist.init_process_group("gloo" if kind == "cpu" else "nccl")
+rank = dist.get_rank()
+if kind == "cuda": torch.cuda.set_device(rank)
+flat, replicated = init_device_mesh(kind, (2,)), init_device_mesh(kind, (2, 1), mesh_dim_names=("copies", "shards"))
+
+class Net(nn.Module):
+    "Three layers: 7 and 6 rows, 3 and 2, and one whose only row leaves the second rank nothing."
+    def __init__(self, checkpointed=False, twice=False):
+        super().__init__(); torch.manual_seed(0)
+        self.a, self.b, self.c, self.d = nn.Linear(37, 13), nn.Linear(13, 5), nn.Linear(5, 5), nn.Linear(5, 1)
+        self.checkpointed, self.twice = checkpointed, twice
+    def forward(self, x):
+        x = checkpoint(self.a, x, use_reentrant=False) if self.checkpointed else self.a(x)
+        x = self.c(self.b(x.tanh()).tanh())
+        return self.d(self.c(x) if self.twice else x)
+
+def sharded(dtype, mesh=flat, whole=(), how={}, **net):
+    model = Net(**net).to(kind, dtype)
+    for part in (model.a, model.b, model.c, model.d, model): fully_shard(part, mesh=mesh, **how)
+    return model
+
+def train(model, opt, steps, dtype, handle=None, micros=1, sync=False, first=0, on=lambda loss: loss):
+    norms, held = [], 0
+    for n in range(first, first + steps):
+        for k in range(micros):
+            torch.manual_seed(100 * n + 10 * k + rank)
+            loss = 100 * model(torch.randn(8, 37).to(kind, dtype)).float().square().mean()
+            last = k == micros - 1
+            if sync: model.set_requires_gradient_sync(last)
+            if handle is not None and not last and not sync:
+                with handle.accumulate(): loss.backward()
+            else: on(loss).backward()
+        held = max(held, sum(p.grad is not None for p in model.parameters()))
+        opt.step(); opt.zero_grad()
+        norms.append(opt.grad_norm)
+    return norms, held
+
+def shards(model): return [p.to_local().clone() if isinstance(p, DTensor) else p.detach().clone() for p in model.parameters()]
+def counters(model, opt): return torch.tensor([float(opt.state[p]["step"]) for p in model.parameters()])
+def agreed(t):
+    both = [torch.empty_like(t.to(kind)) for _ in range(2)]
+    dist.all_gather(both, t.to(kind))
+    return torch.equal(*both)
+
+# released, each shard takes the ordinary step, bit for bit, and no gradient outlives the backward pass
+low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+for dtype, mesh, how, net in ((torch.bfloat16, flat, {}, {}), (torch.float32, flat, dict(reshard_after_forward=False), {}), (torch.float32, flat, dict(mp_policy=low), {}),
+                              (torch.bfloat16, replicated, {}, {}), (torch.bfloat16, flat, {}, dict(checkpointed=True, twice=True))):
+    for micros, sync in ((1, False), (2, False), (2, True)):
+        a, b = sharded(dtype, mesh, how=how, **net), sharded(dtype, mesh, how=how, **net)
+        o, r = (FlashAdamW(m.parameters(), lr=1e-2, skip_nonfinite=True) for m in (a, b))
+        handle = enable_gradient_release(b, r)
+        norms, _ = train(a, o, 4, dtype, micros=micros, sync=sync)
+        released, held = train(b, r, 4, dtype, handle, micros=micros, sync=sync)
+        case = (dtype, how, net, micros, sync)
+        assert all(map(torch.equal, shards(a), shards(b))), case
+        torch.testing.assert_close(torch.stack(norms), torch.stack(released), msg=str(case))
+        assert held == 0 and torch.equal(counters(a, o), counters(b, r)), case
+
+# clipping by the norm of the step before, of all shards, each counted once; in as many all-reduces as there are meshes
+calls, reduce = [], dist.all_reduce
+for mesh in flat, replicated:
+    a, b = sharded(torch.float32, mesh), sharded(torch.float32, mesh)
+    kw = dict(lr=1e-2, quantize=False)
+    o, r = FlashAdamW(a.parameters(), **kw), FlashAdamW(b.parameters(), max_norm=5.0, **kw)
+    handle, before = enable_gradient_release(b, r), None
+    for n in range(4):
+        torch.manual_seed(n + rank)
+        x = torch.randn(8, 37, device=kind)
+        (100 * a(x).square().mean()).backward()
+        norm = nn.utils.get_total_norm([p.grad for p in a.parameters()]).full_tensor()
+        scale = None if before is None else (5.0 / (before + 1e-6)).clamp(max=1.0)
+        for p in a.parameters(): o.step_param(p, o.param_groups[0], scale)
+        o.zero_grad(); before = norm
+        (100 * b(x).square().mean()).backward()
+        dist.all_reduce = lambda *args, **how: calls.append(args[0].numel()) or reduce(*args, **how)
+        r.step(); dist.all_reduce = reduce
+        torch.testing.assert_close(r.grad_norm, norm)
+        assert norm > 5.0 and agreed(handle.clip), (n, handle.clip)
+    for p, q in zip(shards(a), shards(b)): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+assert calls == [1, 8] * 8, calls  # a sum of squares, and the counters of eight parameters
+
+# a gradient that is not finite in one rank's shard alone: that shard stays, the others move, and all ranks say the same
+m = sharded(torch.float32); opt = FlashAdamW(m.parameters(), lr=1e-2, max_norm=1.0)
+bad = set()
+def spoil(p, group):
+    if any(p is q for q in bad) and p.to_local().numel(): p.grad.to_local().view(-1)[0] = torch.nan
+    return True
+handle = enable_gradient_release(m, opt, pre_step=spoil)
+train(m, opt, 2, torch.float32, handle); clip, before = handle.clip.clone(), shards(m)
+if rank == 0: bad = {m.a.weight, m.d.weight}
+else: bad = {m.b.weight}
+train(m, opt, 1, torch.float32, handle, first=2)
+stays = [torch.equal(p, q) or not p.numel() for p, q in zip(before, shards(m))]
+names = [n for n, _ in m.named_parameters()]
+assert [n for n, s in zip(names, stays) if s] == (["a.weight", "d.weight"] if rank == 0 else ["b.weight", "d.weight", "d.bias"]), (rank, stays)
+assert counters(m, opt).tolist() == [2.0 if n == "d.weight" else 3.0 for n in names], counters(m, opt)  # nobody moved the only row of d
+assert int(opt.skipped_steps) == 1 and not opt.grad_norm.isfinite() and torch.equal(clip, handle.clip)
+bad = set(); train(m, opt, 1, torch.float32, handle, first=3)
+assert opt.grad_norm.isfinite() and int(opt.skipped_steps) == 1 and agreed(counters(m, opt)) and agreed(handle.clip)
+assert counters(m, opt).tolist() == [3.0 if n == "d.weight" else 4.0 for n in names]
+
+# a loss that is not finite on one rank: nobody moves, nobody counts
+before, counted = shards(m), counters(m, opt)
+train(m, opt, 1, torch.float32, handle, first=4, on=lambda loss: loss * torch.nan if rank else loss)
+assert all(map(torch.equal, before, shards(m))) and torch.equal(counted, counters(m, opt)) and int(opt.skipped_steps) == 2
+
+# parameters that are sharded and parameters that are not, in one optimizer: each counts once in the norm of either step
+torch.manual_seed(0)
+whole, cut = nn.Linear(6, 6).to(kind), nn.Linear(6, 6).to(kind)
+fully_shard(cut, mesh=flat)
+for release in (False, True):
+    opt = FlashAdamW([*whole.parameters(), *cut.parameters()], lr=0.0, skip_nonfinite=True)
+    if release: enable_gradient_release(nn.ModuleList([whole, cut]), opt)
+    cut(whole(torch.ones(3, 6, device=kind))).square().sum().backward()
+    if not release: want = nn.utils.get_total_norm([p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for g in opt.param_groups for p in g["params"]])
+    opt.step(); opt.zero_grad()
+    torch.testing.assert_close(opt.grad_norm, want)
 print("rank", rank, "agrees")
 dist.destroy_process_group()
 """
 
 
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")])])
-def test_two_ranks_step_as_one(kind, tmp_path):
+@pytest.mark.parametrize("ranks", [RANK, RELEASE], ids=["step", "release"])
+def test_two_ranks_step_as_one(ranks, kind, tmp_path):
     script = tmp_path / "rank.py"
-    script.write_text(textwrap.dedent(RANK))
+    script.write_text(textwrap.dedent(ranks))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), kind, str(tmp_path)],
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

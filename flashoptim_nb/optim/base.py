@@ -53,21 +53,20 @@ class FlashOptimizer(Optimizer):
             raise OptionError(f"max_norm={self.max_norm!r}: a positive finite limit of the gradient norm, or None for no clipping (skip_nonfinite=True forms the norm without it)")
         if self.skip_nonfinite is None: self.skip_nonfinite = self.max_norm is not None  # the norm tells, where it is formed anyway
         self.grad_norm: torch.Tensor | None = None  # 0-d fp32: the global norm before clipping, of the last step
-        self.skipped_steps = torch.zeros((), dtype=torch.int64)  # 0-d, on the first parameter's device
+        self.skipped_steps = torch.zeros((), dtype=torch.int64)  # 0-d, on the first parameter's device: those that step() left out; GradScaler leaves out others without calling it
         self.release = None  # the active GradientReleaseHandle
         self.remembered: dict = {}  # batches of the last step, see `optim.batches`
         self.made_for: dict[torch.Tensor, torch.dtype] = {}  # parameter -> its dtype when its state was made
         self._largest: dict[torch.Tensor, float] = {}  # largest |weight| of each parameter, for check_numerics
-        self._step_supports_amp_scaling = True  # GradScaler hands grad_scale and found_inf over and leaves the gradients alone
         super().__init__(params, defaults)
         self.skipped_steps = self.skipped_steps.to(next((p.device for group in self.param_groups for p in group["params"]), "cpu"))
 
     def add_param_group(self, param_group: dict):
-        "As in torch.optim, after checking the parameters; remembers the initial lr for `decouple_lr`."
+        "As in torch.optim, after checking the parameters; remembers the group's lr for `decouple_lr`."
         if not isinstance(param_group, dict): raise ParametersError(f"a {type(param_group).__name__} in place of a group: a dict is needed, dict(params=model.parameters(), lr=...)")
         if "params" not in param_group: raise ParametersError(f"a group without params (it has {', '.join(map(str, param_group)) or 'nothing'}): add them, dict(params=model.parameters(), lr=...)")
         given = param_group["params"]
-        if whole := [name for name in self.options if name in param_group and name != "fused"]: raise OptionError(f"{', '.join(whole)} in a group: an option of the whole optimizer, to be given beside the groups")
+        self.check_shared(param_group)
         param_group["params"] = [given] if isinstance(given, torch.Tensor) else listed(given)
         seen = {id(p) for group in self.param_groups for p in group["params"]}
         for p in param_group["params"]:
@@ -81,7 +80,36 @@ class FlashOptimizer(Optimizer):
         group["state_format"] = self.state_format(group)
         self.forget()
         if self.decouple_lr and not self.decoupled: raise OptionError(f"decouple_lr=True: {type(self).__name__} has its weight decay in the gradient; use the class with a W")
-        if self.decouple_lr: group.setdefault("initial_lr", float(group["lr"]))
+        if self.decouple_lr: self.keep_lr(group)
+
+    def check_shared(self, group: dict):
+        "Raises `OptionError` for options of the whole optimizer in a group, unless they repeat what it has (torch's ZeroRedundancyOptimizer hands all to the groups)."
+        own = {name: getattr(self, name) for name in self.options if name in group and name != "fused"}
+        if group.get("skip_nonfinite", False) is None: own["skip_nonfinite"] = None  # as it was given, before max_norm settled it
+        if other := [name for name, value in own.items() if group[name] != value]:
+            raise OptionError(f"{', '.join(other)} in a group: an option of the whole optimizer, to be given beside the groups")
+        if group.get("compress_state_dict") is False:
+            raise OptionError("compress_state_dict=False through a wrapper that hands options to groups: such a wrapper puts states back as they were written, and a step needs them as they are kept; leave it out")
+        apart = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        if apart and any(group.get(name) for name in ("max_norm", "skip_nonfinite")):
+            raise OptionError("max_norm or skip_nonfinite through a wrapper that deals parameters out to ranks: each rank would see the norm of its own share alone; "
+                              "leave both out, and call torch.nn.utils.clip_grad_norm_(model.parameters(), ...) before step()")
+
+    def keep_lr(self, group: dict):
+        "Keeps the lr at which `decouple_lr` takes weight decay as it is given: the constructor's, under a key that no scheduler writes."
+        group.setdefault("reference_lr", float(group.get("initial_lr", group["lr"])))
+        self.decays(group)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        "Whether GradScaler leaves unscaling to `step()`: of fp16 gradients, which it refuses, and of released ones, which are gone. Others it unscales itself, so that they can be clipped."
+        return self.release is not None or any(p.dtype == torch.float16 for group in self.param_groups for p in group["params"])
+
+    @torch.compiler.disable
+    def zero_grad(self, set_to_none: bool = True):
+        "As in torch.optim; under gradient release raises `ReleaseError` where the gradients to be dropped were used already."
+        if self.release is not None: self.release.drop()
+        super().zero_grad(set_to_none)
 
     def check_group(self, group: dict):
         "Raises `OptionError` for options of a group that cannot work; subclasses add theirs."
@@ -91,7 +119,7 @@ class FlashOptimizer(Optimizer):
 
     def __getstate__(self):
         "torch keeps only groups and states when an optimizer is copied or pickled; the options go with them."
-        kept = {k: v for k, v in self.__dict__.items() if k in self.options or k in ("grad_norm", "skipped_steps", "made_for", "_step_supports_amp_scaling")}
+        kept = {k: v for k, v in self.__dict__.items() if k in self.options or k in ("grad_norm", "skipped_steps", "made_for")}
         return super().__getstate__() | kept | {"release": None, "_largest": {}, "remembered": {}}
 
     def moments_of(self, group: dict) -> dict[str, torch.dtype]:
@@ -101,7 +129,11 @@ class FlashOptimizer(Optimizer):
     def decays(self, group: dict) -> dict[str, float]:
         "A group's weight decay: of the weights, times lr, or coupled with the gradient."
         if not self.decoupled: return dict(decay=0.0, coupled=group["weight_decay"])
-        return dict(decay=group["weight_decay"] / (group["initial_lr"] or 1.0) if self.decouple_lr else group["weight_decay"], coupled=0.0)
+        if not self.decouple_lr: return dict(decay=group["weight_decay"], coupled=0.0)
+        lr = group.get("reference_lr", group.get("initial_lr"))  # the second of an optimizer that an earlier version pickled
+        if lr: return dict(decay=group["weight_decay"] / lr, coupled=0.0)
+        if not float(group["weight_decay"]): return dict(decay=0.0, coupled=0.0)
+        raise OptionError("decouple_lr=True with lr=0: weight decay is relative to the lr that a group was made with; give its largest lr and let a scheduler warm up, or weight_decay=0")
 
     def state_keys(self, group: dict, p: torch.Tensor) -> set[str]:
         "Keys of a parameter's state."

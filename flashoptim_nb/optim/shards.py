@@ -70,9 +70,10 @@ def scales_like(
 def over_shards(
     squares: torch.Tensor,  # 0-d, this rank's sum
     p: torch.Tensor,  # one of the parameters that it is of
+    op: dist.ReduceOp = dist.ReduceOp.SUM,
 ) -> torch.Tensor:
     "The sum over all ranks that hold other shards; ranks that hold copies are not counted again."
     if isinstance(p, DTensor):
         for dim, placement in enumerate(p.placements):
-            if isinstance(placement, Shard): dist.all_reduce(squares, group=p.device_mesh.get_group(dim))
+            if isinstance(placement, Shard): dist.all_reduce(squares, op, group=p.device_mesh.get_group(dim))
     return squares

@@ -306,7 +306,9 @@ def load_state_dict(
     options = [{k: deepcopy(v) for k, v in g.items() if k not in _MARKS} for g in groups]
     for own, new in zip(self.param_groups, options): self.check_group(own | new)
     states = _states(self, groups, saved, options)
-    for own, new in zip(self.param_groups, options): own.update(new)
+    for own, new in zip(self.param_groups, options):
+        if self.decouple_lr and new.get("initial_lr"): own["reference_lr"] = float(new["initial_lr"])  # what had no key of its own kept it there
+        own.update(new)
     self.state.clear(); self.state.update(states)
     self.made_for = {p: p.dtype for p in states}
     for p in states: first_correction(p, None)  # what casting kept for a first state is not needed any more
