@@ -97,6 +97,60 @@ def test_a_solver_that_gives_nothing(tmp_path, rng, body, note):
 
 
 @needs_compiler
+def test_every_solver_sees_the_same_contour(tmp_path, rng):
+    "Whatever the unit, the place, doubled points and a base drawn as a line: XFOIL's file is the same, and so is NeuralFoil's answer."
+    fake = tmp_path / "solver"
+    fake.write_text(f"#!/bin/sh\ncat > /dev/null\ncp shape.dat {tmp_path}/seen.dat\n")
+    fake.chmod(0o755)
+    shape = A.coordinates(random_shape(rng) + np.r_[np.zeros(17), 0.004])
+    given = [shape, shape * 1000, shape * 0.01 + [3, -7], np.repeat(shape, 2, 0), np.concatenate([shape, shape[:1]]), A.coordinates(A.fit_cst(shape).parameters)]
+    seen, solver = [], S.Xfoil(str(fake), timeout=20)
+    for xy in given:
+        solver.polar(xy, [0], 1e6)
+        seen.append(np.loadtxt(tmp_path / "seen.dat", skiprows=1))
+    assert all(a.shape == seen[0].shape and np.allclose(a, seen[0], atol=2e-7) for a in seen[:-1])
+    assert np.isclose(seen[0][:, 0].min(), 0) and np.isclose(seen[0][:, 0].max(), 1)
+    if pytest.importorskip("neuralfoil"):
+        found = [S.NeuralFoil().polar(xy, [2.0], 1e6).CL for xy in given]
+        assert np.allclose(found, found[0], atol=0.02, equal_nan=True)
+
+
+def not_to_be_solved(shape):
+    turn = lambda a: shape @ np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
+    yield from dict(turned=turn(0.1), much=turn(1.0), backwards=shape[::-1], loop=np.concatenate([shape[:40], shape[20:]]), rolled=np.roll(shape[:-1], 40, 0), few=shape[::40], empty=shape[:0],
+                    nan=np.where(np.arange(len(shape))[:, None] == 5, np.nan, shape), infinite=np.where(np.arange(len(shape))[:, None] == 5, np.inf, shape), one_point=shape[:1].repeat(50, 0),
+                    half=shape[: len(shape) // 2 + 1], no_height=shape * [1, 0] + [0, np.nan], three=np.pad(shape, ((0, 0), (0, 1)))).items()
+
+
+@needs_compiler
+def test_every_solver_refuses_the_same_contours(tmp_path, rng):
+    fake = tmp_path / "solver"
+    fake.write_text("#!/bin/sh\ncat > /dev/null\n")
+    fake.chmod(0o755)
+    shape = A.coordinates(random_shape(rng))
+    solvers = [S.Xfoil(str(fake), timeout=20)] + ([S.NeuralFoil()] if pytest.importorskip("neuralfoil") else [])
+    for name, xy in not_to_be_solved(shape):
+        for solver in solvers:
+            with pytest.raises(UserError): print(solver.name, name), solver.polar(xy, [0], 1e6)
+            assert solver.many([xy, shape], [0], 1e6)[0].note == "no airfoil"
+    for alphas, Re in (([np.nan], 1e6), ([np.inf], 1e6), ([100.0], 1e6), ([], 1e6), (["a"], 1e6), (None, 1e6), ([0], 0.0), ([0], -1e6), ([0], np.nan), ([0], np.inf), ([0], 1.0), ([0], "fast")):
+        for solver in solvers:
+            with pytest.raises(UserError): print(solver.name, alphas, Re), solver.polar(shape, alphas, Re)
+            with pytest.raises(UserError): solver.many([shape], alphas, Re)
+
+
+def test_labels_and_inputs_that_are_no_numbers_reach_no_training(laptop):
+    from flashoptim_nb.train.aerodynamics import Aerodynamics
+    spoil = lambda a, value: np.where(np.arange(len(a)) == 3, value, a)
+    for wrong in (dict(CL=np.nan), dict(CD=np.inf), dict(CD=0.0), dict(CD=-0.1), dict(Re=-1.0), dict(alpha=np.nan)):
+        table = laptop.table._replace(**{k: spoil(getattr(laptop.table, k), v) for k, v in wrong.items()})
+        with pytest.raises(UserError): Aerodynamics(table, laptop.parts, width=8, depth=1)
+    P = laptop.table.parameters[:2]
+    for given in ((P * np.nan, 1, 1e6), (P[:, :17], 1, 1e6), (P, np.nan, 1e6), (P, 1, -1e6), (P, 1, np.nan), (P, 200, 1e6)):
+        with pytest.raises(UserError): laptop.encode(*given)
+
+
+@needs_compiler
 def test_what_converged_before_the_time_out_is_kept(tmp_path, rng):
     fake = tmp_path / "solver"
     fake.write_text("#!/bin/sh\nprintf '%s\\n' ' alpha CL CD CDp CM' ' ------ -----' ' 1.000 0.5 0.01 0.002 -0.05' ' 2.000 0.6 -0.01 0 0' > polar.txt\nsleep 60\n")
@@ -108,14 +162,14 @@ def test_what_converged_before_the_time_out_is_kept(tmp_path, rng):
 def test_a_missing_solver_or_compiler_says_what_to_install(monkeypatch):
     with pytest.raises(UserError, match="apt install xfoil"): S.Xfoil("no-such-solver-here")
     S.trap_stub.cache_clear()
-    monkeypatch.setattr(S.shutil, "which", lambda name: "/usr/bin/xfoil" if name == "xfoil" else None)
+    monkeypatch.setattr(S.shutil, "which", lambda name, path=None: "/usr/bin/xfoil" if name == "xfoil" else None)
     with pytest.raises(UserError, match="apt install gcc"): S.Xfoil()
     S.trap_stub.cache_clear()
 
 
 def test_fallback_and_its_absence(monkeypatch):
     pytest.importorskip("neuralfoil", reason="neuralfoil is not installed")
-    monkeypatch.setattr(S.shutil, "which", lambda name: None)
+    monkeypatch.setattr(S.shutil, "which", lambda name, path=None: None)
     assert S.pick_solver().name == "neuralfoil"
     monkeypatch.setitem(__import__("sys").modules, "neuralfoil", None)
     with pytest.raises(UserError, match="apt install xfoil.*pip install neuralfoil"): S.pick_solver()

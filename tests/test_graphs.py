@@ -394,3 +394,34 @@ def test_policies_propose_on_a_gpu(data, rng_seed):
     drawn.log_pf.sum().backward()
     assert drawn.x.device.type == "cuda" and (problem.objective(0, drawn.x) > 0).all() and problem.features(0, drawn.x).isfinite().all()
     assert (problem.predicted(0, drawn.x) == 1).all()
+
+
+def test_what_is_no_graph_or_formula_is_refused():
+    from flashoptim_nb.data.graphs import checked, formula_graph, make_graph, random_3sat
+    for n, edges in ((3, [[0, 3]]), (3, [[-1, 0]]), (3, [[1, 1]]), (3, [[0, 1.5]]), (3, [[0, float("nan")]]), (3, [[0, 1, 2], [1, 2, 0]]), (3, [0, 1]), (3, [[0, 1], [2]]), (3, [["a", "b"]]), (3, [[0, None]]),
+                     (3, [[True, False]]), (0, []), (-1, []), (2.5, []), (True, []), (2**40, [])):
+        with pytest.raises(UserError): print(n, edges), make_graph("g", n, edges)
+    assert make_graph("g", 3, [[1, 0], [0, 1], [2, 1]]).edges.tolist() == [[0, 1], [1, 2]] and not len(make_graph("g", 3, []).edges)
+    for clauses in ([], [[]], [[1], []], [[1, 0]], [[1.5]], [[1, float("nan")]], [["a"]], [[[1]]], [[2**70]], [[2**15]], [[True]], [[None]], [1, 2], None):
+        with pytest.raises(UserError): print(clauses), formula_graph("f", clauses)
+    assert formula_graph("f", [[1, -1, 1], np.array([2, -1])]).n == 5
+    graph = make_graph("g", 3, [[0, 1]])
+    for nodes in ([3], [-1], [0, 0], [0.5], [float("nan")], ["a"], [2**70], [True]):
+        with pytest.raises(UserError): print(nodes), checked(graph, nodes)
+    for ratio in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(UserError): random_3sat(5, 0, ratio)
+
+
+def test_networks_of_graphs_refuse_nodes_that_are_not_there():
+    import dataclasses
+
+    from flashoptim_nb.models.graphnet import GraphBatch, GraphNet
+    from flashoptim_nb.train.combinatorial import members
+    g = GraphBatch(torch.randn(4, 6), torch.tensor([0, 1, 2, 3]), torch.tensor([1, 0, 3, 2]), torch.tensor([0, 0, 1, 1]), torch.zeros(2, 1))
+    model = GraphNet(6, 8, 2)
+    model(g)
+    for name, wrong in (("src", 4), ("src", -1), ("dst", 4), ("dst", -1), ("of", 3), ("of", -1)):
+        with pytest.raises(UserError): model(dataclasses.replace(g, **{name: getattr(g, name).index_fill(0, torch.tensor([2]), wrong)}))
+    assert members(torch.tensor([[2, -1]]), 3).tolist() == [[False, False, True]]
+    for wrong in (3, 4, -2):
+        with pytest.raises(UserError): members(torch.tensor([[wrong, -1]]), 3)

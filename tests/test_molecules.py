@@ -206,6 +206,40 @@ def test_a_users_molecules(rng_seed):
     with pytest.raises(UserError, match="13"): MoleculeDomain(labelled.take(np.arange(4)), SMALL)
 
 
+@rdkit
+def test_missing_values_among_smiles(rng_seed):
+    "Passed over and named, or refused: in structures, fingerprints and properties alike."
+    from flashoptim_nb.data.zinc import fingerprints, fragments, properties
+    given = ["CCO", None, float("nan"), np.float32("nan"), "", " ", "no", "\ud800", "C"]
+    mine = from_smiles(given)
+    assert mine.smiles == ("CCO", "C") and [n for n, *_ in mine.skipped] == [1, 2, 3, 4, 5, 6, 7]
+    with pytest.raises(UserError, match="missing"): from_smiles(given[:2], skip=False)
+    for odd in (5, b"C", ["C"]):
+        with pytest.raises(UserError, match="each is a text"): from_smiles(["C", odd])
+    assert fingerprints(given)[1].tolist() == np.isfinite(properties(given)).all(1).tolist() == [True] + [False] * 7 + [True]
+    with pytest.raises(UserError, match="no core"): fragments(given, 2, 2)
+
+
+def test_labels_that_are_not_finite_reach_no_training():
+    qm9 = load_qm9().take(np.arange(60))
+    for value in (np.nan, np.inf):
+        gap = qm9.labels["gap"].copy()
+        gap[17] = value
+        spoiled = dataclasses.replace(qm9, labels=qm9.labels | dict(gap=gap))
+        with pytest.raises(UserError, match="1 of 60 labels of 'gap'"): load_molecules("laptop", structures=spoiled)
+
+
+def test_structures_have_to_fit_together():
+    qm9 = load_qm9().take(np.arange(20))
+    counts = qm9.counts.copy()
+    counts[3] -= 1
+    for wrong in (dict(counts=counts), dict(counts=qm9.counts[:-1]), dict(pos=qm9.pos * np.nan), dict(z=qm9.z[1:]), dict(z=qm9.z * 0), dict(smiles=qm9.smiles[1:]),
+                  dict(labels=dict(gap=qm9.labels["gap"][1:]))):
+        with pytest.raises(UserError): dataclasses.replace(qm9, **wrong)
+    for which in ([20], [-1]):
+        with pytest.raises(UserError): qm9.take(np.array(which))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("qm9pack") is None, reason="qm9pack is not installed")
 def test_all_of_qm9_holds_the_shipped_slice():
     whole, part = load_qm9("all"), load_qm9()

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from fastcore.basics import patch
 
 from ..base.errors import UserError, choose
 from ..base.machine import data_root
+from .geometry import check_structures
 from .text import DataUnavailable, read_verified
 
 # %% ../../nbs/01_data/04_molecules.ipynb #6d0c1005
@@ -38,12 +40,19 @@ class Structures:
     source: str  # where they come from
     skipped: tuple[tuple[int, str, str], ...] = ()  # place in what was given, what was given, reason
 
+    def __post_init__(self):
+        if len(self.z) or len(self.counts): check_structures(torch.as_tensor(self.pos), self.counts, torch.as_tensor(self.z))
+        odd = {name: len(column) for name, column in dict(smiles=self.smiles, **self.labels).items() if len(column) != len(self.counts)}
+        if odd: raise UserError(f"{len(self.counts)} molecules were given with another number of {', '.join(f'{name} ({n})' for name, n in odd.items())}; each molecule has one")
+
     def __len__(self): return len(self.counts)
 
 # %% ../../nbs/01_data/04_molecules.ipynb #6d0c1006
 @patch
 def take(self: Structures, which: np.ndarray) -> Structures:
     "These molecules, in this order."
+    which = np.asarray(which, np.int64)
+    if len(which) and not 0 <= which.min() <= which.max() < len(self): raise UserError(f"molecules {which.min()} to {which.max()} were asked for; there are 0 to {len(self) - 1}")
     start = np.cumsum(self.counts) - self.counts
     atoms = np.concatenate([np.arange(start[m], start[m] + self.counts[m]) for m in which] or [np.zeros(0, int)])
     return Structures(self.z[atoms], self.pos[atoms], self.counts[which], tuple(self.smiles[m] for m in which),
@@ -117,7 +126,9 @@ def _embed(smiles: str, seed: int):
     from rdkit import Chem, RDLogger
     from rdkit.Chem import AllChem
     RDLogger.DisableLog("rdApp.*")
-    mol = Chem.MolFromSmiles(smiles) if smiles.strip() else None
+    if not isinstance(smiles, str): return "missing"
+    try: mol = Chem.MolFromSmiles(smiles) if smiles.strip() else None
+    except UnicodeError: mol = None
     if mol is None: return "not a SMILES that RDKit can read"
     mol = Chem.AddHs(mol)
     others = sorted({a.GetSymbol() for a in mol.GetAtoms()} - set(SYMBOLS))
@@ -127,15 +138,19 @@ def _embed(smiles: str, seed: int):
     if AllChem.MMFFHasAllMoleculeParams(mol): AllChem.MMFFOptimizeMolecule(mol)
     return np.array([a.GetAtomicNum() for a in mol.GetAtoms()], np.uint8), mol.GetConformer().GetPositions().astype(np.float32)
 
+def _missing(s) -> bool:
+    "Whether it stands for no value in some table: None, NaN, pandas' NA."
+    return s is None or (isinstance(s, (float, np.floating)) and s != s) or type(s).__name__ == "NAType"
+
 def from_smiles(
-    smiles: list[str] | str,
+    smiles: list[str | None] | str,  # None or NaN where one is missing
     skip: bool = True,  # pass over what cannot be used, with its reason in `skipped`; False: raise
     seed: int = 0,  # of the embedding
 ) -> Structures:
     "Structures of SMILES by RDKit; raises `UserError` where RDKit is missing, nothing is left, or `skip` is off and one cannot be used."
     if importlib.util.find_spec("rdkit") is None: raise UserError("structures from SMILES need RDKit, which is not installed: `pip install rdkit`")
     smiles = [smiles] if isinstance(smiles, str) else list(smiles)
-    if odd := next((s for s in smiles if not isinstance(s, str)), None): raise UserError(f"{odd!r} among the SMILES: each is a text, such as 'CCO'")
+    if odd := [s for s in smiles if not isinstance(s, str) and not _missing(s)]: raise UserError(f"{odd[0]!r:.60} among the SMILES: each is a text, such as 'CCO'")
     done = [_embed(s, seed) for s in smiles]
     skipped = tuple((n, s, d) for n, (s, d) in enumerate(zip(smiles, done)) if isinstance(d, str))
     good = [(s, d) for s, d in zip(smiles, done) if not isinstance(d, str)]

@@ -85,6 +85,7 @@ def _valued(graph: Graph, number: int, sets: int, seed: int, solver: str, second
     return found
 
 def _stacked(sets: list[np.ndarray]) -> np.ndarray:
+    if max((int(s.max()) for s in sets if len(s)), default=0) > 2**15 - 1: raise UserError(f"a graph of more than {2**15:,} nodes was given; partial sets are stored in 16 bits: set max_nodes to {2**15:,} at most")
     out = np.full((len(sets), max(map(len, sets), default=1)), -1, np.int16)
     for row, s in zip(out, sets): row[:len(s)] = s
     return out

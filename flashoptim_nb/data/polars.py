@@ -18,8 +18,8 @@ import numpy as np
 from ..base.config import content_hash
 from ..base.errors import UserError
 from ..base.machine import data_root
-from .airfoils import coordinates, cst_matrix, load_shapes, stations
-from .solvers import Xfoil, NeuralFoil
+from .airfoils import check_parameters, coordinates, cst_matrix, load_shapes, stations
+from .solvers import Xfoil, NeuralFoil, operating_points
 from .text import read_xz
 
 # %% ../../nbs/01_data/05b_polars.ipynb #a3f00006
@@ -121,6 +121,8 @@ def label_shapes(
     Res,  # Reynolds numbers
 ) -> Labelled:
     "Solves every shape at every angle and Reynolds number; what did not converge is counted."
+    (alphas, Res), parameters = operating_points(alphas, Res), check_parameters(parameters)
+    if len(tuple(names)) != len(parameters): raise UserError(f"{len(tuple(names))} names were given for {len(parameters)} shapes; each has one")
     began, shape = time.perf_counter(), (len(parameters), len(Res), len(alphas))
     airfoil, Re, alpha = (m.ravel() for m in np.meshgrid(np.arange(len(parameters)), np.asarray(Res, float), np.asarray(alphas, float), indexing="ij"))
     if hasattr(solver, "of_parameters"):

@@ -61,6 +61,11 @@ def read_zinc(
     return Zinc(smiles, np.array(values).reshape(-1, 2), counts, content_hash([smiles, np.round(values, 6).tolist()]))
 
 # %% ../../nbs/01_data/08_zinc.ipynb #0800000a
+def _molecule(Chem, s):
+    "RDKit's molecule; None for what is none: a missing value, another thing than a text, a text that RDKit cannot read."
+    try: return Chem.MolFromSmiles(s) if isinstance(s, str) and s.strip() else None
+    except UnicodeError: return None
+
 def properties(
     smiles: Sequence[str | None],
 ) -> np.ndarray:  # n x 2, fp64: logP and QED, NaN where there is no molecule
@@ -68,7 +73,7 @@ def properties(
     Chem, _, QED, Crippen, _ = _rdkit()
     rows = []
     for s in smiles:
-        molecule = Chem.MolFromSmiles(s) if s else None
+        molecule = _molecule(Chem, s)
         try: rows.append([Crippen.MolLogP(molecule), QED.qed(molecule)] if molecule and molecule.GetNumAtoms() else [np.nan] * 2)
         except (ValueError, RuntimeError): rows.append([np.nan] * 2)
     return np.array(rows, float).reshape(-1, 2)
@@ -85,7 +90,7 @@ def fingerprints(
     generator = generators.GetMorganGenerator(radius=1, fpSize=places)
     counts, ok = np.zeros((len(smiles), places), np.uint8), np.zeros(len(smiles), bool)
     for i, s in enumerate(smiles):
-        molecule = Chem.MolFromSmiles(s) if s else None
+        molecule = _molecule(Chem, s)
         if molecule is None or not molecule.GetNumAtoms(): continue
         counts[i], ok[i] = np.minimum(generator.GetCountFingerprintAsNumPy(molecule), 255), True
     return counts, ok
@@ -118,7 +123,7 @@ def fragments(
     Chem, BRICS, *_ = _rdkit()
     seen, together, bad = Counter(), pairs(), 0
     for s in smiles:
-        molecule = Chem.MolFromSmiles(s)
+        molecule = _molecule(Chem, s)
         if molecule is None: bad += 1
         else: seen.update(sorted(BRICS.BRICSDecompose(molecule)))
     ranked = sorted(seen, key=lambda f: (-seen[f], f))

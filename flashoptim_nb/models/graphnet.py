@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..base.errors import UserError
+from ..base.errors import UserError, check_indices
 
 # %% ../../nbs/04_models/05_graphnet.ipynb #5e010006
 @dataclass(frozen=True)
@@ -119,6 +119,8 @@ class GraphNet(GraphEncoder):
         self.node, self.mix, self.head = nn.Linear(width, width), nn.Linear(2 * width, width), nn.Linear(width, targets)
 
     def forward(self, batch: GraphBatch) -> torch.Tensor:  # fp32 (G, targets)
+        for nodes in (batch.src, batch.dst): check_indices(nodes, len(batch.x), "nodes of edges")
+        check_indices(batch.of, len(batch) + 1, "numbers of graphs")
         g = F.gelu(self.node(self.nodes(batch.x, batch.src, batch.dst))).float()
         total = torch.zeros(len(batch) + 1, g.shape[1], device=g.device).index_add_(0, batch.of, g)[:-1]
         count = torch.zeros(len(batch) + 1, 1, device=g.device).index_add_(0, batch.of, torch.ones(len(g), 1, device=g.device))[:-1].clamp_(min=1)

@@ -14,10 +14,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..base.errors import UserError, choose
-from ..data.airfoils import cst_matrix, load_shapes, stations
+from ..base.errors import UserError, check_labels, choose
+from ..data.airfoils import check_parameters, cst_matrix, load_shapes, stations
 from ..data.polars import Labelled, Table, label_shapes, load_table, same_shapes, select, split_airfoils
-from ..data.solvers import NeuralFoil, pick_solver
+from ..data.solvers import NeuralFoil, operating_points, pick_solver
 from ..models.airfoil import AirfoilNet, width_for as nearest_width
 
 # %% ../../nbs/05_train/11_aerodynamics.ipynb #a6f00006
@@ -39,8 +39,9 @@ N_CONTOUR = 64  # stations a side
 
 def _raw_features(parameters, alpha, Re):
     "Parameters, sine and cosine of the angle, log Re: fp64 (n, 21)."
-    a = np.deg2rad(np.asarray(alpha, float))
-    return np.concatenate([np.asarray(parameters, float), np.stack([np.sin(a), np.cos(a), np.log(np.asarray(Re, float))], -1)], -1)
+    parameters, (alpha, Re) = check_parameters(parameters), operating_points(alpha, Re)
+    a = np.deg2rad(alpha)
+    return np.concatenate([parameters, np.stack([np.sin(a), np.cos(a), np.log(Re)], -1)], -1)
 
 class Aerodynamics:
     "A `train.surrogate.Domain` over a table of polars."
@@ -58,9 +59,10 @@ class Aerodynamics:
     ):
         self.table, self.parts, self.width, self.depth, self.contour = table, parts, width, depth, contour
         self.rows = {name: np.flatnonzero(np.isin(table.airfoil, part)) for name, part in parts.items()}
-        self.data_hash, self.counts = table.hash, table.counts | {name: len(rows) for name, rows in self.rows.items()}
         raw = _raw_features(table.parameters[table.airfoil], table.alpha, table.Re)
-        y = np.stack([table.CL, np.log(table.CD)], -1)
+        with np.errstate(all="ignore"): y = np.stack([table.CL, np.log(table.CD)], -1)
+        check_labels(torch.tensor(y), self.targets)  # a drag of zero or less has no logarithm
+        self.data_hash, self.counts = table.hash, table.counts | {name: len(rows) for name, rows in self.rows.items()}
         train = self.rows["train"]
         self.shift, self.scale = raw[train].mean(0), np.maximum(raw[train].std(0), 1e-6)
         self.mean, self.std = (torch.tensor(f(y[train], axis=0), dtype=torch.float32) for f in (np.mean, np.std))

@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..base.errors import UserError, choose
+from ..base.errors import UserError, check_indices, choose
 from ..data.graphs import Graph, graphs_folder
 from ..data.partial import SPLITS, Labels, draw_labels, load_labels, make_labels, split_graphs
 from ..models.graphnet import GraphBatch, GraphNet, graphnet_width, pad_graphs
@@ -49,7 +49,8 @@ def members(
     sets: torch.Tensor,  # int (rows, k), node numbers, -1 for none
     n: int,  # nodes of the graph
 ) -> torch.Tensor:  # bool (rows, n)
-    "Which nodes each set holds."
+    "Which nodes each set holds; refuses nodes that the graph does not have."
+    check_indices(sets, n, "nodes of sets", ignore=-1)
     held = torch.zeros(len(sets), n + 1, dtype=torch.bool, device=sets.device)
     return held.scatter_(1, torch.where(sets < 0, n, sets).long(), True)[:, :n]
 

@@ -11,7 +11,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..base.errors import UserError, choose
+from ..base.errors import UserError, check_labels, choose
 from ..data.geometry import Geometry, Molecules
 from ..data.molecules import Structures, load_qm9, split_molecules
 from ..models.dimenet import DIMENET, DimeNetConfig, DimeNetPP
@@ -48,6 +48,7 @@ class MoleculeDomain:
         self.counts = dict(given=given, used=len(used), skipped={"beyond the limit": len(structures) - len(used), **({"unusable": len(structures.skipped)} if structures.skipped else {})})
         self.geometry = Geometry(torch.from_numpy(self.structures.z), torch.from_numpy(self.structures.pos), self.structures.counts, config.cutoff, device)
         self.y = torch.from_numpy(np.stack([self.structures.labels[t] for t in targets], 1)).float()
+        check_labels(self.y, self.targets)
         train = self.y[self.splits["train"]].double()
         self.mean, self.std = train.mean(0).float(), train.std(0).float()
         self._rooms = {}

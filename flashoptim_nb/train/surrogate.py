@@ -126,6 +126,8 @@ class SurrogateTask:
         self.wide = copy.deepcopy(model) if precision.optimizer == "flash_adamw" and not trial else None  # what narrow buffers were, for evaluation in fp32
         cast_weights(model, precision)
         self.model = model.to(self.device).train()
+        if not (domain.mean.isfinite() & domain.std.isfinite() & (domain.std > 0)).all():
+            raise UserError(f"the training labels of {domain.name} have the mean {domain.mean.tolist()} and the deviation {domain.std.tolist()}: some are not finite, or all are the same; nothing can be learned from them")
         self.rows, self.steps = domain.size("train"), recipe.steps(domain.size("train"))
         lr = torch.tensor(recipe.lr, device=self.device) if capturable else recipe.lr
         self.optimizer = optimizer_of(self.model, precision, lr=lr, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay, clip=recipe.clip, capturable=capturable)

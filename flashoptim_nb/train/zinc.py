@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..base.errors import choose
+from ..base.errors import UserError, check_labels, choose
 from ..data.zinc import PLACES, PROPERTIES, Fragments, Zinc, fingerprints, fragments, read_zinc
 
 # %% ../../nbs/05_train/13_zinc.ipynb #13a00006
@@ -68,7 +68,10 @@ class Drugs:
         used = np.flatnonzero(ok)
         first, last = int(0.8 * len(used)), int(0.9 * len(used))
         self.rows = dict(train=used[:first], val=used[first:last], test=used[last:])
+        if zinc.values.shape != (len(zinc.smiles), len(PROPERTIES)): raise UserError(f"values of the shape {zinc.values.shape} were given for {len(zinc.smiles)} molecules; each has a logP and a QED")
+        if len(used) < 10: raise UserError(f"{len(used)} molecules are left to learn from; take at least 10")
         self.fingerprint, self.y = torch.from_numpy(counts), torch.from_numpy(zinc.values).float()
+        check_labels(self.y[used], self.targets)
         self.mean, self.std = self.y[self.rows["train"]].mean(0), self.y[self.rows["train"]].std(0)
         self.counts = zinc.counts | dict(used=len(used), skipped=zinc.counts["skipped"] | {"no molecule": int((~ok).sum())}) | {k: len(v) for k, v in self.rows.items()}
 
