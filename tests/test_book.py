@@ -3,14 +3,16 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.base.machine import repo_root
-from flashoptim_nb.base.records import RunWriter
+from flashoptim_nb.base.records import RunWriter, only_writer
 from flashoptim_nb.judge.criteria import CRITERIA
 from flashoptim_nb.judge.decisions import CHECKPOINTS
 from flashoptim_nb.report.book import BookError, book_toc, build_book, check_site, is_chapter, notebook_paths, run_scales
@@ -184,7 +186,58 @@ def test_a_failing_cell_leaves_the_old_book(built, tmp_path):
     with pytest.raises(BookError, match=r"nbs/h1/01_cost.ipynb, cell 3 \(x / 0\): ZeroDivisionError"):
         build_book(site, [records], nbs=bad)
     assert text_of(site, "h1/01_cost") == before
-    assert not [p for p in site.parent.iterdir() if p.name.startswith(".book-") and p.name != ".book-cache"], "nothing is left behind"
+    assert not [p for p in site.parent.iterdir() if p.name.startswith(".") and p.name != ".book-cache"], "nothing is left behind"
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from flashoptim_nb.report.book import _aside, _replace
+out = Path(sys.argv[1])
+with _aside(out, out.with_name(".book-cache")) as aside:
+    (aside / "half of a page").write_text("")
+    (out.with_name(".book-cache") / "0123.part").write_text("half of a notebook")
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_killed_build_leaves_the_old_book_and_nothing_for_ever(tmp_path):
+    from flashoptim_nb.report.book import _aside
+    out, cache = tmp_path / "site", tmp_path / ".book-cache"
+    out.mkdir(), (out / "page").write_text("old")
+    process = subprocess.Popen([sys.executable, "-c", BUILD, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    with pytest.raises(UserError, match="is being written by another run"), _aside(out, cache): pass
+    assert len([*tmp_path.rglob("half of a page")]) == 1, "what a living build needs stays"
+    process.kill(), process.wait()
+    assert (out / "page").read_text() == "old" and len([*tmp_path.rglob("half of a page")]) == 1
+    with _aside(out, cache) as aside: assert not list(aside.iterdir())
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".book-cache", ".lock", "page", "site"]
+
+
+def test_a_book_that_was_about_to_be_replaced_comes_back(built, tmp_path):
+    folder, nbs, records, site = built
+    shutil.copytree(site, tmp_path / ".site-unfinished" / "old")  # killed between two renames
+    bad = tmp_path / "nbs"
+    shutil.copytree(nbs, bad)
+    notebook(bad / "h1" / "01_cost.ipynb", "# Cost", "1 / 0")
+    with pytest.raises(BookError, match="ZeroDivisionError"): build_book(tmp_path / "site", [records], nbs=bad)
+    assert text_of(tmp_path / "site", "h1/01_cost") == text_of(site, "h1/01_cost") and not (tmp_path / ".site-unfinished").exists()
+
+
+def test_two_builds_do_not_share_a_place(built, tmp_path):
+    folder, nbs, records, site = built
+    with only_writer(tmp_path / ".book-cache"), pytest.raises(UserError, match="is being written by another run"):
+        build_book(tmp_path / "site", [records], nbs=nbs)
+    assert not (tmp_path / "site").exists()
+
+
+def test_a_note_of_an_earlier_failure_fails_nothing(tmp_path):
+    notebook(tmp_path / "good.ipynb", "1 + 1")
+    (tmp_path / "good.error").write_text("an hour ago")
+    assert execute_all([Job("good", tmp_path / "good.ipynb", tmp_path / "good.out", {})]) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good.ipynb", "good.out"]
 
 
 def test_a_warning_fails_the_build(built, tmp_path):

@@ -3,6 +3,7 @@ import json
 import os
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -40,6 +41,87 @@ def test_mistakes_are_answered_in_words(words, told, tmp_path):
     status, _, error = command(*words, *(("--out", tmp_path) if words[0] == "run" else ()))
     assert status == 2 and told in error and "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def place(tmp_path):
+    "A folder of studies beside a file."
+    shutil.copytree(RECORDS / "protocol", tmp_path / "studies" / "h1-laptop" / "protocol")
+    (tmp_path / "file").write_text("a file")
+    return tmp_path
+
+
+def listed(place): return {str(path.relative_to(place)): path.stat().st_mtime_ns for path in place.rglob("*")}
+
+
+def answered(capsys, *words):
+    "The status and the words of a command, in this process."
+    from flashoptim_nb.cli.main import main
+    try: status = main([*map(str, words)])
+    except SystemExit as left: status = left.code
+    return status, capsys.readouterr().err
+
+
+WRITES = dict(run="run h1 --scale laptop", dry="run h1 --scale laptop --dry-run", h2="run h2 --scale laptop", quality="quality --scale laptop", bench="bench --works tiny --times 1", book="book")
+
+
+@pytest.mark.parametrize("out, told", [("file", "cannot write to"), ("file/deeper", "cannot write to"), ("studies/h1-laptop", "within the records"), ("studies/h1-laptop/protocol/new", "within the records"), ("", "empty name")])
+@pytest.mark.parametrize("name", WRITES)
+def test_a_place_that_cannot_be_written_to_is_refused_first(name, out, told, place, capsys):
+    before = listed(place)
+    status, said = answered(capsys, *WRITES[name].split(), "--out", place / out if out else "")
+    assert status == 2 and told in said and listed(place) == before
+
+
+@pytest.mark.parametrize("words, told", [
+    ("quality --scale laptop --steps 0", "steps are 1 or more"), ("quality --scale laptop --steps -3", "steps are 1 or more"),
+    ("quality --scale laptop --seeds -1", "seeds from 0"), (f"quality --scale laptop --seeds 0 {2**70}", "seeds from 0"),
+    ("quality --scale laptop --minutes nan", "minutes above 0"), ("quality --scale laptop --configs adam", "did you mean"),
+    ("bench --times 0", "at least 1"), ("bench --works 125M", "unknown tensor set"), ("bench --molecules --largest", "one at a time"),
+    ("bench --molecules --works small", "leave them out"), ("bench --molecules --blocks pig", "unknown implementation"), ("bench --molecules --precisions fp64", "unknown precision"),
+    ("run h2 --scale laptop --workers 0", "at least 1"), ("run h2 --scale laptop --minutes 0", "more than 0"), ("run h2 --scale laptop --arms tests", "unknown arm"),
+    ("run h2 --scale laptop --domains molecule", "did you mean"), ("run h1 --scale laptop --device cuda:99999", "choose one of: auto"), ("run h1 --scale gpu --device cpu --dry-run", "is measured on a GPU"),
+    ("run h1 --scale laptop --device xpu --dry-run", "choose one of: auto"), ("run h2 --scale gpu --device cpu --dry-run", "is measured on a GPU"),
+    ("run h1 --scale laptop --confirm H1-CX", "unknown checkpoint"), ("run h1 --scale laptop --confirm H1-CA", "nothing waits"),
+    ("book --serve --port 99999", "is no port"), ("book --serve --port -1", "is no port"), ("verdict h1 --records nowhere", "holds no records"), ("book --records nowhere", "holds no records"),
+])
+def test_a_value_is_looked_at_before_anything_is_begun(words, told, place, capsys):
+    before = listed(place)
+    out = () if words.startswith("verdict") else ("--out", place / "new")
+    status, said = answered(capsys, *words.split(), *out)
+    assert status == 2 and told in said and listed(place) == before
+
+
+def test_a_port_in_use_is_told_before_the_book_is_built(place, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        status, said = answered(capsys, "book", "--serve", "--port", taken.getsockname()[1], "--out", place / "new")
+    assert status == 2 and "name another with --port" in said and not (place / "new").exists()
+
+
+@pytest.mark.parametrize("name, value, told", [
+    ("FLASHOPTIM_DATA", "file", "is not a folder"), ("FLASHOPTIM_DATA", "none", "is not a folder"), ("FLASHOPTIM_PLATFORMS", "none", "cannot be read"), ("FLASHOPTIM_PLATFORMS", "file", "is not JSON"),
+    ("FLASHOPTIM_RECORDS", "none", "is not a folder"), ("FLASHOPTIM_CACHE", "file", "FLASHOPTIM_CACHE"), ("FLASHOPTIM_COMMIT", "not a commit", "FLASHOPTIM_COMMIT is"), ("FLASHOPTIM_COMMIT", "unknown", "FLASHOPTIM_COMMIT is"),
+])
+@pytest.mark.parametrize("words", ["run h1 --scale laptop", "run h2 --scale laptop --dry-run", "doctor"])
+def test_a_variable_of_the_wrong_form_is_refused_first(words, name, value, told, place, capsys, monkeypatch):
+    from flashoptim_nb.base.machine import commit
+    monkeypatch.setenv(name, value if name == "FLASHOPTIM_COMMIT" else str(place / value))
+    commit.cache_clear()
+    before = listed(place)
+    status, said = answered(capsys, *words.split(), *(("--out", place / "new") if words != "doctor" else ()))
+    assert status == 2 and told in said and listed(place) == before
+
+
+@pytest.mark.parametrize("home", [dict(HOME=None, XDG_CACHE_HOME=None), dict(HOME="/dev/null", XDG_CACHE_HOME=""), dict(HOME="nowhere", XDG_CACHE_HOME="relative")], ids=["unset", "not writable", "relative"])
+def test_no_home_is_needed(home, monkeypatch, tmp_path):
+    from flashoptim_nb.data.text import load_text
+    from flashoptim_nb.data.tokenize import cache_folder, load_tokenizer, tokens_of
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FLASHOPTIM_CACHE", raising=False)
+    for key, value in home.items(): monkeypatch.delenv(key, raising=False) if value is None else monkeypatch.setenv(key, value)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: (_ for _ in ()).throw(KeyError("no such user")))
+    assert cache_folder().is_absolute()
+    assert len(tokens_of(load_text("sotu", "validation"), load_tokenizer("sotu-2048"))) and not list(tmp_path.iterdir())
 
 
 def test_a_data_folder_that_is_none(tmp_path):

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from flashoptim_nb.base.records import problems, read_study
 
@@ -101,3 +102,36 @@ def test_killed_at_random_moments(how, uninterrupted, tmp_path, rng_seed):
         assert again[run] == uninterrupted[run], run
     assert not [line for folder in (tmp_path / "h1-laptop").iterdir() if folder.is_dir() for line in problems(folder)]
     assert not list((tmp_path / "h1-laptop").glob("*/*.safetensors")), "a finished run keeps no checkpoint"
+
+
+class Counts:
+    "A task whose state is a number."
+    def __init__(self): self.n = torch.zeros(1)
+    def step(self, n): self.n += 1; return dict(loss=1.0, grad_norm=1.0, lr=1.0, skipped=0, tokens=1)
+    def state_dict(self): return dict(n=self.n)
+    def load_state_dict(self, state): self.n = state["n"]
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    from flashoptim_nb.cli.runs import is_done
+    from flashoptim_nb.train.loop import Interrupted, fit
+    run, header = tmp_path / "r", dict(run="r", settings_hash="s")
+    def litter():
+        for name in (".tmpAb1Xyz", "checkpoint.new", "rows.new", "rows.1.new"): (run / name).write_bytes(b"half of it")
+    def files(): return sorted(path.name for path in run.iterdir())
+    with pytest.raises(Interrupted): fit(Counts(), run, header, steps=4, checkpoint_every=1, stopped=lambda: True)
+    assert files() == ["checkpoint.safetensors", "rows.jsonl"]
+    litter()
+    (run / "notes.txt").write_text("a user's own")
+    assert fit(task := Counts(), run, header, steps=4, checkpoint_every=1) == "finished" and task.n == 4
+    assert files() == ["notes.txt", "rows.jsonl"]
+    litter()  # killed after its last row
+    assert is_done(run, header) and files() == ["notes.txt", "rows.jsonl"]
+
+
+def test_a_checkpoint_that_could_not_be_written_leaves_nothing(tmp_path, monkeypatch):
+    from flashoptim_nb.train import checkpoint
+    def stop(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(checkpoint.os, "fsync", stop)
+    with pytest.raises(KeyboardInterrupt): checkpoint.save(tmp_path / "checkpoint.safetensors", dict(n=torch.zeros(3)))
+    assert not list(tmp_path.iterdir())

@@ -70,7 +70,9 @@ def _git(*words) -> str | None:
 @lru_cache
 def commit() -> str:
     "The commit of the checkout, `+changes` if the package's files differ from it, or a statement that it is not known."
-    if given := os.environ.get("FLASHOPTIM_COMMIT"): return given
+    if given := os.environ.get("FLASHOPTIM_COMMIT"):
+        if re.fullmatch(r"(?!unknown|not.reported)[\w./+-]{4,100}", given): return given
+        raise UserError(f"FLASHOPTIM_COMMIT is {given!r}; it has to name the commit that this copy was made from, as `git rev-parse HEAD` prints it there")
     if not (head := _git("rev-parse", "HEAD")): return "unknown: not a git checkout"
     return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no", "--", "flashoptim_nb") else "")
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROWS', 'LONGEST_ROW', 'REHEARSAL', 'FULL', 'REQUIRED', 'PLACEHOLDER', 'NO_SIZE', 'RecordError', 'finite', 'Run',
            'read_run', 'incomplete', 'complete', 'read_study', 'frame', 'study_name', 'study_origin', 'find_studies',
-           'attempts', 'RunWriter', 'disk_error', 'only_writer', 'examine', 'problems']
+           'attempts', 'RunWriter', 'disk_error', 'only_writer', 'check_place', 'examine', 'problems']
 
 # %% ../../nbs/00_base/04_records.ipynb #d55de7ee
 import errno
@@ -307,6 +307,21 @@ def only_writer(
         except OSError as error: raise disk_error(error, folder) from error
         yield folder
     finally: os.close(lock)
+
+# %% ../../nbs/00_base/04_records.ipynb #1ab82620
+def check_place(
+    folder: str | Path,  # where something is to be written; need not be there
+):
+    "Raises `UserError` where nothing can be written, or within a study's or a run's own directory. Makes nothing."
+    folder = Path(folder).absolute()
+    try:
+        there = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+        if not there.is_dir(): raise NotADirectoryError(errno.ENOTDIR, "", str(there))
+        if not os.access(there, os.W_OK | os.X_OK): raise PermissionError(errno.EACCES, "", str(there))
+    except OSError as error: raise disk_error(error, folder) from error
+    for path in (folder, *folder.parents):
+        if (path / ROWS).is_file() or study_origin(path).get("study") == path.name or path == folder and any(path.glob(f"*/{ROWS}")):
+            raise UserError(f"{folder} lies within the records in {path}; name a folder of studies, or another place, with --out")
 
 # %% ../../nbs/00_base/04_records.ipynb #d04f07ab
 REQUIRED = dict(run="which run it is", hypothesis="the hypothesis", study="the study", scale="the scale", role="the size that it stands for",

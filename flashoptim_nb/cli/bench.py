@@ -22,7 +22,7 @@ from ..base.records import REHEARSAL, RunWriter, only_writer, study_name
 from .h2runs import keep_search
 from ..judge.criteria import CRITERIA_HASH
 from ..measure.largest import largest
-from ..measure.molecules import benchmark_molecules
+from ..measure.molecules import IMPLEMENTATIONS, PRECISIONS, benchmark_molecules
 from ..measure.optimizers import PEERS, TENSOR_SETS, benchmark, released_peak, row_text
 from ..train.molecules import MoleculeDomain, load_molecules
 from ..train.precision import CONFIGS
@@ -79,6 +79,8 @@ def bench_molecules(
 ) -> Path:
     "Times DimeNet++'s training steps and records them; returns the run's folder."
     if measured.get("steps", 1) < 1: raise UserError(f"{measured['steps']} timed steps were asked for; at least 1 is needed")
+    for kind, names, known in (("implementation", "implementations", IMPLEMENTATIONS), ("precision", "precisions", PRECISIONS)):
+        for name in measured.get(names, ()): choose(kind, name, known)
     where = pick_device(device)
     if where.type != "cuda" and "domain" not in measured: raise UserError(f"DimeNet++'s steps over the shipped molecules want a GPU, and the device is {where}: on a CPU they take most of an hour; leave --molecules out here")
     domain = measured.pop("domain", None) or load_molecules("gpu", config=measured.get("network", "published"), device=where)

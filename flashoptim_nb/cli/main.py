@@ -31,6 +31,19 @@ def _studies(given: list[str]) -> list[Path]:
     return list(study_folders(given, overlaid=False).values()) if given else list(study_folders(record_folders()).values())
 
 # %% ../../nbs/10_cli/08_main.ipynb #ba429dc0
+def _check_surroundings(args):
+    "Raises `UserError` for a place that cannot be written to and for a variable of this package that does not hold what it names, before anything is begun."
+    from flashoptim_nb.base.machine import commit, repo_root
+    from flashoptim_nb.base.records import check_place
+    from flashoptim_nb.data.text import data_folder
+    from flashoptim_nb.measure.cost import known_platforms
+    from flashoptim_nb.report.shown import record_folders
+    data_folder(), known_platforms(), record_folders(), commit()
+    if cache := os.environ.get("FLASHOPTIM_CACHE"):
+        try: check_place(cache)
+        except UserError as error: raise UserError(f"FLASHOPTIM_CACHE: {error}".replace("with --out", "in FLASHOPTIM_CACHE")) from None
+    if hasattr(args, "out"): check_place(args.out or repo_root() / ("_book" if args.command == "book" else "runs"))
+
 class _Stop:
     "Remembers that a signal asked the study to stop."
     def __init__(self):
@@ -55,10 +68,12 @@ def _refuse(args, names: tuple[str, ...], why: str):
 def _run_h1(args) -> int:
     from flashoptim_nb.base.machine import repo_root
     from flashoptim_nb.cli.h1 import Study
+    from flashoptim_nb.cli.journal import device_for
     from flashoptim_nb.cli.scales import SCALES
     from flashoptim_nb.cli.stages import dry_run, narrow
     _refuse(args, ("domains", "arms", "workers", "graphs", "minutes"), "its runs are chosen by --sizes and --configs, and one is made at a time")
     scale = choose("scale", args.scale, SCALES)
+    if args.device: device_for(scale, args.device)
     if args.dry_run: return dry_run(narrow(scale, args.sizes, args.configs))
     study = Study(scale, args.out or repo_root() / "runs", device=args.device or scale.device, roles=args.sizes, configs=args.configs, stopped=_Stop())
     return study.run(args.confirm)
@@ -67,11 +82,13 @@ def _run_h2(args) -> int:
     from flashoptim_nb.base.machine import repo_root
     from flashoptim_nb.cli.h2 import SurrogateStudy, check_request, dry_run
     from flashoptim_nb.cli.h2scales import ARMS, SCALES, narrow
+    from flashoptim_nb.cli.journal import device_for
     _refuse(args, ("sizes",), "its runs are chosen by --domains, --configs and --arms; 1x and 2x are part of a configuration's name")
     scale = choose("scale", args.scale, SCALES)
     for arm in args.arms or (): choose("arm", arm, ARMS)
     workers = 1 if args.workers is None else args.workers
     check_request(workers, args.minutes)
+    if args.device: device_for(scale, args.device)
     if args.dry_run: return dry_run(narrow(scale, args.domains, args.configs), args.arms or ARMS)
     study = SurrogateStudy(scale, args.out or repo_root() / "runs", device=args.device or scale.device, domains=args.domains, configs=args.configs, arms=args.arms,
                            workers=workers, graphs=bool(args.graphs), minutes=args.minutes, stopped=_Stop())
@@ -110,7 +127,9 @@ def _verdict(args) -> int:
 
 def _book(args) -> int:
     from flashoptim_nb.base.machine import repo_root
-    from flashoptim_nb.report.book import build_book, serve
+    from flashoptim_nb.report.book import build_book, check_port, serve
+    if args.serve: check_port(args.port)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # children are ended, and what is half made is removed
     studies = _studies(args.records)
     _tell_unfinished(studies)
     out = build_book(args.out or repo_root() / "_book", studies if args.records else None)
@@ -123,6 +142,8 @@ def _bench(args) -> int:
     from flashoptim_nb.base.errors import UserError
     from flashoptim_nb.cli.bench import bench, bench_largest, bench_molecules
     if args.blocks and not args.molecules or args.precisions and not (args.molecules or args.largest): raise UserError("--blocks belongs to --molecules, --precisions to --molecules or --largest")
+    if args.molecules and args.largest: raise UserError("--molecules and --largest are two benchmarks; ask for one at a time")
+    if (args.works or args.optimizers) and (args.molecules or args.largest): raise UserError("--works and --optimizers belong to the optimizers' steps; leave them out with --molecules and --largest")
     if args.molecules:
         chosen = {key: tuple(value) for key, value in (("implementations", args.blocks), ("precisions", args.precisions)) if value}
         print(f"recorded in {bench_molecules(args.out or repo_root() / 'runs', device=args.device, steps=args.times, **chosen)}")
@@ -225,6 +246,10 @@ def _doctor(args) -> int:
     return 0
 
 # %% ../../nbs/10_cli/08_main.ipynb #5c6d2f83
+def _folder(text: str) -> Path:
+    if not text.strip(): raise argparse.ArgumentTypeError("an empty name; leave it out, or name a folder")
+    return Path(text)
+
 def _parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser("flashoptim-nb", description="Does FlashOptim lower the cost of training, and make larger surrogates fit? Run the protocol, judge its records, read the book.",
                                   epilog="A first tour: `doctor`, then `run h1 --scale laptop`, `verdict h1`, `book --serve`.")
@@ -252,7 +277,7 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
     run.add_argument("--workers", type=int, metavar="N", help="h2: training runs at once on one device (default: 1); memory and time are measured alone")
     run.add_argument("--minutes", type=float, metavar="M", help="h2: stop after so many minutes, to be gone on with by the same command")
     run.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: what the scale says)")
-    run.add_argument("--out", type=Path, help="where studies are kept (default: runs/ of the checkout)")
+    run.add_argument("--out", type=_folder, help="where studies are kept (default: runs/ of the checkout)")
     run.add_argument("--confirm", nargs="+", default=[], metavar="CHECKPOINT", help="let a study go on that this checkpoint paused, having looked into its reason")
     run.add_argument("--dry-run", action="store_true", help="print the scale's configuration and what it would run (h1: with projected time and cost); run nothing")
 
@@ -265,8 +290,8 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
 
     book = command("book", _book, help="build the book from the records", description="Executes the chapters over the records and builds the site; offline.")
     book.add_argument("--serve", action="store_true", help="serve it on this machine when it is built")
-    book.add_argument("--port", type=int, default=8000)
-    book.add_argument("--out", type=Path, help="where the site goes (default: _book/ of the checkout)")
+    book.add_argument("--port", type=int, default=8000, help="with --serve (default: 8000; 0: any that is free)")
+    book.add_argument("--out", type=_folder, help="where the site goes (default: _book/ of the checkout)")
     book.add_argument("--records", nargs="+", default=[], metavar="FOLDER", help="folders of studies, or studies (default: data/records, overlaid by runs/)")
 
     check = command("check", _check, help="verify records", description="Refuses records that miss their origin, are damaged, or whose decisions do not replay; says why.")
@@ -283,7 +308,7 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
     bench.add_argument("--precisions", nargs="+", metavar="NAME", help="--molecules: only these of fp32, tf32, mixed_bf16, flash (default: all); --largest: these configurations (default: fp32 mixed_bf16 flash flash_fused)")
     bench.add_argument("--times", type=int, default=20, help="timed steps behind each median")
     bench.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    bench.add_argument("--out", type=Path, help="where records are kept (default: runs/ of the checkout)")
+    bench.add_argument("--out", type=_folder, help="where records are kept (default: runs/ of the checkout)")
 
     quality = command("quality", _quality, help="compare optimizers on whole training runs", description="Trains GPTs with the same data in the same order by AdamW and Lion, and by the same rules in FlashOptim's formats.",
                       epilog="examples:\n  flashoptim-nb quality --scale laptop\n  flashoptim-nb quality --scale gpu --seeds 0 1 2 3 --configs adamw flash_adamw")
@@ -294,7 +319,7 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
     quality.add_argument("--steps", type=int, help="optimizer steps (default: the scale's)")
     quality.add_argument("--minutes", type=float, metavar="M", help="stop after so many minutes, to be gone on with by the same command")
     quality.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    quality.add_argument("--out", type=Path, help="where studies are kept (default: runs/ of the checkout)")
+    quality.add_argument("--out", type=_folder, help="where studies are kept (default: runs/ of the checkout)")
 
     doctor = command("doctor", _doctor, help="what this machine can do", description="What this machine can do, and why (not).")
     doctor.add_argument("--json", action="store_true")
@@ -311,6 +336,7 @@ def main(
         if getattr(args, "hypothesis", None):
             from flashoptim_nb.judge.surrogates import HYPOTHESES
             choose("hypothesis", args.hypothesis, HYPOTHESES)
+        if args.command not in ("verdict", "check"): _check_surroundings(args)
         return args.function(args)
     except UserError as error:
         print(f"flashoptim-nb: {visible(str(error), keep=chr(10))}", file=sys.stderr)

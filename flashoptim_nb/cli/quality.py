@@ -63,8 +63,8 @@ def quality(
     choose("scale", scale, PARTS)
     choose("recipe", recipe, RECIPES)
     seeds = [*seeds]
-    if steps is not None and steps < 1 or minutes is not None and not minutes > 0 or any(seed < 0 for seed in seeds):
-        raise UserError(f"steps {steps}, minutes {minutes}, seeds {seeds}: steps are 1 or more, minutes above 0, seeds 0 or more")
+    if steps is not None and steps < 1 or minutes is not None and not minutes > 0 or any(not 0 <= seed < 2**32 for seed in seeds):
+        raise UserError(f"steps {steps}, minutes {minutes}, seeds {seeds}: steps are 1 or more, minutes above 0, seeds from 0 to {2**32 - 1}")
     for config in (configs := [*configs]): choose("configuration", config, OPTIMIZERS)
     where, whole = pick_device(device), SCALES[scale]
     if whole.device == "cuda" and where.type != "cuda": raise UserError(f"scale {scale!r} is trained on a GPU, and there is none here; rehearse with --scale laptop")

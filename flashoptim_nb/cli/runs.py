@@ -28,6 +28,7 @@ from ..measure.memory import free, largest_micro_batch, memory_by_class
 from ..measure.timing import Stopwatch, throughput, utilization
 from ..models.gpt import CHECKPOINTING, GPTConfig
 from ..models.sizes import gpt_config
+from ..train.checkpoint import clear_aside
 from ..train.loop import CHECKPOINT, COLD_STEPS, same_origin
 from ..train.stack import STACKS, Stack
 from ..train.task import LMTask, Recipe
@@ -102,7 +103,8 @@ def is_done(
     if not (run := recorded(folder)) or run.status == "unavailable": return False  # what was never made has no settings or data
     same_origin(folder, run.header, header, ("settings_hash", "data_hash"))
     if run.status in AGAIN: return False
-    (folder / CHECKPOINT).unlink(missing_ok=True)
+    (folder / CHECKPOINT).unlink(missing_ok=True)  # killed after its last row
+    clear_aside(folder)
     return True
 
 def recorded(

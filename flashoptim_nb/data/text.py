@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETS', 'HELD_OUT', 'Split', 'DataUnavailable', 'TextSet', 'text_hash', 'read_verified', 'read_xz', 'hub_reachable',
-           'find_text', 'shared_with', 'text_identity', 'load_text']
+           'data_folder', 'find_text', 'shared_with', 'text_identity', 'load_text']
 
 # %% ../../nbs/01_data/00_text.ipynb #3a81dad0
 import hashlib
@@ -197,7 +197,8 @@ def _hub_rows(spec: Split) -> Iterator[dict]:
     except Exception as error: raise _hub_failed(spec, error) from error
 
 # %% ../../nbs/01_data/00_text.ipynb #592a1b81
-def _folder() -> Path | None:
+def data_folder() -> Path | None:
+    "The folder in `FLASHOPTIM_DATA`, if it is set; raises `UserError` if it is none."
     if not (given := os.environ.get("FLASHOPTIM_DATA")): return None
     if not Path(given).is_dir(): raise UserError(f"FLASHOPTIM_DATA names {given}, which is not a folder; correct it, or unset it to use the hub")
     return Path(given)
@@ -205,7 +206,7 @@ def _folder() -> Path | None:
 def _locate(name: str, split: str) -> tuple[Split, str, Path | None]:
     "A split, its source and, where that has files, their root; raises `DataUnavailable` with what each place answered."
     spec = choose(f"split of {name}", split, choose("text", name, SETS))
-    root = data_root() if spec.shipped else _folder()
+    root = data_root() if spec.shipped else data_folder()
     missing = [f for f in spec.files if root is None or not (root / f).is_file()]
     if not missing: return spec, ("shipped" if spec.shipped else "folder"), root
     if spec.shipped: raise DataUnavailable(f"{root} lacks {', '.join(missing)}, which the project ships; restore it with `git checkout -- data`")

@@ -7,9 +7,11 @@ __all__ = ['EOT', 'TOKENIZERS', 'Tokenizer', 'train_bpe', 'load_tokenizer', 'cac
            'stream_tokens']
 
 # %% ../../nbs/01_data/01_tokenize.ipynb #c78267d8
+import atexit
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -98,8 +100,17 @@ def load_tokenizer(
 
 # %% ../../nbs/01_data/01_tokenize.ipynb #b339ea34
 def cache_folder() -> Path:
-    "Where tokens are kept."
-    return Path(os.environ.get("FLASHOPTIM_CACHE") or Path.home() / ".cache" / "flashoptim_nb")
+    "Where tokens are kept: the folder in FLASHOPTIM_CACHE, else this package's in the user's cache; without a home one that goes with this process."
+    if given := os.environ.get("FLASHOPTIM_CACHE"): return Path(given)
+    kept = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    if not os.path.isabs(kept): kept = os.path.join(os.path.expanduser("~"), ".cache")  # the standard: a relative one is ignored
+    return Path(kept) / "flashoptim_nb" if os.path.isabs(kept) else _of_this_process()
+
+@lru_cache
+def _of_this_process() -> Path:
+    folder = tempfile.mkdtemp(prefix="flashoptim-cache-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 def _kept(stem: Path) -> tuple[np.ndarray, str] | None:
     "Tokens that were kept, mapped, and their SHA-256; None where they are not there or not whole."

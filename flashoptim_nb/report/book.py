@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'LAYERS', 'MARKER', 'is_chapter', 'notebook_paths', 'book_toc', 'write_toc', 'tree_hash', 'surroundings',
-           'records_hash', 'BookError', 'execute_book', 'run_sphinx', 'check_site', 'run_scales', 'build_book', 'serve']
+           'records_hash', 'BookError', 'execute_book', 'run_sphinx', 'check_site', 'run_scales', 'build_book',
+           'check_port', 'serve']
 
 # %% ../../nbs/09_report/06_book.ipynb #910db335
 import hashlib
@@ -13,11 +14,12 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,7 +29,7 @@ import yaml
 from ..base.config import content_hash
 from ..base.errors import UserError
 from ..base.machine import capabilities, repo_root, safe_path
-from ..base.records import ROWS
+from ..base.records import ROWS, check_place, only_writer
 from .guard import page_problems, read_page, remote_loads
 from .notebooks import Job, dress, execute_all, split_directives
 from .shown import RECORDS, full_name, load_runs, record_folders, study_folders
@@ -154,8 +156,16 @@ def _vega(
     path = cache / f"vega-{vl_convert.__version__}.js"
     if not path.is_file():
         cache.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"(() => {{{vl_convert.javascript_bundle()}}})();")  # its names would collide with Sphinx's
+        path.with_suffix(".part").write_text(f"(() => {{{vl_convert.javascript_bundle()}}})();")  # its names would collide with Sphinx's
+        path.with_suffix(".part").replace(path)
     return path
+
+_SPHINX = """
+import os, threading
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()  # leaves with the process that asked for it
+from jupyter_book.cli.main import main
+main()
+"""
 
 def run_sphinx(
     source: Path,  # dressed notebooks with _config.yml and _toc.yml
@@ -164,7 +174,10 @@ def run_sphinx(
 ) -> Path:
     "The built site; raises `BookError` with what Sphinx complained about."
     words = ["build", str(source), "--path-output", str(aside), "--quiet", "--keep-going", *(["-W"] if strict else [])]
-    with safe_path(): done = subprocess.run([sys.executable, "-P", "-c", "from jupyter_book.cli.main import main; main()", *words], capture_output=True, text=True)
+    theirs, ours = os.pipe()
+    try:
+        with safe_path(): done = subprocess.run([sys.executable, "-P", "-c", _SPHINX, *words], stdin=theirs, capture_output=True, text=True)
+    finally: os.close(theirs), os.close(ours)
     said = re.sub(r"\x1b\[[0-9;]*m", "", done.stderr).replace(f"{source}/", "nbs/")
     site = aside / "_build" / "html"
     if done.returncode or not (site / "index.html").is_file():
@@ -197,13 +210,28 @@ def _prepare(nbs: Path, aside: Path) -> Path:
 
 def _replace(new: Path, out: Path, aside: Path):
     "Puts `new` where `out` is; readers see one or the other."
-    if out.exists(): out.rename(aside / "old")
+    if out.exists(): out.rename(aside.parent / "old")
     new.rename(out)
 
+@contextmanager
+def _aside(out: Path, cache: Path) -> Iterator[Path]:
+    "A working folder beside `out`, for one build at a time. What a killed build left is removed, and a book that it was about to replace comes back."
+    root = out.with_name(f".{out.name}-unfinished")
+    def clear():
+        if (root / "old").exists() and not out.exists(): (root / "old").rename(out)
+        shutil.rmtree(root, ignore_errors=True)
+    with only_writer(cache):
+        clear()
+        for left in [*cache.glob("*.part"), *cache.glob("*.error")]: left.unlink()
+        try:
+            root.mkdir(parents=True)
+            yield Path(tempfile.mkdtemp(dir=root))
+        finally: clear()
+
 def _writable(out: Path):
+    check_place(out)
     if out.exists() and not (out / MARKER).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise BookError(f"{out} exists and is not a book that was built here, so it is not replaced; name another folder, or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
 
 # %% ../../nbs/09_report/06_book.ipynb #a1cd54d5
 def build_book(
@@ -217,12 +245,11 @@ def build_book(
 ) -> Path:
     "Builds the whole book and returns its folder; raises `BookError` and leaves what was there if anything is wrong."
     out, nbs = Path(out).absolute(), Path(nbs or repo_root() / "nbs")
-    cache = Path(cache or out.with_name(".book-cache")).absolute()
     folders = [Path(f).absolute() for f in (record_folders() if records is None else records)]
     _writable(out)
+    cache = Path(cache or out.with_name(".book-cache")).absolute()
     known, can = run_scales(folders), {"cuda": capabilities()["cuda"].ok}
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".book-", ignore_cleanup_errors=True) as aside:
-        aside = Path(aside)
+    with _aside(out, cache) as aside:
         source = _prepare(nbs, aside)
         executed = execute_book(source, notebook_paths(source), cache, folders, workers)
         for name, path in executed.items():
@@ -236,14 +263,22 @@ def build_book(
     return out
 
 # %% ../../nbs/09_report/06_book.ipynb #423d8f0b
+def check_port(
+    port: int,  # 0: any that is free
+):
+    "Raises `UserError` for a port at which nothing can be served."
+    if not 0 <= port <= 65535: raise UserError(f"{port} is no port; name one from 1 to 65535 with --port")
+    try: socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error: raise UserError(f"cannot serve at port {port}: {error.strerror}; name another with --port") from error
+
 def serve(
     site: Path,  # a built book
     port: int = 8000,
 ) -> int:
     "Serves the book to this machine's browsers until Ctrl-C; returns the exit status. Raises `UserError` where the port is taken."
+    check_port(port)
     handler = partial(SimpleHTTPRequestHandler, directory=str(site))
-    try: server = ThreadingHTTPServer(("127.0.0.1", port), handler)
-    except OSError as error: raise UserError(f"cannot serve at port {port}: {error.strerror}; name another with --port") from error
+    server = ThreadingHTTPServer(("127.0.0.1", port), handler)
     print(f"reading at http://127.0.0.1:{server.server_port}/ (Ctrl-C ends)", flush=True)
     with server, suppress(KeyboardInterrupt): server.serve_forever()
     return 0

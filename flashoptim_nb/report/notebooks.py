@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Mapping
@@ -94,15 +95,21 @@ class Job:
     threads: int = 1
     alone: bool = False  # uses the GPU, so runs when nothing else does
 
+def _leave_with_parent():
+    "Ends this process when the one that asked for it is gone, killed or not."
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
 def _work(job: Job):
     "In a process of its own: read, execute, write."
     import torch
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     os.environ.update(job.env)
     torch.set_num_threads(job.threads)
     notebook = json.loads(job.source.read_text())
     sys.path.insert(0, str(job.source.parent))
     try:
-        with tempfile.TemporaryDirectory() as own, chdir(job.source.parent):
+        with tempfile.TemporaryDirectory(dir=job.source.parent, prefix=".ipython-") as own, chdir(job.source.parent):
             os.environ["IPYTHONDIR"] = own  # IPython keeps a history, which parallel shells would fight over
             execute(notebook, job.name, {"cuda": capabilities()["cuda"].ok})
     except NotebookError as error: job.target.with_suffix(".error").write_text(str(error))
@@ -132,6 +139,7 @@ def execute_all(
         while waiting or running:
             while waiting and len(running) < (1 if waiting[0].alone else workers):
                 process = context.Process(target=_work, args=(job := waiting.pop(0),))
+                job.target.with_suffix(".error").unlink(missing_ok=True)  # of an earlier try
                 with safe_path(): process.start()  # the first starts the fork server
                 running[process.sentinel] = job, process, time.monotonic() + limit
             ready = wait(list(running), timeout=1)

@@ -15,7 +15,7 @@ import torch
 
 from ..base.errors import UserError
 from ..base.records import RunWriter, finite, read_run
-from .checkpoint import load, save
+from .checkpoint import clear_aside, load, save
 
 # %% ../../nbs/05_train/03_loop.ipynb #75d85684
 class Task(Protocol):
@@ -92,6 +92,7 @@ def fit(
 ) -> str:
     "Trains until `steps` or a decision; returns the run's status. Raises `Interrupted` after a stop, `Paused` where a decision wants a pause."
     path = Path(folder) / CHECKPOINT
+    clear_aside(folder)
     writer, start = _resume(path, task, header, callbacks) if path.exists() else (RunWriter(folder, header=header), 0)
     status, reason = "finished", ""
     def checkpoint(n):
