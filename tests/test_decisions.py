@@ -1,13 +1,14 @@
 "Checkpoints at their thresholds, the monitor against a plain reading of its rule, replay from records."
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from test_verdict import no_waiting_for_the_disk, pair, read_study, write  # noqa: F401 - the first is a fixture of all tests here
 
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.base.records import RunWriter, read_run
-from flashoptim_nb.judge.decisions import ACTIONS, CHECKPOINTS, MEMORY_BUDGET, SETTLED, WINDOW, Instability, Monitor, decide, decide_early, decide_from, projected_seconds, replay, still_holds
+from flashoptim_nb.judge.decisions import ACTIONS, CHECKPOINTS, MEMORY_BUDGET, SETTLED, WINDOW, Instability, Monitor, decide, decide_early, decide_from, early_values, projected_seconds, replay, still_holds
 from flashoptim_nb.judge.evidence import Evidence, evidence_table
 from flashoptim_nb.judge.table import count_spikes
 
@@ -275,3 +276,22 @@ def test_the_pace_is_that_of_what_was_chosen():
     tried = [dict(checkpointing="none", micro_batch=8, fits=False), dict(checkpointing="selective", micro_batch=8, fits=True, tokens_per_s=1000.0)]
     assert projected_seconds(dict(micro=8, checkpointing="selective", tried=tried), 5000) == 5.0
     assert projected_seconds(dict(micro=8, checkpointing="none", tried=[]), 5000) is None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None, "0.3", True])
+@pytest.mark.parametrize("id, key", [("H1-CA", "utilization"), ("H1-CA", "nan_rate"), ("H1-CB", "cost_saving[1B]"), ("H1-CB", "quality_gap[1B]"), ("H1-CC", "memory_saving[1B]"), ("H1-CE", "cost_saving[7B]")])
+def test_a_value_that_is_no_number_does_not_pass(id, key, bad):
+    decision = decide(id, GOOD | {key: bad})
+    assert decision.action == "pause" and f"not measured: {key}" in decision.why
+
+
+@pytest.mark.parametrize("side", ["baseline", "flashoptim_full"])
+@pytest.mark.parametrize("nll", [None, float("nan"), 30.0])
+def test_an_early_decision_takes_no_earlier_loss(tmp_path, nll, side):
+    runs = {run.id: run for run in early(tmp_path)}
+    for name, run in runs.items():
+        made = [dict(kind="eval", set="c4 (tracked)", step=step, tokens=10, nll=nll if (name, step) == (side, 3) else 30.0) for step in (1, 2, 3)]
+        runs[name] = replace(run, rows=run.rows[:1] + made + run.rows[1:])
+    gap = early_values(runs["flashoptim_full"], runs["baseline"], 4)["quality_gap[1B]"]
+    assert gap == (0 if nll == 30.0 else None)
+    if gap is None: assert decide_early(runs["flashoptim_full"], runs["baseline"], 4).action != "continue"

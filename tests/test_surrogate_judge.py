@@ -359,6 +359,60 @@ def test_a_lost_surrogate_is_not_left_out(tmp_path, lost):
     assert judge(GAP > 0.9, lambda q: estimate).status == Status.MET
 
 
+@pytest.mark.parametrize("how", [dict(mae=float("nan")), dict(mae=float("inf")), dict(status="failed", reason="disk full"), dict(status="oom"), dict(status="aborted")], ids=str)
+@pytest.mark.parametrize("side", ["fp32", "mixed_bf16"])
+def test_whichever_of_a_pair_is_lost_nothing_is_equivalent(tmp_path, how, side):
+    for seed in range(5):
+        for config in ("fp32", "mixed_bf16"): write(tmp_path, config, seed, **(how if seed == 4 and config == side else dict(mae=0.1)))
+    estimate = evidence(tmp_path).estimate(GAP)
+    assert estimate.n == 4 and estimate.bound == "at least" and f"{side}, seed 4, {how.get('status', 'no number')}" in estimate.note and "TOST" not in estimate.note
+    assert judge(All(GAP <= 1.05, GAP >= 1 / 1.05), lambda q: estimate).status == Status.INCONCLUSIVE
+
+
+def test_where_all_surrogates_are_lost_the_criterion_is_open(tmp_path):
+    for role in DOMAINS:
+        for seed in range(5): write(tmp_path, "fp32", seed, role), write(tmp_path, "mixed_bf16", seed, role, **(dict(status="failed") if role == "molecules" else dict(mae=0.1)))
+    found = judged(read_study(tmp_path))
+    part = next(part for part in found["H2-F1"]["parts"] if part["at"].startswith("molecules"))
+    assert (part["status"], part["value"]) == ("inconclusive", None) and "5 of 5 surrogates came to nothing" in part["reason"]
+    assert (found["H2-F1"]["status"], found["H2-S2"]["status"]) == ("inconclusive", "met")  # two of three domains are enough for S2
+
+
+def test_lost_on_both_sides_is_no_equivalence_either(tmp_path):
+    for seed in range(5):
+        for config in ("fp32", "mixed_bf16"): write(tmp_path, config, seed, mae=float("nan") if seed == 4 else 0.1)
+    estimate = evidence(tmp_path).estimate(GAP)
+    assert estimate.n == 4 and "lost on both sides" in estimate.note and estimate.bound == ""
+    assert [judge(f, lambda q: estimate).status for f in (GAP <= 1.05, GAP > 1.1)] == [Status.INCONCLUSIVE, Status.NOT_MET]
+
+
+@pytest.mark.parametrize("how", [dict(status="oom"), dict(status="failed"), dict(peak=float("nan"), rate=float("nan"))], ids=str)
+def test_memory_and_speed_that_were_lost_open_the_estimate(tmp_path, how):
+    for seed in range(5): write(tmp_path, "fp32", seed, arm="speed"), write(tmp_path, "mixed_bf16", seed, arm="speed", **(how if seed == 4 else dict(peak=6e9)))
+    e = evidence(tmp_path)
+    assert [e.estimate(Q(name, "molecules")).bound for name in ("peak_saving", "speed_ratio", "epoch_ratio")] == ["at most", "at most", ""]  # epochs are timed in training
+    assert [judge(f, e.estimate).status for f in (Q("peak_saving", "molecules") >= 0.3, Q("peak_saving", "molecules") < 0.5)] == [Status.INCONCLUSIVE, Status.MET]
+
+
+def test_an_optimizer_that_found_nothing_over_fp32_lowers_no_bar(tmp_path):
+    for seed in range(5): write(tmp_path, "fp32", seed, found=7.0), write(tmp_path, "mixed_bf16", seed, found=6.9)
+    writer = RunWriter(tmp_path / "gpu-molecules-train-fp32-GPU A-0")
+    writer.append("solution", problem="one", method="reinforce", instance=0, run=0, objective=None, predicted=1.0, unit="1")
+    writer.end("finished")
+    loss = evidence(tmp_path).estimate(Q("solution_loss", "molecules"))
+    assert loss.bound == "at least" and loss.value == pytest.approx(1 - 6.9 / 7) and "1 runs have no partner's solution" in loss.note
+
+
+def test_a_loss_scale_that_is_no_number_is_low(tmp_path):
+    for seed in range(3):
+        run = write(tmp_path, "mixed_fp16", seed, loss_scale=65536.0)
+        writer = RunWriter(run.folder)
+        writer.append("step", step=41, loss=1.0, skipped=False, tokens=64, loss_scale=float("inf"))
+        writer.end("finished")
+    e = evidence(tmp_path, stack="mixed_fp16")
+    assert e.estimate(Q("low_scale_share", "molecules", config="mixed_fp16")).value == 1.0 and e.estimate(Q("scaled_share", "molecules", config="mixed_fp16")).value == pytest.approx(40 / 41)
+
+
 def test_without_power_nothing_is_equivalent(tmp_path):
     for seed, error in enumerate((0.1025, 0.0975, 0.1)):
         write(tmp_path, "fp32", seed, mae=0.1 / (1 + seed / 1000))

@@ -3,14 +3,18 @@ import json
 import os
 import random
 
+import numpy as np
+import pandas as pd
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from flashoptim_nb.base.config import content_hash
 from flashoptim_nb.base.records import RunWriter, problems, read_run, read_study
 from flashoptim_nb.judge.criteria import CRITERIA, CRITERIA_HASH, H1
 from flashoptim_nb.judge.evidence import Evidence, evidence_table
 from flashoptim_nb.judge.expression import Q
-from flashoptim_nb.judge.verdict import _outcome, verdict
+from flashoptim_nb.judge.verdict import _outcome, entry, verdict
 
 SIZES = ("1B", "7B", "13B")
 STATUSES = {"met", "not met", "inconclusive", "not measured", "no evidence at this scale"}
@@ -401,3 +405,131 @@ def test_runs_of_the_same_id_in_two_studies_are_told_apart(tmp_path):
         whole = by_id(verdict(order))["H1"]
         assert len(whole["stale"]) == 6 and all(name.startswith("h1-gpu/") for name in whole["stale"])
         assert "6 training runs" in whole["reason"] and "3 seeds" in whole["reason"]
+
+
+# --- what is lost
+
+def lose(folder, role="124M", seeds=4, lost="flashoptim_full", gap=0.001, at=3, **how):
+    "Pairs of which the last lacks a run, in the way that `how` says, or has its final loss not a number."
+    for seed in range(seeds):
+        for config, nll in (("baseline_strong", 3.0), ("flashoptim_full", 3.0 + gap * (1 + seed / 10))):
+            write(folder, config, seed, role=role, **(how if config == lost and seed >= at else dict(nll=nll)))
+    return by_id(verdict(read_study(folder)))
+
+
+LOST = [dict(nll=float("nan")), dict(nll=float("inf")), dict(status="failed", reason="disk full"), dict(status="oom"), dict(status="aborted")]
+
+
+@pytest.mark.parametrize("lost", ["flashoptim_full", "baseline_strong"])
+@pytest.mark.parametrize("how", LOST, ids=str)
+def test_a_lost_run_opens_the_estimate_and_is_named(tmp_path, how, lost):
+    found = lose(tmp_path, lost=lost, **how)
+    assert lose(tmp_path / "whole", seeds=3)["H1-S3"]["status"] == "met"
+    assert found["H1-S3"]["status"] == "inconclusive"
+    for id in ("H1-S3", "H1-F2"):
+        part = next(part for part in found[id]["parts"] if part["term"] == "quality_gap[124M]")
+        assert part["status"] == "inconclusive" and part["n"] == 3 and part["bound"] == "at least"
+        assert "1 of 4 pairs came to nothing" in part["reason"] and f"{lost}, seed 3, {how.get('status', 'no number')}" in part["reason"]
+        assert "TOST" not in part["reason"] and "power" not in part["reason"] and len(part["records"]) == 8
+
+
+@pytest.mark.parametrize("how", LOST, ids=str)
+def test_where_all_are_lost_nothing_is_met(tmp_path, how):
+    pair(tmp_path, roles=("1B",), arms=("best",))  # where nothing is lost
+    found = lose(tmp_path, at=0, **how)
+    part = found["H1-S3"]["parts"][0]
+    assert (part["status"], part["value"], part["interval"]) == ("inconclusive", None, None) and "4 of 4 pairs came to nothing" in part["reason"]
+    assert found["H1-S3"]["status"] == "inconclusive" and found["H1-S3"]["parts"][2]["status"] == "met"  # 1B by itself
+
+
+def test_harm_is_not_undone_by_losing_a_run(tmp_path):
+    bad = dict(gap=0.06, role="1B")
+    assert [lose(tmp_path / "whole", seeds=3, **bad)[id]["status"] for id in ("H1-F2", "H1-D2")] == ["met"] * 2
+    for how in LOST: assert [lose(tmp_path / str(how), seeds=3, at=2, **bad, **how)[id]["status"] for id in ("H1-F2", "H1-D2")] == ["met"] * 2, how
+
+
+def test_lost_on_both_sides_is_named_and_no_evidence(tmp_path):
+    for seed in range(4):
+        for config in ("baseline_strong", "flashoptim_full"): write(tmp_path, config, seed, nll=float("nan") if seed == 3 else 3.0 + seed / 1000 * (config == "flashoptim_full"))
+    part = by_id(verdict(read_study(tmp_path)))["H1-S3"]["parts"][2]
+    assert part["status"] == "inconclusive" and part["n"] == 3 and "lost on both sides" in part["reason"] and part["bound"] == "" and len(part["interval"]) == 2
+
+
+def test_an_earlier_evaluation_is_not_taken_for_a_lost_one(tmp_path):
+    for seed in range(4):
+        for config in ("baseline_strong", "flashoptim_full"):
+            run = write(tmp_path, config, seed)
+            if seed == 3 and config == "flashoptim_full":
+                writer = RunWriter(run.folder)
+                for name in ("wikitext103", "c4"): writer.append("eval", step=11, set=name, nll=float("nan"), tokens=1000)
+                writer.end("finished")
+    e = Evidence(evidence_table(read_study(tmp_path)), "baseline_strong", device="GPU A")
+    for q in (Q("quality_gap", "1B"), Q("quality_gap", "1B", set="c4"), Q("steps_ratio", "1B"), Q("cost_saving", "1B")):
+        assert e.estimate(q).n == 3 and "seed 3, no number" in e.estimate(q).note, q
+    assert e.estimate(Q("throughput_ratio", "1B")).n == 4  # its speed was measured
+
+
+def test_a_target_that_is_not_reached_is_a_bound(tmp_path):
+    e = Evidence(evidence_table(pair(tmp_path, roles=("1B",), gap=5.0)), "baseline", device="GPU A")
+    steps, saving = e.estimate(Q("steps_ratio", "1B")), e.estimate(Q("cost_saving", "1B"))
+    assert (steps.value, steps.bound, saving.bound) == (pytest.approx(1.2), "at least", "at most") and "had not reached" in steps.note  # after 11 steps of 10, one more at the least
+
+
+def test_a_platform_whose_runs_were_lost_is_not_left_out(tmp_path):
+    for device, speed in (("GPU A", 1.3), ("GPU B", 1.33)): pair(tmp_path, roles=("1B",), speed=speed, device=device)
+    assert by_id(verdict(read_study(tmp_path)))["H1-S6"]["status"] == "met"
+    for seed in range(3):
+        write(tmp_path, "baseline_strong", seed, device="GPU C")
+        write(tmp_path, "flashoptim_full", seed, device="GPU C", status="failed")
+    found = by_id(verdict(read_study(tmp_path)))["H1-S6"]
+    assert found["status"] == "inconclusive" and "GPU C" in found["parts"][0]["reason"]
+
+
+def test_losses_that_are_no_numbers_may_hide_spikes(tmp_path):
+    for seed in range(3):
+        write(tmp_path, "baseline_strong", seed)
+        write(tmp_path, "flashoptim_full", seed, losses=[4, 9, 4, 9, 4, 9, 4, 3, 4, 4, 4], skipped=(8,))
+    entry = by_id(verdict(read_study(tmp_path)))["H1-F7"]
+    assert (entry["status"], entry["value"], entry["interval"]) == ("inconclusive", 3, [3, 4]) and "not numbers" in entry["reason"]
+
+
+BETTER = {"success": ("not met", "inconclusive", "met"), "failure": ("met", "inconclusive", "not met"), "falsification": ("met", "inconclusive", "not met")}
+
+
+def standing(table):
+    "How far each criterion is on the side of the claim."
+    side, evidences = H1.sides[0], [Evidence(table, "baseline_strong", device="GPU A")]
+    found = [entry(c, evidences, side) for c in H1.criteria]
+    return {e["id"]: BETTER[e["kind"]].index("inconclusive" if e["status"] == "not measured" else e["status"]) for e in found}
+
+
+def damage(row, how):
+    "A row of the table whose run came to no number, or to nothing."
+    nan = how if isinstance(how, float) else None
+    if isinstance(how, str): return row | dict(status=how, curves={}, peak=None, tokens_per_s=None, gpu_s_per_token=None)
+    return row | dict(peak=nan, tokens_per_s=nan, gpu_s_per_token=nan, curves={name: {n: x if n < 11 else nan for n, x in curve.items()} for name, curve in row["curves"].items()})
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        return evidence_table(pair(tmp_path_factory.mktemp("four"), seeds=4, roles=("124M", *SIZES), references=("baseline_strong",)))
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), center=st.tuples(st.floats(0.8, 1.6), st.floats(-0.2, 0.6), st.floats(-0.1, 0.1)), spread=st.sampled_from([0.0, 0.001, 0.02]),
+       how=st.sampled_from([float("nan"), float("inf"), "failed", "oom", "aborted"]), side=st.sampled_from(["flashoptim_full", "baseline_strong"]), many=st.booleans())
+def test_losing_a_run_never_helps(four, data, center, spread, how, side, many):
+    rng, rows = np.random.default_rng(data.draw(st.integers(0, 99))), []
+    for row in four.to_dict("records"):
+        speed, saved, gap = center if row["config"] == "flashoptim_full" else (1.0, 0.0, 0.0)
+        rate, noise = 1000 * speed * (1 + spread * rng.normal()), spread * rng.normal()
+        rows.append(row | dict(tokens_per_s=rate, gpu_s_per_token=1 / rate, peak=16e9 * (1 - saved) * (1 + spread * rng.normal()),
+                               curves={name: {n: 3 + gap + noise + 1 - n / 11 for n in range(12)} for name in ("wikitext103", "c4")}))
+    seeds = data.draw(st.sets(st.integers(0, 3), min_size=1, max_size=4 if many else 1))
+    lost = [damage(row, how) if row["seed"] in seeds and row["config"] == side else row for row in rows]
+    before, after = (standing(pd.DataFrame(some, dtype=object)) for some in (rows, lost))
+    if len(seeds) == 1: assert all(after[id] <= before[id] for id in before), [(id, before[id], after[id]) for id in before if after[id] > before[id]]
+    assert not [id for id in before if after[id] == 2 > before[id]]  # however many are lost, nothing comes to speak for the claim
+    assert after["H1-S3"] < 2 and (how == "oom" and side == "baseline_strong" and len(seeds) == 4 or after["H1-S1"] < 2)

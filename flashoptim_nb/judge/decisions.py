@@ -19,10 +19,10 @@ from ..base.records import Run
 from .criteria import COMPONENTS, REFERENCE_PPL, SIZES, UNITS
 from .evidence import Evidence
 from .expression import Any, AnyTested, AtLeast, EveryTested, Formula, Leaf, Q, Status, judge, number_text, quantities, text
-from .statistics import exact, missing
+from .statistics import exact, is_number, missing
 from .surrogate_evidence import lacking  # noqa: F401 - so that what the surrogates' rules look at can be measured
 from .surrogates import BROKEN, DOMAINS, EXPECTED, PRIMARY, PUBLISHED, failing
-from .table import evidence_table, is_number, nan_steps, spiked
+from .table import ends_in_numbers, evidence_table, nan_steps, per_token, spiked
 from ..measure.plan import plan_protocol
 
 # %% ../../nbs/08_judge/05_decisions.ipynb #f179efad
@@ -130,13 +130,13 @@ def _told(leaf: Leaf) -> str:
 # %% ../../nbs/08_judge/05_decisions.ipynb #cf7cdd6e
 def decide(
     id: str,  # "H1-CA" to "H1-CF", "H1-CM", "H2-CA" to "H2-CF"
-    values: Mapping[str, float | None],  # by the quantity's key, as "cost_saving[1B]"; None or absent: not measured
+    values: Mapping[str, float | None],  # by the quantity's key, as "cost_saving[1B]"; None, absent or not a number: not measured
     enforced: bool = False,  # whether the action is carried out
     evidence: dict | None = None,  # noted in the decision
 ) -> Decision:
     "The gravest action that a rule calls for; raises `UserError` for an unknown checkpoint."
     checkpoint = choose("checkpoint", id, ALL_CHECKPOINTS)
-    look = lambda q: missing("") if values.get(q.key) is None else exact(values[q.key])
+    look = lambda q: exact(values[q.key]) if is_number(values.get(q.key)) else missing("")
     judged = [(rule.action, judge(rule.formula, look)) for rule in checkpoint.rules]
     called = {rule: "; ".join(_told(leaf) for leaf in result.leaves if leaf.status == Status.MET)
               for rule, result in reversed(judged) if result.status == Status.MET}
@@ -193,17 +193,20 @@ def early_values(
     baseline: Run,  # with the same seed
     step: int,  # steps up to here, held-out losses before
 ) -> dict[str, float | None]:
-    "The values of H1-CB at a step; None for what the records do not tell."
+    "The values of H1-CB at a step; None for what the records do not tell, or where it is not a number."
     def pace(r):
         warm = [row["seconds"] / row["tokens"] for row in r.of("step") if row["step"] <= step and not row.get("cold") and row.get("seconds") and row.get("tokens")]
         return median(warm) if warm else None
-    def curve(r): return {(row["set"], row["step"]): row["nll"] / row["tokens"] for row in r.of("eval") if row["set"].endswith("(tracked)") and row.get("nll") is not None and row["tokens"] and row["step"] < step}
-    ours, theirs = pace(run), pace(baseline)
-    shared = sorted(curve(run).keys() & curve(baseline).keys(), key=lambda at: at[1])
-    gap = None
-    if shared:
-        new, old = curve(run)[shared[-1]], curve(baseline)[shared[-1]]
-        gap = exp(new) - exp(old) if run.header["scale"] == "full" else REFERENCE_PPL * (new - old)
+    def curves(r):
+        found = {}
+        for row in r.of("eval"):
+            if row["set"].endswith("(tracked)") and row["step"] < step: found.setdefault(row["set"], {})[row["step"]] = per_token(row)
+        return found
+    ours, theirs, new, old = pace(run), pace(baseline), curves(run), curves(baseline)
+    gap, last = None, max(((max({*new[name], *old[name]}), name) for name in new.keys() & old.keys()), default=None)
+    if last and all(ends_in_numbers(new[last[1]], old[last[1]])):  # a loss that is not a number is no reason to take an earlier one
+        a, b = (curve[last[1]][last[0]] for curve in (new, old))
+        gap = (exp(a) - exp(b) if max(a, b) < 700 else None) if run.header["scale"] == "full" else REFERENCE_PPL * (a - b)
     return {_cost.key: 1 - ours / theirs if ours and theirs else None, _gap.key: gap, "projected_cost": float(plan_protocol().dollars.sum())}
 
 def decide_early(
@@ -247,7 +250,7 @@ class Monitor:
     def observe(self, row: Mapping) -> list[Decision]:
         "The decision on a step row, when a rule begins to hold; none otherwise."
         values = self.look(row)
-        look = lambda q: exact(values[q.key]) if q.key in values else missing("")
+        look = lambda q: exact(values[q.key]) if is_number(values.get(q.key)) else missing("")
         leaves = judge(CHECKPOINTS["H1-CM"].rules[0].formula, look).leaves
         holds = {quantities(leaf.compare)[0].name for leaf in leaves if leaf.status == Status.MET}
         before = set(self.state["holding"]) - ({"loss_streak"} if not self.state["streak"] else set())

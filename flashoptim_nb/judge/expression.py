@@ -10,8 +10,9 @@ __all__ = ['Lookup', 'Ends', 'Term', 'Q', 'Number', 'Arithmetic', 'Formula', 'Co
 # %% ../../nbs/08_judge/01_expression.ipynb #ab38191c
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from math import inf
 
 from .statistics import Estimate, exact, missing
 
@@ -197,6 +198,8 @@ Lookup = Callable[[Q], Estimate]
 Ends = tuple[float, float]
 _OPS = {"+": operator.add, "-": operator.sub, "*": operator.mul, ">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
+_OPEN = (-inf, inf)
+
 def _interval(op: str, a: Ends | None, b: Ends | None) -> Ends | None:
     "The widest that the sum, difference or product of two intervals can be; ends may be infinite."
     if a is None or b is None: return None
@@ -212,15 +215,15 @@ def estimate_of(term: Term, lookup: Lookup) -> Estimate:
     sides = [estimate_of(side, lookup) for side in (term.left, term.right)]
     records = tuple(dict.fromkeys(sides[0].records + sides[1].records))
     note = "; ".join(dict.fromkeys(side.note for side in sides if side.note))
-    if any(side.value is None for side in sides): return missing(note, records)
+    if unknown := [side for side in sides if side.value is None]: return replace(missing(note, records), reach=(-inf, inf) if all(side.reach for side in unknown) else None)
     a, b = sides
     lo, hi = _interval(term.op, *(None if side.lo is None else (side.lo, side.hi) for side in sides)) or (None, None)
-    return Estimate(value=_OPS[term.op](a.value, b.value), lo=lo, hi=hi, reach=_interval(term.op, a.ends, b.ends) if a.reach or b.reach else None,
+    return Estimate(value=_OPS[term.op](a.value, b.value), lo=lo, hi=hi, reach=_interval(term.op, a.ends or _OPEN, b.ends or _OPEN) if a.reach or b.reach else None,
                     n=min([side.n for side in sides if side.n], default=0), records=records, note=note, projected=a.projected or b.projected)
 
 # %% ../../nbs/08_judge/01_expression.ipynb #2455b9b9
 def _compare(formula: Compare, estimate: Estimate) -> Status:
-    if estimate.value is None: return Status.NOT_MEASURED
+    if estimate.value is None: return Status.INCONCLUSIVE if estimate.reach else Status.NOT_MEASURED  # lost is not unmeasured
     if not estimate.decides: return Status.INCONCLUSIVE
     holds = {_OPS[formula.op](end, formula.right) for end in estimate.ends}
     return Status.INCONCLUSIVE if len(holds) == 2 else Status.MET if holds == {True} else Status.NOT_MET

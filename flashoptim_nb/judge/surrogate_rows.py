@@ -7,15 +7,15 @@ __all__ = ['GROWN', 'errors', 'grown', 'scales', 'stuck', 'crowded', 'largest', 
 
 # %% ../../nbs/08_judge/02b_surrogate_rows.ipynb #e3b8d5f7
 import re
-from math import isfinite
 from statistics import mean, median
 
 from ..base.config import content_hash
 from ..base.records import Run
+from .statistics import is_number
 from .surrogates import BATCHES
 
 # %% ../../nbs/08_judge/02b_surrogate_rows.ipynb #2b6f8e04
-def _number(x) -> float | None: return x if isinstance(x, (int, float)) and isfinite(x) else None
+def _number(x) -> float | None: return x if is_number(x) else None
 
 def errors(run: Run) -> dict[tuple[str, str, bool], dict]:
     "Held-out errors by (target, precision, averaged): mae, rmse, n and unit."
@@ -30,16 +30,18 @@ def grown(
 ) -> bool:
     "Whether the loss ended above where it began."
     n = max(1, len(losses) // 10)
-    first, last = ([x for x in part if x is not None] for part in (losses[:n], losses[-n:]))
+    first, last = ([x for x in part if is_number(x)] for part in (losses[:n], losses[-n:]))
     return bool(losses) and (not last or bool(first) and mean(last) > GROWN * mean(first))
 
 def scales(run: Run) -> dict:
-    "Steps with a loss scale, how many of them above 1.0, and the smallest; none where the precision has no loss scale."
+    "Steps with a loss scale, how many of them above 1.0, and the smallest; one that is not a number counts as 0; none where the precision has no loss scale."
     if "fp16" not in (run.header.get("config") or ""): return dict(n=0, above=0, least=None)
+    def scale(x): return x if is_number(x) else 0.0
     if epochs := [row for row in run.of("epoch") if row.get("steps") and row.get("scaled_above") is not None]:
-        return dict(n=sum(row["steps"] for row in epochs), above=sum(row["scaled_above"] for row in epochs), least=min(row["least_scale"] for row in epochs))
-    found = [row["loss_scale"] for row in run.of("step") if row.get("loss_scale") is not None]
-    return dict(n=len(found), above=sum(scale > 1.0 for scale in found), least=min(found, default=None))
+        return dict(n=sum(row["steps"] for row in epochs), above=sum(row["scaled_above"] for row in epochs), least=min(scale(row.get("least_scale")) for row in epochs))
+    found = [row.get("loss_scale") for row in run.of("step")]
+    if not any(map(is_number, found)): return dict(n=0, above=0, least=None)
+    return dict(n=len(found), above=sum(scale(x) > 1.0 for x in found), least=min(map(scale, found)))
 
 def stuck(run: Run) -> bool:
     "Whether the last epoch skipped all of its steps."

@@ -17,7 +17,7 @@ from ..base.records import Run
 from .criteria import SIZES, H1, UNITS, Criterion, Hypothesis, Side
 from .evidence import Evidence, evidence_table
 from .expression import Judged, Leaf, Status, judge, number_text, quantities, readable, text
-from .statistics import missing
+from .statistics import is_number, missing
 from .surrogate_evidence import surrogate_coverage
 from .table import SCALES, places
 
@@ -159,10 +159,12 @@ def coverage(
     if rows.empty: return ""
     def each(column): return ", ".join(map(str, sorted(set(rows[column]))))
     steps = ", ".join(f"{role} for {'/'.join(map(str, sorted(set(part.steps))))} steps" for role, part in rows.groupby("role"))
-    ends = [f"{float(format(np.exp(np.mean(last)), '.2g')):,.0f} at {role}" for role, part in rows.groupby("role") if (last := [curve[max(curve)] for curves in part.curves if (curve := (curves or {}).get(HELD_OUT_SET))])]
+    ends = [f"{float(format(np.exp(np.mean(last)), '.2g')):,.0f} at {role}" for role, part in rows.groupby("role") if (last := [loss for curves in part.curves if (curve := (curves or {}).get(HELD_OUT_SET)) and is_number(loss := curve[max(curve)])])]
+    lost = [row["name"] for row in rows.to_dict("records") if row["status"] != "finished" or any(not is_number(curve[max(curve)]) for curve in (row["curves"] or {}).values())]
     absent = [size for size in SIZES if size not in set(rows.role)]
     return (f"this rests on {len(rows)} training runs ({steps}; {rows.seed.nunique()} seeds) on {each('device')} at {scale} scale"
             + (f", whose models ended at a perplexity of about {', '.join(ends)}" if ends else "")
+            + (f"; lost on the way: {', '.join(lost)}" if lost else "")
             + (f"; of the protocol's sizes, {', '.join(absent)} {'was' if len(absent) == 1 else 'were'} not run" if absent else ""))
 
 # %% ../../nbs/08_judge/07_verdict.ipynb #8fc2a70f

@@ -14,7 +14,9 @@ import pandas as pd
 
 from ..base.records import Run
 from ..judge.criteria import OPTIMIZER_MARGIN_NATS
-from ..judge.statistics import hedges_g, paired_interval, seeds_needed, tost, tost_power
+from ..judge.evidence import BEGAN, Sorted
+from ..judge.statistics import is_number, joined, paired_interval, seeds_needed, spread, tost
+from ..judge.table import brief, per_token
 from .charts import titled
 from .rows import rows_of, show_rows
 from .shown import Shown, full_name, load_runs, told
@@ -88,12 +90,21 @@ def final_losses(
     runs: Iterable[Run] | None = None,
     role: str = "optimizer",  # of the runs: the recipe, see `cli.quality.RECIPES`
 ) -> pd.DataFrame:
-    "The loss on a held-out set at the end of each run of the optimizers' comparison, in nats per token."
-    rows = rows_of("eval", load_runs(hypothesis="quality") if runs is None else runs, arm="quality", role=role)
-    if rows.empty: return rows
-    rows = rows[(rows["set"] == held_out)].copy()
-    rows["loss"] = rows["nll"] / rows["tokens"]
-    return rows.sort_values("step").drop_duplicates(["config", "seed"], keep="last")
+    "The loss on a held-out set at the end of each run of the optimizers' comparison, in nats per token; NaN for a run that did not come to one, with what became of it in `ended`."
+    runs = load_runs(hypothesis="quality") if runs is None else list(runs)
+    rows = rows_of("eval", runs, arm="quality", role=role)
+    if rows.empty or not (rows["set"] == held_out).any(): return pd.DataFrame()
+    last = int(rows.loc[rows["set"] == held_out, "step"].max())
+    place = dict(arm="quality", role=role, scale=rows["scale"].iloc[0], device=rows["device"].iloc[0])
+    found = {}
+    for run in sorted(runs, key=lambda run: str(run.header.get("started"))):  # of runs that were repeated the last counts
+        if run.status not in BEGAN or any(run.header.get(key) != value for key, value in place.items()): continue
+        row = next((row for row in reversed(run.of("eval")) if row.get("set") == held_out and row.get("step") == last), {})
+        loss = per_token(row) if run.status == "finished" else float("nan")
+        found[run.header.get("config"), run.header.get("seed")] = {key: run.header.get(key) for key in ("run", "study", "scale", "device", "config", "seed")} | dict(
+            set=held_out, step=last, loss=loss, name=full_name(run), status=run.status, reason=brief(run.reason),
+            ended="" if is_number(loss) else "no number" if run.status == "finished" else joined(run.status, brief(run.reason)))
+    return pd.DataFrame(list(found.values()))
 
 
 def format_gaps(
@@ -102,20 +113,20 @@ def format_gaps(
     runs: Iterable[Run] | None = None,
     role: str = "optimizer",
 ) -> pd.DataFrame:
-    "Each format against the optimizer it stands for, paired by seed: mean difference with its 90 % interval, TOST, effect size, power, and the seeds that would be needed."
+    "Each format against the optimizer it stands for, paired by seed: mean difference with its 90 % interval, TOST, effect size, power, the seeds that would be needed, and what was lost."
     losses = final_losses(held_out, runs, role)
     if losses.empty: return losses
-    found = []
+    by, found = {(row["config"], row["seed"]): row for row in losses.to_dict("records")}, []
     for config, against in ((config, against) for config, others in BESIDE.items() for against in others):
-        both = losses[losses["config"] == config].merge(losses[losses["config"] == against], on="seed", suffixes=("", "_old"))
-        if both.empty: continue
-        d = list(both["loss"] - both["loss_old"])
-        e, test = paired_interval(d, 0.90), tost(d, margin)
-        spread = pd.Series(d).std(ddof=1) if len(d) > 1 else None
-        found.append(dict(config=config, against=against, what=f"{config} against {against}", value=e.value, lo=e.lo, hi=e.hi, n=len(d), p=test.p, spread=spread,
-                          effect=hedges_g(d), power=tost_power(len(d), spread, margin) if spread else None, needed=seeds_needed(spread, margin) if spread else None,
-                          says="equivalent" if test.equivalent else "inconclusive" if test.p is None or e.lo <= margin and e.hi >= -margin else "not equivalent",
-                          scale=both["scale"].iloc[0], runs=sorted({*(both["study"] + "/" + both["run"]), *(both["study_old"] + "/" + both["run_old"])})))
+        both = [(row, by[against, seed]) for (name, seed), row in by.items() if name == config and (against, seed) in by]
+        if not both: continue
+        pairs = Sorted.of(both, lambda *pair: [is_number(row["loss"]) for row in pair])
+        d = [new["loss"] - old["loss"] for new, old in pairs.good]
+        e, test = paired_interval(d, 0.90, lost=len(pairs.lost)), tost([*d, *[float("nan")] * (len(both) - len(d))], margin)
+        s = spread(d)
+        says = "equivalent" if test.equivalent else "not equivalent" if e.ends and (e.ends[0] > margin or e.ends[1] < -margin) else "inconclusive" if pairs.whole else "no result"
+        found.append(dict(config=config, against=against, what=f"{config} against {against}", value=float("nan") if e.value is None else e.value, lo=e.lo, hi=e.hi, n=len(d), p=test.p, spread=s,
+                          effect=test.effect, power=test.power, needed=None if s is None else seeds_needed(s, margin), says=says, lost=pairs.note(), scale=both[0][0]["scale"], runs=sorted(pairs.records)))
     return pd.DataFrame(found)
 
 # %% ../../nbs/09_report/04a_optimizers.ipynb #d2cb5767
@@ -132,7 +143,8 @@ def told_gap(
     if not found: return told(f"{config} against {against}: not measured.", [])
     used = [run for run in runs if full_name(run) in {name for row in found.values() for name in row["runs"]}]
     recipe, size = used[0].header["settings"]["recipe"], used[0].header["size"]
-    said = "; ".join(f"{text} {row['value']:+.4f}" + (f" [{row['lo']:+.4f}, {row['hi']:+.4f}]" if pd.notna(row["lo"]) else "") + f", {row['says']}" for text, row in found.items())
+    def value(row): return f"{row['value']:+.4f}" if pd.notna(row["value"]) else "not measured"
+    said = "; ".join(f"{text} {value(row)}" + (f" [{row['lo']:+.4f}, {row['hi']:+.4f}]" if pd.notna(row["lo"]) else "") + f", {row['says']}" + (f" ({row['lost']})" if row["lost"] else "") for text, row in found.items())
     pairs = int(max(row["n"] for row in found.values()))
     return told(f"{config} against {against}, GPT of {size}, {pairs} pair{'s' * (pairs > 1)} of {recipe['steps']} steps at a peak rate of {recipe['lr']:g}; held-out loss, nats a token, margin {margin:g}: {said}.", used)
 
