@@ -52,7 +52,10 @@ def _decoded(code, scales, companded):
 @patch
 def state_dict(self: FlashOptimizer) -> dict:
     "As in torch.optim; waits for the device, since step counters leave it. Tensors are the live ones, not copies, but for the counters."
-    out = Optimizer.state_dict(self)
+    listed, every = {p for group in self.param_groups for p in group["params"]}, self.state
+    self.state = {p: s for p, s in every.items() if p in listed}  # a parameter that left its group may come back, and has no number
+    try: out = Optimizer.state_dict(self)
+    finally: self.state = every
     out["state"] = {i: self.exported(s) for i, s in out["state"].items() if s}
     for g, own in zip(out["param_groups"], self.param_groups): g["state_format"] = self.state_format(own)
     return out
