@@ -1,4 +1,4 @@
-"""FSDP2 and distributed checkpoints: two processes step uneven shards, some of them empty, as one process steps the whole."""
+"""FSDP2, with and without gradient release, distributed checkpoints and ZeroRedundancyOptimizer: two processes step shards, uneven and empty ones too, as one process steps the whole."""
 import subprocess
 import sys
 import textwrap
@@ -207,8 +207,47 @@ dist.destroy_process_group()
 """
 
 
+ZERO = """
+import sys, torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+from flashoptim_nb.optim import FlashAdamW, OptionError
+
+kind, _ = sys.argv[1:]
+dist.init_process_group("gloo" if kind == "cpu" else "nccl")
+rank = dist.get_rank()
+if kind == "cuda": torch.cuda.set_device(rank)
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)).to(kind)
+
+# each rank steps its share, and the whole is as one process steps it, after states were gathered and dealt out again too
+ours, alone = net(), net()
+both = DistributedDataParallel(ours)
+opt, plain = ZeroRedundancyOptimizer(ours.parameters(), FlashAdamW, lr=1e-2, master_weight_bits=32), FlashAdamW(alone.parameters(), lr=1e-2)
+for t in range(6):
+    torch.manual_seed(t)
+    x = torch.randn(4, 8).to(kind)
+    for model, o in (both, opt), (alone, plain): model(x).square().mean().backward(); o.step(); o.zero_grad()
+    if t == 2:
+        opt.consolidate_state_dict(0)
+        kept = [opt.state_dict() if rank == 0 else None]
+        dist.broadcast_object_list(kept, 0)
+        opt.load_state_dict(kept[0])
+for p, q in zip(ours.parameters(), alone.parameters()): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+try: ZeroRedundancyOptimizer(ours.parameters(), FlashAdamW, lr=1e-2, max_norm=1.0)
+except OptionError as error: assert "own share" in str(error)
+else: raise AssertionError("each rank would have clipped by a norm of its own")
+print("rank", rank, "agrees")
+dist.destroy_process_group()
+"""
+
+
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")])])
-@pytest.mark.parametrize("ranks", [RANK, RELEASE], ids=["step", "release"])
+@pytest.mark.parametrize("ranks", [RANK, RELEASE, ZERO], ids=["step", "release", "zero"])
 def test_two_ranks_step_as_one(ranks, kind, tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(textwrap.dedent(ranks))
