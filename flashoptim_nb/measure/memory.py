@@ -242,7 +242,7 @@ def memory_budget(
 ) -> int:
     "The budget of a search: what is asked for, capped at 90 % of the device."
     cap = int(HEADROOM * device_memory(device))
-    if budget_bytes is not None and budget_bytes <= 0:
+    if budget_bytes is not None and not budget_bytes > 0:
         raise UserError(f"a memory budget of {budget_bytes} bytes was given; it has to be above 0, and is capped at {cap}")
     return cap if budget_bytes is None else min(budget_bytes, cap)
 

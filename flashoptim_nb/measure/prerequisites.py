@@ -22,7 +22,7 @@ from ..train.distributed import launch
 # %% ../../nbs/07_measure/07_prerequisites.ipynb #0b5104b6
 def _row(name: str, value: float, threshold: float, detail: str = "") -> dict:
     "A check passes at or below its threshold; what is not a number does not pass."
-    return dict(name=name, value=value, threshold=threshold, passed=bool(value <= threshold), detail=detail)
+    return dict(name=name, value=value, threshold=threshold, passed=bool(-float("inf") < value <= threshold), detail=detail)
 
 # %% ../../nbs/07_measure/07_prerequisites.ipynb #8f806c53
 def attention_checks(

@@ -87,7 +87,7 @@ def worth(
     assumptions: Iterable[Assumption] = ASSUMPTIONS,
 ) -> pd.DataFrame:
     "A row for each result: item, result, value, unit, formula, assumed, inferred, source (what the source has at 20 %)."
-    if not saving < 1: raise UserError(f"a saving of {saving} was given; it is a share of the cost and lies below 1 (0.20 is 20 %)")
+    if not -float("inf") < saving < 1: raise UserError(f"a saving of {saving} was given; it is a share of the cost and lies below 1 (0.20 is 20 %)")
     return pd.DataFrame([
         dict(item=a.item, result=result, value=arithmetic(formula, a.values | dict(saving=saving)), unit=a.units.get(result, ""), formula=formula,
              assumed=", ".join(f"{name} = {value:,.10g}" for name, value in a.values.items()), inferred=", ".join(a.inferred), source=a.source)

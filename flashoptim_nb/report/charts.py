@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONFIG_COLOURS', 'MEMORY_CLASSES', 'DASHES', 'config_dash', 'config_colour', 'titled', 'draw', 'thin', 'seed_band',
-           'loss_curves', 'paired_difference', 'run_lines', 'byte_unit', 'memory_bars', 'throughput_points',
-           'estimates', 'as_cost', 'equivalence', 'by_size', 'decision_marks']
+           'ended_early', 'loss_curves', 'paired_difference', 'run_lines', 'byte_unit', 'memory_bars',
+           'throughput_points', 'estimates', 'as_cost', 'equivalence', 'by_size', 'decision_marks']
 
 # %% ../../nbs/09_report/03_charts.ipynb #872ced40
 from collections.abc import Callable, Iterable
@@ -95,6 +95,16 @@ def seed_band(
     return groups.agg(mean="mean", lo="min", hi="max", seeds="count").reset_index()
 
 # %% ../../nbs/09_report/03_charts.ipynb #97a34335
+def ended_early(
+    rows: pd.DataFrame,  # rows of runs: config, seed, step and the value
+    value: str,
+) -> str:
+    "The runs that have no number up to the last step, in words: after their end a mean is that of the others."
+    known = rows[np.isfinite(rows[value].astype(float))]
+    last, ends = rows["step"].max(), known.groupby(["config", "seed"])["step"].max()
+    every = dict.fromkeys(zip(rows["config"], rows["seed"]))
+    return ", ".join(f"{config}, seed {seed} after step {int(ends.get((config, seed), 0))}" for config, seed in every if ends.get((config, seed), 0) < last)
+
 def loss_curves(
     steps: pd.DataFrame,  # rows of kind "step": config, seed, step, scale and the value
     value: str = "loss",  # the column to draw
@@ -113,7 +123,7 @@ def loss_curves(
                                    opacity=alt.condition(pick, alt.value(0.12), alt.value(0.03)))
     line = base.mark_line(strokeWidth=1.8).encode(alt.Y("mean:Q", title=axis, scale=scale), strokeDash=config_dash(band["config"]), tooltip=tips)
     seeds = steps["seed"].nunique()
-    return titled((area + line).add_params(pick), title, steps, f"mean and range of {seeds} seed{'s' * (seeds > 1)}")
+    return titled((area + line).add_params(pick), title, steps, f"mean and range of {seeds} seed{'s' * (seeds > 1)}" + (f"; no number: {early}" if (early := ended_early(steps, value)) else ""))
 
 # %% ../../nbs/09_report/03_charts.ipynb #30eaf1d1
 def paired_difference(
@@ -231,6 +241,13 @@ def as_cost(
     return found.assign(value=1 - found["value"], lo=1 - found["hi"], hi=1 - found["lo"], threshold=1 - found["threshold"])
 
 # %% ../../nbs/09_report/03_charts.ipynb #4e42e928
+def _against_margin(row: dict, margin: float) -> str:
+    "What an interval says of the margin; with a lost pair it cannot be inside."
+    lo, hi = row["lo"], row["hi"]
+    if row.get("lost"): return "not all pairs came to a number"
+    if lo is None or lo != lo: return "too few pairs for an interval"
+    return "inside the margin" if -margin < lo and hi < margin else "outside" if lo > margin or hi < -margin else "straddles it"
+
 def equivalence(
     gaps: pd.DataFrame,  # config, value, lo, hi (nats per token against the baseline), scale; optional: what (name of the row), against
     margin: float,  # nats per token, fixed beforehand
@@ -238,8 +255,7 @@ def equivalence(
     axis: str = "nats per token; right is worse",
 ) -> alt.LayerChart:
     "Paired differences with their intervals against the band in which two configurations count as equal."
-    gaps = gaps.assign(what=gaps.get("what", gaps["config"]), against=gaps.get("against", "baseline")).dropna(subset=["value"]).assign(verdict=lambda d: np.where((d["lo"] > -margin) & (d["hi"] < margin), "inside the margin",
-                                         np.where((d["lo"] > margin) | (d["hi"] < -margin), "outside", "straddles it")))
+    gaps = gaps.assign(what=gaps.get("what", gaps["config"]), against=gaps.get("against", "baseline")).dropna(subset=["value"]).assign(verdict=lambda d: [_against_margin(row, margin) for row in d.to_dict("records")])
     band = alt.Chart(pd.DataFrame([dict(lo=-margin, hi=margin)])).mark_rect(opacity=0.15, color="#009e73").encode(alt.X("lo:Q", title=axis), x2="hi:Q")
     zero = alt.Chart(pd.DataFrame([dict(x=0.0)])).mark_rule(color="#888888").encode(x="x:Q")
     known = [name for name in CONFIG_COLOURS if name in set(gaps["config"])]

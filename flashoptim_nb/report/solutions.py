@@ -19,7 +19,7 @@ from ..judge.surrogates import METHODS
 from .charts import titled
 from .rows import named_runs, rows_of, show_rows
 from .shown import Shown, told
-from .surrogates import CONDITIONS, METHOD_COLOURS, SURROGATE_COLOURS, at_scale, between, coloured, h2_runs, known_configs, ordered, whole_axis
+from .surrogates import CONDITIONS, METHOD_COLOURS, SURROGATE_COLOURS, at_scale, between, coloured, h2_runs, known_configs, lost_pairs, ordered, surrogates_of, whole_axis
 
 # %% ../../nbs/09_report/04d_solutions.ipynb #04b00019
 def _nth(run: Run) -> Run:
@@ -34,7 +34,7 @@ def solution_rows(
     "What was found, a row for each run of a method."
     where = dict(arm="train") | (dict(role=domain) if domain else {}) | (dict(config=tuple(configs)) if configs else {})
     rows = rows_of("solution", map(_nth, h2_runs(runs)), **where)
-    return rows if rows.empty else ordered(rows.assign(objective=rows["objective"].fillna(0.0).astype(float), predicted=rows["predicted"].astype(float), fooled=rows["fooled"].astype(float)))
+    return rows if rows.empty else ordered(rows.assign(verified=rows["objective"].notna(), objective=rows["objective"].fillna(0.0).astype(float), predicted=rows["predicted"].astype(float), fooled=rows["fooled"].astype(float)))
 
 def best_so_far(
     rows: pd.DataFrame,  # from `solution_rows`
@@ -83,17 +83,21 @@ def solution_table(
     against: str = "fp32",
 ) -> pd.DataFrame:
     "By problem, method and configuration: mean true objective, what was predicted, how far the surrogate was off on what was evaluated, and the loss against the fp32 surrogate's (paired by seed, 90 % interval)."
+    runs = h2_runs(runs)
     rows, found = solution_rows(domain, runs, configs), []
     if rows.empty: return rows
+    by = surrogates_of(domain, rows.iloc[0], runs)
     for (problem, method, config), mine in rows.groupby(["problem", "method", "config"], sort=False):
         old = rows[(rows["problem"] == problem) & (rows["method"] == method) & (rows["config"] == against)]
-        both = mine.merge(old, on=["seed", "instance", "nth"], suffixes=("", "_old")).groupby(["seed"])[["objective", "objective_old"]].mean()
+        having = {*(mine["study"] + "/" + mine["run"]), *(old["study"] + "/" + old["run"])}
+        pairs = lost_pairs({key: row for key, row in by.items() if key[1][0] == mine["role"].iloc[0]}, config, against, lambda row: row["name"] in having)
+        both = mine.merge(old[old["verified"]], on=["seed", "instance", "nth"], suffixes=("", "_old")).groupby(["seed"])[["objective", "objective_old"]].mean()
         both = both[both["objective_old"] > 0]
-        e = paired_interval(list(1 - both["objective"] / both["objective_old"]), 0.90) if len(both) and config != against else None
+        e = paired_interval(list(1 - both["objective"] / both["objective_old"]), 0.90, lost=len(pairs.lost)) if len(both) and config != against else None
         off = paired_interval(list(_seeds(mine.dropna(subset=["fooled"]), "fooled")["fooled"]), 0.90)
         found.append(dict(domain=mine["role"].iloc[0], problem=problem, method=method, config=config, unit=mine["unit"].iloc[0], objective=mine["objective"].mean(), best=mine["objective"].max(), predicted=mine["predicted"].mean(),
                           evaluations=mine["evaluations"].sum(), nothing=mine["infeasible"].sum(), solved=len(mine), seeds=mine["seed"].nunique(), seconds=mine["seconds"].mean(),
-                          fooled=off.value, fooled_lo=off.lo, fooled_hi=off.hi, value=e and e.value, lo=e and e.lo, hi=e and e.hi, scale=mine["scale"].iloc[0],
+                          fooled=off.value, fooled_lo=off.lo, fooled_hi=off.hi, lost=pairs.note("surrogates") if config != against else "", value=e and e.value, lo=e and e.lo, hi=e and e.hi, scale=mine["scale"].iloc[0],
                           runs=sorted({*(mine["study"] + "/" + mine["run"]), *([] if e is None else old["study"] + "/" + old["run"])})))
     return pd.DataFrame(found)
 
@@ -110,7 +114,7 @@ def show_solutions(
         rows = rows[rows["method"].isin(set(methods))]
         rows = rows.assign(interval=[between(lo, hi, "z.1%") for lo, hi in zip(rows["lo"], rows["hi"])], off=[between(lo, hi) for lo, hi in zip(rows["fooled_lo"], rows["fooled_hi"])])
     heads = (dict() if domain else dict(domain="domain")) | dict(problem="problem", method="method", config="surrogate", solved="runs", seeds="seeds", objective="objective", value="below fp32's", interval="90 % interval",
-                                                                 predicted="predicted of the best", fooled="predicted - true of all", evaluations="evaluated", nothing="scored 0")
+                                                                 predicted="predicted of the best", fooled="predicted - true of all", evaluations="evaluated", nothing="scored 0", lost="lost")
     return show_rows(rows, heads, "solution", runs, "No solution is recorded.", dict(objective=".3f", predicted=".3f", fooled="+z.3f", value="z.1%", evaluations=",.0f", nothing=",.0f"))
 
 # %% ../../nbs/09_report/04d_solutions.ipynb #04b00025
@@ -130,7 +134,7 @@ def told_solutions(
         if base.empty: continue
         one = base.iloc[0]
         said.append(f"{at_scale(one['scale'])}, {method} over the fp32 surrogate reaches a mean of {one['objective']:.3f} ({one['unit']}) on {problem}, over {one['solved']} runs and {one['seeds']} surrogates; on what was evaluated these promised {abs(one['fooled']):.3f} too {'much' if one['fooled'] > 0 else 'little'}. "
-                    + ". ".join(f"Over {r['config']} the loss against it is {r['value']:z.1%}" + (f" ({between(r['lo'], r['hi'], 'z.1%')})" if r["lo"] is not None and r["lo"] == r["lo"] else " over a single surrogate") for _, r in rest.iterrows()) + ". Below 0 is better." * bool(len(rest)))
+                    + ". ".join(f"Over {r['config']} the loss against it is {r['value']:z.1%}" + (f" ({between(r['lo'], r['hi'], 'z.1%')})" if r["lo"] is not None and r["lo"] == r["lo"] else " without an interval") + (f", and may be more, for {r['lost']}" if r["lost"] else "") for _, r in rest.iterrows()) + ". Below 0 is better." * bool(len(rest)))
         used += [base, rest]
     return told("\n\n".join(said) or f"No solution of {method} over the fp32 surrogate is recorded.", named_runs(pd.concat(used), runs) if used else [])
 

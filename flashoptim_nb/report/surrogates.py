@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SURROGATE_COLOURS', 'METHOD_COLOURS', 'CONDITIONS', 'known_configs', 'coloured', 'ordered', 'h2_runs', 'sources',
-           'show_sources', 'networks', 'show_networks', 'held_out', 'error_table', 'between', 'show_errors',
-           'error_ratios', 'at_scale', 'told_errors', 'whole_axis', 'curve_rows', 'learning_curves', 'label_table',
-           'show_labels']
+           'show_sources', 'networks', 'show_networks', 'held_out', 'surrogates_of', 'lost_pairs', 'error_table',
+           'between', 'show_errors', 'error_ratios', 'at_scale', 'told_errors', 'whole_axis', 'curve_rows',
+           'learning_curves', 'label_table', 'show_labels']
 
 # %% ../../nbs/09_report/04b_surrogates.ipynb #04b00003
 from collections.abc import Iterable, Mapping
@@ -16,8 +16,10 @@ import pandas as pd
 
 from ..base.config import content_hash
 from ..base.records import Run
+from ..judge.evidence import BEGAN, Sorted, positive
 from ..judge.statistics import paired_ratio
 from ..judge.surrogates import MARGIN_ERROR, MARGIN_LARGER, METHODS
+from ..judge.table import brief
 from .charts import titled
 from .rows import named_runs, rows_of, show_rows, summarize
 from .shown import Shown, full_name, load_runs, told
@@ -123,21 +125,52 @@ def held_out(
     rows = rows.sort_values(["epoch", "ema"], kind="stable").drop_duplicates(["study", "run", "target"], keep="last")
     return ordered(rows.assign(key=[keys[name] for name in rows["study"] + "/" + rows["run"]])).reset_index(drop=True)
 
+def surrogates_of(
+    domain: str | None,  # None: of all
+    place: pd.Series | dict,  # scale and device
+    runs: Iterable[Run],
+) -> dict[tuple, dict]:
+    "Training runs that had begun, by configuration and by what a pair has in common, whatever became of them; of runs that were repeated the last counts."
+    found = {}
+    for run in sorted(runs, key=lambda run: str(run.header.get("started"))):
+        where = dict(arm="train", scale=place["scale"], device=place["device"]) | (dict(role=domain) if domain else {})
+        if run.status in BEGAN and where.items() <= run.header.items():
+            found[run.header["config"], (run.header["role"], *_key(run))] = dict(name=full_name(run), config=run.header["config"], seed=run.header["seed"], status=run.status, reason=brief(run.reason))
+    return found
+
+def lost_pairs(
+    by: dict[tuple, dict],  # from `surrogates_of`
+    config: str,
+    against: str,
+    known,  # of a run's row: whether it has what is asked for
+) -> Sorted:
+    "The pairs of two configurations, sorted by who has it."
+    both = [(row, by[against, key]) for (name, key), row in by.items() if name == config and (against, key) in by]
+    return Sorted.of(both, lambda *pair: [row["status"] == "finished" and known(row) for row in pair])
+
 def error_table(
     domain: str,
     runs: Iterable[Run] | None = None,
     against: str = "fp32",
     precision: str = "own",
 ) -> pd.DataFrame:
-    "By configuration and target: mean errors over the seeds, the paired ratio of MAE to the reference's with its 90 % interval, and the runs."
+    "By configuration and target: mean errors over the seeds, the paired ratio of MAE to the reference's with its 90 % interval, what was lost, and the runs."
+    runs = h2_runs(runs)
     rows, found = held_out(domain, runs, precision), []
     if rows.empty: return rows
-    for (config, target), mine in rows.groupby(["config", "target"], sort=False):
-        both = mine.merge(rows[(rows["config"] == against) & (rows["target"] == target)], on="key", suffixes=("", "_old"))
-        e = paired_ratio(list(both["mae"]), list(both["mae_old"]), 0.90) if len(both) and config != against else None
-        found.append(dict(config=config, target=target, unit=_unit(mine["unit"].iloc[0]), mae=mine["mae"].mean(), rmse=mine["rmse"].mean(), held=mine["n"].max(), seeds=len(mine), what=f"{config}: {target}",
-                          value=e and e.value, lo=e and e.lo, hi=e and e.hi, n=e and e.n, threshold=MARGIN_ERROR, scale=mine["scale"].iloc[0],
-                          runs=sorted({*(mine["study"] + "/" + mine["run"]), *([] if e is None else both["study_old"] + "/" + both["run_old"])})))
+    by = surrogates_of(domain, rows.iloc[0], runs)
+    maes = {(f"{study}/{run}", target): mae for study, run, target, mae in zip(rows["study"], rows["run"], rows["target"], rows["mae"])}
+    empty = [name for name in known_configs({config for config, _ in by} - set(rows["config"]))]
+    for config, target in [*dict.fromkeys(zip(rows["config"], rows["target"])), *((config, target) for config in empty for target in dict.fromkeys(rows["target"]))]:
+        mine = rows[(rows["config"] == config) & (rows["target"] == target)]
+        pairs = lost_pairs(by, config, against, lambda row: positive(maes.get((row["name"], target))))
+        if mine.empty and not pairs.lost: continue
+        new, old = ([maes[row["name"], target] for row in side] for side in zip(*pairs.good)) if pairs.good else ([], [])
+        e = paired_ratio(new, old, 0.90, lost=len(pairs.lost)) if pairs.records and config != against else None
+        unit = rows.loc[rows["target"] == target, "unit"].iloc[0]
+        found.append(dict(config=config, target=target, unit=_unit(unit), mae=mine["mae"].mean(), rmse=mine["rmse"].mean(), held=mine["n"].max(), seeds=len(mine), what=f"{config}: {target}",
+                          value=e and e.value, lo=e and e.lo, hi=e and e.hi, n=e and e.n, threshold=MARGIN_ERROR, scale=rows["scale"].iloc[0], lost=pairs.note("surrogates") if config != against else "",
+                          runs=sorted({*(mine["study"] + "/" + mine["run"]), *(pairs.records if config != against else ())})))
     return pd.DataFrame(found)
 
 def between(lo: float | None, hi: float | None, form: str = "z.3f") -> str:
@@ -153,7 +186,7 @@ def show_errors(
     runs = h2_runs(runs)
     rows = error_table(domain, runs, precision=precision)
     if not rows.empty: rows = rows.assign(interval=[between(lo, hi) for lo, hi in zip(rows["lo"], rows["hi"])])
-    heads = dict(target="target", config="configuration", mae="MAE", rmse="RMSE", unit="unit", held="rows", seeds="seeds", value="MAE of fp32's", interval="90 % interval", n="pairs")
+    heads = dict(target="target", config="configuration", mae="MAE", rmse="RMSE", unit="unit", held="rows", seeds="seeds", value="MAE of fp32's", interval="90 % interval", n="pairs", lost="lost")
     return show_rows(rows.sort_values("target", kind="stable") if len(rows) else rows, heads, "eval", runs, "No held-out error of this domain is recorded.", dict(mae=".4f", rmse=".4f", value=".3f", held="g", n="g"))
 
 # %% ../../nbs/09_report/04b_surrogates.ipynb #04b00013
@@ -186,6 +219,7 @@ def told_errors(
     found = error_table(domain, runs)
     if found.empty: return told("No held-out error of this domain is recorded, so nothing can be said of it.", [])
     def side(r):
+        if r["lost"]: return f"and nothing is called equal, for {r['lost']}"
         if r["lo"] is None or r["lo"] != r["lo"]: return "too few pairs for an interval"
         if r["config"].endswith("_2x"): return "worse than the margin of 2 % for a larger model" if r["lo"] > MARGIN_LARGER else "better than fp32's at half the size" if r["hi"] < 1 else "no better, within the margin of 2 %" if r["hi"] <= MARGIN_LARGER else "not told apart from the margin of 2 %"
         if r["lo"] > MARGIN_ERROR: return "worse than the margin of 5 %"
@@ -194,7 +228,9 @@ def told_errors(
     here = found[found["config"].isin(set(configs))].dropna(subset=["value"])
     first = "; ".join(f"{r['mae']:.4g} {r['unit']}".strip() + f" for {r['target']}" for _, r in base.iterrows())
     rest = ". ".join(f"{r['config']}: {r['value']:.3f} times that of {r['target']}" + (f" ({between(r['lo'], r['hi'])}, {r['n']:.0f} pairs), {side(r)}" if r["lo"] is not None and r["lo"] == r["lo"] else f", {side(r)}") for _, r in here.iterrows())
-    return told(f"{at_scale(found['scale'].iloc[0])}, the fp32 surrogate's mean absolute error is {first or 'not recorded'}. {rest}{'.' * bool(rest)}", named_runs(pd.concat([base, here]), runs))
+    gone = found[found["config"].isin(set(configs)) & found["value"].isna() & (found["lost"] != "")]
+    rest = ". ".join(filter(None, [rest, *(f"{r['config']}: {r['target']} not measured, {r['lost']}" for _, r in gone.iterrows())]))
+    return told(f"{at_scale(found['scale'].iloc[0])}, the fp32 surrogate's mean absolute error is {first or 'not recorded'}. {rest}{'.' * bool(rest)}", named_runs(pd.concat([base, here, gone]), runs))
 
 # %% ../../nbs/09_report/04b_surrogates.ipynb #04b00016
 _DASHES = {"mixed_bf16": [6, 3], "flash": [2, 2], "flash_2x": [3, 3]}  # lines that coincide are told apart by their gaps
@@ -237,13 +273,15 @@ def label_table(
     "Held-out errors of both recipes by configuration and target, what their labels cost, and the paired ratio of the second's to the first's with its 90 % interval."
     rows, found = rows_of("eval", h2_runs(runs), role=domain, arm="labels"), []
     if rows.empty: return rows
-    for (config, target), mine in ordered(rows[rows["mae"].notna()]).groupby(["config", "target"], sort=False):
+    for (config, target), mine in ordered(rows).groupby(["config", "target"], sort=False):
         full = mine[mine["recipe"] == "full"].set_index("seed")["mae"]
         for recipe, some in mine.groupby("recipe", sort=False):
-            old = full.reindex(some["seed"])
-            e = paired_ratio(list(some["mae"]), list(old), 0.90) if recipe != "full" and old.notna().all() else None
+            both = list(zip(some["mae"], full.reindex(some["seed"])))
+            good = [pair for pair in both if all(map(positive, pair))]
+            lost = sum(any(map(positive, pair)) for pair in both) - len(good)
+            e = paired_ratio(*(zip(*good) if good else ([], [])), 0.90, lost=lost) if recipe != "full" and len(good) + lost else None
             found.append(dict(config=config, target=target, unit=_unit(some["unit"].iloc[0]), recipe=recipe, cost=some["cost"].mean(), taught=" then ".join(f"{n:,}" for n in some["rows"].iloc[0]), steps=some["steps"].iloc[0], labels=some["labels"].iloc[0], mae=some["mae"].mean(), rmse=some["rmse"].mean(),
-                              held=some["n"].max(), seeds=some["seed"].nunique(), value=e and e.value, lo=e and e.lo, hi=e and e.hi, n=e and e.n, threshold=1.0, what=f"{config}: {target}", scale=some["scale"].iloc[0], runs=sorted(set(some["study"] + "/" + some["run"]))))
+                              held=some["n"].max(), seeds=some["seed"].nunique(), value=e and e.value, lo=e and e.lo, hi=e and e.hi, n=e and e.n, threshold=1.0, lost=f"{lost} of {len(both)} pairs came to nothing" if lost else "", what=f"{config}: {target}", scale=some["scale"].iloc[0], runs=sorted(set(some["study"] + "/" + some["run"]))))
     return pd.DataFrame(found)
 
 def show_labels(
@@ -254,6 +292,6 @@ def show_labels(
     runs = h2_runs(runs)
     rows = label_table(domain, runs)
     if not rows.empty: rows = rows.assign(interval=[between(lo, hi) for lo, hi in zip(rows["lo"], rows["hi"])], recipe=rows["recipe"].replace(dict(full="full labels", cheap_then_fine="inexpensive, then full")))
-    heads = dict(target="target", config="configuration", recipe="recipe", taught="labels trained on", steps="steps", cost="cost of labels, s", mae="MAE", rmse="RMSE", unit="unit", seeds="seeds", value="MAE of the full labels'", interval="90 % interval")
+    heads = dict(target="target", config="configuration", recipe="recipe", taught="labels trained on", steps="steps", cost="cost of labels, s", mae="MAE", rmse="RMSE", unit="unit", seeds="seeds", value="MAE of the full labels'", interval="90 % interval", lost="lost")
     shown = show_rows(rows, heads, "eval", runs, "The recipe of inexpensive labels was not tried in this domain.", dict(cost=",.4g", mae=".4f", rmse=".4f", value=".3f"))
     return shown if rows.empty else told(f"Labels: {'; '.join(dict.fromkeys(rows['labels']))}.", named_runs(rows, runs)) + shown
