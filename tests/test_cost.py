@@ -159,3 +159,14 @@ def test_assumptions_are_edited_by_name_and_do_not_leak():
 @pytest.mark.parametrize("formula", ["open('x')", "a.b", "a ** 9", "[a]", "a if a else a", "a; a", "lambda: a", "'a'"])
 def test_a_formula_is_arithmetic_and_nothing_else(formula):
     with pytest.raises(UserError, match="formula"): arithmetic(formula, dict(a=1))
+
+
+@pytest.mark.parametrize("text, told", [
+    ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "nests deeper"), ("\xff\xfe", "is not JSON"), ('{"m": [1]}', "not an object"),
+    (json.dumps(dict(m=OURS | dict(price_per_hour=10**400))), "price_per_hour"), (json.dumps(dict(m=OURS | dict(price_per_hour=1e308))), "price_per_hour"),
+    (json.dumps(dict(m=OURS | dict(gpus=10**400))), "gpus"), (json.dumps(dict(m=OURS | dict(price_per_hour=float("nan")))), "price_per_hour"),
+    (json.dumps(dict(m=OURS | dict(name="x\x1b[2J"))), "control characters"), (json.dumps({"m\u202e": OURS}), "control characters"),
+], ids=range(9))
+def test_rates_that_are_none_are_refused_in_words(tmp_path, text, told):
+    (tmp_path / "rates.json").write_text(text, encoding="latin-1" if "\xff" in text else "utf-8")
+    with pytest.raises(UserError, match=told): load_platforms(tmp_path / "rates.json")

@@ -1,5 +1,6 @@
 "Text from three places, tokens with known answers, batches that remember nothing, evaluation sets with published counts."
 import hashlib
+import http.client
 import json
 import lzma
 import os
@@ -411,3 +412,84 @@ def test_gpt2_on_a_known_text():
     path = Path(GIVEN) / "tinyshakespeare/input.txt.xz"
     if not path.is_file(): pytest.skip("FLASHOPTIM_DATA has no tinyshakespeare")
     assert len(load_tokenizer("gpt2").encode(T.read_xz(Path(GIVEN), "tinyshakespeare/input.txt.xz"))) == 338_025
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+def packed(path, megabytes, piece=b"\0"):
+    "An xz file that unpacks to so many times 2**20 pieces."
+    packer = lzma.LZMACompressor(preset=0)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"".join(packer.compress(piece * 2**20) for _ in range(megabytes)) + packer.flush())
+
+
+def test_what_unpacks_to_one_endless_document_is_refused(folder, tmp_path):
+    many = T.LONGEST_DOCUMENT // 2**20 + 2
+    packed(tmp_path / "c4/c4_en_2k.jsonl.xz", many)
+    packed(tmp_path / "wikitext103/wiki.train.tokens.xz", many, b"\n")
+    for name in ("c4", "wikitext103"):
+        with pytest.raises(UserError, match="is longer than 67,108,864 characters"): load_text(name, "train", 1000)
+
+
+def test_what_is_kept_in_memory_is_bounded(folder, monkeypatch):
+    folder("c4/c4_en_2k.jsonl.xz", [dict(text="word " * 100)] * 100)
+    monkeypatch.setattr(T, "LARGEST_TEXT", 20_000)
+    with pytest.raises(UserError, match="give limit_chars"): load_text("c4")
+    assert load_text("c4", limit_chars=5_000).n_chars == 5_000
+    assert len(stream_tokens("c4", "train", load_tokenizer("sotu-2048"), 300)) == 300
+    with pytest.raises(UserError, match="cut it"): T.read_xz(Path(os.environ["FLASHOPTIM_DATA"]), "c4/c4_en_2k.jsonl.xz")
+
+
+def test_an_unpacker_is_given_no_more_memory_than_xz_asks_for(folder, tmp_path):
+    (tmp_path / "c4").mkdir()
+    wide = [{"id": lzma.FILTER_LZMA2, "dict_size": 2**30, "mode": lzma.MODE_FAST, "mf": lzma.MF_HC3, "nice_len": 3, "depth": 1}]
+    head = lzma.compress(b"x", preset=0)
+    try: head = lzma.compress(b"x", filters=wide)
+    except MemoryError: pytest.skip("no memory to write such a file")
+    (tmp_path / "c4/c4_en_2k.jsonl.xz").write_bytes(head)
+    with pytest.raises(UserError, match="cannot be read"): load_text("c4")
+
+
+def test_lines_end_at_newlines_alone(folder):
+    texts = ["one\x0btwo\x1cthree\x85four\u2028five", "six\r"]
+    folder("c4/c4_en_2k.jsonl.xz", "".join(json.dumps(dict(text=text), ensure_ascii=False) + "\n" for text in texts))
+    assert load_text("c4").documents == texts
+
+
+@pytest.mark.parametrize("line, told", [('{"text": ' + DEEP + "}", "nests deeper"), ('["text"]', "not an object"), ('{"text": 1}', "has no text"), ('{"text": "\\ud800"}', "not Unicode")])
+def test_a_line_that_is_no_document_is_named(folder, line, told):
+    folder("c4/c4_en_2k.jsonl.xz", '{"text": "good"}\n' + line + "\n")
+    with pytest.raises(UserError, match=f"line 2.*{told}"): load_text("c4")
+
+
+def test_a_set_without_text_is_none(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLASHOPTIM_CACHE", str(tmp_path / "cache"))
+    folder("wikitext103/wiki.train.tokens.xz", "")
+    with pytest.raises(UserError, match="holds no text"): token_set("wikitext103", "train", load_tokenizer("sotu-2048"), 300)
+    assert not len(tokens_of(load_text("wikitext103"), load_tokenizer("sotu-2048")))
+
+
+@pytest.mark.parametrize("note", ["[]", "null", '"x"', "{}", DEEP, "\xff", ""])
+def test_a_note_that_is_none_makes_the_tokens_anew(tmp_path, monkeypatch, note):
+    monkeypatch.setenv("FLASHOPTIM_CACHE", str(tmp_path))
+    tokenizer = load_tokenizer("sotu-2048")
+    text = T.TextSet("mine", "train", ["a few words"], "folder", T.text_hash(["a few words"]))
+    first = tokens_of(text, tokenizer).tolist()
+    next(tmp_path.glob("*.json")).write_text(note, encoding="latin-1")
+    assert tokens_of(text, tokenizer).tolist() == first
+
+
+@pytest.mark.parametrize("endpoint", ["http://[::1", "http://a:port", "no scheme", "http://", "ftp://x:y"])
+def test_a_hub_that_cannot_be_one_is_no_hub(monkeypatch, endpoint):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    assert not T.hub_reachable.__wrapped__(0.1).ok
+
+
+def test_a_hub_that_does_not_speak_http_is_no_hub(monkeypatch):
+    def nonsense(*_, **__): raise http.client.BadStatusLine("\x1b[2J no HTTP")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(T.urllib.request, "urlopen", nonsense)
+    found = T.hub_reachable.__wrapped__(0.1)
+    assert not found.ok and "cannot be reached" in found.why and "\x1b" not in found.why

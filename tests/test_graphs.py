@@ -425,3 +425,62 @@ def test_networks_of_graphs_refuse_nodes_that_are_not_there():
     assert members(torch.tensor([[2, -1]]), 3).tolist() == [[False, False, True]]
     for wrong in (3, 4, -2):
         with pytest.raises(UserError): members(torch.tensor([[wrong, -1]]), 3)
+@pytest.fixture
+def benchmarks(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLASHOPTIM_DATA", str(tmp_path))
+    for name in ("satlib", "dimacs_clique"): (tmp_path / name).mkdir()
+    return tmp_path
+
+
+U8 = np.zeros(2, np.uint8)
+
+
+@pytest.mark.parametrize("arrays", [
+    dict(other=U8), {"uf20-91/names": np.array([1.5]), "uf20-91": np.zeros((1, 3, 3))}, {"uf20-91/names": np.array([b"a"]), "uf20-91": np.array(3)},
+    {"uf20-91/names": np.array([b"a"]), "uf20-91": np.full((1, 2, 3), 0.5)}, {"uf20-91/names": np.array([b"a"]), "uf20-91": np.full((1, 2, 3), 2**40)},
+    {"uf20-91/names": np.array([b"\xff"]), "uf20-91": np.ones((1, 2, 3), int)}, {"uf20-91/names": np.array([b"a"]), "uf20-91": np.zeros((0, 3, 3), int)},
+    {"uf20-91/names": np.array([b"a"]), "uf20-91/lits": np.ones(4, int), "uf20-91/ptr": np.array([0, 9])}, {"uf20-91/names": np.array([b"a"]), "uf20-91": np.array([{}], object)},
+], ids=range(9))
+def test_a_file_of_formulas_that_is_none_is_refused_in_words(benchmarks, arrays):
+    np.savez(benchmarks / "satlib/satlib_cnf.npz", **arrays)
+    with pytest.raises(UserError): load_graphs("uf20-91", 3)
+
+
+@pytest.mark.parametrize("arrays", [{"c5": U8, "c5/n": np.array(10**9)}, {"c5": U8, "c5/n": np.array(-1)}, {"c5": U8, "c5/n": np.array([5, 5])}, {"c5": U8, "c5/n": np.array(5.0)},
+                                    {"c5": U8}, {"c5": U8.astype(float), "c5/n": np.array(5)}, {"c5": U8[:1], "c5/n": np.array(5)}], ids=range(7))
+def test_a_file_of_cliques_that_is_none_is_refused_in_words(benchmarks, arrays):
+    np.savez(benchmarks / "dimacs_clique/dimacs_clique.npz", **arrays)
+    with pytest.raises(UserError): load_graphs("dimacs")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip file", b"PK\x03\x04", b"PK\x05\x06" + b"\0" * 18])
+def test_a_file_that_is_no_archive_is_refused_in_words(benchmarks, content):
+    for name, family in (("satlib/satlib_cnf.npz", "uf20-91"), ("dimacs_clique/dimacs_clique.npz", "dimacs")):
+        (benchmarks / name).write_bytes(content)
+        if family == "uf20-91" or content != b"PK\x05\x06" + b"\0" * 18:
+            with pytest.raises(UserError): load_graphs(family, 3)
+
+
+def test_arrays_that_unpack_to_more_than_is_read_are_not_unpacked(tmp_path, monkeypatch):
+    from flashoptim_nb.data import text
+    np.savez_compressed(tmp_path / "large.npz", a=np.zeros(2**20))
+    monkeypatch.setattr(text, "LARGEST_ARRAYS", 2**20)
+    with pytest.raises(UserError, match="unpacks to"): text.read_npz(tmp_path / "large.npz")
+
+
+@pytest.mark.parametrize("clauses", [[["a"]], [[[1]]], [[2**70]], [[1.5]], [1], [None], [["1"]], [[10**5000]]])
+def test_a_clause_that_is_none_is_refused_in_words(clauses):
+    with pytest.raises(UserError, match="formula 'f'"): formula_graph("f", [*clauses, [1, 2, 3]])
+
+
+@pytest.mark.parametrize("family", ["random3sat-\u00b2", "random3sat-" + "9" * 5000, "random3sat-1e3"])
+def test_a_family_of_no_size_is_none(family):
+    with pytest.raises(UserError, match="family of graphs"): load_graphs(family, 1)
+
+
+@pytest.mark.parametrize("harm", [dict(formula_ends=np.array(3)), dict(edge_ends=np.array([0.5])), dict(about=np.array("[" * 100_000)), dict(about=np.array("[]")), dict(about=np.array('{"graphs": [{}]}')),
+                                  dict(sets=np.array(["x"])), dict(formulas=np.ones((3, 3))), dict(edge_ends=np.array([], int))], ids=range(8))
+def test_labels_of_another_shape_are_refused_in_words(tmp_path, harm):
+    path = save_labels(tmp_path / "labels.npz", draw_labels("random3sat-6", 3, 2))
+    np.savez(path, **(dict(np.load(path)) | harm))
+    with pytest.raises(UserError): load_labels(path)

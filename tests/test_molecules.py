@@ -303,3 +303,16 @@ def test_captured_steps_are_the_eager_ones(interaction, checkpointing, rng_seed)
         model.zero_grad(set_to_none=True)
         assert rel_err(loss, learn(batch)) < 1e-5
         assert max(rel_err(a, p.grad) for a, p in zip(grads, model.parameters())) < 1e-3
+
+
+@rdkit
+def test_a_molecule_that_takes_minutes_to_embed_is_refused_at_once():
+    with pytest.raises(UserError, match="more than 200 atoms.*raise most_atoms"): from_smiles("C" * 10_000)
+    with pytest.raises(UserError, match="more than 200 atoms"): from_smiles("C" * 100)
+    assert [why for _, _, why in from_smiles(["C", "C" * 8], most_atoms=20).skipped] == ["more than 20 atoms, which take long to embed; raise most_atoms to try"]
+
+
+@rdkit
+@pytest.mark.parametrize("given", [[None], ["C", None], [float("nan")], ["\ud800"], ["\u0421"], [""], ["C\0C"], [b"C"], ["(" * 3000]])
+def test_what_is_no_smiles_is_refused_in_words(given):
+    with pytest.raises(UserError): from_smiles(given, skip=False)

@@ -185,3 +185,9 @@ def test_a_name_with_control_characters_is_no_name(study, capsys):
     assert answers(study, "check") == 1 and answers(study, "verdict", "h1", "--records") == 2
     assert "without control characters" in (said := capsys.readouterr().err) and "\x1b" not in said
     with pytest.raises(UserError): read_study(study)
+
+
+def test_a_page_shows_what_a_terminal_or_a_reader_would_not_see():
+    from flashoptim_nb.report.shown import shown, table, told
+    for made in (shown("a\x1b[2J\u202eb"), table([{"why": "a\x07"}], [dict(runs=["\x9b1A"])]), told("over\u2066turned\n\nand on", [])):
+        for text in (made.html, made.markdown): assert visible(text, keep="\n") == text and "\\u" in text

@@ -8,19 +8,21 @@ __all__ = ['MOST_VARIABLES', 'THRESHOLD', 'SATLIB', 'Graph', 'make_graph', 'chec
            'clique_numbers', 'load_graphs']
 
 # %% ../../nbs/01_data/06_graphs.ipynb #6a010003
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
+from operator import index
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ..base.config import read_json
 from ..base.errors import UserError, choose
+from .text import BAD_ARRAYS, read_npz
 
 # %% ../../nbs/01_data/06_graphs.ipynb #6a010006
 @dataclass(frozen=True, eq=False)
@@ -105,7 +107,7 @@ def formula_graph(
     try: clauses = tuple(map(tuple, clauses))
     except TypeError: raise UserError(f"formula {name!r} has to be a list of clauses, each a list of literals, such as [[1, -2, 3], [2, 3]]") from None
     if odd := [x for c in clauses for x in c if isinstance(x, (bool, np.bool_)) or not isinstance(x, (int, np.integer)) or abs(int(x)) > MOST_VARIABLES]:
-        raise UserError(f"formula {name!r} holds {odd[0]!r:.40}; literals are whole numbers from -{MOST_VARIABLES} to {MOST_VARIABLES}, without 0")
+        raise UserError(f"formula {name!r} holds {'an endless number' if isinstance(odd[0], int) and abs(odd[0]) >= 2**63 else repr(odd[0])[:40]}; literals are whole numbers from -{MOST_VARIABLES} to {MOST_VARIABLES}, without 0")
     clauses = tuple(tuple(int(x) for x in c) for c in clauses)
     if not clauses or not all(clauses): raise UserError(f"formula {name!r} has {'an empty clause' if clauses else 'no clauses'}: it makes no graph")
     literals = np.array([x for c in clauses for x in c], np.int32)
@@ -158,22 +160,37 @@ def _file(family: str) -> Path:
                         "or take random3sat-20, which is drawn from a seed")
     return path
 
+def _told(path: Path, family: str, error: Exception) -> UserError:
+    return UserError(f"{path} does not hold {family} as SATLIB's and DIMACS's files do ({type(error).__name__}: {error}); fetch it again")
+
 def read_satlib(family: str, limit: int | None = None) -> list[tuple[str, np.ndarray | list]]:
-    "Names and clauses of a SATLIB family, in the file's order."
-    with np.load(_file(choose("SATLIB family", family, SATLIB))) as z:
-        names = [x.decode() for x in z[f"{family}/names"][:limit]]
-        if family in z.files: return list(zip(names, z[family][:limit].tolist()))
-        lits, ptr = z[f"{family}/lits"], z[f"{family}/ptr"]
+    "Names and clauses of a SATLIB family, in the file's order; raises `UserError` where the file holds something else."
+    path = _file(choose("SATLIB family", family, SATLIB))
+    found = read_npz(path, only=lambda name: name.partition("/")[0] == family)
     def clauses(part):  # each ends with a 0
         return [c[:-1].tolist() for c in np.split(part, np.flatnonzero(part == 0) + 1) if len(c)]
-    return [(name, clauses(lits[a:b])) for name, a, b in zip(names, ptr, ptr[1:])]
+    try:
+        names = [x.decode() for x in found[f"{family}/names"][:limit]]
+        if family in found: return list(zip(names, found[family][:limit].tolist(), strict=True))
+        lits, ptr = found[f"{family}/lits"], found[f"{family}/ptr"]
+        if lits.dtype.kind not in "iu" or ptr.dtype.kind not in "iu" or len(ptr) <= len(names) or ptr[0] < 0 or ptr[-1] > len(lits) or (np.diff(ptr) < 0).any():
+            raise ValueError(f"its {len(names)} formulas do not lie one after the other in {len(lits)} literals")
+        return [(name, clauses(lits[a:b])) for name, a, b in zip(names, ptr, ptr[1:])]
+    except (*BAD_ARRAYS, AttributeError, UnicodeError) as error: raise _told(path, family, error) from None
 
 # %% ../../nbs/01_data/06_graphs.ipynb #6a010019
+def _triangle(name: str, found: dict) -> tuple[int, np.ndarray]:
+    "Nodes of a clique graph and its upper triangle, one bit a pair."
+    n, bits = index(found[f"{name}/n"].item()), found[name]
+    if n < 1 or bits.shape != ((n * (n - 1) // 2 + 7) // 8,): raise ValueError(f"{name} has {n} nodes, and {bits.size} bytes for their pairs")
+    return n, np.unpackbits(bits, count=n * (n - 1) // 2).astype(bool)
+
 def read_dimacs(name: str | None = None) -> dict[str, tuple[int, np.ndarray]]:
-    "Nodes and upper triangle (bool, `numpy.triu_indices(n, 1)`) of the clique graphs, or of one."
-    with np.load(_file("dimacs")) as z:
-        names = [k for k in z.files if "/" not in k]
-        return {k: (n := int(z[f"{k}/n"]), np.unpackbits(z[k], count=n * (n - 1) // 2).astype(bool)) for k in names if name in (None, k)}
+    "Nodes and upper triangle (bool, `numpy.triu_indices(n, 1)`) of the clique graphs, or of one; raises `UserError` where the file holds something else."
+    path = _file("dimacs")
+    found = read_npz(path, only=lambda key: name in (None, key.partition("/")[0]))
+    try: return {key: _triangle(key, found) for key in found if "/" not in key and name in (None, key)}
+    except BAD_ARRAYS as error: raise _told(path, "dimacs", error) from None
 
 def complement_graph(name: str, n: int, triangle: np.ndarray) -> Graph:
     "The graph whose independent sets are the cliques of the given one."
@@ -182,7 +199,12 @@ def complement_graph(name: str, n: int, triangle: np.ndarray) -> Graph:
 
 def clique_numbers() -> dict[str, int | None]:
     "Clique numbers that igraph proved (None: not within 8 s), from the file beside the graphs."
-    return json.loads((_file("dimacs").parent / "clique_number_igraph.json").read_text())
+    path = _file("dimacs").parent / "clique_number_igraph.json"
+    try:
+        found = read_json(path.read_bytes())
+        if not isinstance(found, dict): raise ValueError(f"it holds {type(found).__name__}, not an object")
+    except (OSError, ValueError) as error: raise UserError(f"{path} cannot be read ({error}); fetch it again") from None
+    return found
 
 # %% ../../nbs/01_data/06_graphs.ipynb #6a01001a
 def load_graphs(
@@ -194,7 +216,7 @@ def load_graphs(
     "The graphs of a family; raises `UserError` where the family is unknown or its file is not here."
     if limit is not None and limit < 0: raise UserError(f"at most {limit} graphs were asked for; give a number from 0 on, or None for all")
     kind, _, size = family.partition("-")
-    if kind == "random3sat" and size.isdigit():
+    if kind == "random3sat" and size.isascii() and size.isdigit() and len(size) < 10:
         read = [(int(size), seed * 1_000_003 + i) for i in range(100 if limit is None else limit)]
         sizes, make = [3 * round(THRESHOLD * v) for v, _ in read], lambda x: random_3sat(*x)
     elif choose("family of graphs", family, (*SATLIB, "dimacs", "random3sat-20")) == "dimacs":

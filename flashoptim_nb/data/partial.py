@@ -9,8 +9,6 @@ __all__ = ['SPLITS', 'partial_set', 'most_nodes', 'Labels', 'draw_labels', 'save
 # %% ../../nbs/01_data/07a_partial.ipynb #7a010003
 import hashlib
 import json
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +17,11 @@ from typing import NamedTuple
 import numpy as np
 from rich.progress import track
 
+from ..base.config import read_json
 from ..base.errors import UserError
 from .exact import largest_containing
 from .graphs import Graph, formula_graph, load_graphs, make_graph
+from .text import BAD_ARRAYS, read_npz
 
 # %% ../../nbs/01_data/07a_partial.ipynb #7a010006
 def partial_set(
@@ -103,6 +103,7 @@ def draw_labels(
     progress: bool = False,  # a bar on the terminal
 ) -> Labels:
     "Partial sets of a family's graphs with their exact values; raises `UserError` where nothing is left to learn from."
+    if max_nodes >= 2**15: raise UserError(f"max_nodes is {max_nodes}; labels number nodes in 16 bits: give less than {2**15:,}")
     families = (families,) if isinstance(families, str) else tuple(families)
     read = [load_graphs(f, instances, max_nodes, seed) for f in families]
     skipped, kept, rows = sum((Counter(r.skipped) for r in read), Counter()), [], []  # rows: graph, nodes, what was found
@@ -134,19 +135,30 @@ def save_labels(path: str | Path, labels: Labels) -> Path:
     return whole.replace(path)
 
 # %% ../../nbs/01_data/07a_partial.ipynb #7a010016
+_ARRAYS = ("about", "formulas", "formula_ends", "edges", "edge_ends", "optimum", "which", "sets", "value")
+
+def _graph(about: dict, literals: np.ndarray, edges: np.ndarray) -> Graph:
+    if not len(literals): return make_graph(about["name"], about["n"], edges, family=about["family"])
+    clauses = [c[:-1] for c in np.split(literals, np.flatnonzero(literals == 0) + 1) if len(c)]
+    return formula_graph(about["name"], clauses, about["family"])
+
+def _parts(d: dict, about: dict) -> tuple[list, ...]:
+    "Each graph's entry, literals and edges; as many of each as there are graphs."
+    parts = about["graphs"], np.split(d["formulas"], d["formula_ends"][:-1]), np.split(d["edges"], d["edge_ends"][:-1])
+    if len(set(map(len, parts))) != 1: raise ValueError(f"{', '.join(str(len(part)) for part in parts)} graphs, formulas and lists of edges")
+    return parts
+
 def load_labels(path: str | Path) -> Labels:
     "Reads what `save_labels` wrote; raises `UserError` if the file is missing, something else, or not what was written."
+    if not Path(path).is_file(): raise UserError(f"there are no labels at {path}; make them with make_labels({str(path)!r})")
+    try: d = read_npz(path, _ARRAYS)
+    except UserError as error: raise UserError(f"{path} is no file of labels, make it with make_labels: {error}") from None
     try:
-        with np.load(path) as z: d = {k: z[k] for k in ("about", "formulas", "formula_ends", "edges", "edge_ends", "optimum", "which", "sets", "value")}
-        about = json.loads(str(d["about"]))
-    except FileNotFoundError: raise UserError(f"there are no labels at {path}; make them with make_labels({str(path)!r})") from None
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error: raise UserError(f"{path} is no file of labels ({type(error).__name__}); make it with make_labels") from error
-    def graph(g, literals, edges):
-        if not len(literals): return make_graph(g["name"], g["n"], edges, family=g["family"])
-        return formula_graph(g["name"], [c[:-1] for c in np.split(literals, np.flatnonzero(literals == 0) + 1) if len(c)], g["family"])
-    graphs = tuple(map(graph, about["graphs"], np.split(d["formulas"], d["formula_ends"][:-1]), np.split(d["edges"], d["edge_ends"][:-1])))
-    labels = Labels(graphs, d["optimum"], d["which"], d["sets"], d["value"], about["counts"], about["settings"])
-    if labels.hash != about["hash"]: raise UserError(f"the labels in {path} are not those that were written ({labels.hash} instead of {about['hash']}); make them again")
+        about = read_json(str(d["about"]))
+        labels = Labels(tuple(map(_graph, *_parts(d, about))), d["optimum"], d["which"], d["sets"], d["value"], about["counts"], about["settings"])
+        written, found = about["hash"], labels.hash
+    except (*BAD_ARRAYS, AttributeError) as error: raise UserError(f"{path} is no file of labels ({type(error).__name__}: {error}); make it with make_labels") from error
+    if found != written: raise UserError(f"the labels in {path} are not those that were written ({found} instead of {str(written)[:12]}); make them again")
     return labels
 
 # %% ../../nbs/01_data/07a_partial.ipynb #7a010017

@@ -23,7 +23,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from ..base.config import content_hash
+from ..base.config import content_hash, read_json
 from ..base.errors import UserError, choose
 from ..base.machine import data_root
 from .text import TextSet, find_text, load_text, read_verified, read_xz, shared_with, text_identity
@@ -115,11 +115,11 @@ def _of_this_process() -> Path:
 def _kept(stem: Path) -> tuple[np.ndarray, str] | None:
     "Tokens that were kept, mapped, and their SHA-256; None where they are not there or not whole."
     try:
-        note = json.loads(stem.with_suffix(".json").read_text())
+        note = read_json(stem.with_suffix(".json").read_bytes())
         tokens = np.memmap(stem.with_suffix(".u16"), np.uint16, mode="r")
     except (OSError, ValueError): return None
     digest = hashlib.sha256(tokens).hexdigest()
-    return (tokens, digest) if digest == note.get("sha256") else None
+    return (tokens, digest) if isinstance(note, dict) and digest == note.get("sha256") else None
 
 # %% ../../nbs/01_data/01_tokenize.ipynb #ba7600af
 def _keep(stem: Path, blocks: Iterable[np.ndarray], limit: int | None) -> tuple[np.ndarray, str]:
@@ -136,7 +136,8 @@ def _keep(stem: Path, blocks: Iterable[np.ndarray], limit: int | None) -> tuple[
         (Path(aside) / "note").write_text(json.dumps(dict(sha256=sha.hexdigest())))
         os.replace(Path(aside) / "tokens", stem.with_suffix(".u16"))
         os.replace(Path(aside) / "note", stem.with_suffix(".json"))
-    return np.memmap(stem.with_suffix(".u16"), np.uint16, mode="r"), sha.hexdigest()
+    kept = stem.with_suffix(".u16")
+    return np.memmap(kept, np.uint16, mode="r") if kept.stat().st_size else np.empty(0, np.uint16), sha.hexdigest()
 
 # %% ../../nbs/01_data/01_tokenize.ipynb #ab007795
 def tokens_of(
@@ -173,6 +174,7 @@ def _stream(name: str, split: str, tokenizer: Tokenizer, limit: int) -> TokenSet
     try: tokens, digest = _kept(stem) or _keep(stem, tokenizer.encode_blocks(document for document, _ in found), limit)
     except OSError as error:
         raise UserError(f"{limit:,} tokens of {name} take {2 * limit / 2**30:.1f} GiB, which {cache_folder()} cannot take ({error}); free some space, or name another folder in FLASHOPTIM_CACHE") from error
+    if not len(tokens): raise UserError(f"{name} ({split}) holds no text; fetch it again, or name another folder in FLASHOPTIM_DATA")
     return TokenSet(name, split, tokens, source, digest, shared_with(name, split, source))
 
 def token_set(

@@ -7,15 +7,13 @@ __all__ = ['PLATFORMS', 'JOULES_PER_KWH', 'WORLD', 'BUDGET', 'Platform', 'load_p
            'project_cost', 'Grid', 'co2_kg', 'Budget']
 
 # %% ../../nbs/07_measure/04_cost.ipynb #559edc89
-import json
-import math
 import os
 from dataclasses import dataclass, fields
 from datetime import date
 from pathlib import Path
 
-from ..base.config import Config
-from ..base.errors import UserError
+from ..base.config import Config, read_json
+from ..base.errors import UserError, visible
 
 # %% ../../nbs/07_measure/04_cost.ipynb #81826639
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +28,14 @@ class Platform(Config):
     date: str  # day of the price, YYYY-MM-DD, or "undated"
 
     def __post_init__(self):
-        where = f"platform {self.name!r}, {self.instance!r}"
+        where = f"platform {str(self.name)[:60]!r}, {str(self.instance)[:60]!r}"
         for f in fields(self):
             value, kind = getattr(self, f.name), {"price_per_hour": (int, float), "gpus": int}.get(f.name, str)
             if not isinstance(value, kind) or isinstance(value, bool) or value == "":
                 raise UserError(f"{where}: {f.name} is {value!r}; it has to be {'text' if kind is str else 'a number'}")
-        if not (math.isfinite(self.price_per_hour) and self.price_per_hour > 0): raise UserError(f"{where}: price_per_hour is {self.price_per_hour}; it has to be above 0 dollars")
-        if self.gpus < 1: raise UserError(f"{where}: gpus is {self.gpus}; an instance has 1 GPU at least")
+            if kind is str and visible(value) != value: raise UserError(f"{where}: {f.name} is {value!r}; write it as one line without control characters")
+        if not 1e-9 <= self.price_per_hour <= 1e9: raise UserError(f"{where}: price_per_hour is {str(self.price_per_hour)[:20]}; it has to be above 0 dollars, and below a billion")
+        if not 1 <= self.gpus <= 10**6: raise UserError(f"{where}: gpus is {str(self.gpus)[:20]}; an instance has 1 GPU at least, and not a million")
         try: self.date == "undated" or date.fromisoformat(self.date)
         except ValueError: raise UserError(f"{where}: date is {self.date!r}; write it as YYYY-MM-DD, or \"undated\"") from None
 
@@ -57,7 +56,9 @@ def load_platforms(
     path: str | Path,  # JSON: {"short-name": {name, instance, price_per_hour, gpus, gpu, source, date}, ...}
 ) -> dict[str, Platform]:
     "The built-in platforms with the file's added or replaced; raises `UserError` naming the platform and what is wrong with it."
-    try: given = json.loads(Path(path).read_text())
+    try:
+        if (size := Path(path).stat().st_size) > 2**24: raise UserError(f"the platforms' file {path} has {size:,} bytes; a list of prices has some thousands")
+        given = read_json(Path(path).read_bytes())
     except OSError as error: raise UserError(f"the platforms' file {path} cannot be read: {error.strerror}") from None
     except ValueError as error: raise UserError(f"the platforms' file {path} is not JSON: {error}") from None
     names = [f.name for f in fields(Platform)]
@@ -65,9 +66,10 @@ def load_platforms(
     if not isinstance(given, dict): raise UserError(f"the platforms' file {path} holds {type(given).__name__}, not an object; {shape}")
     found = dict(PLATFORMS)
     for key, values in given.items():
-        if not isinstance(values, dict): raise UserError(f"{path}: platform {key!r} is {values!r}, not an object; {shape}")
+        if not isinstance(values, dict): raise UserError(f"{path}: platform {key!r} is {'a list' if isinstance(values, list) else repr(values)[:40]}, not an object; {shape}")
         if missing := [n for n in names if n not in values]: raise UserError(f"{path}: platform {key!r} misses {', '.join(missing)}; {shape}")
         if unknown := sorted(set(values) - set(names)): raise UserError(f"{path}: platform {key!r} has unknown {', '.join(unknown)}; allowed are {', '.join(names)}")
+        if visible(key) != key: raise UserError(f"{path}: the name {key!r} has to be one line without control characters")
         try: found[key] = Platform(**values)
         except UserError as error: raise UserError(f"{path}: {error}") from None
     return found

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..base.errors import UserError
+from ..base.errors import UserError, visible
 from ..base.machine import data_root, repo_root
 from ..base.records import ROWS, RecordError, Run, find_studies, read_study, study_name, study_origin
 from ..judge.expression import readable
@@ -28,6 +28,9 @@ class Shown:
     "Something to look at, as HTML and as Markdown."
     html: str
     markdown: str
+
+    def __post_init__(self):  # records hold what others wrote; a page shows it and obeys none of it
+        for name in ("html", "markdown"): object.__setattr__(self, name, visible(getattr(self, name), keep="\n\t"))
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
         return {"text/html": self.html, "text/markdown": self.markdown, "text/plain": self.markdown}
