@@ -458,7 +458,7 @@ def test_lines_end_at_newlines_alone(folder):
 
 
 @pytest.mark.parametrize("line, told", [('{"text": ' + DEEP + "}", "nests deeper"), ('["text"]', "not an object"), ('{"text": 1}', "has no text"), ('{"text": "\\ud800"}', "not Unicode")])
-def test_a_line_that_is_no_document_is_named(folder, line, told):
+def test_a_line_within_a_file_that_is_no_document_is_named(folder, line, told):
     folder("c4/c4_en_2k.jsonl.xz", '{"text": "good"}\n' + line + "\n")
     with pytest.raises(UserError, match=f"line 2.*{told}"): load_text("c4")
 

@@ -533,3 +533,14 @@ def test_losing_a_run_never_helps(four, data, center, spread, how, side, many):
     if len(seeds) == 1: assert all(after[id] <= before[id] for id in before), [(id, before[id], after[id]) for id in before if after[id] > before[id]]
     assert not [id for id in before if after[id] == 2 > before[id]]  # however many are lost, nothing comes to speak for the claim
     assert after["H1-S3"] < 2 and (how == "oom" and side == "baseline_strong" and len(seeds) == 4 or after["H1-S1"] < 2)
+
+
+def test_a_study_in_which_every_stack_was_lost_is_judged_where_it_was_run(tmp_path):
+    "A lost run is known of one scale; at laptop scale it is no evidence, either."
+    import shutil
+    from flashoptim_nb.base.machine import data_root
+    for config in ("baseline", "flashoptim_full"): shutil.copytree(data_root() / f"records/h1-laptop/1B-best-{config}-s0", tmp_path / f"1B-best-{config}-s0")
+    RunWriter(tmp_path / "1B-best-flashoptim_full-s0").end("failed", "out of memory")
+    entries = verdict(read_study(tmp_path))
+    known = [e for e in entries if e["status"] != "not measured"]
+    assert known and {(e["status"], e["scale"]) for e in known} == {("no evidence at this scale", "laptop")}

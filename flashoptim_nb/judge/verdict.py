@@ -22,7 +22,9 @@ from .surrogate_evidence import surrogate_coverage
 from .table import SCALES, places
 
 # %% ../../nbs/08_judge/07_verdict.ipynb #319248e0
-def _measured(judged: Judged) -> bool: return any(leaf.estimate.value is not None for leaf in judged.leaves)
+def _measured(judged: Judged) -> bool:
+    "Whether anything is known: a value, or that a run was lost, which says something without one."
+    return judged.status != Status.NOT_MEASURED or any(leaf.estimate.value is not None for leaf in judged.leaves)
 
 def best_evidence(
     criterion: Criterion,
