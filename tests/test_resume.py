@@ -107,7 +107,7 @@ def test_killed_at_random_moments(how, uninterrupted, tmp_path, rng_seed):
 class Counts:
     "A task whose state is a number."
     def __init__(self): self.n = torch.zeros(1)
-    def step(self, n): self.n += 1; return dict(loss=1.0, grad_norm=1.0, lr=1.0, skipped=0, tokens=1)
+    def step(self, n): self.n += 1; return dict(loss=1.0, grad_norm=1.0, lr=1.0, skipped=False, tokens=1)
     def state_dict(self): return dict(n=self.n)
     def load_state_dict(self, state): self.n = state["n"]
 

@@ -129,10 +129,11 @@ def _book(args) -> int:
     from flashoptim_nb.base.machine import repo_root
     from flashoptim_nb.report.book import build_book, check_port, serve
     if args.serve: check_port(args.port)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # children are ended, and what is half made is removed
     studies = _studies(args.records)
     _tell_unfinished(studies)
-    out = build_book(args.out or repo_root() / "_book", studies if args.records else None)
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # children are ended, and what is half made is removed
+    try: out = build_book(args.out or repo_root() / "_book", studies if args.records else None)
+    finally: signal.signal(signal.SIGTERM, before)
     print(f"the book is at {out / 'index.html'}")
     return serve(out, args.port) if args.serve else 0
 
@@ -331,13 +332,13 @@ def main(
 ) -> int:
     "Runs one command; returns its exit status."
     args = _parser().parse_args(words)
-    os.environ["PYTHONSAFEPATH"] = "1"  # what this command starts imports nothing from the working directory
     try:
         if getattr(args, "hypothesis", None):
             from flashoptim_nb.judge.surrogates import HYPOTHESES
             choose("hypothesis", args.hypothesis, HYPOTHESES)
         if args.command not in ("verdict", "check"): _check_surroundings(args)
-        return args.function(args)
+        from flashoptim_nb.base.machine import safe_path
+        with safe_path(): return args.function(args)
     except UserError as error:
         print(f"flashoptim-nb: {visible(str(error), keep=chr(10))}", file=sys.stderr)
         from flashoptim_nb.train.loop import Interrupted
