@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from flashoptim_nb.base.config import content_hash
@@ -517,7 +517,7 @@ def four(tmp_path_factory):
         return evidence_table(pair(tmp_path_factory.mktemp("four"), seeds=4, roles=("124M", *SIZES), references=("baseline_strong",)))
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=25, phases=[Phase.explicit, Phase.reuse, Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), center=st.tuples(st.floats(0.8, 1.6), st.floats(-0.2, 0.6), st.floats(-0.1, 0.1)), spread=st.sampled_from([0.0, 0.001, 0.02]),
        how=st.sampled_from([float("nan"), float("inf"), "failed", "oom", "aborted"]), side=st.sampled_from(["flashoptim_full", "baseline_strong"]), many=st.booleans())
 def test_losing_a_run_never_helps(four, data, center, spread, how, side, many):
@@ -530,7 +530,8 @@ def test_losing_a_run_never_helps(four, data, center, spread, how, side, many):
     seeds = data.draw(st.sets(st.integers(0, 3), min_size=1, max_size=4 if many else 1))
     lost = [damage(row, how) if row["seed"] in seeds and row["config"] == side else row for row in rows]
     before, after = (standing(pd.DataFrame(some, dtype=object)) for some in (rows, lost))
-    if len(seeds) == 1: assert all(after[id] <= before[id] for id in before), [(id, before[id], after[id]) for id in before if after[id] > before[id]]
+    better = {"H1-S3"} if center[2] < 0 else set()  # S3 also fails for being too good, which with a lost run is no longer known
+    if len(seeds) == 1: assert not [(id, before[id], after[id]) for id in before if after[id] > before[id] and id not in better]
     assert not [id for id in before if after[id] == 2 > before[id]]  # however many are lost, nothing comes to speak for the claim
     assert after["H1-S3"] < 2 and (how == "oom" and side == "baseline_strong" and len(seeds) == 4 or after["H1-S1"] < 2)
 
