@@ -50,6 +50,20 @@ def test_no_more_than_twice_the_error_of_the_reference(device, dtype, autocast, 
         assert_2x(o, s, e, floor=1e-6 if narrow == torch.float32 else 1e-3 if name == "loss" else torch.finfo(narrow).eps)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_loss_scale_keeps_gradients_in_the_range_of_fp16(device, autocast):
+    "A row's share of a mean over many rows is too small for fp16 until it is scaled."
+    torch.manual_seed(0)
+    n, d, v = 4096, 32, 500
+    x, w, y = torch.randn(n, d, device=device), 0.02 * torch.randn(v, d, device=device), torch.randint(v, (n,), device=device)
+    exact = loss_and_gradients(linear_cross_entropy_reference, x.double(), w.double(), y)
+    dtype, scale = torch.float32 if autocast else torch.float16, 2.0**16
+    with torch.autocast(device, torch.float16, enabled=autocast): found = loss_and_gradients(linear_cross_entropy, x.to(dtype), w.to(dtype), y, scale)
+    for g, e in zip(found[1:], exact[1:]):
+        assert g.dtype == dtype and (g.double() / scale - e).norm() < 1e-3 * e.norm()
+
+
 def some_ignored(y, share):
     return torch.where(torch.rand(len(y), device=y.device) < share, IGNORE, y)
 

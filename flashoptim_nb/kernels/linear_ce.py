@@ -117,11 +117,11 @@ def chunk_rows_for(
     most = max(128, (2**28 if on_gpu else 2**19) // vocab_size)
     return max(128, math.ceil(n_rows / max(1, math.ceil(n_rows / most)) / 128) * 128)
 
-def _add_product(dw_VD, grad_CV, x_CD, scale):
-    "dw += scale * grad^T x: products of narrow numbers, sums in fp32."
-    if grad_CV.dtype == dw_VD.dtype: dw_VD.addmm_(grad_CV.T, x_CD, alpha=scale)
-    elif grad_CV.is_cuda: torch.addmm(dw_VD, grad_CV.T, x_CD, alpha=scale, out_dtype=dw_VD.dtype, out=dw_VD)
-    else: dw_VD.addmm_(grad_CV.T.to(dw_VD.dtype), x_CD.to(dw_VD.dtype), alpha=scale)
+def _add_product(dw_VD, grad_CV, x_CD):
+    "dw += grad^T x: products of narrow numbers, sums in fp32."
+    if grad_CV.dtype == dw_VD.dtype: dw_VD.addmm_(grad_CV.T, x_CD)
+    elif grad_CV.is_cuda: torch.addmm(dw_VD, grad_CV.T, x_CD, out_dtype=dw_VD.dtype, out=dw_VD)
+    else: dw_VD.addmm_(grad_CV.T.to(dw_VD.dtype), x_CD.to(dw_VD.dtype))
 
 # %% ../../nbs/02_kernels/06_linear_ce.ipynb #fef7ee91
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -139,12 +139,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x_CD = x_ND[rows].to(dtype)
             logits_CV = x_CD @ w_VD.T
             nll_N[rows] = softmax_minus_onehot_(logits_CV, target_N[rows])  # logits_CV is now their gradient
-            if need_x: torch.addmm(dx_ND[rows], logits_CV, w_VD, beta=0, alpha=1 / N, out=dx_ND[rows])
-            if need_w: _add_product(dw_VD, logits_CV, x_CD, 1 / N)
+            if need_x: torch.addmm(dx_ND[rows], logits_CV, w_VD, beta=0, out=dx_ND[rows])
+            if need_w: _add_product(dw_VD, logits_CV, x_CD)
             del logits_CV  # before the next chunk's are made
-        ctx.save_for_backward(dx_ND, None if dw_VD is None else dw_VD.to(weight_VD.dtype))
+        if need_w and weight_VD.dtype != torch.float16: dw_VD = dw_VD.to(weight_VD.dtype)  # sums over rows may be too large for fp16, and shares of a mean too small: the loss scale comes first
+        ctx.save_for_backward(dx_ND, dw_VD)
         count = (target_N != IGNORE).sum().to(sums)  # stays on the device
-        ctx.x_dtype, ctx.share = x_ND.dtype, N / count.clamp(min=1)
+        ctx.x_dtype, ctx.w_dtype, ctx.share = x_ND.dtype, weight_VD.dtype, 1 / count.clamp(min=1)
         return nll_N.sum() / count
 
     @staticmethod
@@ -152,7 +153,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, scale):
         # in place, so that no second copy of the largest gradient exists; a second backward pass is refused by autograd
         dx_ND, dw_VD = (None if d is None else d.mul_(scale * ctx.share) for d in ctx.saved_tensors)
-        return None if dx_ND is None else dx_ND.to(ctx.x_dtype), dw_VD, None, None, None, None
+        return None if dx_ND is None else dx_ND.to(ctx.x_dtype), None if dw_VD is None else dw_VD.to(ctx.w_dtype), None, None, None, None
 
 # %% ../../nbs/02_kernels/06_linear_ce.ipynb #e218157e
 def linear_cross_entropy(
