@@ -426,3 +426,44 @@ def test_gradients_of_another_layout_or_dtype(recwarn):
     close([p], [q])
     p.grad.data = torch.ones(2, 2, device=DEVICE)
     with pytest.raises(GradientError, match="zero_grad"): opt.step()
+
+
+@pytest.mark.parametrize("taken", [["step"], ["exp_avg::quantized"], ["exp_avg_sq::scales"], ["exp_avg::quantized", "exp_avg::scales", "exp_avg_sq::quantized", "exp_avg_sq::scales"], ["error_bits"]], ids="+".join)
+def test_a_checkpoint_of_a_state_of_which_something_was_taken_out(taken):
+    "It goes on as the optimizer itself does."
+    p = nn.Parameter(torch.linspace(-1, 1, 70).bfloat16())
+    step = lambda p, opt: (setattr(p, "grad", torch.linspace(2, -1, 70).bfloat16()), opt.step())
+    opt = FlashAdamW([p], lr=1e-2)
+    for _ in range(3): step(p, opt)
+    for key in taken: del opt.state[p][key]
+    q = nn.Parameter(p.detach().clone())
+    again = FlashAdamW([q], lr=1e-2)
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for _ in range(2): step(p, opt); step(q, again)
+    assert torch.equal(p, q) and opt.state[p]["step"] == again.state[q]["step"]
+
+
+def test_a_checkpoint_after_a_momentum_was_given():
+    p = nn.Parameter(torch.ones(8))
+    opt = FlashSGD([p], lr=0.1)
+    p.grad = torch.ones(8); opt.step()
+    opt.param_groups[0]["momentum"] = 0.9
+    FlashSGD([p], lr=0.1).load_state_dict(opt.state_dict())
+
+
+def test_no_state_at_all_of_one_that_does_not_step():
+    ps = [nn.Parameter(torch.ones(8)) for _ in range(2)]
+    opt = FlashAdamW(ps)
+    for p in ps: p.grad = torch.ones(8)
+    opt.step()
+    opt.state[ps[1]] = ps[1].grad = None
+    opt.step()
+    assert list(opt.state_dict()["state"]) == [0] and opt.state[ps[0]]["step"] == 2
+
+
+def test_options_beside_a_learning_rate_in_a_tensor_are_looked_at():
+    p = nn.Parameter(torch.ones(8))
+    opt = FlashAdamW([p], lr=torch.tensor(1e-2))
+    p.grad = torch.ones(8); opt.step()
+    opt.param_groups[0]["betas"] = (1.5, 0.9)
+    with pytest.raises(OptionError, match="betas"): opt.step()

@@ -246,12 +246,58 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")])])
-@pytest.mark.parametrize("ranks", [RANK, RELEASE, ZERO], ids=["step", "release", "zero"])
-def test_two_ranks_step_as_one(ranks, kind, tmp_path):
+def run(ranks, n, kind, tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(textwrap.dedent(ranks))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), kind, str(tmp_path)],
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), str(script), kind, str(tmp_path)],
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("agrees") == 2
+    assert done.stdout.count("agrees") == n
+
+
+TENSOR_PARALLEL = """
+import copy, sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from flashoptim_nb.optim import FlashAdamW
+from flashoptim_nb.optim.shards import local
+
+kind, where = sys.argv[1:]
+dist.init_process_group("gloo" if kind == "cpu" else "nccl")
+if kind == "cuda": torch.cuda.set_device(dist.get_rank())
+mesh = init_device_mesh(kind, (2, 2), mesh_dim_names=("data", "tensor"))
+torch.manual_seed(0)
+whole = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)).to(kind)
+parts = copy.deepcopy(whole)
+parallelize_module(parts, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+fully_shard(parts, mesh=mesh["data"])
+a, b = (FlashAdamW(model.parameters(), lr=1e-2, max_norm=1.0) for model in (parts, whole))
+x = torch.randn(8, 32, device=kind)
+for _ in range(3):
+    for model, opt in ((parts, a), (whole, b)): model(x).square().sum().backward(); opt.step(); opt.zero_grad()
+    assert abs(a.grad_norm - b.grad_norm) < 1e-3 * b.grad_norm, (a.grad_norm, b.grad_norm)
+
+kept = [{k: local(t).clone() for k, t in a.state[p].items()} for p in parts.parameters()]
+dcp.save(dict(opt=get_optimizer_state_dict(parts, a)), checkpoint_id=where)
+c = FlashAdamW(parts.parameters(), lr=1e-2)
+state = get_optimizer_state_dict(parts, c)
+dcp.load(dict(opt=state), checkpoint_id=where)
+set_optimizer_state_dict(parts, c, state)
+for p, own in zip(parts.parameters(), kept): assert all(torch.equal(local(c.state[p][k]), t) for k, t in own.items()), (p.placements, p.shape)
+print("rank", dist.get_rank(), "agrees")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")])])
+def test_rows_cut_by_tensor_parallelism_and_again_by_fsdp2(kind, tmp_path):
+    "The norm counts the gradients of all ranks, and a checkpoint has the scales of all."
+    run(TENSOR_PARALLEL, 4, kind, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")])])
+@pytest.mark.parametrize("ranks", [RANK, RELEASE, ZERO], ids=["step", "release", "zero"])
+def test_two_ranks_step_as_one(ranks, kind, tmp_path): run(ranks, 2, kind, tmp_path)

@@ -443,7 +443,7 @@ def test_masters_after_a_cast_of_the_model(pause):
     for wider in (model.float, model.double):
         for name, t in opt.get_fp32_model_state_dict(wider()).items(): assert t.dtype == FP32 and torch.equal(t, kept[name])
         with pytest.raises(StateError, match="make the optimizer anew"): opt.set_fp32_model_state_dict(model, kept)
-        with pytest.raises(ValueError, match="make the optimizer anew"): take_steps(list(model.parameters()), opt, 1)
+        with pytest.raises(ValueError, match="make the optimizer anew|dtype torch.float64"): take_steps(list(model.parameters()), opt, 1)
     assert opt.state_dict()["param_groups"][0]["state_format"] == "companded-24-bfloat16"
     model.bfloat16()
     for name, t in opt.get_fp32_model_state_dict(model).items(): assert torch.equal(t, kept[name])
@@ -586,3 +586,33 @@ def test_whole_and_sharded_weights(tmp_path):
 def test_the_format_is_plain_data():
     _, opt = stepped(FlashAdamW, (BF16, FP16))
     assert json.loads(json.dumps(opt.state_dict()["param_groups"]))[0]["state_format"] == "companded-24-bfloat16+float16"
+
+
+def test_the_lr_that_decoupled_decay_refers_to_reaches_the_public_package():
+    "Its `initial_lr` is that, whatever the lr is now and wherever a scheduler began."
+    p = nn.Parameter(torch.ones(32, dtype=BF16))
+    opt = FlashAdamW([p], lr=1e-2, decouple_lr=True)
+    torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=1e-2, total_steps=10)
+    p.grad = torch.ones_like(p); opt.step()
+    (group,) = opt.public_state_dict()["param_groups"]
+    assert group["initial_lr"] == 1e-2 and "reference_lr" not in group
+    again = FlashAdamW([p], lr=1.0, decouple_lr=True)
+    again.load_state_dict(opt.public_state_dict())
+    assert again.param_groups[0]["reference_lr"] == 1e-2
+
+
+@pytest.mark.parametrize("bits", [24, 32])
+def test_a_model_that_changed_its_dtype_is_not_for_the_public_package(bits):
+    model = nn.Linear(8, 8).to(BF16)
+    opt = FlashAdamW(model.parameters(), master_weight_bits=bits)
+    model.weight.grad = torch.ones_like(model.weight); opt.step()
+    model.float()
+    with pytest.raises(StateError, match="was made for torch.bfloat16"): opt.public_state_dict()
+
+
+def test_groups_that_share_a_learning_rate_go_on_sharing_it():
+    lr, ps = torch.tensor(1e-2), [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    opt = FlashAdamW([dict(params=[p], lr=lr) for p in ps])
+    opt.load_state_dict(opt.state_dict())
+    a, b = opt.param_groups
+    assert a["lr"] is b["lr"] and a["lr"] is not lr

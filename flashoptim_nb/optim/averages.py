@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..base.errors import UserError
 from ..kernels.split import INTEGERS, NARROW, decode, encode
@@ -108,6 +109,8 @@ class AveragedMasters:
 
     @torch.no_grad()
     def _put(self, weights):
+        for part in self.model.modules():
+            if isinstance(part, FSDPModule): part.reshard()  # what a forward pass left gathered has the weights of before
         for name, p in self.params.items(): local(p).copy_(encode(weights[name], p.dtype)[0] if p.dtype in NARROW and weights[name].dtype == torch.float32 else weights[name])
 
     def _any(self):

@@ -284,7 +284,7 @@ def share_steps(
     pairs: Sequence[tuple[dict, list]],  # groups, and those of their parameters that step now, with gradients and states
 ) -> list[list[list[torch.Tensor]]]:  # for each group, those that go to a kernel together
     "Gives parameters that step together, and no others, a counter of their own."
-    users, out = Counter(id(s["step"]) for s in opt.state.values() if "step" in s), []
+    users, out = Counter(id(s["step"]) for s in opt.state.values() if isinstance(s, dict) and "step" in s), []
     for _, params in pairs:
         companies = defaultdict(list)
         for p in params: companies[id(opt.state[p]["step"]), p.dtype, p.grad.dtype if p.grad.dtype in TYPES else torch.float32, _placed(p)].append(p)
@@ -357,7 +357,7 @@ def check_options(
     "Raises `OptionError` for options of groups that were edited into such as cannot work; a tensor is not read, which would wait for its device."
     for group in groups:
         try:
-            if not any(isinstance(x, torch.Tensor) for x in group.values()): opt.check_group(group)
+            opt.check_group({k: 0.0 if isinstance(x, torch.Tensor) else x for k, x in group.items()})
             opt.scalars(group)
         except KeyError as error: raise OptionError(f"a group without {error}: add groups with add_param_group, which fills in the optimizer's own options") from None
 

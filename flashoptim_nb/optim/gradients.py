@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from ..kernels.many import control_fused
-from .shards import over_shards
+from .shards import dealt_out, over_shards
 
 # %% ../../nbs/03_optim/00_gradients.ipynb #a1ec0e38
 @torch.no_grad()
@@ -36,7 +36,7 @@ def sharding(
     p: torch.Tensor,  # a parameter
 ) -> tuple:
     "Device of a parameter, and over which dimensions of which mesh its rows are dealt out: alike for parameters whose sums can be added up before they are reduced."
-    return (p.device, p.device_mesh, tuple(isinstance(x, Shard) for x in p.placements)) if isinstance(p, DTensor) else (p.device,)
+    return (p.device, p.device_mesh, tuple(map(dealt_out, p.placements))) if isinstance(p, DTensor) else (p.device,)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from ..base.errors import UserError
 from ..kernels.codec import GROUP, SCALE_MAX, dequantize_m, dequantize_v, quantize_m, quantize_v
 from ..kernels.split import INTEGERS, NARROW, compute_ecc_bits, decode
 from .base import FlashOptimizer
-from .batches import correction_bits, first_correction, new_state
+from .batches import correction_bits, first_correction, new_state, own_states, state_kinds
 from .shards import like, local, scale_shape, scales_like
 
 # %% ../../nbs/03_optim/03_state_dict.ipynb #e9813702
@@ -52,6 +52,8 @@ def _decoded(code, scales, companded):
 @patch
 def state_dict(self: FlashOptimizer) -> dict:
     "As in torch.optim; waits for the device, since step counters leave it. Tensors are the live ones, not copies, but for the counters."
+    emptied = [(group, [p for p in group["params"] if self.state.get(p) and {"step", *state_kinds(self, group, p)} - {"error_bits"} - self.state[p].keys()]) for group in self.param_groups]
+    own_states(self, emptied)  # what was taken out of a state begins anew, as it would in the next step
     listed, every = {p for group in self.param_groups for p in group["params"]}, self.state
     self.state = {p: s for p, s in every.items() if p in listed}  # a parameter that left its group may come back, and has no number
     try: out = Optimizer.state_dict(self)
@@ -67,7 +69,7 @@ def exported(
     state: dict,  # of one parameter, as it is kept
 ) -> dict:  # as it is written
     "A parameter's state for a state dict."
-    state = state | {"step": torch.as_tensor(state.get("step", 1.0)).detach().cpu().clone()}
+    state = state | {"step": torch.as_tensor(state["step"]).detach().cpu().clone()}
     if self.compress_state_dict or not self.quantize: return state
     for key in self.moments:
         if f"{key}::quantized" not in state: continue
@@ -96,12 +98,15 @@ def public_state_dict(self: FlashOptimizer) -> dict:
     "A state dict that the public package loads bit for bit; raises `StateError` for what that package lacks."
     if not self.companded or any(g.get("maximize") for g in self.param_groups):
         raise StateError("companded=False or maximize=True: the public package has neither; save state_dict()")
-    beyond = {"state_format", "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"}
+    if changed := [p for p in self.state if self.made_for.get(p, p.dtype) != p.dtype]:
+        raise StateError(f"a parameter of shape {tuple(changed[0].shape)} is {changed[0].dtype} now and its state was made for {self.made_for[changed[0]]}: save before such a change of the model, or save state_dict()")
+    beyond = {"state_format", "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "reference_lr"}
     out = self.state_dict()
     width = {None: 0, 24: 3, 32: 4}[self.master_weight_bits]
     for n, own in enumerate(self.param_groups):
         group = {key: x for key, x in out["param_groups"][n].items() if key not in beyond}
-        group = {"initial_lr": float(group["lr"]), **group, "master_bytewidth": width, "quantize": self.quantize}
+        reference = {"initial_lr": own["reference_lr"]} if self.decouple_lr and "reference_lr" in own else {}  # that package has one key for it and for schedulers
+        group = {"initial_lr": float(group["lr"]), **group, **reference, "master_bytewidth": width, "quantize": self.quantize}
         out["param_groups"][n] = group
         for i, p in zip(group["params"], own["params"]):
             if i in out["state"]: out["state"][i] = _public(out["state"][i], p)
@@ -306,11 +311,12 @@ def load_state_dict(
     if strange := saved.keys() - {i for g in groups for i in g["params"]}:
         raise StateError(f"the state dict has a state of {next(iter(strange))!r}, which none of its groups names: parameters are numbered by integers, which JSON for one makes into strings")
     for n, g in enumerate(groups): _check_kind(self, g, f"group {n} of the state dict")
-    options = [{k: deepcopy(v) for k, v in g.items() if k not in _MARKS} for g in groups]
+    options = deepcopy([{k: v for k, v in g.items() if k not in _MARKS} for g in groups])  # at once: groups may share a tensor
     for own, new in zip(self.param_groups, options): self.check_group(own | new)
     states = _states(self, groups, saved, options)
-    for own, new in zip(self.param_groups, options):
-        if self.decouple_lr and new.get("initial_lr"): own["reference_lr"] = float(new["initial_lr"])  # what had no key of its own kept it there
+    for own, new, g in zip(self.param_groups, options, groups):
+        ours = not {"state_format", "master_bytewidth"}.isdisjoint(g)  # elsewhere a scheduler has written it, which may begin far below
+        if self.decouple_lr and ours and new.get("initial_lr"): own["reference_lr"] = float(new["initial_lr"])  # what had no key of its own kept it there
         own.update(new)
     self.state.clear(); self.state.update(states)
     self.made_for = {p: p.dtype for p in states}
