@@ -239,6 +239,19 @@ def test_an_average_before_the_first_step_is_of_the_weights_that_were_cast():
     assert (average.model_state_dict()["weight"] - exact).abs().max() < 0.02 * (exact - model.weight.float()).abs().max()
 
 
+@pytest.mark.parametrize("change", [lambda model, opt: model.half(), lambda model, opt: model.float(), lambda model, opt: opt.add_param_group(dict(params=[nn.Parameter(torch.ones(3))])),
+                                    lambda model, opt: opt.param_groups[0].update(params=[nn.Parameter(p.detach().clone()) for p in model.parameters()])], ids=["half", "float", "added", "replaced"])
+def test_an_average_of_what_the_optimizer_no_longer_steps_is_refused(change):
+    model = nn.Linear(4, 2); cast_model(model)
+    opt = FlashAdamW(model.parameters())
+    average = AveragedMasters(opt, model)
+    model(torch.ones(1, 4).bfloat16()).float().sum().backward(); opt.step(); average.update()
+    before = {name: t.clone() for name, t in average.average.items()}
+    change(model, opt)
+    with pytest.raises(ValueError, match="anew|a new AveragedMasters"): average.update()
+    assert all(torch.equal(t, before[name]) for name, t in average.average.items())
+
+
 @pytest.mark.parametrize("make", [FlashLion, lambda p: FlashSGD(p, lr=0.1, momentum=0.9)])
 def test_averages_of_mixed_models(make):
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))

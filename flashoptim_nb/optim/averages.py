@@ -68,7 +68,12 @@ class AveragedMasters:
 
     @torch.no_grad()
     def update(self):
-        "Takes the masters of now into the average; call it after `optimizer.step()`."
+        "Takes the masters of now into the average; call it after `optimizer.step()`. Raises `OptionError` where the optimizer steps others than those that are averaged, or they changed their dtype."
+        known, made_for = {id(p) for p in self.params.values()}, self.optimizer.made_for
+        if strange := [p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in known]:
+            raise OptionError(f"{len(strange)} parameters came to the optimizer after the average was made, such as one of shape {tuple(strange[0].shape)}: make a new AveragedMasters")
+        if changed := [name for name, p in self.params.items() if made_for.get(p, p.dtype) != p.dtype]:
+            raise OptionError(f"{changed[0]} is {self.params[changed[0]].dtype} now and its master was made for {made_for[self.params[changed[0]]]}: take the average before such a change, make optimizer and average anew after it")
         weight = 1 / (self.updates + 1) if self.decay is None or not self.updates else 1 - self.decay
         for chunk, flat in self.chunks: flat.lerp_(_masters(self.optimizer, [self.params[name] for name in chunk]), weight)
         self.updates += 1
