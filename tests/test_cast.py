@@ -353,6 +353,13 @@ dist.destroy_process_group()
 """
 
 
+def test_what_the_cast_adds_lies_where_the_model_lies():
+    "DistributedDataParallel sends all buffers around, over NCCL those of the GPU alone."
+    with torch.device("meta"): model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    cast_model(model, full_precision_layers=["2"])
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
+
+
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")])])
 def test_what_the_cast_rounds_away_reaches_the_masters_of_shards(kind, tmp_path):
     script = tmp_path / "rank.py"

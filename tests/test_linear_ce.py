@@ -136,10 +136,13 @@ x, w, y = torch.randn(300, 8, device="cuda"), torch.randn(50, 8, device="cuda"),
 y[7] = int(sys.argv[1])
 torch.cuda.synchronize()
 torch.cuda.set_sync_debug_mode("error")  # nothing waits
-{"fused": linear_cross_entropy, "plain": linear_cross_entropy_reference}[sys.argv[2]](x, w, y)
-torch.cuda.set_sync_debug_mode("default")
-try: torch.cuda.synchronize()
-except RuntimeError as error: sys.exit(0 if "assert" in str(error) else f"another error: {error}")
+try:
+    {"fused": linear_cross_entropy, "plain": linear_cross_entropy_reference}[sys.argv[2]](x, w, y)
+    torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+except RuntimeError as error:  # the first call after the device has come to it, whichever that is
+    if "called a synchronizing" in str(error): raise
+    sys.exit(0)
 sys.exit("accepted")
 """
 
@@ -150,7 +153,7 @@ sys.exit("accepted")
 def test_other_targets_are_refused_on_the_device(how, wrong):
     "In a process of its own, which such an assertion ends."
     done = subprocess.run([sys.executable, "-c", REFUSED_ON_THE_DEVICE, str(wrong), how], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "Assertion `targets have to be" in done.stderr, done.stderr
 
 
 def test_gradients_pass_on_what_is_needed_only(rng_seed):

@@ -168,10 +168,13 @@ E = len(g.source)
 x, q, w2, e, w = (torch.randn(*s, device="cuda") for s in ((E, 16), (E, 14), (16, 2), (E, 3), (16, 3)))
 torch.cuda.synchronize()
 torch.cuda.set_sync_debug_mode("error")  # nothing waits
-triplet_sum(x, q, w2, g) if sys.argv[2] == "triplets" else gated_sum(x, e, w, g.target, g.incoming)
-torch.cuda.set_sync_debug_mode("default")
-try: torch.cuda.synchronize()
-except RuntimeError as error: sys.exit(0 if "assert" in str(error) else f"another error: {error}")
+try:
+    triplet_sum(x, q, w2, g) if sys.argv[2] == "triplets" else gated_sum(x, e, w, g.target, g.incoming)
+    torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+except RuntimeError as error:  # the first call after the device has come to it, whichever that is
+    if "called a synchronizing" in str(error): raise
+    sys.exit(0)
 sys.exit(f"accepted: {what}")
 """
 
@@ -181,7 +184,7 @@ sys.exit(f"accepted: {what}")
 def test_lists_that_point_elsewhere_are_refused_on_the_device(number, sums):
     "In a process of its own, which such an assertion ends."
     done = subprocess.run([sys.executable, "-c", REFUSED_ON_THE_DEVICE, str(number), sums, str(Path(__file__).parent)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "Assertion `" in done.stderr, done.stderr
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests above run the kernel here")

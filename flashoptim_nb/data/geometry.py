@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from ..base.errors import UserError
+from ..base.errors import UserError, vouched
 
 # %% ../../nbs/01_data/04a_geometry.ipynb #6d0c0006
 ELEMENTS = 94  # the heaviest that the networks know: plutonium
@@ -81,7 +81,8 @@ class Molecules:
 
     def to(self, device, non_blocking: bool = True):
         "The same on another device."
-        return Molecules(*(v if v is None else v.to(device, non_blocking=non_blocking) for v in (getattr(self, f.name) for f in fields(self))))
+        values = (getattr(self, f.name) for f in fields(self))
+        return vouched(Molecules(*(v if v is None else v.to(device, non_blocking=non_blocking) for v in values)), like=self)
 
 # %% ../../nbs/01_data/04a_geometry.ipynb #6d0c000b
 def list_triplets(
@@ -101,7 +102,7 @@ def with_triplets(self: Molecules) -> Molecules:
     "The batch with its triplets listed, as the plain interaction needs them."
     if self.kj is not None: return self
     kj, ji = list_triplets(self.source, self.target, self.incoming)
-    return replace(self, kj=kj, ji=ji)
+    return vouched(replace(self, kj=kj, ji=ji), like=self)
 
 # %% ../../nbs/01_data/04a_geometry.ipynb #6d0c000d
 class Geometry:
@@ -157,8 +158,8 @@ def batch(
     between = pos[target] - pos[source]
     dist = between.square().sum(-1).sqrt()
     incoming, outgoing = (F.pad(t[name][a].cumsum(0), (1, 0)).int() for name in ("n_in", "n_out"))
-    return Molecules(t["z"][a].long(), molecule, source, target, dist, between / dist[:, None], incoming, outgoing,
-                     (t["order"][e] + edge0).int(), y.to(dev, torch.float32, non_blocking=True))
+    return vouched(Molecules(t["z"][a].long(), molecule, source, target, dist, between / dist[:, None], incoming, outgoing,
+                             (t["order"][e] + edge0).int(), y.to(dev, torch.float32, non_blocking=True)))
 
 # %% ../../nbs/01_data/04a_geometry.ipynb #6d0c0014
 @patch
@@ -180,7 +181,7 @@ def pad(
     more = dict(z=(n, 1), molecule=(n, len(self)), dist=(e, cutoff), incoming=(n, len(self.source)), outgoing=(n, len(self.source)), out_edge=(e, 0))
     out = {name: F.pad(getattr(self, name), (0, by), value=value) for name, (by, value) in more.items()} | dealt(("source", "target"), e, len(self.z), nodes)
     if self.kj is not None: out |= dealt(("kj", "ji"), t, len(self.source), edges)
-    return replace(self, unit=F.pad(self.unit, (0, 0, 0, e), value=3**-0.5), **out)
+    return vouched(replace(self, unit=F.pad(self.unit, (0, 0, 0, e), value=3**-0.5), **out), like=self)
 
 # %% ../../nbs/01_data/04a_geometry.ipynb #6d0c0017
 @patch

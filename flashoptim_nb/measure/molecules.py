@@ -8,12 +8,13 @@ __all__ = ['IMPLEMENTATIONS', 'PRECISIONS', 'molecule_step', 'captured', 'measur
 # %% ../../nbs/07_measure/09_molecules.ipynb #6d0c8003
 import time
 from collections.abc import Iterable
+from dataclasses import fields, replace
 from statistics import median
 
 import numpy as np
 import torch
 
-from ..base.errors import UserError, choose
+from ..base.errors import UserError, choose, vouched
 from ..data.geometry import Molecules
 from .memory import free
 from .timing import Stopwatch
@@ -57,7 +58,7 @@ def molecule_step(
     return model, optimizer, learn, update
 
 # %% ../../nbs/07_measure/09_molecules.ipynb #6d0c8007
-def _tensors(batch: Molecules) -> list[torch.Tensor]: return [v for v in vars(batch).values() if v is not None]
+def _tensors(batch: Molecules) -> list[torch.Tensor]: return [v for f in fields(batch) if (v := getattr(batch, f.name)) is not None]
 
 def captured(
     model: torch.nn.Module,
@@ -65,7 +66,7 @@ def captured(
     batch: Molecules,  # filled up; its tensors become the graph's inputs
 ):
     "A function as `learn` that copies a batch of the same shapes in and replays the graph."
-    static = type(batch)(*(None if v is None else v.clone() for v in vars(batch).values()))
+    static = vouched(replace(batch, **{f.name: v.clone() for f in fields(batch) if (v := getattr(batch, f.name)) is not None}), like=batch)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

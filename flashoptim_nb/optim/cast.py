@@ -97,7 +97,9 @@ def _hook(
         module.register_forward_pre_hook(_take_in, with_kwargs=True)
         module.register_forward_hook(_hand_on)
     module._keeps_output = keeps_output
-    if dtype: module.register_buffer("_cast_to", torch.empty(0, dtype=dtype), persistent=False)
+    if dtype:
+        lies = next((t.device for t in (*module.parameters(), *module.buffers())), None)  # NCCL sends no buffer of a CPU around
+        module.register_buffer("_cast_to", torch.empty(0, dtype=dtype, device=lies), persistent=False)
 
 # %% ../../nbs/03_optim/07_cast.ipynb #5e0c91b7
 def _spared(

@@ -17,10 +17,10 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..base.errors import UserError, check_indices, choose
+from ..base.errors import UserError, check_indices, choose, vouched
 from ..data.graphs import Graph, graphs_folder
 from ..data.partial import SPLITS, Labels, draw_labels, load_labels, make_labels, split_graphs
-from ..models.graphnet import GraphBatch, GraphNet, graphnet_width, pad_graphs
+from ..models.graphnet import GraphBatch, GraphNet, check_graphs, graphnet_width, pad_graphs
 
 # %% ../../nbs/05_train/12_combinatorial.ipynb #12a10006
 INPUTS = 6  # numbers of a node: three states, degree, free degree, chosen neighbours
@@ -76,7 +76,10 @@ def side_by_side(
     sizes = torch.tensor([len(g) for g in graphs])
     shift = torch.repeat_interleave(sizes.cumsum(0) - sizes, torch.tensor([len(g.src) for g in graphs]))
     x = node_inputs(torch.cat([g.degree for g in graphs]), torch.cat(list(counts)))
-    return GraphBatch(x, torch.cat([g.src for g in graphs]) + shift, torch.cat([g.dst for g in graphs]) + shift, torch.repeat_interleave(torch.arange(len(sizes)), sizes), y)
+    batch = GraphBatch(x, torch.cat([g.src for g in graphs]) + shift, torch.cat([g.dst for g in graphs]) + shift,
+                       torch.repeat_interleave(torch.arange(len(sizes)), sizes), y)
+    check_graphs(batch)
+    return vouched(batch)
 
 # %% ../../nbs/05_train/12_combinatorial.ipynb #12a1000b
 class Combinatorial:

@@ -11,7 +11,7 @@ from collections import Counter
 
 import torch
 
-from ..base.errors import UserError
+from ..base.errors import UserError, is_vouched, vouched
 from .surrogate import SurrogateTask, padded
 
 # %% ../../nbs/05_train/08_graphed.ipynb #6a90c005
@@ -19,8 +19,13 @@ WARM = 3  # ordinary steps of a shape before it is captured: they create states 
 
 def parts_of(batch) -> list[torch.Tensor]:
     "The tensors of a batch, in order."
-    fields = batch if isinstance(batch, tuple) else (getattr(batch, f.name) for f in dataclasses.fields(batch))
-    return [t for t in fields if isinstance(t, torch.Tensor)]
+    return [t for t in _values(batch) if isinstance(t, torch.Tensor)]
+
+def _values(batch): return batch if isinstance(batch, tuple) else [getattr(batch, f.name) for f in dataclasses.fields(batch)]
+
+def _cloned(batch):
+    copy = type(batch)(*(t.clone() if isinstance(t, torch.Tensor) else t for t in _values(batch)))
+    return copy if isinstance(batch, tuple) else vouched(copy, like=batch)
 
 def why_not(domain, precision, device: torch.device | str) -> str:
     "Why steps cannot be replayed from a CUDA graph, in words; nothing where they can."
@@ -41,7 +46,7 @@ class GraphedTask(SurrogateTask):
     def learn(self, micros: list) -> tuple[torch.Tensor, torch.Tensor]:
         "One optimizer step; from the fourth of its shapes on, a replay."
         given = [t for batch in micros for t in parts_of(batch)]
-        shapes = tuple((t.shape, t.dtype) for t in given)
+        shapes = (tuple((t.shape, t.dtype) for t in given), *map(is_vouched, micros))  # a graph without checks replays no batch that wants them
         if shapes not in self.graphs:
             self.seen[shapes] += 1
             if self.seen[shapes] <= WARM: return self._aside(micros)
@@ -60,9 +65,7 @@ class GraphedTask(SurrogateTask):
 
     def _captured(self, micros):
         "The graph of a step, the tensors that it reads and those that it writes."
-        held = [batch.to(self.device) for batch in micros]
-        held = [type(batch)(*(t.clone() if isinstance(t, torch.Tensor) else t for t in (batch if isinstance(batch, tuple) else (getattr(batch, f.name) for f in dataclasses.fields(batch)))))
-                for batch in held]
+        held = [_cloned(batch.to(self.device)) for batch in micros]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.side): out = super().learn(held)
         return graph, [t for batch in held for t in parts_of(batch)], out
