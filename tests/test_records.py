@@ -191,3 +191,13 @@ def test_a_page_shows_what_a_terminal_or_a_reader_would_not_see():
     from flashoptim_nb.report.shown import shown, table, told
     for made in (shown("a\x1b[2J\u202eb"), table([{"why": "a\x07"}], [dict(runs=["\x9b1A"])]), told("over\u2066turned\n\nand on", [])):
         for text in (made.html, made.markdown): assert visible(text, keep="\n") == text and "\\u" in text
+
+
+def test_what_is_written_can_be_read_back(tmp_path):
+    "The writer refuses what the reader would; a float that is no measurement becomes null, a flag may be a number."
+    writer = RunWriter(tmp_path / "run", header=dict(run="run"))
+    with pytest.raises(RecordError, match="loss is 'low'"): writer.append("step", step=1, loss="low")
+    writer.append("step", step=1, loss=float("nan"), grad_norm=1e200, lr=1e-200, skipped=0)
+    writer.end("finished")
+    (row,) = read_run(tmp_path / "run").of("step")
+    assert (row["loss"], row["grad_norm"], row["lr"], row["skipped"]) == (None, None, 0.0, 0)

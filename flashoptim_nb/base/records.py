@@ -26,7 +26,7 @@ import pandas as pd
 
 from .config import canonical_json, content_hash, read_json
 from .errors import UserError
-from .schema import lacking, misfits
+from .schema import NUMBERS, lacking, misfits
 
 # %% ../../nbs/00_base/04_records.ipynb #4acbc4c1
 ROWS = "rows.jsonl"  # the file's name within a run's directory
@@ -39,10 +39,11 @@ class RecordError(UserError):
 def finite(
     value,  # plain values, nested
 ):
-    "The value with every float that JSON cannot spell replaced by None."
+    "The value with every float that JSON cannot spell, or no reader would take for a measurement, replaced by None (what is too small by 0)."
     if isinstance(value, dict): return {key: finite(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)): return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if not isinstance(value, float) or value == 0 or NUMBERS[0] <= abs(value) <= NUMBERS[1]: return value
+    return 0.0 if abs(value) < NUMBERS[0] else None
 
 def _seal(previous: str, row: dict) -> str:
     return hashlib.sha256((previous + canonical_json(row)).encode()).hexdigest()[:16]
@@ -247,6 +248,7 @@ class RunWriter:
     def append(self, kind: str, **fields):
         "Writes one row; raises `UserError` if the disk is full, with the record as it was before."
         row = {"kind": kind} | finite(fields)
+        if odd := misfits(kind, row): raise RecordError(f"a row of kind {kind!r} that nobody could read back: {'; '.join(odd[:3])}")
         seal = _seal(self.seal, row)
         line = _line(row | {"seal": seal})
         if len(line) >= LONGEST_ROW: raise RecordError(f"a row of kind {kind!r} takes {len(line):,} bytes; a record's row has less than {LONGEST_ROW:,}: divide it")

@@ -22,7 +22,7 @@ def _is_name(v) -> bool: return isinstance(v, str) and len(v) <= LONGEST_NAME an
 FORMS: dict[str, tuple[Callable[[object], bool], str]] = {
     "name": (_is_name, f"one line of text without control characters, {LONGEST_NAME} characters at most"),
     "text": (lambda v: isinstance(v, str), "text"),
-    "flag": (lambda v: isinstance(v, bool), "true or false"),
+    "flag": (lambda v: type(v) in (bool, int) and v in (0, 1), "true or false"),
     "int": (lambda v: type(v) is int and abs(v) < 2**63, "a whole number of 64 bits"),
     "count": (lambda v: type(v) is int and 0 <= v < 2**63, "a whole number, 0 or more"),
     "size": (lambda v: type(v) is int and 0 < v <= 2**24, f"a whole number from 1 to {2**24:,}"),
