@@ -467,3 +467,29 @@ def test_options_beside_a_learning_rate_in_a_tensor_are_looked_at():
     p.grad = torch.ones(8); opt.step()
     opt.param_groups[0]["betas"] = (1.5, 0.9)
     with pytest.raises(OptionError, match="betas"): opt.step()
+
+
+def test_who_watches_a_step_sees_it():
+    "Hooks of one optimizer and of all, a profiler, and torch.compile around a training step."
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+    opt, ps = three()
+    seen = []
+    handles = [opt.register_step_pre_hook(lambda *a: seen.append("before")), opt.register_step_post_hook(lambda *a: seen.append("after")), register_optimizer_step_post_hook(lambda *a: seen.append("all"))]
+    try: opt.step()
+    finally: [h.remove() for h in handles]
+    opt.step()
+    assert seen == ["before", "after", "all"] and opt.state[ps[0]]["step"] == 3
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as watched: opt.step()
+    assert "Optimizer.step#FlashAdamW.step" in {e.key for e in watched.key_averages()}
+
+    def train(opt, ps):
+        (ps[0] * ps[1]).sum().backward()
+        opt.step()
+        opt.zero_grad()
+    ends = []
+    for run in train, torch.compile(train, backend="eager"):
+        opt, ps = three()
+        for _ in range(3): run(opt, ps)
+        ends.append(ps[:2])
+    close(*ends)
+    torch.compiler.reset()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.kernels.split import INTERPRETED
 from flashoptim_nb.optim import FlashAdamW, FlashLion, FlashSGD, OptionError
 
@@ -146,6 +147,64 @@ def test_a_state_that_is_a_view(key, fused):
             opt.step()
     for x, y in zip(*(values(opt, p) for opt, p in zip(opts, ps)), strict=True): assert torch.equal(x, y)
     assert torch.equal(wide[..., 1].float(), (wide[..., 0] + 1).float())
+
+
+@pytest.mark.parametrize("what", ["parameter", "gradient", "state"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+@pytest.mark.parametrize("empty", [True, False], ids=["beside an empty one", "alone"])
+def test_memory_that_was_freed_is_not_stepped(what, fused, empty):
+    p = nn.Parameter(torch.ones(300, device=DEVICE))
+    opt = FlashAdamW([p, *[nn.Parameter(torch.ones(0, device=DEVICE))] * empty], fused=fused, quantize=False)
+    for q in opt.param_groups[0]["params"]: q.grad = torch.ones_like(q)
+    for _ in range(2): opt.step()
+    freed = {"parameter": p.data, "gradient": p.grad, "state": opt.state[p]["exp_avg"]}[what].untyped_storage()
+    kept = freed.clone()
+    freed.resize_(0)
+    for _ in range(2):
+        with pytest.raises(UserError, match="without values|another shape"): opt.step()
+    assert opt.state[p]["step"] == 2
+    freed.resize_(kept.nbytes())
+    freed.copy_(kept)
+    opt.step()
+    assert opt.state[p]["step"] == 3
+
+
+SHARDS = """
+import torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from flashoptim_nb.optim import FlashAdamW, GradientError, OptionError
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+mesh, base = init_device_mesh("cpu", (1,)), torch.randn(6, 8)
+shard = lambda t, place=Shard(1): DTensor.from_local(t, mesh, [place], run_check=False)
+for fused in True, False:
+    mine = base.clone()
+    p, q = nn.Parameter(shard(mine[:, ::2])), nn.Parameter(base[:, ::2].clone())
+    a, b = (FlashAdamW([x], lr=0.1, fused=fused) for x in (p, q))
+    for _ in range(3):
+        g = torch.randn(6, 4)
+        p.grad, q.grad = shard(g.t().contiguous().t()), g.clone()
+        a.step(); b.step()
+    assert torch.equal(p.to_local(), q) and torch.equal(mine[:, 1::2], base[:, 1::2])
+    p.grad = None
+    p.grad = shard(g, Replicate())
+    try: a.step()
+    except GradientError as error: assert "sharded alike" in str(error)
+    else: raise AssertionError("a gradient with other placements")
+    p.grad = shard(g)
+    a.state[p]["exp_avg::quantized"] = torch.zeros(6, 4, dtype=torch.int8)
+    try: a.step()
+    except OptionError as error: assert "exp_avg::quantized" in str(error)
+    else: raise AssertionError("a state that is not sharded")
+print("right")
+"""
+
+
+@pytest.mark.parametrize("interpret", ["0", "1"])
+def test_a_shard_that_is_a_view(interpret):
+    done = subprocess.run([sys.executable, "-c", SHARDS], env=os.environ | {"TRITON_INTERPRET": interpret, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    assert "right" in done.stdout, done.stderr[-2000:]
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="the kernels run in this process")

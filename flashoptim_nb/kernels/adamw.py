@@ -149,7 +149,7 @@ def adamw_fused(
     quantized = x.m_scale is not None
     with on(many.device):
         for share in found.launches:
-            launch(adamw_kernel, len(share.blocks), (
+            launch(adamw_kernel, share.blocks.shape[0], (
                 many.rows, found.addresses, share.blocks, rates, 1.0 - h.beta1, float(h.beta1), sqrt(1.0 - h.beta2),
                 sqrt(h.beta2) if quantized and h.companded else float(h.beta2), float(h.eps), float(h.coupled)), dict(
                 PARAM=TYPES[x.param.dtype], GRAD=found.dtype, BITS=0 if x.rho is None else 8 * x.rho.element_size(), QUANTIZED=quantized,

@@ -326,12 +326,12 @@ def control_fused(
     device, todo, size = work[0][0].device, [], 0
     for many, found in work:
         for share in found.launches:
-            todo.append((many, found, share, size, min(len(share.blocks), 4 if INTERPRETED else PROGRAMS)))
+            todo.append((many, found, share, size, min(share.blocks.shape[0], 4 if INTERPRETED else PROGRAMS)))
             size += todo[-1][-1]
     partial, out = torch.empty(max(size, 1), dtype=torch.float32, device=device), torch.empty(3, dtype=torch.float32, device=device)
     with on(device):
         for many, found, share, start, programs in todo:
-            launch(squares_kernel, programs, (many.rows, found.addresses, share.blocks, len(share.blocks), partial[start:]),
+            launch(squares_kernel, programs, (many.rows, found.addresses, share.blocks, share.blocks.shape[0], partial[start:]),
                    dict(GRAD=found.dtype, ALIGNED=share.ALIGNED, MASK=share.MASK, BLOCK=BLOCK), WARPS)
         launch(control_kernel, 1, (partial, size, out, skipped, partial if grad_scale is None else grad_scale, partial if found_inf is None else found_inf,
                                    float(max_norm or 0.0)), dict(SCALED=grad_scale is not None, FOUND=found_inf is not None, CLIPS=max_norm is not None, CHUNK=1024))

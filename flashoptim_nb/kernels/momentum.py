@@ -131,7 +131,7 @@ def momentum_fused(
     x, rates = many.first, many.rates(step, h.lr, h.decay, multiplier=multiplier, skip=skip)
     with on(many.device):
         for share in found.launches:
-            launch(momentum_kernel, len(share.blocks), (
+            launch(momentum_kernel, share.blocks.shape[0], (
                 many.rows, found.addresses, share.blocks, rates, float(h.momentum), float(h.fresh), float(h.look), float(h.coupled)), dict(
                 LION=h.rule == "lion", NESTEROV=h.nesterov, KEPT=x.m is not None, PARAM=TYPES[x.param.dtype], GRAD=found.dtype,
                 BITS=0 if x.rho is None else 8 * x.rho.element_size(), QUANTIZED=x.m_scale is not None, COMPANDED=h.companded, COUPLED=h.coupled != 0,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from fastcore.basics import patch
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..base.errors import UserError, choose
 from ..kernels.split import CODES, NARROW
@@ -188,13 +189,8 @@ def check_groups(opt: FlashOptimizer):
     check_parameters([group["params"] for group in opt.param_groups])
 
 # %% ../../nbs/03_optim/02_base.ipynb #4a23574e
-@patch
-@torch.compiler.disable  # inside a compiled training step it is what it is outside: a handful of launches
-def step(
-    self: FlashOptimizer,
-    closure: Callable | None = None,  # evaluates the model again and returns the loss
-):
-    "Takes one step with the gradients at hand; returns the closure's loss. Gradients are left as they are."
+def _step(self, closure=None):
+    "One step, without hooks."
     loss = None
     if closure is not None:
         with torch.enable_grad(): loss = closure()
@@ -205,6 +201,23 @@ def step(
     c = controls(self, [batch for _, batch in work])
     for group, batch in work: advance(self, batch, group, c[batch.device])
     return loss
+
+
+_watched_step = torch.compiler.disable(Optimizer.profile_hook_step(_step))  # torch's: with hooks, inside a range of the profiler
+
+
+@patch
+def step(
+    self: FlashOptimizer,
+    closure: Callable | None = None,  # evaluates the model again and returns the loss
+):
+    "Takes one step with the gradients at hand; returns the closure's loss. Gradients are left as they are."
+    hooks = _global_optimizer_pre_hooks, self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks, _global_optimizer_post_hooks
+    watched = torch.compiler.is_dynamo_compiling() or any(hooks) or torch.autograd._profiler_enabled()  # inside a compiled training step it is what it is outside
+    return (_watched_step if watched else _step)(self, closure)
+
+
+FlashOptimizer.step.hooked = True  # torch need not wrap it: what it does for who watches a step costs the host a third of the step
 
 
 @patch

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'OptionError', 'ParametersError', 'GradientError', 'is_number', 'listed', 'check_parameter',
-           'check_gradient', 'correction_bits', 'Rounded', 'keep_rounding', 'first_correction', 'new_state',
-           'state_kinds', 'check_states', 'own_states', 'share_steps', 'values_in_a_row', 'overlaps_itself',
-           'overlapping', 'check_options', 'check_parameters', 'untangle', 'state_operands', 'Batch', 'identical',
-           'Layout', 'current_gradients', 'Remembered', 'remembered', 'gather']
+           'check_gradient', 'has_memory', 'correction_bits', 'Rounded', 'keep_rounding', 'first_correction',
+           'new_state', 'state_kinds', 'check_states', 'own_states', 'share_steps', 'values_in_a_row',
+           'overlaps_itself', 'overlapping', 'check_options', 'check_parameters', 'untangle', 'state_operands', 'Batch',
+           'identical', 'Layout', 'current_gradients', 'Remembered', 'remembered', 'gather']
 
 # %% ../../nbs/03_optim/01_batches.ipynb #dbef7b01
 import warnings
@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..base.errors import UserError
 from ..kernels.codec import GROUP
-from ..kernels.many import TYPES, Many, Operands
+from ..kernels.many import TYPES, Located, Many, Operands
 from ..kernels.split import CODES, INTEGERS, INTERPRETED, NARROW, compute_ecc_bits
 from .shards import held, like, local, scale_count, scales_like
 
@@ -91,7 +91,15 @@ def check_gradient(
     if g.shape != p.shape:  # torch looks when a gradient is set, not when the parameter's data are
         raise GradientError(f"a gradient of shape {tuple(g.shape)} of a parameter of shape {tuple(p.shape)}: call zero_grad() after changing a parameter's shape")
     if g.device != p.device: raise GradientError(f"a gradient on {g.device} of a parameter on {p.device}: call zero_grad() after moving a model")
+    for t, what in (p, "parameter"), (g, "gradient"):
+        if not has_memory(local(t.detach())): raise GradientError(f"a {what} of shape {tuple(p.shape)} without values: it is on the meta device, or its memory was freed")
     if _placed(g) != _placed(p): raise GradientError(f"a gradient with the placements {_placed(g)} of a parameter with {_placed(p)}: both must be sharded alike, p.grad.redistribute(placements=p.placements)")
+
+
+def has_memory(t: torch.Tensor) -> bool:
+    "Whether a tensor's values are there: not on the meta device, in a storage that nobody made smaller."
+    reach = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride()))
+    return not t.numel() or t.device.type != "meta" and t.untyped_storage().nbytes() >= (t.storage_offset() + reach) * t.element_size()
 
 
 def _placed(t): return (t.device_mesh, t.placements) if isinstance(t, DTensor) else None
@@ -207,7 +215,7 @@ def state_kinds(
 def _fits(t, p, dtype, scales):
     "Whether a state's tensor has this dtype and is where its parameter is, in its shape or, for scales, with one for each group."
     if not isinstance(t, torch.Tensor) or isinstance(t, DTensor) != isinstance(p, DTensor): return False
-    if (t.dtype, t.device, t.layout) != (dtype, p.device, torch.strided): return False
+    if (t.dtype, t.device, t.layout) != (dtype, p.device, torch.strided) or not has_memory(local(t.detach())): return False
     if scales: return local(t).ndim == 1 and local(t).numel() == scale_count(p)
     return t.shape == p.shape and local(t).shape == local(p).shape
 
@@ -276,7 +284,10 @@ def _in_a_row(t, copy=False):
 def _is_counter(x, device): return type(x) is torch.Tensor and (x.dtype, x.ndim, x.device, x.requires_grad, x.is_inference()) == (torch.float32, 0, device, False, False)
 
 
-def _counter(x, device): return torch.as_tensor(local(x.detach()) if isinstance(x, torch.Tensor) else x).to(device, torch.float32, copy=True).reshape(())
+def _counter(x, device):
+    "Steps so far in a tensor of their own; a number goes to a device without waiting for it."
+    if not isinstance(x, torch.Tensor): return torch.full((), float(x), dtype=torch.float32, device=device)
+    return local(x.detach()).to(device, torch.float32, copy=True).reshape(())
 
 # %% ../../nbs/03_optim/01_batches.ipynb #3f9c7202
 def share_steps(
@@ -306,7 +317,7 @@ def values_in_a_row(
 
 def _places(t):
     "First byte of a tensor and the one after its last; none of what has no memory."
-    if t.device.type == "meta" or not t.numel() or not t.data_ptr(): return None
+    if t.device.type == "meta" or type(t).__name__ == "FakeTensor" or not t.numel() or not t.data_ptr(): return None
     n = t.numel() if t.is_contiguous() else 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride()))
     return t.data_ptr(), t.data_ptr() + n * t.element_size()
 
@@ -427,15 +438,16 @@ class Batch:
         self.ready = all(g.is_contiguous() and not g.is_neg() and g.dtype in TYPES for g in grads)  # the gradients, as they are
         self.on_gpu = opt.fused and (self.device.type == "cuda" or bool(INTERPRETED))
         self.moments = opt.moments_of(group)
+        self.taken, self.empty = {at for at in self.addresses if at}, sum(not p.numel() for p in self.local)
         self.apart = True  # whether no gradient is a parameter's own memory
         self.operands = [Operands(flat, None, *state_operands(opt, group, p)) for p, flat in zip(params, self.flat)]
         self.many = Many(self.operands) if self.on_gpu else None
         kept = [local(t) for p in (params if self.many is None else {params[0], params[-1]}) for k, t in opt.state[p].items() if k == "step" or k in state_kinds(opt, group, p)]
         self.kept, self.kept_at = kept, [*map(torch.Tensor.data_ptr, kept)]
 
-    def take(self, grads: Sequence[torch.Tensor], at: tuple[int, ...] | None = None):
-        "Sets the gradients of the next step, and their addresses where they are known: flat or contiguous, in the parameters' order."
-        self.grads, self.found = grads, self.many.find(grads, at) if self.many else None
+    def take(self, grads: Sequence[torch.Tensor], at: tuple[int, ...] | None = None, found: Located | None = None):
+        "Sets the gradients of the next step, in the parameters' order, flat or contiguous; where they lie, if that is known."
+        self.grads, self.found = grads, found or (self.many.find(grads, at) if self.many else None)
 
     def with_grads(self) -> list[Operands]:
         "The operands for the reference."
@@ -459,13 +471,16 @@ class _ByIdentity(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None): raise LookupError
 
 
+_BY_IDENTITY = _ByIdentity()
+
+
 def identical(
     a: object,  # tensors in lists, tuples and dicts, and what is not a tensor
     b: object,
 ) -> bool:
     "Whether both hold the same tensors, not such as are equal."
     try:
-        with _ByIdentity(): return bool(a == b)
+        with _BY_IDENTITY: return bool(a == b)
     except (LookupError, TypeError, ValueError, RuntimeError): return False
 
 
@@ -490,7 +505,7 @@ class Layout:
 # %% ../../nbs/03_optim/01_batches.ipynb #5807a1bb
 def current_gradients(
     batch: Batch,
-) -> tuple[list[torch.Tensor], tuple[int, ...]] | None:  # contiguous, in the order of its parameters; their addresses
+) -> tuple[list[torch.Tensor], tuple[int, ...], Located | None] | None:  # contiguous, in the order of its parameters; their addresses; where a kernel finds them, if it has before
     "The gradients of this step; None where the batch does not fit any more."
     if not batch.apart: return None
     params, grads = batch.params, list(map(attrgetter("grad"), batch.params))
@@ -503,8 +518,9 @@ def current_gradients(
         if not batch.ready: grads = [values_in_a_row(g) for g in grads]
         at = tuple(map(torch.Tensor.data_ptr, grads))
     except (TypeError, AttributeError, RuntimeError): return None  # none, or a sparse one
-    if batch.many is not None and at not in batch.many.known and not {0, *batch.addresses}.isdisjoint(at): return None
-    return grads, at
+    found = batch.many and batch.many.known.get(at)
+    if not found and (at.count(0) != batch.empty or not batch.taken.isdisjoint(at)): return None
+    return grads, at, found
 
 
 @dataclass

@@ -90,7 +90,6 @@ def batch_squares(batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(batch.params[0], sum_of_squares(batch.grads))]
 
 
-@torch.no_grad()
 def controls(
     opt,  # a FlashOptimizer
     batches: Sequence,  # all that step now, with their gradients
@@ -101,13 +100,18 @@ def controls(
     scaler = [getattr(opt, name, None) for name in ("grad_scale", "found_inf")]
     if not batches: return {}
     if not (looks := max_norm is not None or opt.skip_nonfinite) and scaler == [None, None]: return dict.fromkeys(devices, Control())
-    if looks and len(devices) == 1 and all(batch.many is not None and not batch.sharded for batch in batches) and opt.skipped_steps.device in devices:
-        norm, multiplier, skip = control_fused([(batch.many, batch.found) for batch in batches], opt.skipped_steps, max_norm, *scaler).unbind()
-        c = Control(multiplier, skip, norm)
-    else:
-        home = opt.skipped_steps.device
-        squares = over_all([pair for batch in batches for pair in batch_squares(batch)], home) if looks else None
-        c = control(squares, max_norm, *(t if t is None else t.to(home) for t in scaler))
-        if c.skip is not None: opt.skipped_steps += (c.skip > 0)
+    with torch.no_grad(): c = _looked_at(opt, batches, devices, max_norm, scaler, looks)
     opt.grad_norm = c.norm
     return {d: c.to(d) for d in devices}
+
+
+def _looked_at(opt, batches, devices, max_norm, scaler, looks):
+    "The control of a step that looks at its gradients or at a scaler."
+    if looks and len(devices) == 1 and all(batch.many is not None and not batch.sharded for batch in batches) and opt.skipped_steps.device in devices:
+        norm, multiplier, skip = control_fused([(batch.many, batch.found) for batch in batches], opt.skipped_steps, max_norm, *scaler).unbind()
+        return Control(multiplier, skip, norm)
+    home = opt.skipped_steps.device
+    squares = over_all([pair for batch in batches for pair in batch_squares(batch)], home) if looks else None
+    c = control(squares, max_norm, *(t if t is None else t.to(home) for t in scaler))
+    if c.skip is not None: opt.skipped_steps += (c.skip > 0)
+    return c
