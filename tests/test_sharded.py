@@ -139,7 +139,8 @@ for dtype, mesh, how, net in ((torch.bfloat16, flat, {}, {}), (torch.float32, fl
         norms, _ = train(a, o, 4, dtype, micros=micros, sync=sync)
         released, held = train(b, r, 4, dtype, handle, micros=micros, sync=sync)
         case = (dtype, how, net, micros, sync)
-        assert all(map(torch.equal, shards(a), shards(b))), case
+        apart = [(x - y).abs().max().item() if x.numel() else 0.0 for x, y in zip(shards(a), shards(b))]
+        assert not any(apart), (case, apart, norms, released, counters(a, o), counters(b, r), o.skipped_steps, r.skipped_steps)
         torch.testing.assert_close(torch.stack(norms), torch.stack(released), msg=str(case))
         assert held == 0 and torch.equal(counters(a, o), counters(b, r)), case
 
