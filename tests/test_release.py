@@ -376,3 +376,24 @@ def test_wrappers_that_reduce_gradients_themselves(tmp_path):
         inner(torch.ones(1, 2)).sum().backward(); opt.step(); handle.remove()
         wrapped(torch.ones(1, 2)).sum().backward()
     finally: torch.distributed.destroy_process_group()
+
+
+def test_the_caller_waits_for_every_stream_that_a_hook_stepped_on(monkeypatch):
+    "FSDP2 calls hooks on a stream of its own: what comes next reads what they wrote."
+    waited = []
+    class Stream:
+        device = "cuda:0"
+        def wait_stream(self, other): waited.append(other)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
+    model = torch.nn.Linear(4, 4)
+    handle = enable_gradient_release(model, FlashAdamW(model.parameters()))
+    side = Stream()
+    handle.streams.add(side)
+    handle.join()
+    assert waited == [side] and not handle.streams
+    handle.streams.add(side)
+    model(torch.ones(2, 4)).sum().backward()
+    assert waited == [side, side], "at the end of a backward pass"
+    handle.streams.add(side)
+    handle.optimizer.step()
+    assert waited == [side] * 3, "and at a step"

@@ -81,12 +81,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from flashoptim_nb.optim import FlashAdamW, enable_gradient_release
+from flashoptim_nb.optim import FlashAdamW, enable_gradient_release, release
 
 kind, where = sys.argv[1:]
 dist.init_process_group("gloo" if kind == "cpu" else "nccl")
 rank = dist.get_rank()
 if kind == "cuda": torch.cuda.set_device(rank)
+release.SHARDS_ON = (kind,)  # so that this test tells when it is right
 flat, replicated = init_device_mesh(kind, (2,)), init_device_mesh(kind, (2, 1), mesh_dim_names=("copies", "shards"))
 
 class Net(nn.Module):
