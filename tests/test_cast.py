@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flashoptim_nb.base.errors import UserError
-from flashoptim_nb.optim import AveragedMasters, FlashAdamW, FlashLion, FlashSGD, cast_model
+from flashoptim_nb.optim import AveragedMasters, FlashAdamW, FlashLion, FlashSGD, cast_model, enable_gradient_release
 
 NARROW = [torch.bfloat16, torch.float16]
 
@@ -269,6 +269,24 @@ def test_averages_of_mixed_models(make):
         assert torch.equal(model[0].weight, found["0.weight"].bfloat16()) and torch.equal(model[1].weight, found["1.weight"])
         1 / 0
     for name, t in model.state_dict().items(): assert torch.equal(t, before[name]), name
+
+
+def test_while_averages_are_in_place_nothing_counts_on_the_weights():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    cast_model(model)
+    optimizer = FlashAdamW(model.parameters())
+    average = AveragedMasters(optimizer, model)
+    x = torch.randn(4, 8).bfloat16()
+    model(x).float().sum().backward(); optimizer.step(); optimizer.zero_grad(); average.update()
+    whole, handle = optimizer.get_fp32_model_state_dict(model), enable_gradient_release(model, optimizer)
+    with average.applied():
+        for what in (lambda: optimizer.get_fp32_model_state_dict(model), lambda: optimizer.set_fp32_model_state_dict(model, whole), average.update,
+                     lambda: average.applied().__enter__(), lambda: model(x).float().sum().backward()):
+            with pytest.raises(UserError, match="leave applied"): what()
+    handle.remove()
+    for p in model.parameters(): p.grad = None
+    for name, t in optimizer.get_fp32_model_state_dict(model).items(): assert torch.equal(t, whole[name])
+    average.update()
 
 
 RANK = """

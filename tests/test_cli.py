@@ -82,6 +82,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_first(name, out, told, pla
     ("run h2 --scale laptop --workers 0", "at least 1"), ("run h2 --scale laptop --minutes 0", "more than 0"), ("run h2 --scale laptop --arms tests", "unknown arm"),
     ("run h2 --scale laptop --domains molecule", "did you mean"), ("run h1 --scale laptop --device cuda:99999", "choose one of: auto"), ("run h1 --scale gpu --device cpu --dry-run", "is measured on a GPU"),
     ("run h1 --scale laptop --device xpu --dry-run", "choose one of: auto"), ("run h2 --scale gpu --device cpu --dry-run", "is measured on a GPU"),
+    ("run h2 --scale laptop --domains combinatorial --arms labels --configs fp32 --dry-run", "nothing is to be run"),
     ("run h1 --scale laptop --confirm H1-CX", "unknown checkpoint"), ("run h1 --scale laptop --confirm H1-CA", "nothing waits"),
     ("book --serve --port 99999", "is no port"), ("book --serve --port -1", "is no port"), ("verdict h1 --records nowhere", "holds no records"), ("book --records nowhere", "holds no records"),
 ])

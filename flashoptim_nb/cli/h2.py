@@ -360,6 +360,7 @@ def projection(
             solved = sum(c in part.solved for c in configs) * seeds if arm == "train" and part.solve else 0
             rows.append(dict(domain=stage.role, arm=arm, configs=len(configs), runs=len(configs) * seeds, epochs=part.recipe.epochs * len(configs) * seeds if arm == "train" else 0,
                              solutions=solved * sum(part.solve.few.get(m, part.solve.runs) for m in part.solve.methods) if solved else 0))
+    if not rows: raise UserError(f"nothing is to be run: none of {', '.join(scale.parts)} has {', '.join(arms)} with these configurations; choose others, or leave --arms and --configs out")
     return pd.DataFrame(rows).groupby(["domain", "arm"], sort=False, as_index=False).sum()
 
 PROTOCOL_HOURS, PROTOCOL_DOLLARS = 420, (1200, 4800)  # GPU-hours of the protocol, and what it calls least and full cost

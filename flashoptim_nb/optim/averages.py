@@ -69,6 +69,7 @@ class AveragedMasters:
     @torch.no_grad()
     def update(self):
         "Takes the masters of now into the average; call it after `optimizer.step()`. Raises `OptionError` where the optimizer steps others than those that are averaged, or they changed their dtype."
+        self._at_home()
         known, made_for = {id(p) for p in self.params.values()}, self.optimizer.made_for
         if strange := [p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in known]:
             raise OptionError(f"{len(strange)} parameters came to the optimizer after the average was made, such as one of shape {tuple(strange[0].shape)}: make a new AveragedMasters")
@@ -104,12 +105,15 @@ class AveragedMasters:
     def applied(self):
         "While it lasts, the model computes with the averages, rounded to its parameters' dtype; afterwards its weights are back, bit for bit."
         kept = {name: local(p.detach()).clone() for name, p in self._any().params.items()}
+        self._at_home()
         refusal = self.optimizer.register_step_pre_hook(self._refuse)
         try:
+            self.optimizer.lent = True
             self._put(self.average)
             yield self.model
         finally:
             refusal.remove()
+            self.optimizer.lent = False
             self._put(kept)
 
     @torch.no_grad()
@@ -121,5 +125,8 @@ class AveragedMasters:
     def _any(self):
         if not self.updates: raise UserError("no average yet: call update() after a step")
         return self
+
+    def _at_home(self):
+        if self.optimizer.lent: raise UserError("averages are in the weights' place already: leave applied() first")
 
     def _refuse(self, *_): raise UserError("a step while the average is in the model's place: leave applied() before training goes on")

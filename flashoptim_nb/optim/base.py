@@ -29,6 +29,7 @@ class FlashOptimizer(Optimizer):
     "Base of the Flash optimizers (arXiv 2602.23349): 16-bit weights with corrections, 8-bit moments."
 
     decoupled = True  # whether weight decay shrinks the weights, and is not part of the gradient
+    lent = False  # whether averages are in the weights' place, see `AveragedMasters.applied`
     moments: dict[str, torch.dtype] = {}  # state key -> dtype of its codes; the first is a kernel's m, the second its v
     options = dict(quantize=True, compress_state_dict=True, master_weight_bits=24, fused=True, check_numerics=False,
                    decouple_lr=False, max_norm=None, skip_nonfinite=None, companded=True)

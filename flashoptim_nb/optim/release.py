@@ -84,6 +84,7 @@ def arrived(
 ):
     "What autograd calls, and FSDP2 after its reduction: releases the gradient, unless that cannot be right."
     if not self.active: return
+    if self.optimizer.lent: raise ReleaseError("a released backward pass, which steps, while averages are in the weights' place: leave applied() before training goes on")
     if (task := torch._C._current_graph_task_id()) != self.task: self.begin(task)
     if (group := self.groups.get(p)) is None: return  # taken out of the optimizer
     if getattr(self.units.get(p), "_post_forward_indices", ()): return  # micro-batches came without a reduction, the layer was called again, and there is more to come

@@ -27,6 +27,8 @@ from .shards import like, local, scale_shape, scales_like
 class StateError(UserError, ValueError):
     "A state dict that does not belong to the optimizer or model it is loaded into."
 
+_LENT = "averages are in the weights' place, and the corrections belong to other weights: leave applied() first; AveragedMasters.model_state_dict() has the averages in fp32"
+
 # %% ../../nbs/03_optim/03_state_dict.ipynb #4822d360
 def _codec(code: torch.dtype):
     "Encoder and decoder of a moment whose codes have this dtype."
@@ -362,6 +364,7 @@ def get_fp32_model_state_dict(
     model: nn.Module,  # whose parameters this optimizer steps
 ) -> dict[str, torch.Tensor]:  # names as in model.state_dict(), new tensors
     "The model's state dict in fp32, masters joined with their corrections; what is not floating point stays."
+    if self.lent: raise StateError(_LENT)
     kept = {p: rho for p, state in self.state.items() if (rho := state.get("error_bits")) is not None}
     known = {_memory(p): (rho, self.made_for.get(p, p.dtype)) for p, rho in kept.items()}
     entries = model.state_dict(keep_vars=True).items()
@@ -429,6 +432,7 @@ def set_fp32_model_state_dict(
     state_dict: Mapping[str, torch.Tensor],  # fp32, named as in model.state_dict(); whole or sharded, on any device
 ):
     "Puts fp32 weights into model and corrections; raises `StateError`, with nothing changed, where they do not fit."
+    if self.lent: raise StateError(_LENT)
     own = model.state_dict(keep_vars=True)
     _named_alike(own, state_dict)
     entries = {name: t for name, t in own.items() if isinstance(t, torch.Tensor)}
