@@ -11,11 +11,11 @@ h1 h2: .venv/.ready
 book: .venv/.ready
 	$(BIN)/flashoptim-nb book
 
-# One thread a process: tests run beside each other, and threads that wait for a core cost more than they give.
+# One thread a process: two workers run tests beside each other, and threads that wait for a core cost more than they give.
 test: export OMP_NUM_THREADS = 1
 test: .venv/.ready-test
 	$(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest -q --durations 10 tests
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 25 tests
 
 lab: .venv/.ready
 	$(BIN)/python -m pip install -q -e '.[lab]'

@@ -437,12 +437,18 @@ def test_options_that_are_no_numbers(cls, options):
 
 
 def test_a_learning_rate_in_a_tensor(monkeypatch):
-    "It is checked when the optimizer is made, and by no step: reading it there would wait for the device."
+    "Its value is checked when the optimizer is made, and by no step: reading it there would wait for the device."
+    check = FlashSGD.check_group
+
+    def unread(self, options):
+        assert not any(isinstance(x, torch.Tensor) for x in options.values())
+        return check(self, options)
+
     p = nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)
     for lr in torch.tensor(0.5), torch.tensor([0.5]), torch.tensor(0.5, dtype=torch.float64):
         optimizer = FlashSGD([p], lr=lr)
         with monkeypatch.context() as m:
-            m.setattr(FlashSGD, "check_group", None)
+            m.setattr(FlashSGD, "check_group", unread)
             optimizer.step()
         assert optimizer.param_groups[0]["lr"] is lr
     assert torch.allclose(p.detach(), torch.full((3,), -0.5))

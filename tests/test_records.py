@@ -127,7 +127,7 @@ WRONG = [
     ("header", "run", GONE), ("header", "arm", GONE), ("header", "role", [None]), ("header", "settings", "x"), ("header", "settings", dict(recipe=[1])),
     ("header", "settings", dict(recipe=dict(batch=0))), ("header", "settings", dict(gpus="1")), ("header", "scale", "huge"), ("header", "device", 3), ("header", "device", GONE),
     ("header", "study", "a\nb"), ("header", "libraries", {"torch": 2}), ("step", "loss", "0.1"), ("step", "loss", 10**400), ("step", "loss", [1.0]), ("step", "step", GONE),
-    ("step", "skipped", 1), ("eval", "set", GONE), ("eval", "set", {}), ("eval", "nll", "x"), ("eval", "tokens", GONE), ("throughput", "tokens_per_s", -1),
+    ("step", "skipped", 2), ("eval", "set", GONE), ("eval", "set", {}), ("eval", "nll", "x"), ("eval", "tokens", GONE), ("throughput", "tokens_per_s", -1),
     ("throughput", "tokens_per_s", 1e-300), ("throughput", "micro_batch", 2**61 - 1), ("end", "reason", 1), ("end", "status", 1), ("end", "status", GONE), ("end", "kind", 3),
 ]
 
