@@ -1,4 +1,5 @@
 """Gradient release: the same bits as ordinary steps, gradients that do not outlive their use."""
+import copy
 import os
 
 import pytest
@@ -84,6 +85,64 @@ def test_clipping_by_the_previous_norm():
         torch.testing.assert_close(r.grad_norm, norm, rtol=1e-3, atol=0)
         previous = r.grad_norm
     assert equal(a, b)
+
+
+def interrupted(stop, kept, again=lambda saved: saved, stepping=True):
+    "Models after six released steps in one go, and after as many with a checkpoint in between that `again` may change."
+    def train(m, opt, steps):
+        for t in steps:
+            m(t).backward()
+            if stepping: opt.step()
+    *_, m, opt, handle = pair(max_norm=0.02)
+    train(m, opt, range(6))
+    *_, half, before, handle = pair(max_norm=0.02)
+    train(half, before, range(stop))
+    torch.save(dict(model=half.state_dict(), optimizer=before.state_dict()), kept); saved = torch.load(kept, weights_only=True)
+    new = Model(); opt = FlashAdamW(new.parameters(), **KW, max_norm=0.02)
+    new.load_state_dict(saved["model"]); opt.load_state_dict(again(saved["optimizer"]))
+    enable_gradient_release(new, opt)
+    train(new, opt, range(stop, 6))
+    return m, new
+
+
+@pytest.mark.parametrize("stepping", [True, False])
+def test_a_resumed_run_is_clipped_as_one_that_was_not_stopped(stepping, tmp_path):
+    m, new = interrupted(3, tmp_path / "kept", stepping=stepping)
+    assert equal(m, new)
+
+
+def test_a_state_dict_of_before_clipping_was_saved_loads_and_begins_unclipped(tmp_path):
+    def older(saved):
+        for group in saved["param_groups"]: group["state_format"] = "-".join(group["state_format"].split("-")[:3])
+        return saved
+    m, new = interrupted(3, tmp_path / "kept", older)
+    assert not equal(m, new)
+
+
+@pytest.mark.parametrize("mark", ["companded-24-bfloat16-nan", "companded-24-bfloat16-2.0", "companded-24-bfloat16-much"])
+def test_a_damaged_clip_coefficient_is_refused(mark):
+    *_, b, r, handle = pair(max_norm=0.02)
+    saved = r.state_dict(); saved["param_groups"][0]["state_format"] = mark
+    with pytest.raises(UserError, match="state_format"): r.load_state_dict(saved)
+
+
+def test_the_coefficient_goes_where_the_optimizer_goes_and_no_further(tmp_path):
+    *_, b, r, handle = pair(max_norm=0.02)
+    for t in range(2): b(t).backward(); r.step()
+    twin = copy.deepcopy((b, r)); enable_gradient_release(*twin)
+    for m, opt in (b, r), twin: m(2).backward(); opt.step()
+    assert equal(b, twin[0])
+    kept = r.state_dict()
+    handle.remove()
+    assert r.next_clip is None
+    r.load_state_dict(kept); assert 0 < r.next_clip < 1
+    b(3).backward(); r.step()  # an ordinary step in between
+    assert r.next_clip is None
+    r.load_state_dict(kept); r.max_norm = None; enable_gradient_release(b, r)
+    plain = copy.deepcopy(b); ordinary = FlashAdamW(plain.parameters(), **KW, skip_nonfinite=True); ordinary.load_state_dict(kept)
+    b.zero_grad(); plain.zero_grad()
+    b(4).backward(); plain(4).backward(); ordinary.step()
+    assert equal(b, plain)
 
 
 def test_a_bad_gradient_leaves_its_parameter_and_counts_once():

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from flashoptim_nb.kernels.codec import dequantize_m, dequantize_v
 from flashoptim_nb.kernels.split import decode
-from flashoptim_nb.optim import FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW, StateError, cast_model
+from flashoptim_nb.optim import FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW, StateError, cast_model, enable_gradient_release
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 KINDS = {"AdamW": (FlashAdamW, {}), "Adam": (FlashAdam, {}), "SGD": (FlashSGD, dict(momentum=0.9)), "plain SGD": (FlashSGD, {}), "SGDW": (FlashSGDW, dict(momentum=0.9)), "Lion": (FlashLion, {})}
@@ -427,6 +427,18 @@ def test_distributed_checkpoints_carry_the_format(flatten, bits, tmp_path):
     (a, *_), (b, *_) = opt.state.values(), linear.state.values()
     whole = dequantize_m(a["exp_avg::quantized"], a["exp_avg::scales"])
     assert (dequantize_m(b["exp_avg::quantized"], b["exp_avg::scales"], False) - whole).abs().max() <= whole.abs().max() / 100
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+def test_distributed_checkpoints_carry_the_clip_coefficient(flatten, tmp_path):
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model = net(); opt = FlashAdamW(model.parameters(), max_norm=1e-3); enable_gradient_release(model, opt)
+    model(torch.ones(2, 8, dtype=BF16)).sum().backward(); opt.step()
+    dcp.save(get_optimizer_state_dict(model, opt, options=options), checkpoint_id=tmp_path, no_dist=True)
+    again = FlashAdamW(model.parameters(), max_norm=1e-3)
+    dcp.load(state := get_optimizer_state_dict(model, again, options=options), checkpoint_id=tmp_path, no_dist=True)
+    set_optimizer_state_dict(model, again, state, options=options)
+    assert 0 < again.next_clip < 1 and again.next_clip == opt.next_clip
 
 
 # weights in fp32

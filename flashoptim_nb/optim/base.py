@@ -29,6 +29,7 @@ class FlashOptimizer(Optimizer):
     "Base of the Flash optimizers (arXiv 2602.23349): 16-bit weights with corrections, 8-bit moments."
 
     decoupled = True  # whether weight decay shrinks the weights, and is not part of the gradient
+    next_clip: torch.Tensor | None = None  # under gradient release 0-d fp32: the coefficient by which the next step is clipped, from the norm of the step before
     lent = False  # whether averages are in the weights' place, see `AveragedMasters.applied`
     moments: dict[str, torch.dtype] = {}  # state key -> dtype of its codes; the first is a kernel's m, the second its v
     options = dict(quantize=True, compress_state_dict=True, master_weight_bits=24, fused=True, check_numerics=False,
@@ -119,7 +120,7 @@ class FlashOptimizer(Optimizer):
 
     def __getstate__(self):
         "torch keeps only groups and states when an optimizer is copied or pickled; the options go with them."
-        kept = {k: v for k, v in self.__dict__.items() if k in self.options or k in ("grad_norm", "skipped_steps", "made_for")}
+        kept = {k: v for k, v in self.__dict__.items() if k in self.options or k in ("grad_norm", "skipped_steps", "made_for", "next_clip")}
         return super().__getstate__() | kept | {"release": None, "_largest": {}, "remembered": {}}
 
     def __setstate__(self, state: dict):
@@ -198,6 +199,7 @@ def _step(self, closure=None):
     if self.release is not None and self.release.active:
         self.release.finish()
         return loss
+    if self.next_clip is not None and self.release is None: self.next_clip = None  # of a step that is no longer the one before
     work = self.look()
     c = controls(self, [batch for _, batch in work])
     for group, batch in work: advance(self, batch, group, c[batch.device])

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..base.errors import UserError
 from .base import FlashOptimizer, advance
-from .gradients import control, over_all, sharding, sum_of_squares
+from .gradients import Control, control, over_all, sharding, sum_of_squares
 from .shards import local, over_shards
 
 # %% ../../nbs/03_optim/06_release.ipynb #3f81c0d7
@@ -52,7 +52,6 @@ class GradientReleaseHandle:
     ):
         self.optimizer, self.grad_scaler, self.pre_step = optimizer, grad_scaler, pre_step
         self.active = True  # whether the next backward pass releases; False: gradients accumulate
-        self.clip: torch.Tensor | None = None  # 0-d fp32 coefficient, from the previous step's norm
         self.squares: list[tuple] = []  # parameters released since the last step(), and the squares of their gradients
         self.seen: dict[torch.Tensor, int] = {}  # the same parameters, and the backward pass that released each
         self.groups: dict[torch.Tensor, dict] = {}  # each parameter's group, as this backward pass found them
@@ -62,6 +61,14 @@ class GradientReleaseHandle:
         self.stepped, self.repeated = False, False  # whether the loop calls step(), and left it out
         ours = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self.hooks = [p.register_post_accumulate_grad_hook(self.arrived) for p in ours]
+
+    @property
+    def clip(self) -> torch.Tensor | None:
+        "The coefficient by which the next step is clipped, 0-d fp32, from the norm of the step before; kept by the optimizer, whose state dict has it."
+        return self.optimizer.next_clip
+
+    @clip.setter
+    def clip(self, coefficient): self.optimizer.next_clip = coefficient
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -74,7 +81,7 @@ class GradientReleaseHandle:
         "Back to ordinary steps."
         for hook in self.hooks: hook.remove()
         self.hooks, self.active = [], False
-        if self.optimizer.release is self: self.optimizer.release = None  # and not a later handle
+        if self.optimizer.release is self: self.optimizer.release = self.clip = None  # and not a later handle
 
 # %% ../../nbs/03_optim/06_release.ipynb #a94e17f3
 @patch
@@ -163,7 +170,7 @@ def release(
     c = control(sum_of_squares([grad]) if self.looks() else None, None, scale)
     if c.norm is not None: self.squares.append((p, c.norm.square()))
     if c.skip is not None and isinstance(p, DTensor) and not grad.numel(): c.skip = torch.ones_like(c.skip)  # an empty shard counts the steps of the others
-    if self.clip is not None:
+    if self.clip is not None and opt.max_norm is not None:
         clip = self.clip.to(p.device)
         c.multiplier = clip if c.multiplier is None else c.multiplier * clip
     for batch in opt.look_at(p, group): advance(opt, batch, group, c)
@@ -219,17 +226,38 @@ def finish(self: GradientReleaseHandle):
 def close(self: GradientReleaseHandle, count: int):
     "Ends a step of which the first `count` squares are."
     done, self.squares, self.mark = self.squares[:count], self.squares[count:], 0
-    opt, home = self.optimizer, self.optimizer.skipped_steps.device
-    shards = [p for group in opt.param_groups for p in group["params"] if isinstance(p, DTensor)] if self.looks() else []
+    opt, shards = self.optimizer, self.shards()
     if not done and not shards: return
-    c = control(over_all(done, home, among=shards), opt.max_norm)
+    c = self.judged(done)
     opt.grad_norm = c.norm
     opt.skipped_steps += (c.skip > 0)
-    if opt.max_norm is not None:
-        kept = torch.ones_like(c.multiplier) if self.clip is None else self.clip
-        self.clip = torch.where(c.skip > 0, kept, c.multiplier)
+    if opt.max_norm is not None: self.clip = self.clip_after(c)
     if shards: self.agree(shards)
     if self.scaled: self._tell_scaler(c.skip)
+
+
+@patch
+def shards(self: GradientReleaseHandle) -> list[torch.Tensor]:
+    "Parameters that other ranks may have gradients of, where the norm is formed."
+    return [p for group in self.optimizer.param_groups for p in group["params"] if isinstance(p, DTensor)] if self.looks() else []
+
+
+@patch
+def judged(self: GradientReleaseHandle, squares: list[tuple]) -> Control:
+    "Norm, clip coefficient and skip flag of a step with these squares."
+    return control(over_all(squares, self.optimizer.skipped_steps.device, among=self.shards()), self.optimizer.max_norm)
+
+
+@patch
+def clip_after(self: GradientReleaseHandle, c: Control) -> torch.Tensor:
+    "By what the step after one with this norm is clipped; one whose norm is not finite changes nothing."
+    return torch.where(c.skip > 0, torch.ones_like(c.multiplier) if self.clip is None else self.clip, c.multiplier)
+
+
+@patch
+def coming(self: GradientReleaseHandle) -> torch.Tensor | None:
+    "By what the next step is clipped, for a state dict: also where the last one was taken and no `step()` has ended it yet."
+    return self.clip if self.optimizer.max_norm is None or not self.squares else self.clip_after(self.judged(self.squares))
 
 
 @patch

@@ -20,7 +20,7 @@ from ..base.errors import UserError
 from ..kernels.codec import GROUP, SCALE_MAX, dequantize_m, dequantize_v, quantize_m, quantize_v
 from ..kernels.split import INTEGERS, NARROW, compute_ecc_bits, decode
 from .base import FlashOptimizer
-from .batches import correction_bits, first_correction, new_state, own_states, state_kinds
+from .batches import correction_bits, first_correction, is_number, new_state, own_states, state_kinds
 from .shards import like, local, scale_shape, scales_like
 
 # %% ../../nbs/03_optim/03_state_dict.ipynb #e9813702
@@ -61,7 +61,10 @@ def state_dict(self: FlashOptimizer) -> dict:
     try: out = Optimizer.state_dict(self)
     finally: self.state = every
     out["state"] = {i: self.exported(s) for i, s in out["state"].items() if s}
-    for g, own in zip(out["param_groups"], self.param_groups): g["state_format"] = self.state_format(own)
+    clip = self.next_clip if self.release is None else self.release.coming()
+    for g, own in zip(out["param_groups"], self.param_groups):
+        g["state_format"] = self.state_format(own)
+        if clip is not None: g["state_format"] += f"-{clip.item()!r}"  # in a mark that was always there: tools refuse a key that an older file lacks
     return out
 
 
@@ -122,15 +125,18 @@ class _Origin(NamedTuple):
     bits: int | None = None  # width of corrections; None: their type says it
     companded: bool | None = None  # how moments are coded; None: as the optimizer codes them
     weights: str = ""  # dtype of the weights that corrections belong to; several, or none: not known
+    clip: float | None = None  # by which gradient release clips the next step
 
 
 def _origin(group, where):
     "Where a saved group comes from."
     if (mark := group.get("state_format")) is not None:
-        coding, bits, weights = (str(mark).split("-") + ["", ""])[:3]
-        if coding not in ("companded", "linear") or bits not in ("24", "32", "None"):
+        coding, bits, weights, clip = (str(mark).split("-", 3) + 3 * [""])[:4]
+        try: clip = float(clip) if clip else None
+        except ValueError: clip = -1.0
+        if coding not in ("companded", "linear") or bits not in ("24", "32", "None") or not is_number(clip or 0.0, most=1.0):
             raise StateError(f"{where}: state_format is {mark!r}, not known here: was it saved by a newer version?")
-        return _Origin(bits={"24": 8, "32": 16}.get(bits), companded=coding == "companded", weights=weights)
+        return _Origin(bits={"24": 8, "32": 16}.get(bits), companded=coding == "companded", weights=weights, clip=clip)
     if (width := group.get("master_bytewidth")) is None: return _Origin()
     if width not in (0, 3, 4):
         raise StateError(f"{where}: master_bytewidth is {width!r}; 0, 3 or 4 is needed: the checkpoint is damaged")
@@ -323,6 +329,8 @@ def load_state_dict(
     self.state.clear(); self.state.update(states)
     self.made_for = {p: p.dtype for p in states}
     for p in states: first_correction(p, None)  # what casting kept for a first state is not needed any more
+    clip = _origin(groups[0], "group 0").clip
+    self.next_clip = None if clip is None else torch.full((), clip, device=self.skipped_steps.device)
     self._largest = {}
     self.forget()
     for hook in self._optimizer_load_state_dict_post_hooks.values(): hook(self)

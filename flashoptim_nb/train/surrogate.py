@@ -278,8 +278,7 @@ def predict(self: SurrogateTask, batch) -> torch.Tensor:  # (n, targets), in uni
 @patch
 def state_dict(self: SurrogateTask) -> dict:
     "Weights, their mean, optimizer, loss scale, and what gradient release remembers."
-    clip = self.release.clip if self.release else None  # under release, the previous step's norm clips the next
-    return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), shadow=self.shadow, scale=self.scale.state_dict(), skipped=self.skipped, clip=clip)
+    return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), shadow=self.shadow, scale=self.scale.state_dict(), skipped=self.skipped)
 
 @patch
 def load_state_dict(self: SurrogateTask, state: dict):
@@ -290,7 +289,7 @@ def load_state_dict(self: SurrogateTask, state: dict):
     self.skipped = state["skipped"]
     if self.shadow is not None:
         for mine, its in zip(self.shadow, state["shadow"], strict=True): mine.copy_(its)
-    if self.release and state["clip"] is not None: self.release.clip = state["clip"].to(self.device)
+    if self.release and state.get("clip") is not None: self.release.clip = state["clip"].to(self.device)
 
 # %% ../../nbs/05_train/07_surrogate.ipynb #6a30c020
 @patch

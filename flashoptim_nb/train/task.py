@@ -141,8 +141,7 @@ def step(self: LMTask, n: int) -> dict:
 @patch
 def state_dict(self: LMTask) -> dict:
     "Weights, optimizer, and what the stack remembers from step to step."
-    clip = self.release.clip if self.release else None  # under release, the previous step's norm clips the next
-    return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), skipped=self.n_nonfinite, clip=clip)
+    return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), skipped=self.n_nonfinite)
 
 @patch
 def load_state_dict(self: LMTask, state: dict):
@@ -151,4 +150,4 @@ def load_state_dict(self: LMTask, state: dict):
     self.optimizer.load_state_dict(state["optimizer"])
     if self.flash: self.optimizer.skipped_steps.fill_(state["skipped"])
     else: self.skipped = state["skipped"]
-    if self.release and state["clip"] is not None: self.release.clip = state["clip"].to(self.device)
+    if self.release and state.get("clip") is not None: self.release.clip = state["clip"].to(self.device)
