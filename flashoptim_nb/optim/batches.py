@@ -418,6 +418,9 @@ def state_operands(
     return [*(t if t is None else local(t).view(-1) for t in (rho, *codes)), *(t if t is None else local(t)[:groups] for t in scales)]
 
 # %% ../../nbs/03_optim/01_batches.ipynb #5c18147e
+def _addresses(tensors): return tuple(map(torch.Tensor.data_ptr, tensors))
+
+
 class Batch:
     "Parameters that a kernel steps together: alike in dtype, gradient's dtype, device, placements and step counter."
 
@@ -427,27 +430,26 @@ class Batch:
         group: dict,  # theirs
         params: Sequence[torch.Tensor],  # with gradients
     ):
-        self.params, self.step = params, opt.state[params[0]]["step"]
+        self.params, self.step = tuple(params), opt.state[params[0]]["step"]
         self.device, self.placed = params[0].device, _placed(params[0])
         self.sharded = self.placed is not None
         self.local, grads = ([local(t.detach()) for t in ts] if self.sharded else ts for ts in (params, [p.grad for p in params]))
-        self.addresses = [p.data_ptr() for p in self.local]
         self.lie, self.grads_lie = Layout(self.local), Layout(grads)
         self.flat = [values_in_a_row(p) for p in self.local]  # views, or copies of what is strided
         self.copies = [(p, x) for p, x in zip(self.local, self.flat) if x.data_ptr() != p.data_ptr() and p.numel()]
         self.ready = all(g.is_contiguous() and not g.is_neg() and g.dtype in TYPES for g in grads)  # the gradients, as they are
         self.on_gpu = opt.fused and (self.device.type == "cuda" or bool(INTERPRETED))
         self.moments = opt.moments_of(group)
-        self.taken, self.empty = {at for at in self.addresses if at}, sum(not p.numel() for p in self.local)
+        self.taken, self.empty = {at for p in self.local if (at := p.data_ptr())}, sum(not p.numel() for p in self.local)
         self.apart = True  # whether no gradient is a parameter's own memory
         self.operands = [Operands(flat, None, *state_operands(opt, group, p)) for p, flat in zip(params, self.flat)]
         self.many = Many(self.operands) if self.on_gpu else None
-        kept = [local(t) for p in (params if self.many is None else {params[0], params[-1]}) for k, t in opt.state[p].items() if k == "step" or k in state_kinds(opt, group, p)]
-        self.kept, self.kept_at = kept, [*map(torch.Tensor.data_ptr, kept)]
+        self.kept = [local(t) for p in (params if self.many is None else {params[0], params[-1]}) for k, t in opt.state[p].items() if k == "step" or k in state_kinds(opt, group, p)]
+        self.addresses = _addresses((*self.local, *self.kept))
 
     def take(self, grads: Sequence[torch.Tensor], at: tuple[int, ...] | None = None, found: Located | None = None):
         "Sets the gradients of the next step, in the parameters' order, flat or contiguous; where they lie, if that is known."
-        self.grads, self.found = grads, found or (self.many.find(grads, at) if self.many else None)
+        self.grads, self.at, self.found = grads, at, found or (self.many.find(grads, at) if self.many else None)
 
     def with_grads(self) -> list[Operands]:
         "The operands for the reference."
@@ -505,19 +507,20 @@ class Layout:
 # %% ../../nbs/03_optim/01_batches.ipynb #5807a1bb
 def current_gradients(
     batch: Batch,
-) -> tuple[list[torch.Tensor], tuple[int, ...], Located | None] | None:  # contiguous, in the order of its parameters; their addresses; where a kernel finds them, if it has before
+) -> tuple[Sequence[torch.Tensor], tuple[int, ...], Located | None] | None:  # contiguous, in the order of its parameters; their addresses; where a kernel finds them, if it has before
     "The gradients of this step; None where the batch does not fit any more."
     if not batch.apart: return None
-    params, grads = batch.params, list(map(attrgetter("grad"), batch.params))
+    params, grads = batch.params, tuple(map(attrgetter("grad"), batch.params))
     try:
         if batch.sharded:
             if any(_placed(t) != batch.placed for t in (*params, *grads)): return None
             params, grads = [local(p.detach()) for p in params], [local(g) for g in grads]
         if not (batch.lie.holds(params) and batch.grads_lie.holds(grads)): return None
-        if list(map(torch.Tensor.data_ptr, params)) != batch.addresses or list(map(torch.Tensor.data_ptr, batch.kept)) != batch.kept_at: return None
+        if _addresses((*params, *batch.kept)) != batch.addresses: return None
         if not batch.ready: grads = [values_in_a_row(g) for g in grads]
-        at = tuple(map(torch.Tensor.data_ptr, grads))
+        at = _addresses(grads)
     except (TypeError, AttributeError, RuntimeError): return None  # none, or a sparse one
+    if at == batch.at: return grads, at, batch.found  # where those of the last step lay, as they mostly do
     found = batch.many and batch.many.known.get(at)
     if not found and (at.count(0) != batch.empty or not batch.taken.isdisjoint(at)): return None
     return grads, at, found
@@ -527,12 +530,12 @@ def current_gradients(
 class Remembered:
     "What the last step has seen, to be compared with what there is, and what it made of it."
     groups: list[dict]  # copies
-    states: tuple  # parameters with states, and copies of these
+    states: dict  # parameters, and copies of their states
     made: list[list[Batch]]  # each group's
     absent: list[torch.Tensor]  # parameters without gradients
 
 
-def _states(opt, one): return ([*opt.state], [*opt.state.values()]) if one is None else ([one], [opt.state.get(one)])
+def _states(opt, one): return opt.state if one is None else {one: opt.state.get(one)}
 
 
 def _copied(group): return {**group, "params": [*group["params"]]}
@@ -574,7 +577,6 @@ def gather(
         for batch in batches:
             batch.apart = tangled.isdisjoint(grads := [p.grad for p in batch.params])
             batch.take([values_in_a_row(local(g).clone() if g in tangled else local(g)) for g in grads])
-    keys, states = _states(opt, one)
-    states = keys, [dict(s) if isinstance(s, dict) else s for s in states]
+    states = {p: dict(s) if isinstance(s, dict) else s for p, s in _states(opt, one).items()}
     opt.remembered[one] = Remembered([_copied(group) for group, _ in pairs], states, made, [p for _, params in pairs for p in params if p.grad is None])
     return made

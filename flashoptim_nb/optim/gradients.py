@@ -96,10 +96,10 @@ def controls(
     clip: bool = True,  # whether `max_norm` applies
 ) -> dict[torch.device, Control]:
     "What the step does with the gradients; keeps the norm and counts a skipped step, without waiting for either."
-    devices, max_norm = dict.fromkeys(batch.device for batch in batches), opt.max_norm if clip else None
-    scaler = [getattr(opt, name, None) for name in ("grad_scale", "found_inf")]
-    if not batches: return {}
-    if not (looks := max_norm is not None or opt.skip_nonfinite) and scaler == [None, None]: return dict.fromkeys(devices, Control())
+    devices, max_norm = dict.fromkeys([batch.device for batch in batches], Control()), opt.max_norm if clip else None
+    scaler = getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None)
+    looks = max_norm is not None or opt.skip_nonfinite
+    if not batches or not looks and scaler == (None, None): return devices
     with torch.no_grad(): c = _looked_at(opt, batches, devices, max_norm, scaler, looks)
     opt.grad_norm = c.norm
     return {d: c.to(d) for d in devices}
