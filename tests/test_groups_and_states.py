@@ -1,6 +1,7 @@
 """What a user does to groups and states between two steps is what the next step steps, as in torch.optim, or is refused with nothing changed."""
 import copy
 import gc
+import math
 from collections import defaultdict
 
 import pytest
@@ -493,3 +494,75 @@ def test_who_watches_a_step_sees_it():
         ends.append(ps[:2])
     close(*ends)
     torch.compiler.reset()
+
+
+def stepped(**options):
+    p = nn.Parameter(torch.linspace(-1, 1, 64).bfloat16())
+    opt = FlashAdamW([p], lr=1e-2, **options)
+    p.grad = torch.ones_like(p); opt.step()
+    return p, opt
+
+
+@pytest.mark.parametrize("name, value", [("max_norm", "x"), ("max_norm", math.nan), ("max_norm", -1.0), ("max_norm", 0), ("max_norm", torch.tensor(1.0)), ("skip_nonfinite", 1),
+                                         ("check_numerics", "yes"), ("compress_state_dict", None), ("fused", 0), ("master_weight_bits", 24.5), ("quantize", None)])
+def test_an_option_set_later_is_checked_as_one_given_at_once(name, value):
+    p, opt = stepped()
+    before = getattr(opt, name)
+    with pytest.raises(OptionError, match=f"{name}="): setattr(opt, name, value)
+    with pytest.raises(OptionError, match=f"{name}="): FlashAdamW([p], **{name: value})
+    assert getattr(opt, name) == before
+
+
+@pytest.mark.parametrize("name, value", [("quantize", False), ("master_weight_bits", 32), ("master_weight_bits", None), ("companded", False), ("decouple_lr", True)])
+def test_what_states_are_made_by_stays(name, value):
+    p, opt = stepped()
+    with pytest.raises(OptionError, match="load this one's state_dict"): setattr(opt, name, value)
+    setattr(opt, name, getattr(opt, name))  # the same is no change
+    new = FlashAdamW([p], lr=1e-2, **{name: value}); new.load_state_dict(opt.state_dict()); new.step()
+    assert getattr(new, name) == value
+
+
+def test_a_limit_of_the_norm_set_later_holds_from_the_next_step():
+    (p, opt), (q, twin) = stepped(), stepped(max_norm=1e6)
+    opt.max_norm = twin.max_norm = 0.5
+    for x, o in (p, opt), (q, twin): x.grad = torch.full_like(x, 3.0); o.step()
+    assert opt.grad_norm == twin.grad_norm == 24.0 and torch.equal(p, q)
+    opt.max_norm, opt.skip_nonfinite = None, None
+    assert opt.skip_nonfinite is False
+    p.grad.fill_(torch.nan); opt.step()
+    assert p.isnan().all()
+
+
+@pytest.mark.parametrize("name, value", [("max_norm", 1.0), ("skip_nonfinite", True), ("quantize", False), ("companded", False), ("master_weight_bits", 32), ("check_numerics", True)])
+def test_an_option_of_the_whole_optimizer_written_into_a_group_is_refused(name, value):
+    p, opt = stepped()
+    opt.param_groups[0][name] = value
+    with pytest.raises(OptionError, match=f"{name} in a group"): opt.step()
+    assert opt.state[p]["step"] == 1
+
+
+def test_an_option_in_a_loaded_group_is_not_the_new_optimizers():
+    p, opt = stepped()
+    saved = opt.state_dict(); saved["param_groups"][0]["max_norm"] = 1e-3  # as a wrapper saves it that hands options to groups
+    new = FlashAdamW([p], max_norm=1e3); new.load_state_dict(saved); new.step()
+    assert "max_norm" not in new.param_groups[0] and new.grad_norm == 8.0
+
+
+@pytest.mark.parametrize("key, value", [("lr", torch.tensor(torch.nan)), ("lr", torch.tensor(-1.0)), ("lr", torch.tensor([1e-3, 2e-3])), ("lr", torch.tensor(True)), ("lr", torch.tensor(1j)),
+                                        ("weight_decay", torch.tensor(torch.nan)), ("eps", torch.tensor(1e-8)), ("amsgrad", torch.tensor(True))])
+def test_a_tensor_that_is_no_such_number_is_refused_wherever_it_is_given(key, value):
+    p, opt = stepped()
+    with pytest.raises(OptionError, match=key): FlashAdamW([p], **{key: value})
+    with pytest.raises(OptionError, match=key): opt.add_param_group({"params": [nn.Parameter(torch.ones(3))], key: value})
+    before = p.detach().clone()
+    opt.param_groups[0][key] = value
+    with pytest.raises(OptionError, match=key): opt.step()
+    assert torch.equal(p, before) and len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize("lr", [torch.tensor(0.02), torch.tensor([0.02]), torch.tensor(0.02, dtype=torch.float64)], ids=str)
+def test_a_learning_rate_in_a_tensor_is_the_number(lr):
+    (p, opt), (q, twin) = stepped(), stepped()
+    opt.param_groups[0]["lr"], twin.param_groups[0]["lr"] = lr, 0.02
+    for o in (opt, twin): o.step()
+    assert torch.equal(p, q)

@@ -17,6 +17,7 @@ from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.kernels.split import decode
 from flashoptim_nb.kernels.split import INTERPRETED
 from flashoptim_nb.optim import FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW, GradientError, NumericsError, OptionError, StateError, cast_model, enable_gradient_release
+from flashoptim_nb.optim.batches import check_options
 
 KW = dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
 
@@ -436,21 +437,13 @@ def test_options_that_are_no_numbers(cls, options):
     assert good.param_groups[0] == before
 
 
-def test_a_learning_rate_in_a_tensor(monkeypatch):
-    "Its value is checked when the optimizer is made, and by no step: reading it there would wait for the device."
-    check = FlashSGD.check_group
-
-    def unread(self, options):
-        assert not any(isinstance(x, torch.Tensor) for x in options.values())
-        return check(self, options)
-
+def test_a_learning_rate_in_a_tensor():
+    "Its value is checked when the optimizer is made, and on a device by no step: reading it there would wait for it."
     p = nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)
     for lr in torch.tensor(0.5), torch.tensor([0.5]), torch.tensor(0.5, dtype=torch.float64):
-        optimizer = FlashSGD([p], lr=lr)
-        with monkeypatch.context() as m:
-            m.setattr(FlashSGD, "check_group", unread)
-            optimizer.step()
+        optimizer = FlashSGD([p], lr=lr); optimizer.step()
         assert optimizer.param_groups[0]["lr"] is lr
+        check_options(optimizer, [{**optimizer.param_groups[0], "lr": lr.to("meta")}])  # which cannot be read
     assert torch.allclose(p.detach(), torch.full((3,), -0.5))
 
 

@@ -365,12 +365,18 @@ def check_options(
     opt,  # a FlashOptimizer
     groups: Sequence[dict],  # of its groups
 ):
-    "Raises `OptionError` for options of groups that were edited into such as cannot work; a tensor is not read, which would wait for its device."
+    "Raises `OptionError` for options of groups that were edited into such as cannot work; a tensor on a device is not read, which would wait for it."
     for group in groups:
         try:
-            opt.check_group({k: 0.0 if isinstance(x, torch.Tensor) else x for k, x in group.items()})
+            if not opt.options.keys().isdisjoint(group): opt.check_shared(group)
+            opt.check_group({k: 0.0 if k in ("lr", "weight_decay") and _far(x) else x for k, x in group.items()})
             opt.scalars(group)
         except KeyError as error: raise OptionError(f"a group without {error}: add groups with add_param_group, which fills in the optimizer's own options") from None
+
+
+def _far(x):
+    "Whether something is a real number in a tensor on a device, which nobody waits for."
+    return isinstance(x, torch.Tensor) and x.device.type != "cpu" and x.numel() == 1 and not (x.dtype == torch.bool or x.is_complex())
 
 # %% ../../nbs/03_optim/01_batches.ipynb #c8327fa5
 def check_parameters(

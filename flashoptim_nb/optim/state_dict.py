@@ -319,7 +319,7 @@ def load_state_dict(
     if strange := saved.keys() - {i for g in groups for i in g["params"]}:
         raise StateError(f"the state dict has a state of {next(iter(strange))!r}, which none of its groups names: parameters are numbered by integers, which JSON for one makes into strings")
     for n, g in enumerate(groups): _check_kind(self, g, f"group {n} of the state dict")
-    options = deepcopy([{k: v for k, v in g.items() if k not in _MARKS} for g in groups])  # at once: groups may share a tensor
+    options = deepcopy([{k: v for k, v in g.items() if k not in _MARKS and (k not in self.options or k == "fused")} for g in groups])  # at once: groups may share a tensor
     for own, new in zip(self.param_groups, options): self.check_group(own | new)
     states = _states(self, groups, saved, options)
     for own, new, g in zip(self.param_groups, options, groups):
