@@ -40,13 +40,13 @@ class Report:
         from flashoptim_nb.base.config import content_hash
         from flashoptim_nb.base.machine import pick_device, provenance
         from flashoptim_nb.base.records import REHEARSAL, RunWriter, study_name
-        from flashoptim_nb.judge.criteria import CRITERIA_HASH
+        from flashoptim_nb.study.h1.criteria import CRITERIA_HASH
 
-        origin = provenance(pick_device("auto"))
+        here, origin = Path(__file__).parent, provenance(pick_device("auto"))
         scale = "gpu" if origin["device_kind"] == "cuda" else REHEARSAL
         folder, arguments = self.config.getoption("--record"), list(self.config.invocation_params.args)
         settings = dict(arguments=[a for a in arguments if a not in ("--record", folder, f"--record={folder}")], test_seed=os.environ.get("FLASHOPTIM_TEST_SEED", "fresh in each test"))
-        sources = {path.name: path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))}
+        sources = {path.relative_to(here).as_posix(): path.read_text() for path in sorted(here.rglob("*.py"))}
         study = study_name("tests", scale, origin["device"], origin["device_kind"])
         header = dict(run="tests", hypothesis="tests", study=study, scale=scale, role="all", size="all", arm="tests", config="all", seed=0, settings=settings,
                       settings_hash=content_hash(settings), criteria_hash=CRITERIA_HASH, data_hash=content_hash(sources),

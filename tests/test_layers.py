@@ -1,44 +1,73 @@
-"""The package keeps its shape: data flows one way, and each name is where its layer says."""
+"""The package keeps its shape: three slices over one engine, and each imports only what its row of the table allows."""
 import ast
 from pathlib import Path
 
 import pytest
 
 import flashoptim_nb
+from flashoptim_nb.report.book import SLICES, is_chapter, notebook_paths
 
-LAYERS = ["base", "data", "kernels", "optim", "models", "train", "amortize", "measure", "judge", "report", "cli"]
+MAY_IMPORT = {
+    "base": "",
+    "optim": "base",
+    "measure": "base optim",
+    "lm": "base optim measure",
+    "surrogates": "base optim measure",
+    "study": "base optim measure lm surrogates",
+    "report": "base optim measure lm surrogates study",
+    "cli": "base optim measure lm surrogates study report",
+}
 PACKAGE = Path(flashoptim_nb.__file__).parent
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE)
 
 
+def place(path):
+    "A module by its parts: study/h1/criteria.py -> (study, h1, criteria)."
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
 def imported(path):
-    "The package's own modules that a module imports, as (layer, name), also inside functions."
-    here = path.relative_to(PACKAGE).with_suffix("").parts
+    "The package's own modules that a module imports, by their parts, also inside functions."
+    here = path.relative_to(PACKAGE).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            base = here[: len(here) - node.level] if node.level else ()
-            full = (*base, *(node.module or "").split(".")) if node.level else tuple((node.module or "").split("."))
-            if not node.level and full[0] != "flashoptim_nb":
-                continue
-            full = full if node.level else full[1:]
-            yield from [full] if full and full[0] in LAYERS else []
+            base = here[: len(here) - node.level + 1] if node.level else ()
+            full = (*base, *(node.module or "").split(".")) if node.module else base
+            if not node.level:
+                if full[0] != "flashoptim_nb":
+                    continue
+                full = full[1:]
+            for name in node.names:
+                yield (*full, name.name) if (PACKAGE.joinpath(*full, name.name).with_suffix(".py")).exists() else full
         elif isinstance(node, ast.Import):
             yield from [tuple(a.name.split(".")[1:]) for a in node.names if a.name.startswith("flashoptim_nb.")]
 
 
+def within(name, *folder): return name[: len(folder)] == folder
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_only_from_layers_above(path):
-    layer = path.relative_to(PACKAGE).parts[0]
-    assert layer in LAYERS, f"{layer} is no layer"
-    below = [m for m in imported(path) if LAYERS.index(m[0]) > LAYERS.index(layer)]
-    assert not below, f"{path.name} in {layer} imports from later layers: {below}"
+def test_imports_only_what_its_slice_may(path):
+    slice_, *_ = here = place(path)
+    assert slice_ in MAY_IMPORT, f"{slice_} is no slice"
+    wrong = [".".join(m) for m in imported(path) if m and m[0] in MAY_IMPORT and m[0] != slice_ and m[0] not in MAY_IMPORT[slice_].split()]
+    assert not wrong, f"{'.'.join(here)} imports {wrong}"
+    if slice_ == "optim":
+        beyond = [".".join(m) for m in imported(path) if m[:1] == ("base",) and m != ("base", "errors")]
+        assert not beyond, f"the optimizer stands alone; {'.'.join(here)} imports {beyond}"
 
 
-def test_train_knows_neither_measures_nor_verdicts():
-    seen = {m[0] for path in MODULES if path.parent.name == "train" for m in imported(path)}
-    assert seen and not seen & {"measure", "judge", "report", "cli"}
+@pytest.mark.parametrize("path", [p for p in MODULES if within(place(p), "surrogates")], ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_domain_knows_no_other_and_nobody_in_its_slice_knows_it(path):
+    here = place(path)
+    own = here[:3] if within(here, "surrogates", "domains") else ("surrogates", "domains", "toy")
+    wrong = [".".join(m) for m in imported(path) if within(m, "surrogates", "domains") and len(m) > 2 and m[:3] != own]
+    assert not wrong, f"{'.'.join(here)} imports {wrong}"
 
 
-def test_each_folder_of_notebooks_is_a_layer():
-    folders = {p.name.split("_", 1)[1] for p in (PACKAGE.parent / "nbs").glob("[0-9][0-9]_*") if any(p.glob("*.ipynb"))}
-    assert folders == {p.relative_to(PACKAGE).parts[0] for p in MODULES}
+def test_each_folder_of_notebooks_is_a_slice_or_holds_pages():
+    folders = {Path(name).parent.as_posix() for name in notebook_paths(PACKAGE.parent / "nbs")}
+    library = {folder for folder in folders if folder.partition("/")[0] in SLICES}
+    assert set(SLICES) == set(MAY_IMPORT) and library == {path.parent.relative_to(PACKAGE).as_posix() for path in MODULES if path.name not in ("__init__.py", "_modidx.py")}
+    assert all(is_chapter(f"{folder}/x.ipynb") or folder == "start" for folder in folders - library - {"."})

@@ -1,0 +1,622 @@
+"""State dicts: what is stored is read as what it is, whichever package wrote it, or refused with nothing changed; and weights in fp32."""
+import copy
+import importlib.util
+import io
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+
+from flashoptim_nb.optim.codec import dequantize_m, dequantize_v
+from flashoptim_nb.optim.split import decode
+from flashoptim_nb.optim import FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW, StateError, cast_model, enable_gradient_release
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+KINDS = {"AdamW": (FlashAdamW, {}), "Adam": (FlashAdam, {}), "SGD": (FlashSGD, dict(momentum=0.9)), "plain SGD": (FlashSGD, {}), "SGDW": (FlashSGDW, dict(momentum=0.9)), "Lion": (FlashLion, {})}
+TORCHS = {"AdamW": (torch.optim.AdamW, {}), "Adam": (torch.optim.Adam, {}), "SGD": (torch.optim.SGD, dict(momentum=0.9))}
+
+
+def weights(dtypes, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(40, 33 - n, generator=g).to(dtype)) for n, dtype in enumerate(dtypes)]
+
+
+def take_steps(params, opt, steps, first=0):
+    for t in range(first, first + steps):
+        g = torch.Generator().manual_seed(t)
+        for p in params: p.grad = torch.randn(p.shape, generator=g).to(p.dtype)
+        opt.step()
+
+
+def stepped(cls, dtypes=(BF16,), steps=4, **options):
+    params = weights(dtypes)
+    opt = cls(params, lr=1e-3, **options)
+    take_steps(params, opt, steps)
+    return params, opt
+
+
+def on_disk(state_dict):
+    torch.save(state_dict, f := io.BytesIO()); f.seek(0)
+    return torch.load(f, weights_only=True)
+
+
+def same_states(a, b, but=()):
+    for p, q in zip(*([p for g in opt.param_groups for p in g["params"]] for opt in (a, b))):
+        assert a.state[p].keys() == b.state[q].keys()
+        for key, t in a.state[p].items():
+            if key not in but: assert t.dtype == b.state[q][key].dtype and torch.equal(t, b.state[q][key]), key
+
+
+def copies(params): return [nn.Parameter(p.detach().clone()) for p in params]
+
+
+def public_layout(opt, compress):
+    "A checkpoint as the public package writes it, put together from its description and not by the code under test."
+    state, groups, number = {}, [], 0
+    for group in opt.param_groups:
+        numbers = []
+        for p in group["params"]:
+            s, out = opt.state[p], {}
+            if "error_bits" in s: out["error_bits"] = s["error_bits"].to(p.dtype) if s["error_bits"].dtype == torch.int8 else s["error_bits"].view(p.dtype)
+            for key, decoded in (("exp_avg", dequantize_m), ("exp_avg_sq", dequantize_v), ("momentum_buffer", dequantize_m)):
+                if f"{key}::quantized" not in s: continue
+                q, scales = s[f"{key}::quantized"], s[f"{key}::scales"]
+                out |= {f"{key}::quantized": q, f"{key}::scales": scales.view(BF16) if p.dtype == BF16 else scales} if compress else {key: decoded(q, scales)}
+            if "exp_avg_sq::quantized" in s: out["step"] = torch.tensor(int(s["step"]))  # the others count no steps
+            if out: state[number] = out
+            numbers.append(number); number += 1
+        known = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening")
+        groups.append({k: group[k] for k in known if k in group} | dict(initial_lr=1e-3, master_bytewidth={None: 0, 24: 3, 32: 4}[opt.master_weight_bits], quantize=True, params=numbers))
+    return copy.deepcopy(dict(state=state, param_groups=groups))
+
+
+# the public package's checkpoints
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtypes", [(BF16,), (FP16,), (FP32,), (BF16, FP32, FP16)], ids=str)
+@pytest.mark.parametrize("bits", [24, 32, None])
+@pytest.mark.parametrize("compress", [True, False])
+def test_the_public_packages_checkpoints_load_bit_for_bit(kind, dtypes, bits, compress):
+    cls, options = KINDS[kind]
+    params, opt = stepped(cls, dtypes, master_weight_bits=bits, **options)
+    public = on_disk(public_layout(opt, compress))
+    twins = copies(params)
+    again = cls(twins, lr=1.0, master_weight_bits=bits, **options)
+    again.load_state_dict(public)
+    missing = [p for i, p in enumerate(twins) if i not in public["state"]]
+    assert not any(again.state.get(p) for p in missing)  # plain SGD of fp32 weights keeps nothing
+    if not missing: same_states(opt, again, but=("step",))
+    if "Adam" in kind: assert all(s["step"] == 4 for s in again.state.values())
+    group = again.param_groups[0]
+    assert group["lr"] == 1e-3 and not {"master_bytewidth", "quantize"} & group.keys()
+    assert again.state_dict()["param_groups"][0].keys() == opt.state_dict()["param_groups"][0].keys() | {"initial_lr"}
+
+
+@pytest.mark.parametrize("bits", [24, 32])
+@pytest.mark.parametrize("mine", [24, 32])
+def test_a_public_checkpoint_of_another_width_is_converted(bits, mine):
+    params, opt = stepped(FlashAdamW, master_weight_bits=bits)
+    twins = copies(params)
+    again = FlashAdamW(twins, master_weight_bits=mine)
+    again.load_state_dict(public_layout(opt, True))
+    before, after = (decode(p.detach(), o.state[p]["error_bits"]) for p, o in ((params[0], opt), (twins[0], again)))
+    assert (before - after).abs().max() <= before.abs().max() * 2.0 ** -(17 if mine < bits else 23)
+    assert again.state[twins[0]]["error_bits"].dtype == {24: torch.int8, 32: torch.int16}[mine]
+
+
+def test_public_codes_of_channels_last_weights_are_grouped_as_they_lie():
+    "That package codes a weight in the order of its memory and saves codes with their strides."
+    cls, seen = FlashLion, torch.randn(6, 5, 3, 3).to(BF16)
+    p = nn.Parameter(seen.clone())
+    flat = nn.Parameter(seen.permute(0, 2, 3, 1).contiguous().view(-1))  # the same values as they lie
+    inner = cls([flat], lr=1e-3)
+    take_steps([flat], inner, 3)
+    public = public_layout(inner, True)
+    as_seen = lambda t: t.view(6, 3, 3, 5).permute(0, 3, 1, 2)
+    s = public["state"][0]
+    s |= {"exp_avg::quantized": as_seen(s["exp_avg::quantized"]), "error_bits": as_seen(s["error_bits"])}
+    opt = cls([p], lr=1e-3)
+    opt.load_state_dict(public)
+    take_step = lambda o, q, g: (setattr(q, "grad", g), o.step())
+    wanted = as_seen(dequantize_m(inner.state[flat]["exp_avg::quantized"], inner.state[flat]["exp_avg::scales"]))
+    found = dequantize_m(opt.state[p]["exp_avg::quantized"], opt.state[p]["exp_avg::scales"])
+    assert (found - wanted).abs().max() <= wanted.abs().max() / 100
+    assert torch.equal(opt.state[p]["error_bits"], as_seen(inner.state[flat]["error_bits"]))
+    take_step(opt, p, torch.ones_like(p))
+
+
+def test_what_a_public_checkpoint_cannot_mean_is_refused():
+    params, opt = stepped(FlashAdamW)
+    good = public_layout(opt, True)
+    for damage in (lambda s, g: g.update(master_bytewidth=5), lambda s, g: g.update(master_bytewidth=0), lambda s, g: s.update(error_bits=s["error_bits"] + 0.5), lambda s, g: s.update(error_bits=s["error_bits"] * 4),
+                   lambda s, g: s.update(error_bits=s["error_bits"].to(FP16)), lambda s, g: g.update(master_bytewidth=4) or s.update(error_bits=s["error_bits"].to(torch.int8)),
+                   lambda s, g: g.pop("master_bytewidth"), lambda s, g: g.update(foreach=None),
+                   lambda s, g: s.update({"exp_avg::quantized": s["exp_avg::quantized"].float() + 0.5}), lambda s, g: s.update({"exp_avg::scales": s["exp_avg::scales"].float()})):
+        bad = copy.deepcopy(good)
+        damage(bad["state"][0], bad["param_groups"][0])
+        before = copy.deepcopy(opt.state_dict())
+        with pytest.raises(StateError): opt.load_state_dict(bad)
+        after = opt.state_dict()
+        assert after["param_groups"] == before["param_groups"] and all(torch.equal(t, after["state"][0][k]) for k, t in before["state"][0].items())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "SGDW"])
+@pytest.mark.parametrize("bits", [24, 32, None])
+@pytest.mark.parametrize("compress", [True, False])
+def test_a_state_dict_for_the_public_package(kind, bits, compress):
+    cls, options = KINDS[kind]
+    _, opt = stepped(cls, (BF16, FP32, FP16), master_weight_bits=bits, compress_state_dict=compress, **options)
+    written, described = opt.public_state_dict(), public_layout(opt, compress)
+    for i, s in described["state"].items():
+        for key, t in s.items(): assert written["state"][i][key].dtype == t.dtype and torch.equal(written["state"][i][key].view(torch.uint8) if t.dim() else written["state"][i][key], t.view(torch.uint8) if t.dim() else t), key
+    assert {k: v for k, v in written["param_groups"][0].items() if k != "nesterov"} == described["param_groups"][0]
+    with pytest.raises(StateError, match="companded"): FlashLion(weights([BF16]), companded=False).public_state_dict()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flashoptim") is None, reason="the public package is not here: pip install --no-deps flashoptim==0.1.4")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("bits", [24, 32])
+def test_the_public_package_itself_reads_ours_and_writes_its_own(kind, dtype, bits, monkeypatch):
+    import flashoptim
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # its constructor asks; nothing here runs on a GPU
+    cls, options = KINDS[kind]
+    params, opt = stepped(cls, (dtype,), master_weight_bits=bits, **options)
+    theirs = getattr(flashoptim, cls.__name__)(copies(params), lr=1.0, master_weight_bits=bits, **options)
+    theirs.load_state_dict(on_disk(opt.public_state_dict()))
+    (state,), s = theirs.state.values(), opt.state[params[0]]
+    assert torch.equal(state["error_bits"], s["error_bits"]) and theirs.param_groups[0]["lr"] == 1e-3
+    for key in opt.moments_of(opt.param_groups[0]):
+        assert torch.equal(state[key].quantized, s[f"{key}::quantized"]) and torch.equal(state[key].scales, s[f"{key}::scales"])
+    again = cls(copies(params), master_weight_bits=bits, **options)
+    again.load_state_dict(on_disk(theirs.state_dict()))
+    same_states(opt, again, but=() if "Adam" in kind else ("step",))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(importlib.util.find_spec("flashoptim") is None, reason="the public package is not here: pip install --no-deps flashoptim==0.1.4")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [24, 32])
+@pytest.mark.parametrize("compress", [True, False])
+def test_what_the_public_package_saves_after_steps_of_its_own(kind, bits, compress):
+    import flashoptim
+    cls, options = KINDS[kind]
+    params = [nn.Parameter(p.detach().cuda()) for p in weights([BF16])]
+    theirs = getattr(flashoptim, cls.__name__)(params, lr=1e-3, master_weight_bits=bits, compress_state_dict=compress, **options)
+    for t in range(4):
+        for p in params: p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(t)).to(p)
+        theirs.step()
+    again = cls([nn.Parameter(p.detach().cpu()) for p in params], master_weight_bits=bits, **options)
+    again.load_state_dict(on_disk(theirs.state_dict()))
+    (s,), (kept,) = again.state.values(), theirs.state.values()
+    assert torch.equal(s["error_bits"], kept["error_bits"].cpu())
+    for key, code in again.moments_of(again.param_groups[0]).items():
+        q, scales = kept[key].quantized.cpu(), kept[key].scales.cpu()
+        if compress: assert torch.equal(s[f"{key}::quantized"], q) and torch.equal(s[f"{key}::scales"], scales)
+        else: assert (s[f"{key}::quantized"].int() - q.int()).abs().max() <= 1  # coded again from fp32; a code of ours is 1 where theirs is 0
+
+
+@pytest.mark.cuda
+def test_states_and_weights_from_another_device():
+    params, opt = stepped(FlashAdamW, (BF16, FP32, FP16))
+    for saved in opt.state_dict(), opt.public_state_dict():
+        there = [nn.Parameter(p.detach().cuda()) for p in params]
+        again = FlashAdamW(there)
+        again.load_state_dict(saved)
+        for p, q in zip(params, there): assert all(t.is_cuda and torch.equal(t.cpu(), opt.state[p][key]) for key, t in again.state[q].items())
+        full, model = opt.get_fp32_model_state_dict(nn.ParameterList(params)), nn.ParameterList(there)
+        again.set_fp32_model_state_dict(model, full)
+        for key, w in again.get_fp32_model_state_dict(model).items(): torch.testing.assert_close(w.cpu(), full[key], rtol=2.0**-15 if key == "0" else 2.0**-17, atol=0)  # ties of a half spacing go either way
+
+
+# our own
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("marked", [True, False])
+def test_small_corrections_of_32_bit_masters_stay_small(dtype, marked):
+    "A warm-up's first steps leave every correction within a byte, and the next step goes on from there."
+    params = [nn.Parameter((0.02 * (1 + torch.rand(64, 64))).to(dtype))]
+    opt = FlashAdamW(params, lr=1e-7, weight_decay=0.0, master_weight_bits=32)
+    take_steps(params, opt, 2)
+    rho = opt.state[params[0]]["error_bits"]
+    if dtype == BF16: assert rho.any() and rho.abs().max() <= 127
+    saved = on_disk(opt.state_dict())
+    if not marked: del saved["param_groups"][0]["state_format"]  # as written before there was one
+    again = FlashAdamW(copies(params), master_weight_bits=32)
+    again.load_state_dict(saved)
+    same_states(opt, again)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [24, 32, None])
+def test_old_state_dicts_without_a_format_load(kind, bits):
+    cls, options = KINDS[kind]
+    params, opt = stepped(cls, (BF16, FP16, FP32), master_weight_bits=bits, **options)
+    saved = on_disk(opt.state_dict())
+    for group in saved["param_groups"]: del group["state_format"]
+    again = cls(copies(params), master_weight_bits=bits, **options)
+    again.load_state_dict(saved)
+    same_states(opt, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_wide_corrections_that_nothing_explains_are_refused(dtype):
+    params, opt = stepped(FlashAdamW)
+    for marked in True, False:
+        saved = copy.deepcopy(opt.state_dict())
+        saved["state"][0]["error_bits"] = saved["state"][0]["error_bits"].to(dtype)
+        if not marked: del saved["param_groups"][0]["state_format"]
+        with pytest.raises(StateError, match="error_bits is torch.int"): opt.load_state_dict(saved)
+
+
+def test_a_correction_that_a_tool_cast_is_refused():
+    "Loading in place copies int16 into int8 without a word; the group then says 32 bits."
+    params, opt = stepped(FlashAdamW, master_weight_bits=32)
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][0]["error_bits"] = saved["state"][0]["error_bits"].to(torch.int8)
+    with pytest.raises(StateError, match="error_bits"): FlashAdamW(copies(params)).load_state_dict(saved)
+
+
+def test_corrections_of_weights_of_another_dtype_are_refused():
+    params, opt = stepped(FlashAdamW)
+    again = FlashAdamW([nn.Parameter(params[0].detach().half())])
+    with pytest.raises(StateError, match="made for bfloat16 weights"): again.load_state_dict(opt.state_dict())
+    saved = copy.deepcopy(opt.state_dict())
+    del saved["state"][0]["error_bits"]
+    again.load_state_dict(saved)
+    assert not again.state[again.param_groups[0]["params"][0]]["error_bits"].any()
+
+
+@pytest.mark.parametrize("saves,loads", [(True, False), (False, True)])
+@pytest.mark.parametrize("kind", ["AdamW", "SGD", "Lion"])
+def test_linear_codes_are_not_read_as_companded_ones(kind, saves, loads):
+    cls, options = KINDS[kind]
+    params, opt = stepped(cls, companded=saves, **options)
+    again = cls(copies(params), companded=loads, **options)
+    again.load_state_dict(on_disk(opt.state_dict()))
+    assert again.companded is loads and again.state_dict()["param_groups"][0]["state_format"].startswith("companded" if loads else "linear")
+    for key, code in opt.moments.items():
+        decoded = dequantize_m if code == torch.int8 else dequantize_v
+        a, b = (decoded(s[f"{key}::quantized"], s[f"{key}::scales"], o.companded) for o in (opt, again) for s in o.state.values())
+        assert (a - b).abs().max() <= a.abs().max() / 60
+    same = cls(copies(params), companded=saves, **options)
+    same.load_state_dict(opt.state_dict())
+    same_states(opt, same)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_with_and_without_codes_are_exchanged(kind):
+    cls, options = KINDS[kind]
+    params, opt = stepped(cls, (BF16, FP32), **options)
+    plain = cls(copies(params), quantize=False, **options)
+    plain.load_state_dict(opt.state_dict())
+    assert not any("::" in key for s in plain.state.values() for key in s)
+    again = cls(copies(params), **options)
+    again.load_state_dict(plain.state_dict())
+    same_states(opt, again)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compress", [True, False])
+def test_nothing_of_one_optimizer_is_tied_to_another(kind, compress):
+    cls, options = KINDS[kind]
+    params = weights([BF16, FP32])
+    opt = cls(params, lr=torch.tensor(1e-3), compress_state_dict=compress, **options)
+    take_steps(params, opt, 3)
+    twins = copies(params)
+    again = cls(twins, lr=0.5, **options)
+    saved = opt.state_dict()
+    for s in saved["state"].values(): s["mine"] = torch.zeros(3)
+    again.load_state_dict(saved)
+    known = {t.data_ptr() for o in (opt, saved) for s in (o.state if o is opt else o["state"]).values() for t in s.values() if isinstance(t, torch.Tensor)}
+    known |= {opt.param_groups[0]["lr"].data_ptr()}
+    assert not known & {t.data_ptr() for s in again.state.values() for t in s.values()} | known & {again.param_groups[0]["lr"].data_ptr()}
+    before = copy.deepcopy(opt.state_dict())
+    take_steps(twins, again, 2)
+    again.param_groups[0]["lr"].mul_(0.5)
+    after = opt.state_dict()
+    assert opt.param_groups[0]["lr"] == torch.tensor(1e-3)
+    for i, s in before["state"].items(): assert all(torch.equal(t, after["state"][i][k]) for k, t in s.items())
+
+
+@pytest.mark.parametrize("step", [4, 4.0, torch.tensor(4), torch.tensor(4.0), torch.tensor([4.0]), torch.tensor([[4]])], ids=str)
+def test_a_step_in_any_form(step):
+    params = weights([BF16, BF16])
+    opt = FlashAdamW([dict(params=[p]) for p in params])
+    take_steps(params, opt, 4)
+    saved = opt.state_dict()
+    for s in saved["state"].values(): s["step"] = step
+    opt.load_state_dict(saved)
+    take_steps(params, opt, 2)
+    assert [float(opt.state[p]["step"]) for p in params] == [6.0, 6.0]  # two groups, each with a counter of its own
+
+
+def test_a_state_that_was_only_looked_at_is_not_saved():
+    params, opt = stepped(FlashAdamW, steps=0)
+    assert not opt.state[params[0]] and opt.state_dict()["state"] == {}
+
+
+@pytest.mark.parametrize("kind", TORCHS)
+@pytest.mark.parametrize("bits", [24, 32, None])
+@pytest.mark.parametrize("compress", [True, False])
+@pytest.mark.parametrize("wide", [True, False], ids=["torch on fp32 weights", "torch on the 16-bit weights"])
+def test_the_way_through_torch_and_back(kind, bits, compress, wide):
+    (cls, options), (torchs, torch_options) = KINDS[kind], TORCHS[kind]
+    params, opt = stepped(cls, master_weight_bits=bits, compress_state_dict=compress, **options)
+    between = [nn.Parameter(p.detach().float() if wide else p.detach().clone()) for p in params]
+    middle = torchs(between, lr=1.0, **torch_options)
+    middle.load_state_dict(copy.deepcopy(opt.state_dict()))
+    if not compress: take_steps(between, middle, 2)
+    elif kind != "SGD":
+        with pytest.raises(KeyError, match="exp_avg"): take_steps(between, middle, 1)
+    ends = [nn.Parameter(p.detach().to(BF16)) for p in between]
+    again = cls(ends, master_weight_bits=bits, **options)
+    again.load_state_dict(on_disk(middle.state_dict()))
+    (s,), (before,) = again.state.values(), opt.state.values()
+    if bits: assert not s["error_bits"].any()  # torch stepped the weights without it
+    if compress and wide: assert all(torch.equal(t, before[key]) for key, t in s.items() if "::" in key)
+    if not compress and kind != "SGD": assert s["step"] == 6
+    if not compress:
+        key = next(iter(opt.moments))
+        kept = list(middle.state.values())[0][key].float()
+        assert (dequantize_m(s[f"{key}::quantized"], s[f"{key}::scales"]) - kept).abs().max() <= kept.abs().max() / 100
+    take_steps(ends, again, 1, first=9)
+
+
+def test_a_momentum_that_torch_began_anew_is_the_one_that_counts():
+    "torch.optim.SGD does not know codes; it leaves them beside its own momentum."
+    params, opt = stepped(FlashSGD, (FP32,), momentum=0.9)
+    middle = torch.optim.SGD(copies(params), lr=1e-3, momentum=0.9)
+    middle.load_state_dict(copy.deepcopy(opt.state_dict()))
+    take_steps(middle.param_groups[0]["params"], middle, 1)
+    again = FlashSGD(copies(params), momentum=0.9, quantize=False)
+    again.load_state_dict(middle.state_dict())
+    (s,), (kept,) = again.state.values(), middle.state.values()
+    assert {"momentum_buffer", "momentum_buffer::quantized"} < kept.keys() and torch.equal(s["momentum_buffer"], kept["momentum_buffer"])
+
+
+@pytest.mark.parametrize("damage", [lambda s: s["param_groups"][0].update(params=[0, 0]), lambda s: s["param_groups"][0].update(lr=float("nan")), lambda s: s["param_groups"][0].update(state_format="cubic-24-bfloat16"),
+                                    lambda s: s["state"][1].update(error_bits=torch.zeros(40, 32)[None].to(torch.int8)), lambda s: s["state"][1].update(error_bits=torch.zeros(40, 32, dtype=torch.bool)),
+                                    lambda s: s["state"][1].pop("exp_avg::scales"), lambda s: s["state"][1].update({"exp_avg::scales": torch.full((40,), 1e-9)})])
+def test_a_state_dict_that_is_refused_changes_nothing(damage):
+    params, opt = stepped(FlashAdamW, (BF16, BF16))
+    before, bad = copy.deepcopy(opt.state_dict()), copy.deepcopy(opt.state_dict())
+    bad["param_groups"][0]["weight_decay"] = 0.7
+    damage(bad)
+    with pytest.raises(ValueError): opt.load_state_dict(bad)
+    after = opt.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for i, s in before["state"].items(): assert all(torch.equal(t, after["state"][i][k]) for k, t in s.items())
+
+
+# torch.distributed.checkpoint
+
+def net(dtype=BF16, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)).to(dtype)
+
+
+def trained(model, cls=FlashAdamW, steps=3, **options):
+    opt = cls(model.parameters(), lr=1e-2, **options)
+    take_steps(list(model.parameters()), opt, steps)
+    return opt
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+@pytest.mark.parametrize("bits", [24, 32])
+def test_distributed_checkpoints_carry_the_format(flatten, bits, tmp_path):
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model = net(); opt = trained(model, master_weight_bits=bits)
+    dcp.save(get_optimizer_state_dict(model, opt, options=options), checkpoint_id=tmp_path, no_dist=True)
+
+    def loaded(**given):
+        twin = copy.deepcopy(model)
+        again = FlashAdamW(twin.parameters(), **given)
+        dcp.load(state := get_optimizer_state_dict(twin, again, options=options), checkpoint_id=tmp_path, no_dist=True)
+        set_optimizer_state_dict(twin, again, state, options=options)
+        return again
+
+    same_states(opt, loaded(master_weight_bits=bits))
+    if bits == 32:
+        with pytest.raises(StateError, match="error_bits is torch.int8"): loaded(master_weight_bits=24)  # cast in place on the way
+    linear = loaded(master_weight_bits=bits, companded=False)
+    (a, *_), (b, *_) = opt.state.values(), linear.state.values()
+    whole = dequantize_m(a["exp_avg::quantized"], a["exp_avg::scales"])
+    assert (dequantize_m(b["exp_avg::quantized"], b["exp_avg::scales"], False) - whole).abs().max() <= whole.abs().max() / 100
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+def test_distributed_checkpoints_carry_the_clip_coefficient(flatten, tmp_path):
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model = net(); opt = FlashAdamW(model.parameters(), max_norm=1e-3); enable_gradient_release(model, opt)
+    model(torch.ones(2, 8, dtype=BF16)).sum().backward(); opt.step()
+    dcp.save(get_optimizer_state_dict(model, opt, options=options), checkpoint_id=tmp_path, no_dist=True)
+    again = FlashAdamW(model.parameters(), max_norm=1e-3)
+    dcp.load(state := get_optimizer_state_dict(model, again, options=options), checkpoint_id=tmp_path, no_dist=True)
+    set_optimizer_state_dict(model, again, state, options=options)
+    assert 0 < again.next_clip < 1 and again.next_clip == opt.next_clip
+
+
+# weights in fp32
+
+def masters(model, opt): return {name: decode(p.detach(), opt.state[p]["error_bits"]) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("pause", ["", "copied", "loaded"])
+def test_masters_after_a_cast_of_the_model(pause):
+    model = net(); opt = trained(model)
+    if pause == "copied": model, opt = copy.deepcopy((model, opt))
+    if pause == "loaded": opt.load_state_dict(opt.state_dict())
+    kept = masters(model, opt)
+    for wider in (model.float, model.double):
+        for name, t in opt.get_fp32_model_state_dict(wider()).items(): assert t.dtype == FP32 and torch.equal(t, kept[name])
+        with pytest.raises(StateError, match="make the optimizer anew"): opt.set_fp32_model_state_dict(model, kept)
+        with pytest.raises(ValueError, match="make the optimizer anew|dtype torch.float64"): take_steps(list(model.parameters()), opt, 1)
+    assert opt.state_dict()["param_groups"][0]["state_format"] == "companded-24-bfloat16"
+    model.bfloat16()
+    for name, t in opt.get_fp32_model_state_dict(model).items(): assert torch.equal(t, kept[name])
+    model.half()
+    with pytest.raises(StateError, match="made for torch.bfloat16"): opt.get_fp32_model_state_dict(model)
+    with pytest.raises(ValueError, match="make the optimizer anew"): take_steps(list(model.parameters()), opt, 1)
+    with torch.no_grad(): model.float()[0].weight.add_(1e-4)
+    with pytest.raises(StateError, match="0.weight is torch.float32"): opt.get_fp32_model_state_dict(model)
+
+
+class Tied(nn.Module):
+    def __init__(self, twice):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6, bias=False, dtype=BF16), nn.Linear(6, 6, bias=False, dtype=BF16)
+        self.b.weight = nn.Parameter(self.a.weight.data) if twice else self.a.weight
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["one parameter", "two parameters, one memory"])
+@pytest.mark.parametrize("which", ["a", "b"])
+def test_tied_weights(twice, which):
+    model = Tied(twice)
+    opt = FlashAdamW([getattr(model, which).weight])
+    take_steps([getattr(model, which).weight], opt, 3)
+    full = opt.get_fp32_model_state_dict(model)
+    assert torch.equal(full["a.weight"], full["b.weight"]) and not torch.equal(full["a.weight"], model.a.weight.float())
+    other = Tied(twice); again = FlashAdamW([getattr(other, which).weight])
+    again.set_fp32_model_state_dict(other, full)
+    assert all(torch.equal(t, full[name]) for name, t in again.get_fp32_model_state_dict(other).items())
+    before = other.a.weight.detach().clone()
+    with pytest.raises(StateError, match="a.weight and b.weight are one tensor"): again.set_fp32_model_state_dict(other, full | {"b.weight": full["b.weight"] + 1})
+    assert torch.equal(other.a.weight, before)
+
+
+class Odd(nn.Module):
+    "Entries of every kind."
+
+    def __init__(self, dtype=BF16):
+        super().__init__()
+        self.weight, self.frozen = nn.Parameter(torch.randn(5, 4).to(dtype)), nn.Parameter(torch.randn(4).to(dtype), requires_grad=False)
+        self.turn = nn.Parameter(torch.randn(3, dtype=torch.complex64), requires_grad=False)
+        self.register_buffer("mean", torch.randn(4).to(dtype)); self.register_buffer("seen", torch.tensor(3)); self.register_buffer("mask", torch.tensor([True, False]))
+        self.note = "first"
+
+    def get_extra_state(self): return dict(note=self.note)
+
+    def set_extra_state(self, state): self.note = state["note"]
+
+
+def test_entries_of_every_kind_come_and_go():
+    model = Odd(); opt = FlashAdamW([model.weight, model.frozen]); take_steps([model.weight], opt, 2)
+    full = opt.get_fp32_model_state_dict(model)
+    assert {k: v.dtype for k, v in full.items() if k != "_extra_state"} == dict(weight=FP32, frozen=FP32, turn=torch.complex64, mean=FP32, seen=torch.int64, mask=torch.bool)
+    other = Odd(); other.note = "second"; again = FlashAdamW([other.weight, other.frozen])
+    floats = {k: v.double() if isinstance(v, torch.Tensor) and not v.is_complex() else v for k, v in full.items()}  # as the public package writes integers, too
+    again.set_fp32_model_state_dict(other, floats)
+    assert other.note == "first" and all(torch.equal(t, full[k]) for k, t in again.get_fp32_model_state_dict(other).items() if k != "_extra_state")
+    shared = [again.state[p]["step"].data_ptr() for p in (other.weight, other.frozen)]
+    assert shared[0] == shared[1]  # one launch steps them both
+    assert all(t.data_ptr() not in {x.data_ptr() for x in other.state_dict().values() if isinstance(x, torch.Tensor)} for k, t in full.items() if k != "_extra_state")
+
+
+@pytest.mark.parametrize("change,says", [
+    (dict(weight=torch.full((5, 4), 1e5)), "20 values"), (dict(weight=torch.full((5, 4), 1e300, dtype=torch.float64)), "20 values"), (dict(mean=torch.full((4,), -7e4)), "4 values"), (dict(frozen=torch.full((4,), 7e4)), "4 values"),
+    (dict(weight=torch.randn(5, 4, dtype=torch.complex64)), "imaginary"), (dict(seen=torch.tensor(3.5)), "1 values"), (dict(mask=torch.tensor([2, 0])), "1 values"), (dict(weight=torch.zeros(5, 4, device="meta")), "dense"),
+    (dict(weight=torch.zeros(5, 4).to_sparse()), "dense"), (dict(weight=[[0.0] * 4] * 5), "differ"), (dict(weight=torch.zeros(4, 5)), "differ"), (dict(more=torch.zeros(1)), "differ"), (dict(weight=None), "differ")])
+def test_fp32_weights_that_the_model_cannot_hold_change_nothing(change, says):
+    model = Odd(FP16); opt = FlashAdamW([model.weight, model.frozen]); take_steps([model.weight], opt, 2)
+    before, states = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict())
+    full = opt.get_fp32_model_state_dict(model)
+    given = {k: torch.ones_like(t) if isinstance(t, torch.Tensor) else dict(note="other") for k, t in full.items()} | change
+    with pytest.raises(StateError, match=says): opt.set_fp32_model_state_dict(model, given)
+    with pytest.raises(StateError, match="a int in place"): opt.set_fp32_model_state_dict(model, 3)
+    assert model.note == "first" and all(torch.equal(t, before[k]) for k, t in model.state_dict().items() if k != "_extra_state")
+    assert all(torch.equal(t, states["state"][0][k]) for k, t in opt.state_dict()["state"][0].items()) and len(opt.state) == 1
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_what_is_not_finite_stays_what_it_is(dtype):
+    model = nn.Linear(3, 1, bias=False, dtype=dtype); opt = FlashAdamW(model.parameters())
+    opt.set_fp32_model_state_dict(model, {"weight": torch.tensor([[torch.nan, -torch.inf, 0.1]])})
+    for found in (model.weight.detach(), opt.get_fp32_model_state_dict(model)["weight"]): assert found[0, 0].isnan() and found[0, 1] == -torch.inf
+    assert (opt.get_fp32_model_state_dict(model)["weight"][0, 2] - 0.1).abs() < 1e-4
+
+
+def test_masters_of_a_weight_of_another_shape_are_refused():
+    model = net(); opt = trained(model); full = opt.get_fp32_model_state_dict(model)
+    model[1].bias.data = torch.zeros(2, 3, dtype=BF16)
+    with pytest.raises(StateError, match="1.bias is"): opt.get_fp32_model_state_dict(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(StateError, match="1.bias is"): opt.set_fp32_model_state_dict(model, {k: t.float() + 1 for k, t in before.items()})
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items()) and torch.equal(opt.state[model[0].bias]["error_bits"], opt.state_dict()["state"][1]["error_bits"])
+
+
+def test_a_second_optimizer_asks_for_itself():
+    model = net(); first, second = FlashAdamW(model[0].parameters()), FlashLion(model[1].parameters(), lr=1e-4)
+    for opt in first, second: take_steps([p for g in opt.param_groups for p in g["params"]], opt, 2)
+    full = first.get_fp32_model_state_dict(model) | {k: t for k, t in second.get_fp32_model_state_dict(model).items() if k.startswith("1.")}
+    other = net(seed=4); again = FlashAdamW(other[0].parameters()), FlashLion(other[1].parameters())
+    for opt in again: opt.set_fp32_model_state_dict(other, full)
+    for opt, part in zip(again, "01"): assert all(torch.equal(t, full[k]) for k, t in opt.get_fp32_model_state_dict(other).items() if k.startswith(part))
+
+
+def test_a_state_that_was_only_looked_at_keeps_what_the_cast_rounded_away():
+    model = nn.Linear(16, 16); exact = model.weight.detach().clone(); cast_model(model)
+    opt = FlashAdamW(model.parameters()); assert not opt.state[model.weight]
+    assert (opt.get_fp32_model_state_dict(model)["weight"] - exact).abs().max() < 0.02 * (model.weight.float() - exact).abs().max()
+
+
+def test_whole_and_sharded_weights(tmp_path):
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        plain = net(); opt = trained(plain)
+        full = opt.get_fp32_model_state_dict(plain)
+        split = net(seed=5)
+        for layer in split:
+            for name, p in list(layer.named_parameters()): setattr(layer, name, nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])))
+        for given in full, {k: distribute_tensor(t, mesh, [Shard(0)]) for k, t in full.items()}, {k: distribute_tensor(t, mesh, [Replicate()]) for k, t in full.items()}:
+            again = FlashAdamW(split.parameters())
+            again.set_fp32_model_state_dict(split, given)
+            found = again.get_fp32_model_state_dict(split)
+            assert all(isinstance(t, DTensor) and torch.equal(t.full_tensor(), full[k]) for k, t in found.items())
+        other = net(seed=6); whole = FlashAdamW(other.parameters())
+        whole.set_fp32_model_state_dict(other, found)
+        assert all(torch.equal(t, full[k]) for k, t in whole.get_fp32_model_state_dict(other).items())
+        public = FlashAdamW(split.parameters()); public.load_state_dict(again.public_state_dict())
+        assert all(torch.equal(public.state[p]["error_bits"].to_local(), again.state[p]["error_bits"].to_local()) for p in split.parameters())
+    finally: dist.destroy_process_group()
+
+
+def test_the_format_is_plain_data():
+    _, opt = stepped(FlashAdamW, (BF16, FP16))
+    assert json.loads(json.dumps(opt.state_dict()["param_groups"]))[0]["state_format"] == "companded-24-bfloat16+float16"
+
+
+def test_the_lr_that_decoupled_decay_refers_to_reaches_the_public_package():
+    "Its `initial_lr` is that, whatever the lr is now and wherever a scheduler began."
+    p = nn.Parameter(torch.ones(32, dtype=BF16))
+    opt = FlashAdamW([p], lr=1e-2, decouple_lr=True)
+    torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=1e-2, total_steps=10)
+    p.grad = torch.ones_like(p); opt.step()
+    (group,) = opt.public_state_dict()["param_groups"]
+    assert group["initial_lr"] == 1e-2 and "reference_lr" not in group
+    again = FlashAdamW([p], lr=1.0, decouple_lr=True)
+    again.load_state_dict(opt.public_state_dict())
+    assert again.param_groups[0]["reference_lr"] == 1e-2
+
+
+@pytest.mark.parametrize("bits", [24, 32])
+def test_a_model_that_changed_its_dtype_is_not_for_the_public_package(bits):
+    model = nn.Linear(8, 8).to(BF16)
+    opt = FlashAdamW(model.parameters(), master_weight_bits=bits)
+    model.weight.grad = torch.ones_like(model.weight); opt.step()
+    model.float()
+    with pytest.raises(StateError, match="was made for torch.bfloat16"): opt.public_state_dict()
+
+
+def test_groups_that_share_a_learning_rate_go_on_sharing_it():
+    lr, ps = torch.tensor(1e-2), [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    opt = FlashAdamW([dict(params=[p], lr=lr) for p in ps])
+    opt.load_state_dict(opt.state_dict())
+    a, b = opt.param_groups
+    assert a["lr"] is b["lr"] and a["lr"] is not lr

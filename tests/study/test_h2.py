@@ -1,0 +1,347 @@
+"""The study of hypothesis 2: whole, interrupted, killed, shared among workers, asked for what there is not."""
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from flashoptim_nb.base.errors import UserError
+from flashoptim_nb.base.records import problems, read_study
+from flashoptim_nb.study.h2 import presets as h2scales
+from flashoptim_nb.study.h2.experiments import SurrogateStudy, dry_run, stages
+from flashoptim_nb.study.h2.presets import SCALES, narrow
+from flashoptim_nb.cli.main import main
+from flashoptim_nb.study.loop import Interrupted
+
+COMMON = """
+import torch
+from flashoptim_nb.surrogates.policies import PoolPolicy
+from flashoptim_nb.study.h2.presets import LAPTOP, LOADERS, Solve
+from flashoptim_nb.surrogates.domains.toy.domain import Toy, ToyBatch, toy_answer
+
+class Pool:
+    "The row of a pool with the highest first target."
+    name, domain, unit, instances, device = "pool", "toy", "u", 2, torch.device("cpu")
+    def __init__(self, predict): self.predict, self.rows = predict, torch.randn(2, 30, 8, generator=torch.Generator().manual_seed(0))
+    def policy(self, width): return PoolPolicy(torch.eye(2), self.rows[0], width)
+    def random(self, instance, n, generator): return torch.randint(30, (n,), generator=generator)
+    def predicted(self, instance, x): return self.predict(ToyBatch(self.rows[instance][x], torch.zeros(len(x), 2)))[:, 0]
+    def objective(self, instance, x): return toy_answer(self.rows[instance][x])[:, 0].double().clamp(min=0)
+    def features(self, instance, x): return self.rows[instance][x]
+    def describe(self, instance, x, i): return f"row {int(x[i])}"
+
+class Solvable(Toy):
+    def problems(self, predict): return [Pool(predict)]
+
+def load_solvable(scale, **limits): return Solvable(**limits)
+
+part = LAPTOP.parts["molecules"].replace(configs=("fp32", "flash", "mixed_fp16"), searched=("flash",), tries=3, batches=(16,), timed=2, limits=dict(rows=160), budget=1 << 20, labels=(),
+                                         solve=Solve(runs=2, methods=("reinforce",), steps=2, batch=8, most=3), solved=("fp32", "flash"))
+SCALE = LAPTOP.replace(parts={"toy": part}, seeds=(0, 1), checkpoints=3)
+LOADERS["toy"] = (__name__, "load_solvable")
+"""
+DRIVER = COMMON + """
+import sys
+from flashoptim_nb.study.h2 import experiments as h2; from flashoptim_nb.cli import main
+from flashoptim_nb.study.loop import Interrupted
+try: sys.exit(h2.SurrogateStudy(SCALE, sys.argv[1], device="cpu", stopped=main._Stop()).run())
+except Interrupted: sys.exit(130)
+"""
+exec(COMMON)
+# What a clock says, what is derived from it and what names the moment: not what the promise is about.
+TIMED = {"seconds", "cold", "started", "command", "commit", "ms", "samples_per_s", "mean_samples_per_s", "settling", "steps"}
+
+
+@pytest.fixture(autouse=True)
+def solvable(monkeypatch): monkeypatch.setitem(h2scales.LOADERS, "toy", (__name__, "load_solvable"))
+
+
+def study(out, scale=SCALE, **options):  # noqa: F821 - of COMMON
+    return SurrogateStudy(scale, out, device="cpu", console=Console(file=io.StringIO()), **options)
+
+
+def content(out):
+    "Everything in the records that is not a time, by run."
+    def plain(value):
+        if isinstance(value, dict): return {k: plain(v) for k, v in value.items() if k not in TIMED}
+        return [plain(v) for v in value] if isinstance(value, list) else value
+    return {run.id: [plain(row) for row in run.rows] for run in read_study(out / "h2-laptop")}
+
+
+def start(out):
+    return subprocess.Popen([sys.executable, "-c", DRIVER, str(out)], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    process = start(out)
+    told, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    return out
+
+
+def test_records_hold_what_the_judge_reads(whole):
+    runs = read_study(whole / "h2-laptop")
+    assert [bad for run in runs for bad in problems(run.folder)] == []
+    assert {run.status for run in runs} == {"finished"}
+    run = next(run for run in runs if run.id == "toy-train-flash-s1")
+    assert run.header["hypothesis"] == "h2" and run.header["settings"]["parameters"] > 0
+    assert {(row["set"], row["precision"], row["ema"]) for row in run.of("eval")} == {("val", "own", True), *(("test", p, e) for p in ("own", "fp32") for e in (True, False))}
+    assert [(row["instance"], row["method"]) for row in run.of("solution")] == [(0, "reinforce"), (1, "reinforce")]
+    assert all(row["curve"] == sorted(row["curve"]) and row["objective"] == pytest.approx(row["curve"][-1], abs=1e-5) for row in run.of("solution"))
+    epochs = run.of("epoch")
+    assert sum(row["samples"] for row in epochs) == sum(row["tokens"] for row in run.of("step")) and epochs[-1]["loss_scale"] == 1.0
+    fp16 = next(run for run in runs if run.id == "toy-train-mixed_fp16-s0")
+    assert fp16.of("epoch")[-1]["loss_scale"] == 65536.0 and not fp16.of("solution")
+    speed = next(run for run in runs if run.id == "toy-speed-fp32-s0")
+    assert {row["batch"] for kind in ("memory", "throughput") for row in speed.of(kind)} == {16}
+    largest = next(run for run in runs if run.header["arm"] == "largest")
+    assert len(largest.of("search")) == 3 and largest.of("largest")[0]["peak"] <= largest.of("largest")[0]["budget"] == 1 << 20
+    journal = next(run for run in runs if run.id == "protocol")
+    assert journal.of("cut") and journal.of("source")[0]["rows"]["train"] == 160
+
+
+def test_made_again_nothing_changes(whole):
+    before = {run.id: run.mark for run in read_study(whole / "h2-laptop") if run.id != "protocol"}
+    assert study(whole).run() == 0
+    assert before == {run.id: run.mark for run in read_study(whole / "h2-laptop") if run.id != "protocol"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_killed_at_a_random_moment_it_goes_on_as_if_nothing_had_happened(number, whole, tmp_path, rng_seed):
+    asked = random.randrange(1, 8)  # after so many records
+    process = start(tmp_path)
+    while process.poll() is None and len([*tmp_path.glob("*/*/rows.jsonl")]) < asked: time.sleep(0.02)
+    time.sleep(random.random() / 3)
+    if process.poll() is None: process.send_signal(number)
+    process.communicate(timeout=120)
+    for run in read_study(tmp_path / "h2-laptop") if (tmp_path / "h2-laptop").exists() else (): assert run.status in ("unfinished", "finished")
+    process = start(tmp_path)
+    told, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    ours, theirs = content(tmp_path), content(whole)
+    for name in theirs: assert ours[name] == theirs[name], name
+    assert not [*tmp_path.glob("*/*/checkpoint*")]
+
+
+def test_workers_make_the_same_training_runs(whole, tmp_path):
+    scale = SCALE.replace(parts={"toy": SCALE.parts["toy"].replace(solve=None)})  # noqa: F821
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    h2scales.LOADERS["toy"] = ("flashoptim_nb.surrogates.domains.toy.domain", "load_toy")  # which other processes can import
+    assert study(alone, scale, arms=["train"]).run() == 0 and study(together, scale, arms=["train"], workers=2).run() == 0
+    a, b = content(alone), content(together)
+    assert a.keys() == b.keys() and len(a) == 7
+    for name in a.keys() - {"protocol"}:
+        strip = lambda rows: [{k: v for k, v in row.items() if k != "workers"} for row in rows]
+        assert strip(a[name]) == strip(b[name]), name
+
+
+def test_a_limit_of_time_stops_and_the_same_command_goes_on(tmp_path):
+    with pytest.raises(Interrupted, match="same command again"): study(tmp_path, minutes=1e-5).run()
+    made = len(read_study(tmp_path / "h2-laptop"))
+    assert study(tmp_path, arms=["speed"]).run() == 0
+    assert len(read_study(tmp_path / "h2-laptop")) > made
+    with pytest.raises(UserError, match="more than 0"): study(tmp_path, minutes=-1.0)
+
+
+def test_what_breaks_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
+    from flashoptim_nb.surrogates.task import SurrogateTask
+    learn = SurrogateTask.learn
+    def broken(self, micros):
+        if self.precision.name == "flash": raise (torch.OutOfMemoryError if self.seed else ZeroDivisionError)("on purpose")
+        return learn(self, micros)
+    monkeypatch.setattr(SurrogateTask, "learn", broken)
+    assert study(tmp_path, arms=["train", "speed"]).run() == 1
+    ended = {run.id: run.status for run in read_study(tmp_path / "h2-laptop")}
+    assert (ended["toy-train-flash-s0"], ended["toy-train-flash-s1"], ended["toy-speed-flash-s1"]) == ("failed", "oom", "oom")
+    assert ended["toy-train-fp32-s1"] == ended["toy-train-mixed_fp16-s1"] == "finished"
+    monkeypatch.setattr(SurrogateTask, "learn", learn)
+    assert study(tmp_path, arms=["train", "speed"]).run() == 0
+    ended = {run.id: run.status for run in read_study(tmp_path / "h2-laptop")}
+    assert (ended["toy-train-flash-s0"], ended["toy-train-flash-s1"]) == ("finished", "oom")  # what did not fit is a finding
+
+
+def test_a_domain_without_its_data_is_a_record_that_says_so(tmp_path, monkeypatch):
+    def missing(scale, **limits): raise UserError("the rows are not here; put them there")
+    monkeypatch.setitem(globals(), "load_solvable", missing)
+    assert study(tmp_path, configs=["fp32"]).run() == 0
+    runs = read_study(tmp_path / "h2-laptop")
+    assert {(run.status, run.reason) for run in runs if run.id != "protocol"} == {("unavailable", "the rows are not here; put them there")}
+    assert [bad for run in runs for bad in problems(run.folder)] == []
+    assert next(run for run in runs if run.id == "protocol").of("skip")
+
+
+def test_bad_requests_are_answered_in_words(tmp_path, capsys):
+    for words, told in ((["--domains", "molecule"], "did you mean 'molecules'"), (["--configs", "fp8"], "choose one of"), (["--arms", "all"], "choose one of: train"),
+                        (["--sizes", "1B"], "--sizes is not an option of h2"), (["--workers", "0"], "at least 1"), (["--minutes", "0"], "more than 0"),
+                        (["--confirm", "H1-CA"], "H2-CA"), (["--scale", "laptoop"], "did you mean 'laptop'")):
+        assert main(["run", "h2", "--scale", "laptop", "--out", str(tmp_path), *words]) == 2, words
+        assert told in capsys.readouterr().err, words
+    if not torch.cuda.is_available():
+        assert main(["run", "h2", "--scale", "gpu", "--out", str(tmp_path)]) == 2
+        assert "CUDA" in capsys.readouterr().err
+    assert main(["run", "h1", "--scale", "laptop", "--out", str(tmp_path), "--domains", "molecules"]) == 2
+    assert "not an option of h1" in capsys.readouterr().err
+    with pytest.raises(UserError, match="above 0"): study(tmp_path, SCALE.replace(budget=0))  # noqa: F821
+
+
+def test_a_budget_too_small_is_a_finding(tmp_path):
+    part = SCALE.parts["toy"].replace(budget=1000)  # noqa: F821
+    assert study(tmp_path, SCALE.replace(parts={"toy": part}), arms=["largest"]).run() == 0  # noqa: F821
+    run = next(run for run in read_study(tmp_path / "h2-laptop") if run.header["arm"] == "largest")
+    assert run.status == "oom" and "nothing fits" in run.reason and run.of("largest")[0]["parameters"] is None
+
+
+def records(out):
+    "Every file of a study but its lock, with its bytes."
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file() and path.name != ".lock"}
+
+
+@pytest.fixture
+def taught(monkeypatch):
+    "A scale whose runs are taught by inexpensive labels, and what says whether their solver is installed."
+    solver = dict(installed=False)
+    class Taught(Toy):  # noqa: F821 - of COMMON
+        def label_ways(self):
+            if not solver["installed"]: raise UserError("the solver was not found; look in [/opt/solver]")
+            return dict(full=[self], cheap_then_fine=[self, self]), dict(full=2.0, cheap_then_fine=1.0), "a solver"
+    monkeypatch.setitem(globals(), "load_taught", lambda scale, **limits: Taught(**limits))
+    monkeypatch.setitem(h2scales.LOADERS, "toy", (__name__, "load_taught"))
+    part = SCALE.parts["toy"].replace(labels=("fp32",), solve=None)  # noqa: F821
+    return SCALE.replace(parts={"toy": part}, seeds=(0,)), solver  # noqa: F821
+
+
+def statuses(out): return {run.id: run.status for run in read_study(out / "h2-laptop")}
+
+
+def test_a_run_that_cannot_be_had_is_tried_again_and_ends_nothing(tmp_path, taught):
+    scale, solver = taught
+    first = dict(arms=["labels", "speed"], configs=["fp32"])
+    assert study(tmp_path, scale, **first).run() == 0
+    stands, files = statuses(tmp_path), records(tmp_path)
+    assert stands["toy-labels-fp32-s0"] == "unavailable" and stands["protocol"] == "finished"
+    for _ in range(2):
+        assert study(tmp_path, scale, **first).run() == 0
+        assert records(tmp_path) == files, "nothing was done, so nothing is written"
+    assert study(tmp_path, scale, **first, workers=2).run() == 0 and records(tmp_path) == files
+    assert study(tmp_path, scale, configs=["fp32"]).run() == 0  # what comes after it is reached
+    assert statuses(tmp_path) == stands | {"toy-train-fp32-s0": "finished"}
+    solver["installed"] = True
+    assert study(tmp_path, scale, configs=["fp32"]).run() == 0
+    assert set(statuses(tmp_path).values()) == {"finished"}
+    assert [bad for run in read_study(tmp_path / "h2-laptop") for bad in problems(run.folder)] == []
+
+
+@pytest.mark.parametrize("arm", ["labels", "speed", "largest"])
+def test_a_measurement_that_was_killed_and_then_cannot_be_had_ends_nothing(tmp_path, taught, arm, monkeypatch):
+    scale, solver = taught
+    solver["installed"] = True
+    assert study(tmp_path, scale, arms=[arm]).run() == 0
+    run = next(run for run in read_study(tmp_path / "h2-laptop") if run.header["arm"] == arm)
+    file = run.folder / "rows.jsonl"
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-1]))
+    def cannot(*_, **__): raise UserError("it cannot be had here")
+    for name in ("label_rows", "speed_rows", "largest_of"): monkeypatch.setattr(f"flashoptim_nb.study.h2.experiments.{name}", cannot)
+    for _ in range(2):
+        assert study(tmp_path, scale, arms=[arm]).run() == 0
+        stands = statuses(tmp_path)
+        assert stands[run.id] == "unavailable" and stands["protocol"] == "finished"
+
+
+def test_what_is_told_is_not_read_as_markup(tmp_path, taught):
+    told, out = io.StringIO(), tmp_path / "a [bold] place [/x] :fire:"
+    console = Console(file=told, force_terminal=True, color_system=None, width=60)
+    assert SurrogateStudy(taught[0], out, device="cpu", arms=["labels", "train"], configs=["fp32"], console=console).run() == 0
+    assert "is unavailable: the solver was not found; look in [/opt/solver]; the same" in told.getvalue()
+    assert f"3 records in {out / 'h2-laptop'}; next: flashoptim-nb verdict h2 --records '{out}'" in told.getvalue()
+
+
+def test_a_refused_request_changes_nothing(tmp_path):
+    wanted = dict(arms=["speed"], configs=["fp32"])
+    with pytest.raises(UserError, match="nothing waits for H2-CA"): study(tmp_path / "new", **wanted).run(["H2-CA"])
+    assert not (tmp_path / "new").exists()
+    assert study(tmp_path, **wanted).run() == 0
+    files = records(tmp_path)
+    other = SCALE.replace(parts={"toy": SCALE.parts["toy"].replace(batches=(8,))})  # noqa: F821
+    for scale, confirm in ((SCALE, ["H2-CA"]), (SCALE, ["H2-CX"]), (other, [])):  # noqa: F821
+        with pytest.raises(UserError): study(tmp_path, scale, **wanted).run(confirm)
+        assert records(tmp_path) == files
+    with pytest.raises(Interrupted): study(tmp_path, **wanted, stopped=lambda: True).run()
+    assert records(tmp_path) == files
+
+
+def test_data_that_come_and_go_end_nothing(tmp_path, monkeypatch):
+    wanted = dict(arms=["train", "speed"], configs=["fp32"])
+    def lacking(scale, **limits): raise UserError("the package of the data is not installed")
+    monkeypatch.setitem(globals(), "load_lacking", lacking)
+    def have(yes): monkeypatch.setitem(h2scales.LOADERS, "toy", (__name__, "load_solvable" if yes else "load_lacking"))
+    have(False)
+    assert study(tmp_path, **wanted).run() == 0 and set(statuses(tmp_path).values()) == {"unavailable", "finished"}
+    files = records(tmp_path)
+    assert study(tmp_path, **wanted).run() == 0 and records(tmp_path) == files
+    have(True)
+    assert study(tmp_path, **wanted).run() == 0 and set(statuses(tmp_path).values()) == {"finished"}
+    have(False)  # what was made stays made
+    assert study(tmp_path, **wanted).run() == 0 and set(statuses(tmp_path).values()) == {"finished"}
+
+
+def test_an_interrupted_run_waits_for_its_data(tmp_path, monkeypatch):
+    wanted, left = dict(arms=["train"], configs=["fp32"]), iter([False] * 4 + [True] * 9)
+    with pytest.raises(Interrupted): study(tmp_path, **wanted, stopped=lambda: next(left)).run()
+    def lacking(scale, **limits): raise UserError("the package of the data is not installed")
+    monkeypatch.setitem(globals(), "load_lacking", lacking)
+    monkeypatch.setitem(h2scales.LOADERS, "toy", (__name__, "load_lacking"))
+    assert study(tmp_path, **wanted).run() == 1
+    assert list((tmp_path / "h2-laptop").glob("*/checkpoint.safetensors")), "it is still there to go on from"
+    monkeypatch.setitem(h2scales.LOADERS, "toy", (__name__, "load_solvable"))
+    assert study(tmp_path, **wanted).run() == 0
+    assert set(statuses(tmp_path).values()) == {"finished"} and not list(tmp_path.rglob("checkpoint*"))
+
+
+def test_other_settings_do_not_mix(tmp_path):
+    assert study(tmp_path, arms=["speed"], configs=["fp32"]).run() == 0
+    other = SCALE.replace(parts={"toy": SCALE.parts["toy"].replace(batches=(8,))})  # noqa: F821
+    with pytest.raises(UserError, match="other settings"): study(tmp_path, other, arms=["speed"], configs=["fp32"]).run()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_scale_can_say_what_it_would_run(scale, capsys):
+    assert dry_run(SCALES[scale]) == 0
+    told = capsys.readouterr().out
+    assert json.loads(told[: told.index("\n\nOn ")])["name"] == scale and "In all" in told
+    for stage in stages(narrow(SCALES[scale], configs=["fp32"])): assert all(configs == ("fp32",) for _, configs in stage.runs)
+
+
+def test_conditions_and_seeds_are_never_cut():
+    assert len(SCALES["gpu"].seeds) == len(SCALES["full"].seeds) == 5 and SCALES["gpu"].budget == 24 << 30
+    for scale in SCALES.values():
+        assert set(scale.parts) == {"molecules", "aerodynamics", "combinatorial", "drugs"}
+        for name, part in scale.parts.items(): assert name == "drugs" or {"fp32", "mixed_bf16", "flash", "mixed_bf16_2x", "flash_2x", "fp32_2x", "mixed_fp16", "tf32"} <= set(part.configs)
+    assert np.prod([len(SCALES["gpu"].seeds), SCALES["gpu"].parts["molecules"].solve.runs]) == 100
+
+
+def test_an_enforced_checkpoint_holds_the_study_until_it_is_confirmed(tmp_path, monkeypatch):
+    monkeypatch.setitem(h2scales.LOADERS, "molecules", (__name__, "load_solvable"))
+    monkeypatch.setattr(h2scales, "PLACED", ())
+    part = SCALE.parts["toy"].replace(configs=("fp32", "mixed_fp16"), solve=None, searched=())  # noqa: F821 - the toy's errors are no molecule's, so CA is not measured
+    scale = SCALE.replace(parts={"molecules": part}, enforced=True)  # noqa: F821
+    def stands(): return next(run for run in read_study(tmp_path / "h2-laptop") if run.id == "protocol")
+    assert study(tmp_path, scale).run() == 1
+    assert (stands().status, [row["checkpoint"] for row in stands().of("decision")]) == ("paused", ["H2-CA"])
+    assert not [run for run in read_study(tmp_path / "h2-laptop") if run.header["config"] == "mixed_fp16"]
+    files = records(tmp_path)
+    for ids in (["H2-CB"], ["H2-CA", "H2-CB"]):
+        with pytest.raises(UserError, match="what waits: H2-CA"): study(tmp_path, scale).run(ids)
+        assert records(tmp_path) == files
+    assert study(tmp_path, scale).run() == 1 and records(tmp_path) == files, "it waits, and is as it was"
+    assert study(tmp_path, scale).run(["H2-CA"]) == 1  # and is held by the next that cannot be decided
+    assert stands().of("confirm") and stands().status == "paused" and stands().of("decision")[-1]["checkpoint"] != "H2-CA"

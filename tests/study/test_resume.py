@@ -1,0 +1,137 @@
+"""Interrupted work resumes: studies are killed for real, at random moments, and end as if nothing had happened."""
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from flashoptim_nb.base.records import problems, read_study
+
+# A small study of the real protocol: one prerequisite, three stacks that do not compile, short runs. Its signals are handled as the command handles them.
+DRIVER = """
+import sys
+from flashoptim_nb.study.h1 import experiments as h1; from flashoptim_nb.cli import main
+from flashoptim_nb.study.presets import LAPTOP
+part = LAPTOP.parts["1B"]
+part = part.replace(recipe=part.recipe.replace(steps=10, batch=4, micro=2, seq=64), micros=(2,), track_every=3,
+                    configs=("baseline", "ablation_split_only", "ablation_release_only"))
+scale = LAPTOP.replace(parts={"1B": part}, seeds=(0, 1, 2), checkpoint_every=2, eval_sets=(("sotu", 512),), track_set=("sotu", 512), stress_lengths=(128,))
+for name in set(h1.PREREQUISITES) - {"checkpointing"}: del h1.PREREQUISITES[name]
+try: sys.exit(h1.Study(scale, sys.argv[1], device="cpu", stopped=main._Stop()).run())
+except h1.Interrupted: sys.exit(130)
+"""
+# What a clock says, what is derived from it, decisions taken on it, and what names the moment: not what the promise is about.
+TIMED = {"seconds", "cold", "started", "command", "commit", "tokens_per_s", "mean_tokens_per_s", "settling", "seconds_per_step", "utilization", "steps", "values", "why", "action"}
+
+
+def start(out):
+    return subprocess.Popen([sys.executable, "-c", DRIVER, str(out)], env=os.environ | {"OMP_NUM_THREADS": "1", "FLASHOPTIM_DATA": ""},
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def content(out):
+    "Everything in the records that is not a time, by run."
+    def plain(value):
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items() if k not in TIMED}
+        return [plain(v) for v in value] if isinstance(value, list) else value
+    return {run.id: [plain(row) for row in run.rows] for run in read_study(out / "h1-laptop")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    process = start(out)
+    told, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    return out
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(whole): return content(whole)
+
+
+def test_a_finished_study_run_again_changes_nothing(whole, uninterrupted):
+    "Not even its decisions, which rest on the runs before them and not on those that came later."
+    def files(): return {path: path.read_bytes() for path in whole.rglob("*.jsonl")}
+    before, process = files(), start(whole)
+    told, _ = process.communicate(timeout=300)
+    assert files() == before, "the journal is as it was, its last row included"
+    assert told.count("sizes are roles at laptop scale") == 1, "said once, before anything is called 1B"
+    assert process.returncode == 0, told
+    assert content(whole) == uninterrupted
+
+
+def rows(out):
+    "How many rows a study has written so far."
+    return sum(path.read_bytes().count(b"\n") for path in out.glob("*/*/*.jsonl"))
+
+
+def wait_for(process, out, more):
+    "Waits until the study has written some rows more, and a random moment longer; returns whether it still runs."
+    wanted, began = rows(out) + more, time.monotonic()
+    while process.poll() is None and rows(out) < wanted:
+        assert time.monotonic() - began < 300, "no progress"
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.1))
+    return process.poll() is None
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_killed_at_random_moments(how, uninterrupted, tmp_path, rng_seed):
+    kills = 0
+    for most in (2, 40, 40, 40):  # the first within the prerequisite or the first run
+        process = start(tmp_path)
+        if not wait_for(process, tmp_path, random.randint(1, most)): break
+        process.send_signal(how)
+        process.communicate(timeout=120)
+        if process.returncode == 0: break  # it had written its last row
+        assert process.returncode in (-how, 128 + how, 130), "stopped in an orderly way, or at once"
+        kills += 1
+    process = start(tmp_path)
+    told, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    assert kills >= 1, "the study ended before it could be killed"
+    again = content(tmp_path)
+    assert again.keys() == uninterrupted.keys()
+    for run in again:
+        assert again[run] == uninterrupted[run], run
+    assert not [line for folder in (tmp_path / "h1-laptop").iterdir() if folder.is_dir() for line in problems(folder)]
+    assert not list((tmp_path / "h1-laptop").glob("*/*.safetensors")), "a finished run keeps no checkpoint"
+
+
+class Counts:
+    "A task whose state is a number."
+    def __init__(self): self.n = torch.zeros(1)
+    def step(self, n): self.n += 1; return dict(loss=1.0, grad_norm=1.0, lr=1.0, skipped=False, tokens=1)
+    def state_dict(self): return dict(n=self.n)
+    def load_state_dict(self, state): self.n = state["n"]
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    from flashoptim_nb.study.run import is_done
+    from flashoptim_nb.study.loop import Interrupted, fit
+    run, header = tmp_path / "r", dict(run="r", settings_hash="s")
+    def litter():
+        for name in (".tmpAb1Xyz", "checkpoint.new", "rows.new", "rows.1.new"): (run / name).write_bytes(b"half of it")
+    def files(): return sorted(path.name for path in run.iterdir())
+    with pytest.raises(Interrupted): fit(Counts(), run, header, steps=4, checkpoint_every=1, stopped=lambda: True)
+    assert files() == ["checkpoint.safetensors", "rows.jsonl"]
+    litter()
+    (run / "notes.txt").write_text("a user's own")
+    assert fit(task := Counts(), run, header, steps=4, checkpoint_every=1) == "finished" and task.n == 4
+    assert files() == ["notes.txt", "rows.jsonl"]
+    litter()  # killed after its last row
+    assert is_done(run, header) and files() == ["notes.txt", "rows.jsonl"]
+
+
+def test_a_checkpoint_that_could_not_be_written_leaves_nothing(tmp_path, monkeypatch):
+    from flashoptim_nb.study import checkpoint
+    def stop(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(checkpoint.os, "fsync", stop)
+    with pytest.raises(KeyboardInterrupt): checkpoint.save(tmp_path / "checkpoint.safetensors", dict(n=torch.zeros(3)))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,183 @@
+"""A surrogate learns the same whatever its batch is split into, goes on bit for bit, meets overflows as its precision promises, and is evaluated as it says."""
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from flashoptim_nb.base.errors import UserError
+from flashoptim_nb.surrogates.largest import enforced, largest, worst_rows
+from flashoptim_nb.study.checkpoint import load, save
+from flashoptim_nb.surrogates.config import CONFIGS, LossScale, forward_in
+from flashoptim_nb.surrogates.task import SurrogateRecipe, SurrogateTask, sized
+from flashoptim_nb.surrogates.domains.toy.domain import Toy, ToyBatch
+
+TRAINED = [name for name, one in CONFIGS.items() if not one.fused and name != "pyg_fp32"]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+@pytest.fixture
+def seed(rng_seed): return rng_seed % 10_000
+
+
+def task(name, seed, device="cpu", domain=None, **recipe):
+    return SurrogateTask(domain or Toy(seed=seed), CONFIGS[name], SurrogateRecipe(**dict(epochs=4, batch=32, lr=1e-2) | recipe), seed=seed, device=device)
+
+
+def state(one): return [*one.weights(), *(one.shadow or [])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_task_goes_on_bit_for_bit(name, seed, device, tmp_path):
+    one, two = task(name, seed, device), task(name, seed + 1, device, domain=Toy(seed=seed))
+    two.seed = seed
+    cut = 3 + seed % 9
+    for n in range(1, cut): one.step(n)
+    save(tmp_path / "c.safetensors", one.state_dict())
+    two.load_state_dict(load(tmp_path / "c.safetensors", device))
+    assert [one.step(n) for n in range(cut, cut + 12)] == [two.step(n) for n in range(cut, cut + 12)]
+    assert all(torch.equal(a, b) for a, b in zip(state(one), state(two), strict=True))
+
+
+def test_the_order_is_a_function_of_seed_and_step_alone(seed):
+    one, other = task("fp32", seed), task("flash_2x", seed)
+    epoch = np.concatenate([one.which(n) for n in range(1, 11)])
+    assert sorted(epoch) == list(range(320))
+    assert all((one.which(n) == other.which(n)).all() for n in (25, 3, 11))
+    assert (one.which(1) != task("fp32", seed + 1, domain=one.domain).which(1)).any()
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_accumulation_is_the_whole_batch(parts, seed):
+    whole, split = task("fp32", seed), task("fp32", seed)
+    split.precision = split.precision.replace(accumulate=parts)
+    a, b = [[one.step(n) for n in range(1, 6)] for one in (whole, split)]
+    assert np.allclose([r["loss"] for r in a], [r["loss"] for r in b], rtol=1e-5)
+    assert np.allclose([r["grad_norm"] for r in a], [r["grad_norm"] for r in b], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mixed_bf16_checkpointing", "flash_release"])
+def test_what_saves_memory_changes_the_first_step_by_no_more_than_rounding(name, seed):
+    plain = task("flash" if "flash" in name else "mixed_bf16", seed)
+    assert task(name, seed).step(1)["loss"] == pytest.approx(plain.step(1)["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_mean_is_of_the_fp32_weights(seed, device):
+    for name in ("fp32", "flash"):
+        one = task(name, seed, device, ema=0.9, ema_every=2)
+        mean = [w.clone() for w in one.weights()]
+        for n in range(1, 9):
+            one.step(n)
+            if n % 2 == 0:
+                keep = one.recipe.decay_at(n)
+                mean = [keep * m + (1 - keep) * w for m, w in zip(mean, one.weights())]
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(mean, one.shadow, strict=True))
+        assert one.shadow[0].dtype == torch.float32
+
+
+def test_without_a_mean_the_weights_are_evaluated(seed):
+    one = task("fp32", seed, ema=0)
+    one.step(1)
+    assert one.evaluate() == one.evaluate(ema=False)
+    with pytest.raises(UserError, match="no mean of the weights"): one.evaluate(ema=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_step_that_is_not_finite_teaches_nothing_and_is_counted(name, seed, device):
+    one = task(name, seed, device)
+    one.step(1)
+    before, micros = copy.deepcopy(state(one)), one.micros
+    one.micros = lambda n: [ToyBatch(batch.x, batch.y * (torch.inf if n == 2 else 1)) for batch in micros(n)]
+    row = one.step(2)
+    bad, scaled = CONFIGS[name].release, CONFIGS[name].scaling == "dynamic"
+    assert (row["skipped"], row["partial"], one.skipped) == (not bad, bad, 1)
+    if not bad: assert all(torch.equal(a, b) for a, b in zip(before, state(one), strict=True))
+    after = one.step(3)
+    assert not after["skipped"] and np.isfinite(after["loss"])
+    assert after["loss_scale"] == row["loss_scale"] * (0.5 if scaled else 1)
+
+
+def test_a_static_loss_scale_stays_and_a_dynamic_one_recovers(seed):
+    for name, ends in (("mixed_fp16_static", 65536.0), ("mixed_fp16", 65536.0 * 0.5**3)):
+        scale = LossScale(CONFIGS[name], "cpu")
+        weight = torch.nn.Parameter(torch.ones(2, 2))
+        optimizer = torch.optim.AdamW([weight], fused=True)
+        for _ in range(3):
+            weight.grad = torch.full((2, 2), torch.inf)
+            scale(torch.zeros(()))
+            scale.scaler.unscale_(optimizer)
+            scale.scaler.step(optimizer)
+            scale.scaler.update(scale.static)
+        assert scale.value == ends and torch.equal(weight, torch.ones(2, 2))
+
+
+def test_flags_are_put_back_also_after_an_error():
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flag.allow_tf32 for flag in flags]
+    for name in ("fp32", "tf32", "mixed_bf16"):
+        with pytest.raises(ZeroDivisionError), forward_in(CONFIGS[name], "cpu"):
+            assert flags[0].allow_tf32 == CONFIGS[name].tf32
+            1 / 0
+        assert [flag.allow_tf32 for flag in flags] == before
+        assert not torch.is_autocast_enabled("cpu")
+
+
+def test_evaluation_in_fp32_uses_what_the_corrections_hold(seed):
+    one = task("flash", seed)
+    for n in range(1, 20): one.step(n)
+    whole, batch = one.surrogate("fp32", ema=False), one.domain.batch("test", np.arange(40))
+    assert {p.dtype for p in whole.model.parameters()} == {torch.float32}
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), one.weights(), strict=True))
+    assert torch.allclose(whole(batch), one.surrogate(ema=False)(batch), atol=0.2)
+    assert {p.dtype for p in one.surrogate().model.parameters()} == {torch.bfloat16}
+    before = [w.clone() for w in one.weights()]
+    one.surrogate()(batch)
+    assert all(torch.equal(a, b) for a, b in zip(before, one.weights()))
+
+
+def test_errors_are_those_of_the_predictions(seed):
+    one = task("fp32", seed)
+    n = one.domain.size("test")
+    rows = one.domain.batch("test", np.arange(n))
+    off = (one.predict(rows) - rows.y).double()
+    for row, mae, rmse in zip(one.evaluate(), off.abs().mean(0), off.square().mean(0).sqrt()):
+        assert row["mae"] == pytest.approx(mae.item(), rel=1e-5) and row["rmse"] == pytest.approx(rmse.item(), rel=1e-5) and row["n"] == n
+
+
+def test_twice_as_large_is_counted_in_parameters():
+    (one, a), (two, b) = sized(Toy(), 1), sized(Toy(), 2)
+    assert b / a == pytest.approx(2, rel=0.02) and task("fp32_2x", 0).parameters == b
+
+
+def test_the_largest_model_fits_and_the_next_does_not(seed):
+    recipe, toy = SurrogateRecipe(epochs=1, batch=16), Toy(64, seed)
+    row, tries = largest(toy, CONFIGS["fp32"], recipe, (1 + seed % 4) << 20, "cpu")
+    assert row["peak"] <= row["budget"] and row["parameters"] == max(t["parameters"] for t in tries if t["fits"])
+    over = [t["parameters"] for t in tries if not t["fits"]]
+    assert over and min(over) < 1.1 * row["parameters"]
+
+
+def test_a_budget_too_small_is_told(seed):
+    row, tries = largest(Toy(64, seed), CONFIGS["flash"], SurrogateRecipe(epochs=1, batch=16), 1000, "cpu")
+    assert row["width"] is None and "nothing fits" in row["note"] and not any(t["fits"] for t in tries)
+    with pytest.raises(UserError, match="above 0"), enforced("cpu", -1): pass
+
+
+def test_the_worst_rows_are_the_largest(seed):
+    class Ragged(Toy):
+        def batch(self, split, which): return super().batch(split, np.repeat(which, 1 + (np.asarray(which) * 7919 + seed) % 13))
+    toy = Ragged(200)
+    sizes = 1 + (np.arange(200) * 7919 + seed) % 13
+    assert sorted(sizes[worst_rows(toy, 20)]) == sorted(sizes)[-20:]
+
+
+@pytest.mark.cuda
+def test_a_budget_is_enforced_by_the_allocator():
+    with enforced("cuda", 1 << 30):
+        with pytest.raises(torch.OutOfMemoryError): torch.empty(3 << 29, dtype=torch.uint8, device="cuda")
+    del_me = torch.empty(3 << 29, dtype=torch.uint8, device="cuda")
+    assert del_me.numel() == 3 << 29
+    with pytest.raises(UserError, match="more than the"), enforced("cuda", 1 << 50): pass
