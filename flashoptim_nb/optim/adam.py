@@ -10,10 +10,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from ..base.errors import is_number
 from .adamw_kernel import AdamWScalars, adamw_fused, adamw_reference
 from .multi_tensor import Operands
 from .base import FlashOptimizer
-from .buckets import Batch, OptionError, is_number
+from .buckets import Batch, OptionError
 from .gradients import Control
 from .state_dict import StateError  # noqa: F401 - that module gives the class saving and loading
 
@@ -46,7 +47,7 @@ class FlashAdam(FlashOptimizer):
         "Raises `OptionError` for options of a group that cannot work."
         super().check_group(group)
         betas, eps = group["betas"], group["eps"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(is_number(b, most=1) and b < 1 for b in betas) or not is_number(eps):
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(is_number(b, 0, 1) and b < 1 for b in betas) or not is_number(eps, 0):
             raise OptionError(f"betas={betas!r}, eps={eps!r}: two numbers in [0, 1) and a finite eps of 0 or more are needed")
         for name in "amsgrad", "differentiable":
             if group.get(name): raise OptionError(f"{name}=True is not available in {type(self).__name__}; use torch.optim for it")

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from ..base.errors import UserError
+from ..base.errors import UserError, is_number
 from .split import INTEGERS, NARROW, decode, encode
 from .base import FlashOptimizer
-from .buckets import OptionError, correction_bits, first_correction, is_number
+from .buckets import OptionError, correction_bits, first_correction
 from .shards import held, like, local
 from .state_dict import StateError
 
@@ -104,8 +104,8 @@ class AveragedMasters:
     @contextmanager
     def applied(self):
         "While it lasts, the model computes with the averages, rounded to its parameters' dtype; afterwards its weights are back, bit for bit."
-        kept = {name: local(p.detach()).clone() for name, p in self._any().params.items()}
         self._at_home()
+        kept = {name: local(p.detach()).clone() for name, p in self._any().params.items()}
         refusal = self.optimizer.register_step_pre_hook(self._refuse)
         try:
             self.optimizer.lent = True

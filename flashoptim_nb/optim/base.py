@@ -14,10 +14,10 @@ from fastcore.basics import patch
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from ..base.errors import UserError, choose
+from ..base.errors import UserError, choose, is_number
 from .split import CODES, NARROW
 from .buckets import (OPTIMIZERS, Batch, OptionError, ParametersError, check_gradient, check_options, check_parameters, check_states, correction_bits, gather,
-                                         is_number, listed, remembered)
+                                         listed, remembered)
 from .gradients import Control, controls
 
 # %% ../../nbs/optim/08_base.ipynb #ec9ee8b9
@@ -136,7 +136,7 @@ class FlashOptimizer(Optimizer):
         "Raises `OptionError` for options of a group that cannot work; subclasses add theirs."
         given = [x.item() if isinstance(x, torch.Tensor) and x.numel() == 1 else x for x in (group["lr"], group["weight_decay"])]  # read here, and not in a step
         if not isinstance(group.get("maximize", False), bool): raise OptionError(f"maximize={group['maximize']!r}: True or False is needed")
-        if not all(map(is_number, given)): raise OptionError(f"lr={group['lr']!r}, weight_decay={group['weight_decay']!r}: both must be finite numbers, 0 or more (or 0-d tensors of such)")
+        if not all(is_number(x, 0) for x in given): raise OptionError(f"lr={group['lr']!r}, weight_decay={group['weight_decay']!r}: both must be finite numbers, 0 or more (or 0-d tensors of such)")
 
     def __getstate__(self):
         "torch keeps only groups and states when an optimizer is copied or pickled; the options go with them."

@@ -7,14 +7,14 @@ __all__ = ['FlashSGD', 'FlashSGDW', 'FlashLion']
 
 # %% ../../nbs/optim/11_momentum.ipynb #c48be4d0
 from collections.abc import Iterable, Sequence
-from sys import float_info
 
 import torch
 
+from ..base.errors import is_number
 from .multi_tensor import Operands
 from .momentum_kernel import MomentumScalars, momentum_fused, momentum_reference
 from .base import FlashOptimizer
-from .buckets import Batch, OptionError, is_number
+from .buckets import Batch, OptionError
 from .gradients import Control
 from .state_dict import StateError  # noqa: F401 - that module gives the class saving and loading
 
@@ -63,7 +63,7 @@ class FlashSGD(_Momentum):
     def check_group(self, group: dict):
         "Raises `OptionError` for options of a group that cannot work."
         super().check_group(group)
-        if not is_number(group["momentum"]) or not is_number(group["dampening"], least=-float_info.max):
+        if not is_number(group["momentum"], 0) or not is_number(group["dampening"]):
             raise OptionError(f"momentum={group['momentum']!r}, dampening={group['dampening']!r}: finite numbers are needed, momentum 0 or more")
         if group["nesterov"] and (not group["momentum"] or group["dampening"]):
             raise OptionError(f"nesterov=True with momentum={group['momentum']}, dampening={group['dampening']}: it wants a momentum and no dampening")
@@ -103,7 +103,7 @@ class FlashLion(_Momentum):
         "Raises `OptionError` for options of a group that cannot work."
         super().check_group(group)
         betas = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(is_number(b, most=1) for b in betas):
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(is_number(b, 0, 1) for b in betas):
             raise OptionError(f"betas={betas!r}: two numbers in [0, 1] are needed")
 
     def scalars(self, group: dict) -> MomentumScalars:

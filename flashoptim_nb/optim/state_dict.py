@@ -16,11 +16,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from ..base.errors import UserError
+from ..base.errors import UserError, is_number
 from .codec import GROUP, SCALE_MAX, dequantize_m, dequantize_v, quantize_m, quantize_v
 from .split import INTEGERS, NARROW, compute_ecc_bits, decode
 from .base import FlashOptimizer
-from .buckets import correction_bits, first_correction, is_number, new_state, own_states, state_kinds
+from .buckets import correction_bits, first_correction, new_state, own_states, state_kinds
 from .shards import like, local, scale_shape, scales_like
 
 # %% ../../nbs/optim/09_state_dict.ipynb #e9813702
@@ -134,7 +134,7 @@ def _origin(group, where):
         coding, bits, weights, clip = (str(mark).split("-", 3) + 3 * [""])[:4]
         try: clip = float(clip) if clip else None
         except ValueError: clip = -1.0
-        if coding not in ("companded", "linear") or bits not in ("24", "32", "None") or not is_number(clip or 0.0, most=1.0):
+        if coding not in ("companded", "linear") or bits not in ("24", "32", "None") or not is_number(clip or 0.0, 0, 1):
             raise StateError(f"{where}: state_format is {mark!r}, not known here: was it saved by a newer version?")
         return _Origin(bits={"24": 8, "32": 16}.get(bits), companded=coding == "companded", weights=weights, clip=clip)
     if (width := group.get("master_bytewidth")) is None: return _Origin()
@@ -158,9 +158,9 @@ def _quantized(p, saved, key, code, origin, where):
                          "load the public checkpoint itself, or one saved with compress_state_dict=False")
     q, s = saved[f"{key}::quantized"], saved.get(f"{key}::scales")
     if isinstance(q, torch.Tensor) and q.is_floating_point(): q = _whole(q, code, f"{where}: {key}::quantized")
-    _fits(q, p, p.shape, code, f"{where}: {key}::quantized")
+    _check_saved(q, p, p.shape, code, f"{where}: {key}::quantized")
     if origin.public and isinstance(s, torch.Tensor) and s.dtype == torch.bfloat16: s = _viewed(s, torch.float16)
-    _fits(s, p, scale_shape(p), None, f"{where}: {key}::scales")
+    _check_saved(s, p, scale_shape(p), None, f"{where}: {key}::scales")
     s = s.clamp(max=SCALE_MAX)  # bf16's nearest to the largest is above it
     half = s.half()
     if not (local(half).to(s.dtype) == local(s)).all():
@@ -180,7 +180,7 @@ def _moment(opt, p, saved, key, origin, where):
         x = _decoded(q, s, companded)
     else:
         x = saved.get(key)
-        _fits(x, p, p.shape, None, f"{where}: {key}")
+        _check_saved(x, p, p.shape, None, f"{where}: {key}")
         if code == torch.uint8: _nonnegative(x, f"{where}: {key}")
         x = x.detach().to(p.device, torch.float32, copy=True).contiguous()
     if not opt.quantize: return {key: x}
@@ -192,7 +192,7 @@ def _nonnegative(t, where):
     if (local(t) < 0).any(): raise StateError(f"{where} has values below 0, which squares and scales never have: the checkpoint is damaged")
 
 
-def _fits(t, p, shape, dtype, where):
+def _check_saved(t, p, shape, dtype, where):
     "Raises `StateError` unless `t` is a tensor of this shape and dtype (None: any floating one, all finite), sharded where `p` is."
     kind = dtype or "floating point"
     if not isinstance(t, torch.Tensor): raise StateError(f"{where} is missing; a {kind} tensor of shape {tuple(shape)} is needed: is this the state of another kind of optimizer?")

@@ -12,10 +12,11 @@ from collections.abc import Iterable
 import altair as alt
 import pandas as pd
 
+from ..base.errors import is_number
 from ..base.records import Run
 from ..study.h1.criteria import OPTIMIZER_MARGIN_NATS
 from ..study.evidence import BEGAN, Sorted
-from ..study.statistics import is_number, joined, paired_interval, seeds_needed, spread, tost
+from ..study.statistics import joined, paired_interval, seeds_needed, spread, tost
 from ..study.table import brief, per_token
 from .charts import titled
 from .rows import rows_of, show_rows

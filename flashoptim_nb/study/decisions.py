@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass
 from math import exp
 from statistics import median
 
-from ..base.errors import choose
+from ..base.errors import choose, is_number
 from ..base.records import Run
 from .h1.criteria import COMPONENTS, REFERENCE_PPL, SIZES, UNITS
 from .evidence import Evidence
 from .expression import Any, AnyTested, AtLeast, EveryTested, Formula, Leaf, Q, Status, judge, number_text, quantities, text
-from .statistics import exact, is_number, missing
+from .statistics import exact, missing
 from .h2.evidence import lacking  # noqa: F401 - so that what the surrogates' rules look at can be measured
 from .h2.criteria import BROKEN, DOMAINS, EXPECTED, PRIMARY, PUBLISHED, failing
 from .table import ends_in_numbers, evidence_table, nan_steps, per_token, spiked

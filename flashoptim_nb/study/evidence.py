@@ -15,9 +15,10 @@ from math import inf, nextafter
 import numpy as np
 import pandas as pd
 
+from ..base.errors import is_number
 from .h1.criteria import ALPHA, MARGIN_NATS, MARGIN_PPL, QUALITY_SIZES, QUANTITIES, REFERENCE_PPL, SEQUENCE, SIZES
 from .expression import Q, estimate_of
-from .statistics import Estimate, exact, is_number, joined, missing, opened, paired_interval, paired_ratio, tost
+from .statistics import Estimate, exact, joined, missing, opened, paired_interval, paired_ratio, tost
 from .table import SCALES, count_spikes, ends_in_numbers, evidence_table, steps_ratio  # noqa: F401 - the table belongs to the evidence
 
 # %% ../../nbs/study/03_evidence.ipynb #8dc4675a

@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 
 from ..base.config import content_hash
-from ..base.errors import visible
+from ..base.errors import is_number, visible
 from ..base.records import Run
 from .h1.criteria import REACHED_AT, SEQUENCE
-from .statistics import Estimate, exact, is_number, missing, opened
+from .statistics import Estimate, exact, missing, opened
 from .h2.rows import surrogate_row
 
 # %% ../../nbs/study/02_table.ipynb #a8567c92

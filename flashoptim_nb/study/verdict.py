@@ -13,11 +13,12 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 
+from ..base.errors import is_number
 from ..base.records import Run
 from .h1.criteria import SIZES, H1, UNITS, Criterion, Hypothesis, Side
 from .evidence import Evidence, evidence_table
 from .expression import Judged, Leaf, Status, judge, number_text, quantities, readable, text
-from .statistics import is_number, missing
+from .statistics import missing
 from .h2.evidence import surrogate_coverage
 from .table import SCALES, places
 

@@ -13,10 +13,11 @@ from math import ceil, exp, inf, log
 import numpy as np
 import pandas as pd
 
+from ...base.errors import is_number
 from ..h1.criteria import ALPHA, QUANTITIES
 from ..evidence import BEGAN, Evidence, Sorted, measures, not_inside, positive
 from ..expression import Q
-from ..statistics import MIN_PAIRS, Estimate, exact, is_number, joined, missing, opened, paired_interval, paired_ratio, tost
+from ..statistics import MIN_PAIRS, Estimate, exact, joined, missing, opened, paired_interval, paired_ratio, tost
 from .criteria import BATCHES, BUDGET, DOMAINS, EPOCHS, EXPECTED, MARGIN_ERROR, METHODS, PRIMARY, PUBLISHED, RUNS, SEEDS
 
 # %% ../../../nbs/study/h2/02_evidence.ipynb #9df14e82

@@ -9,9 +9,9 @@ __all__ = ['GROWN', 'errors', 'grown', 'scales', 'stuck', 'crowded', 'largest', 
 import re
 from statistics import mean, median
 
+from ...base.errors import is_number
 from ...base.config import content_hash
 from ...base.records import Run
-from ..statistics import is_number
 from .criteria import BATCHES
 
 # %% ../../../nbs/study/h2/01_rows.ipynb #2b6f8e04
