@@ -25,7 +25,7 @@ from ..base.errors import UserError, choose, visible
 def _studies(given: list[str]) -> list[Path]:
     "The studies that were named, at whatever level, or those where records usually are; raises `UserError` for a place that holds none and for a study named twice."
     from flashoptim_nb.base.records import find_studies
-    from flashoptim_nb.report.shown import record_folders, study_folders
+    from flashoptim_nb.report.render import record_folders, study_folders
     for folder in given:
         if not find_studies(folder): raise UserError(f"{folder} holds no records; name a folder of studies or a study, or make one with `flashoptim-nb run h1 --scale laptop`")
     return list(study_folders(given, overlaid=False).values()) if given else list(study_folders(record_folders()).values())
@@ -37,7 +37,7 @@ def _check_surroundings(args):
     from flashoptim_nb.base.records import check_place
     from flashoptim_nb.lm.text import data_folder
     from flashoptim_nb.measure.cost import known_platforms
-    from flashoptim_nb.report.shown import record_folders
+    from flashoptim_nb.report.render import record_folders
     data_folder(), known_platforms(), record_folders(), commit()
     if cache := os.environ.get("FLASHOPTIM_CACHE"):
         try: check_place(cache)
@@ -113,7 +113,7 @@ def _verdict(args) -> int:
     from flashoptim_nb.study.presets import SCALES
     from flashoptim_nb.study.h2.criteria import HYPOTHESES
     from flashoptim_nb.study.verdict import verdict
-    from flashoptim_nb.report.shown import load_runs
+    from flashoptim_nb.report.render import load_runs
     from flashoptim_nb.report.tables import verdict_text
     if args.scale: choose("scale", args.scale, SCALES)
     studies = _studies(args.records)

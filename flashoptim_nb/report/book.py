@@ -32,7 +32,7 @@ from ..base.machine import capabilities, repo_root, safe_path
 from ..base.records import ROWS, check_place, only_writer
 from .guard import page_problems, read_page, remote_loads
 from .notebooks import Job, dress, execute_all, split_directives
-from .shown import RECORDS, full_name, load_runs, record_folders, study_folders
+from .render import RECORDS, full_name, load_runs, record_folders, study_folders
 
 # %% ../../nbs/report/13_book.ipynb #841b5cce
 RECIPES = {"start": "Start here: the optimizer in your training"}  # folders of pages to run yourself

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from .shown import Shown, full_name, load_runs, provenance_note
+from .render import Rendered, full_name, load_runs, provenance_note
 
 # %% ../../nbs/report/03_charts.ipynb #5050590f
 CONFIG_COLOURS = {
@@ -71,7 +71,7 @@ def draw(
     "Shows the chart and returns the provenance of its runs; or a sentence where there is nothing to draw."
     if rows.empty:
         said = "Nothing to draw: no such rows are recorded."
-        return Shown(f'<p class="not-run">{said}</p>', said)
+        return Rendered(f'<p class="not-run">{said}</p>', said)
     display(made := chart(rows, *args, **kwargs))
     named = set(made.usermeta["flashoptim"]["runs"])
     return provenance_note(run for run in load_runs(hypothesis=None) if full_name(run) in named)

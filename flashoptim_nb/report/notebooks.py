@@ -25,7 +25,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from ..base.machine import capabilities, safe_path
-from .shown import attributes
+from .render import attributes
 
 # %% ../../nbs/report/04_notebooks.ipynb #82296e41
 _DIRECTIVE = re.compile(r"^\s*#\|\s*([\w-]+)\s*:?\s*(.*?)\s*$")

@@ -11,7 +11,7 @@ from html import escape
 
 import numpy as np
 
-from .shown import Shown, attributes
+from .render import Rendered, attributes
 
 # %% ../../nbs/report/10_pictures.ipynb #04d00006
 INK = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#8c6d31", "#6a51a3", "#7f7f7f")
@@ -20,14 +20,14 @@ def gallery(
     pictures: Iterable[tuple[str, str]],  # an SVG and its caption, each
     caption: str = "",  # of the whole
     runs: Iterable[tuple[str, str]] = (),  # (scale, study/run) behind them
-) -> Shown:
+) -> Rendered:
     "Pictures side by side, on white ground."
     pictures, runs = list(pictures), list(runs)
-    if not pictures: return Shown("<p>There is nothing to draw.</p>", "There is nothing to draw.")
+    if not pictures: return Rendered("<p>There is nothing to draw.</p>", "There is nothing to draw.")
     cards = "".join(f'<figure style="margin:0;max-width:100%;background:#fff;color:#222;border-radius:4px;padding:4px">{svg}<figcaption style="font-size:0.78rem;max-width:22rem">{escape(said)}</figcaption></figure>' for svg, said in pictures)
     mark = attributes(dict(result="picture", scale=sorted({scale for scale, _ in runs}), runs=sorted({name for _, name in runs})) if runs else {})
     foot = f'<p style="font-size:0.85rem">{escape(caption)}</p>' if caption else ""
-    return Shown(f'<div class="pictures"{mark} style="display:flex;flex-wrap:wrap;gap:0.8rem;align-items:flex-start">{cards}</div>{foot}', "\n\n".join(filter(None, [*(f"[picture: {said}]" for _, said in pictures), caption])))
+    return Rendered(f'<div class="pictures"{mark} style="display:flex;flex-wrap:wrap;gap:0.8rem;align-items:flex-start">{cards}</div>{foot}', "\n\n".join(filter(None, [*(f"[picture: {said}]" for _, said in pictures), caption])))
 
 # %% ../../nbs/report/10_pictures.ipynb #04d00008
 def molecule_svg(
@@ -53,7 +53,7 @@ def molecules(
     named: Iterable[tuple[str, str]],  # SMILES and caption
     caption: str = "",
     runs: Iterable[tuple[str, str]] = (),
-) -> Shown:
+) -> Rendered:
     "Molecules side by side, or their SMILES where they cannot be drawn."
     def words(smiles): return f'<svg viewBox="0 0 170 40" width="170" role="img"><text x="4" y="24" font-size="11">{escape(smiles[:30])}</text></svg>'
     return gallery([(molecule_svg(smiles) or words(smiles), said) for smiles, said in named], caption, runs)

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..base.machine import data_root, repo_root
 from .book import CHAPTERS, RECIPES, SLICES, notebook_paths
 from .notebooks import execute, split_directives
-from .shown import RECORDS, Shown
+from .render import RECORDS, Rendered
 
 # %% ../../nbs/report/14_readme.ipynb #227bc1a1
 ROLES = {
@@ -65,7 +65,7 @@ def _branches(entries: list[tuple[str, str, list]], indent: str = "") -> list[tu
 
 def repository_tree(
     repo: Path | None = None,  # None for this checkout
-) -> Shown:
+) -> Rendered:
     "The repository, one role a line: folders by what they hold, notebooks by the sentence below their title."
     repo = repo or repo_root()
     nbs, folders = repo / "nbs", {}
@@ -78,7 +78,7 @@ def repository_tree(
     lines = _branches(entries)
     width = max((len(name) for name, _ in lines), default=0)
     text = "\n".join(f"{name.ljust(width)}  {role}" for name, role in lines)
-    return Shown(f'<pre class="tree">{text.replace("&", "&amp;").replace("<", "&lt;")}</pre>', f"```text\n{text}\n```")
+    return Rendered(f'<pre class="tree">{text.replace("&", "&amp;").replace("<", "&lt;")}</pre>', f"```text\n{text}\n```")
 
 # %% ../../nbs/report/14_readme.ipynb #d3a6421a
 def _from_root(markdown: str) -> str:

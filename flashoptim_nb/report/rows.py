@@ -19,7 +19,7 @@ from ..study.h1.criteria import H1
 from ..study.expression import readable
 from ..study.h2.criteria import hypothesis_of
 from ..study.table import brief
-from .shown import Shown, cells, full_name, load_runs, provenance_note, table, told
+from .render import Rendered, cells, full_name, load_runs, provenance_note, table, sentence
 
 # %% ../../nbs/report/01_rows.ipynb #1b59ae6e
 SCALES = ("laptop", "gpu", "full")
@@ -71,9 +71,9 @@ def show_rows(
     runs: Iterable[Run] | None = None,
     nothing: str = "Nothing of this kind is recorded.",
     formats: Mapping[str, str] = {},  # column -> format specification, where `readable` is not what is wanted
-) -> Shown:
+) -> Rendered:
     "Rows of records as a table with their provenance; one sentence where there are none."
-    if rows.empty: return Shown(f"<p>{escape(nothing)}</p>", nothing)
+    if rows.empty: return Rendered(f"<p>{escape(nothing)}</p>", nothing)
     marks = [dict(result=kind, scale=row["scale"], runs=_names(row)) | ({"enforced": str(row["enforced"]).lower()} if kind == "decision" else {})
              for _, row in rows.iterrows()]
     return table(cells(rows, columns, formats), marks) + provenance_note(named_runs(rows, runs))
@@ -94,7 +94,7 @@ def show_decisions(
     *ids: str,  # checkpoints, "H1-CA" to "H1-CM"; none for all
     runs: Iterable[Run] | None = None,
     other: str = "baseline_strong",  # the reference that nobody asked about
-) -> Shown:
+) -> Rendered:
     "What the checkpoints decided at each scale, and why, and what the same rule says of another reference, where there is one; advice says `would`."
     hypothesis = hypothesis_of(ids[0]) if ids else H1
     runs = load_runs(hypothesis=hypothesis.id.lower()) if runs is None else list(runs)
@@ -112,7 +112,7 @@ def show_decisions(
 
 def checkpoint_rules(
     hypothesis: str = "h1",
-) -> Shown:
+) -> Rendered:
     "When each checkpoint looks, its rules as they are evaluated, and what follows."
     return table([{"checkpoint": c.id, "day": "always" if c.day is None else str(c.day), "when": c.stage, "rule": _reads(c.text), "then": c.then} for c in checkpoints_of(hypothesis).values()])
 
@@ -130,17 +130,17 @@ def show_checks(
     name: str,  # of the prerequisite: the run's configuration
     runs: Iterable[Run] | None = None,
     fold: Callable[[str], str] | None = None,  # name of a check -> what it is a case of: only the worst case of each is shown
-) -> Shown:
+) -> Rendered:
     "A prerequisite's checks, the largest scale first: value, threshold and whether it passed; what could not be done says why."
     runs = [run for run in (load_runs() if runs is None else runs) if run.header.get("arm") == "prereq" and run.header.get("config") == name]
-    if not runs: return Shown("<p>This prerequisite was not checked.</p>", "This prerequisite was not checked.")
+    if not runs: return Rendered("<p>This prerequisite was not checked.</p>", "This prerequisite was not checked.")
     parts = []
     for run in sorted(runs, key=lambda run: -SCALES.index(run.header["scale"])):
         rows = rows_of("check", [run], every_scale=True)
         where = f"On {run.header['device']} ({run.header['device_kind']}): "
         said = where + (run.status + (f", {run.reason}" if run.reason else "") if rows.empty else
                         f"{int(rows['passed'].sum())} of {len(rows)} checks passed{'; shown is the worst case of each' if fold else ''}.")
-        parts.append(told(said, [run]))
+        parts.append(sentence(said, [run]))
         if rows.empty: parts.append(provenance_note([run])); continue
         rows = _worst(rows, fold) if fold else rows
         rows = rows.assign(passed=["passed" if p else "NOT passed" for p in rows["passed"]])
@@ -151,7 +151,7 @@ def show_checks(
 # %% ../../nbs/report/01_rows.ipynb #197a63e8
 def show_skips(
     runs: Iterable[Run] | None = None,
-) -> Shown:
+) -> Rendered:
     "What was left out at each scale and why: data that was not there, and stacks that the machine cannot run."
     runs = load_runs() if runs is None else list(runs)
     rows = rows_of("skip", runs, every_scale=True)
@@ -163,7 +163,7 @@ def show_skips(
 
 def show_runs(
     runs: Iterable[Run] | None = None,
-) -> Shown:
+) -> Rendered:
     "How many runs of each role and arm ended how, at each scale."
     runs = load_runs() if runs is None else list(runs)
     rows = pd.DataFrame([{key: run.header.get(key) for key in _BESIDE} | dict(ended=run.status) for run in runs if run.header.get("arm") in ("equal", "best", "stress")])

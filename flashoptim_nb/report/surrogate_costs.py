@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OUTCOMES', 'AIMS', 'LAUNCHES', 'GOALS', 'OURS', 'in_order', 'memory_rows', 'show_memory', 'search_rows', 'outcomes',
-           'search_tries', 'show_tries', 'show_largest', 'told_aims', 'pace_rows', 'pace_table', 'show_pace',
-           'step_times', 'told_launches', 'told_replayed', 'triplet_rows', 'show_triplets', 'told_triplets',
+           'search_tries', 'show_tries', 'show_largest', 'aims_sentence', 'pace_rows', 'pace_table', 'show_pace',
+           'step_times', 'launches_sentence', 'replayed_sentence', 'triplet_rows', 'show_triplets', 'triplets_sentence',
            'triplet_points']
 
 # %% ../../nbs/report/07_surrogate_costs.ipynb #7b100003
@@ -21,7 +21,7 @@ from ..study.h2.criteria import BATCHES, DOMAINS, FITS
 from ..study.h2.rows import crowded, largest
 from .charts import byte_unit, titled
 from .rows import named_runs, rows_of, show_rows, summarize
-from .shown import Shown, load_runs, told
+from .render import Rendered, load_runs, sentence
 from .surrogates import h2_runs
 from ..surrogates.config import CONFIGS
 
@@ -54,7 +54,7 @@ def show_memory(
     batch: int,
     runs: Iterable[Run] | None = None,
     configs: tuple[str, ...] | None = None,
-) -> Shown:
+) -> Rendered:
     "Peaks as a table, averaged over the repeats, beside fp32's at the same batch where the model is the same."
     runs = h2_runs(runs)
     rows = memory_rows(domain, batch, runs, configs)
@@ -108,20 +108,20 @@ def _why(reason: str) -> str:
 def show_tries(
     domain: str,
     runs: Iterable[Run] | None = None,
-) -> Shown:
+) -> Rendered:
     "The same as a table that unfolds."
     runs = h2_runs(runs)
     rows = search_rows(domain, runs)
-    if rows.empty: return Shown("<p>No try is recorded.</p>", "No try is recorded.")
+    if rows.empty: return Rendered("<p>No try is recorded.</p>", "No try is recorded.")
     rows = rows.assign(peak=rows["peak"].astype(float) / 2**20, outcome=outcomes(rows), reason=rows["reason"].map(_why))
     page = show_rows(rows, dict(scale="scale", config="configuration", width="width", parameters="parameters", peak="peak, MiB", outcome="outcome", reason="why"), "search", runs, formats=dict(parameters=",.0f", peak=",.1f", width=".0f"))
-    return Shown(f"<details><summary>Each of {len(rows)} tries</summary>{page.html}</details>", page.markdown)
+    return Rendered(f"<details><summary>Each of {len(rows)} tries</summary>{page.html}</details>", page.markdown)
 
 # %% ../../nbs/report/07_surrogate_costs.ipynb #7b10000c
 def show_largest(
     domain: str,
     runs: Iterable[Run] | None = None,
-) -> Shown:
+) -> Rendered:
     "The largest model of each configuration, and how many times larger than fp32's it is."
     runs = h2_runs(runs)
     rows = in_order(rows_of("largest", runs, role=domain, arm="largest"))
@@ -135,24 +135,24 @@ def show_largest(
     heads = dict(scale="scale", config="configuration", width="width", parameters="parameters", tries="tries", peak="peak, MiB", budget="budget, MiB", times="times fp32's", below="next that did not")
     table = show_rows(rows, heads | {name: f"{name}: {times:g}x" for name, times in FITS.items()}, "largest", runs, f"No search in {domain} is recorded.",
                       dict(parameters=",.0f", peak=",.1f", budget=",.0f", times=".2f", below=".2f", width=".0f"))
-    return table if rows.empty else told("; ".join(dict.fromkeys(rows["note"])) + ".", named_runs(rows, runs)) + table
+    return table if rows.empty else sentence("; ".join(dict.fromkeys(rows["note"])) + ".", named_runs(rows, runs)) + table
 
 # %% ../../nbs/report/07_surrogate_costs.ipynb #7b100021
 AIMS = {"mixed_bf16": 3.5, "flash": 3.5, "flash_fused": 10.0}  # times fp32's parameters, at the larger batch of molecules: by precision alone, and with the kernel
 
-def told_aims(
+def aims_sentence(
     runs: Iterable[Run],  # of the benchmarks
-) -> Shown:
+) -> Rendered:
     "Whether each aim was reached, in a sentence."
     found = {run.header["config"]: (one, run) for run in runs if run.header.get("arm") == "largest" and (one := largest(run))}
-    if "fp32" not in found: return told("Not measured.", [])
+    if "fp32" not in found: return sentence("Not measured.", [])
     base = found["fp32"][0]["fits"]
     def said(config, aim):
         if config not in found: return f"{config}: not measured (aim {aim:g})"
         times = found[config][0]["fits"] / base
         return f"{config}: {times:.2f} times, aim {aim:g} {'reached' if times >= aim else 'missed'}"
     alone = [f"{found[f'{config}_fused'][0]['fits'] / found[config][0]['fits']:.1f} times {config}'s" for config in AIMS if config in found and f"{config}_fused" in found]
-    return told("; ".join(said(*one) for one in AIMS.items()) + (f". By the kernel alone, at equal precision: {', '.join(alone)}" if alone else "") + ".", [run for _, run in found.values()])
+    return sentence("; ".join(said(*one) for one in AIMS.items()) + (f". By the kernel alone, at equal precision: {', '.join(alone)}" if alone else "") + ".", [run for _, run in found.values()])
 
 # %% ../../nbs/report/07_surrogate_costs.ipynb #7b100010
 LAUNCHES = 1.25  # a step that a graph makes so many times faster waits for launches more than for its own work
@@ -189,7 +189,7 @@ def pace_table(rows: pd.DataFrame) -> pd.DataFrame:
 def show_pace(
     domain: str,
     runs: Iterable[Run] | None = None,
-) -> Shown:
+) -> Rendered:
     "Times as a table; configurations that no graph could be made of say why."
     runs = h2_runs(runs)
     heads = dict(scale="scale", config="configuration", batch="batch", parameters="parameters", ms="ms", speed="speed over fp32's", growth=f"times the ms at batch {BATCHES[0]}", graph="ms from a graph", graph_speed="so, over fp32's", gain="gain", bound="bound by", why="no graph because")
@@ -209,10 +209,10 @@ def step_times(
     return titled(tick + dots, title, rows, "one point a run, tick at the mean")
 
 # %% ../../nbs/report/07_surrogate_costs.ipynb #7b100015
-def told_launches(
+def launches_sentence(
     domain: str,
     runs: Iterable[Run] | None = None,
-) -> Shown:
+) -> Rendered:
     "Whether the steps of a domain wait for launches, at each batch."
     runs = h2_runs(runs)
     rows = pace_rows(domain, runs)
@@ -225,13 +225,13 @@ def told_launches(
             said.append(f"At batch {batch} a graph makes the steps of {domain} {known['gain'].min():.2f} to {known['gain'].max():.2f} times as fast; {len(waits)} of {len(known)} configurations wait for launches ({LAUNCHES:g} times or more).")
     grown = table.dropna(subset=["growth"]) if not table.empty else table
     if not grown.empty: said.append(f"A batch {BATCHES[1] / BATCHES[0]:g} times as large takes {grown['growth'].min():.2f} to {grown['growth'].max():.2f} times as long.")
-    return told(" ".join(said) or f"No time of a step in {domain} is recorded.", named_runs(rows, runs))
+    return sentence(" ".join(said) or f"No time of a step in {domain} is recorded.", named_runs(rows, runs))
 
 # %% ../../nbs/report/07_surrogate_costs.ipynb #7b1000a1
-def told_replayed(
+def replayed_sentence(
     runs: Iterable[Run] | None = None,
     configs: tuple[str, ...] = ("mixed_bf16", "flash"),
-) -> Shown:
+) -> Rendered:
     "Speed over fp32's at the protocol's batch in each domain, as launched and with both replayed from a graph."
     runs, said, used = h2_runs(runs), {}, []
     for domain in DOMAINS:
@@ -242,8 +242,8 @@ def told_replayed(
             both = rows[rows["config"] == "fp32"].merge(rows[rows["config"] == config], on=["seed", "way"], suffixes=("_old", ""))
             speeds = {way: paired_ratio(list(some["ms_old"]), list(some["ms"]), 0.95).value for way, some in both.groupby("way")}
             if "graph" in speeds: said.setdefault(config, []).append(f"{domain} {speeds['launched']:.3g} launched, {speeds['graph']:.3g} replayed")
-    if not said: return told("No step was replayed from a graph.", used)
-    return told(f"Times fp32's speed at batch {BATCHES[0]}, fp32 launched or replayed in the same way: " + ". ".join(f"{config}: {'; '.join(parts)}" for config, parts in said.items()) + ".", used)
+    if not said: return sentence("No step was replayed from a graph.", used)
+    return sentence(f"Times fp32's speed at batch {BATCHES[0]}, fp32 launched or replayed in the same way: " + ". ".join(f"{config}: {'; '.join(parts)}" for config, parts in said.items()) + ".", used)
 
 # %% ../../nbs/report/07_surrogate_costs.ipynb #7b100018
 GOALS = {64: (8.0, 0.5e9), 512: (20.0, 3.5e9)}  # batch -> ms a step, bytes at the peak; DimeNet++, hidden 128, 4 blocks, one H200
@@ -259,7 +259,7 @@ def triplet_rows(
     rows = rows[(rows["batch"] == batch) & (rows["network"] == "published")]
     return rows.assign(way=rows["graph"].map({True: "graph", False: "launched"}), gb=rows["peak"].astype(float) / 1e9, reserved_gb=rows["reserved"].astype(float) / 1e9, ours=rows["implementation"].isin(OURS)).reset_index(drop=True)
 
-def show_triplets(batch: int, runs: Iterable[Run] | None = None) -> Shown:
+def show_triplets(batch: int, runs: Iterable[Run] | None = None) -> Rendered:
     "Those steps as a table."
     runs = load_runs(hypothesis="bench") if runs is None else list(runs)
     rows = triplet_rows(batch, runs)
@@ -270,10 +270,10 @@ def show_triplets(batch: int, runs: Iterable[Run] | None = None) -> Shown:
     return show_rows(rows, heads, "bench", runs, f"No step at batch {batch} is recorded.", dict(ms=".2f", gb=".3f", reserved_gb=".3f", molecules_per_s=",.0f"))
 
 # %% ../../nbs/report/07_surrogate_costs.ipynb #7b100019
-def told_triplets(
+def triplets_sentence(
     batch: int,
     runs: Iterable[Run] | None = None,
-) -> Shown:
+) -> Rendered:
     "The goal at a batch and whether any row of this package's meets it, in a sentence."
     runs = load_runs(hypothesis="bench") if runs is None else list(runs)
     rows, (ms, peak) = triplet_rows(batch, runs), GOALS[batch]
@@ -281,12 +281,12 @@ def told_triplets(
     measured = rows_of("molecule_step", runs)
     ended = [f" ({run.reason})" for run in named_runs(measured, runs) if run.status != "finished" and run.reason] if not measured.empty else []
     rows = rows[rows["ours"]].dropna(subset=["ms", "peak"]) if not rows.empty else rows
-    if rows.empty: return told(f"{goal} Not measured{''.join(ended)}.", named_runs(measured, runs))
+    if rows.empty: return sentence(f"{goal} Not measured{''.join(ended)}.", named_runs(measured, runs))
     def name(row): return f"{row['implementation']} in {row['precision']}, {'from a graph' if row['graph'] else 'launched one by one'}, {row['ms']:.2f} ms and {row['gb']:.2f} GB"
     both = rows[(rows["ms"] <= ms) & (rows["peak"] <= peak)]
     said = f"Met by {len(both)} of the {len(rows)} rows of the fused form, among them {name(both.loc[both['ms'].idxmin()])}." if len(both) else (
         f"None of the {len(rows)} rows of the fused form meets both: the time is met by {int((rows['ms'] <= ms).sum())}, the memory by {int((rows['peak'] <= peak).sum())}. Fastest: {name(rows.loc[rows['ms'].idxmin()])}. Smallest: {name(rows.loc[rows['peak'].idxmin()])}.")
-    return told(f"{goal} Measured on {rows['device'].iloc[0]}. {said}", named_runs(rows, runs))
+    return sentence(f"{goal} Measured on {rows['device'].iloc[0]}. {said}", named_runs(rows, runs))
 
 # %% ../../nbs/report/07_surrogate_costs.ipynb #7b10001a
 def triplet_points(

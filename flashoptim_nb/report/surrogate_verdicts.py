@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['stability_rows', 'show_stability', 'scale_rows', 'scale_lines', 'solution_rows', 'harm_row', 'harm_rows',
-           'show_harms', 'show_open', 'told_verdict', 'side_rows', 'side_estimates']
+           'show_harms', 'show_open', 'verdict_sentence', 'side_rows', 'side_estimates']
 
 # %% ../../nbs/report/09_surrogate_verdicts.ipynb #7b200003
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from ..study.table import evidence_table
 from ..study.verdict import DECIDED, NOT_APPLICABLE, side_text, value_text
 from .charts import estimates, thin, titled
 from .rows import named_runs, rows_of, show_rows, summarize
-from .shown import Shown, provenance_note, told
+from .render import Rendered, provenance_note, sentence
 from .surrogate_costs import in_order
 from .surrogates import h2_runs
 from .tables import judged, part_frame, part_text, runs_of
@@ -43,7 +43,7 @@ def stability_rows(
 def show_stability(
     runs: Iterable[Run] | None = None,
     **where,
-) -> Shown:
+) -> Rendered:
     "Training runs by domain and configuration: steps, skipped steps, loss scale, and how many diverged."
     runs = h2_runs(runs)
     rows = stability_rows(runs, **where)
@@ -113,7 +113,7 @@ def harm_rows(
             found[domain, e["id"]] = old | new | dict(scale=" ".join(sorted({*old["scale"].split(), *new["scale"].split()})), runs=sorted({*old["runs"], *new["runs"]}))
     return pd.DataFrame(list(found.values()))
 
-def show_harms(runs: Iterable[Run] | None = None) -> Shown:
+def show_harms(runs: Iterable[Run] | None = None) -> Rendered:
     "The same as a table."
     runs = h2_runs(runs)
     return show_rows(harm_rows(runs), dict(domain="domain", id="criterion", title="about") | {stack: stack for stack in (H2.stack, *H2.others)}, "harm", runs, "Nothing is judged.")
@@ -125,14 +125,14 @@ def _why(entry: dict) -> str:
     if entry["status"] != "inconclusive": return entry["reason"]
     return "; ".join(part_text(part, scale=entry["scale"]) + (f" ({part['reason']})" if part["bound"] else "") for part in entry["parts"] if part["status"] == "inconclusive")
 
-def show_open(runs: Iterable[Run] | None = None) -> Shown:
+def show_open(runs: Iterable[Run] | None = None) -> Rendered:
     "Criteria without a decision on each side, and why."
     runs = h2_runs(runs)
     rows = [dict(side=side_text(e), id=e["id"], title=e["title"], status=e["status"], why=why if len(why := _why(e) or "") <= 400 else why[:400].rsplit(" ", 1)[0] + " ...", scale=e["scale"] or "", runs=e["records"])
             for e in judged(runs, H2) if e["kind"] != "overall" and e["status"] not in (*DECIDED, NOT_APPLICABLE)]
     return show_rows(pd.DataFrame(rows), dict(side="verdict", id="criterion", title="about", status="status", why="because"), "open", runs, "Every criterion that applies is decided.")
 
-def _told(entries: list[dict], kinds: tuple[str, ...], status: str) -> list[str]:
+def _statements(entries: list[dict], kinds: tuple[str, ...], status: str) -> list[str]:
     "The parts by which criteria have a status, in words, with the criteria that they belong to."
     said = {}
     for e in entries:
@@ -141,7 +141,7 @@ def _told(entries: list[dict], kinds: tuple[str, ...], status: str) -> list[str]
                 if part["status"] == ("met" if e["kind"] != "success" else status) and part["value"] is not None: said.setdefault(part_text(part, scale=e["scale"]), []).append(e["id"])
     return [f"{words} ({', '.join(ids)})" for words, ids in said.items()]
 
-def told_verdict(runs: Iterable[Run] | None = None) -> Shown:
+def verdict_sentence(runs: Iterable[Run] | None = None) -> Rendered:
     "Why the verdict on each side is what it is, and what would have to change, in a paragraph each; from the judge's entries alone."
     runs = h2_runs(runs)
     entries, said, used = judged(runs, H2), [], set()
@@ -150,13 +150,13 @@ def told_verdict(runs: Iterable[Run] | None = None) -> Shown:
         proven = [e for e in mine if e["status"] in (*DECIDED, "inconclusive")]
         if not proven: said.append(f"{side_text(whole)}: no criterion was decided by runs on a GPU, so there is nothing to explain."); continue
         used.update(name for e in proven for name in e["records"])
-        harms, misses = _told(mine, ("failure", "falsification"), "met"), _told(mine, ("success",), "not met")
+        harms, misses = _statements(mine, ("failure", "falsification"), "met"), _statements(mine, ("success",), "not met")
         met = [f"{e['id']} ({e['title']})" for e in mine if e["kind"] == "success" and e["status"] == "met"]
         said.append(f"{side_text(whole)}: {whole['status']}. " + (f"Against the claim: {'; '.join(harms)}. " if harms else "No failure or falsification criterion is met. ")
                     + (f"Missed: {'; '.join(misses)}. " if misses else "") + (f"For it: {', '.join(met)}. " if met else "No success criterion is met. ")
                     + (f"What would change it: the measurements against the claim, {len(harms)} in number, would have to come out on the other side of their thresholds; while one failure or falsification criterion is met, nothing that speaks for the claim counts." if harms else
                        "What would change it: one measurement beyond one threshold of failure, in one domain, would turn it." if whole["status"] == "success" else "What would change it: the measurements listed below as open."))
-    return told("\n\n".join(said), runs_of(used, runs)) + provenance_note(runs_of(used, runs), "No pair of GPU runs decides anything yet.")
+    return sentence("\n\n".join(said), runs_of(used, runs)) + provenance_note(runs_of(used, runs), "No pair of GPU runs decides anything yet.")
 
 # %% ../../nbs/report/09_surrogate_verdicts.ipynb #7b200015
 def side_rows(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SURROGATE_COLOURS', 'METHOD_COLOURS', 'CONDITIONS', 'known_configs', 'coloured', 'ordered', 'h2_runs', 'sources',
            'show_sources', 'networks', 'show_networks', 'held_out', 'surrogates_of', 'lost_pairs', 'error_table',
-           'between', 'show_errors', 'error_ratios', 'at_scale', 'told_errors', 'whole_axis', 'curve_rows',
+           'between', 'show_errors', 'error_ratios', 'at_scale', 'errors_sentence', 'whole_axis', 'curve_rows',
            'learning_curves', 'label_table', 'show_labels']
 
 # %% ../../nbs/report/06_surrogates.ipynb #04b00003
@@ -22,7 +22,7 @@ from ..study.h2.criteria import MARGIN_ERROR, MARGIN_LARGER, METHODS
 from ..study.table import brief
 from .charts import titled
 from .rows import named_runs, rows_of, show_rows, summarize
-from .shown import Shown, full_name, load_runs, told
+from .render import Rendered, full_name, load_runs, sentence
 
 # %% ../../nbs/report/06_surrogates.ipynb #04b00006
 SURROGATE_COLOURS = {
@@ -70,7 +70,7 @@ def sources(
 def show_sources(
     domain: str,
     runs: Iterable[Run] | None = None,
-) -> Shown:
+) -> Rendered:
     "The same as a table, with a sentence on whether the counts add up."
     runs = h2_runs(runs)
     rows = sources(domain, runs)
@@ -78,7 +78,7 @@ def show_sources(
                       dict.fromkeys(("given", "used", "left", "train", "val", "test"), ",.0f"))
     if rows.empty: return shown
     sound = (rows["given"] == rows["used"] + rows["left"]).all()
-    return shown + told("What was given is what was used and what was skipped: the counts add up." if sound else "The counts do NOT add up: some rows are unaccounted for.", named_runs(rows, runs))
+    return shown + sentence("What was given is what was used and what was skipped: the counts add up." if sound else "The counts do NOT add up: some rows are unaccounted for.", named_runs(rows, runs))
 
 # %% ../../nbs/report/06_surrogates.ipynb #04b0000e
 def networks(
@@ -100,7 +100,7 @@ def networks(
 def show_networks(
     domain: str,
     runs: Iterable[Run] | None = None,
-) -> Shown:
+) -> Rendered:
     "The same as a table; the last column is the size beside the fp32 network's."
     heads = dict(config="configuration", width="width", parameters="parameters", times="of fp32's", epochs="epochs", batch="batch", lr="learning rate", seeds="seeds")
     return show_rows(networks(domain, runs), heads, "network", h2_runs(runs), "No surrogate of this domain was trained.", dict(parameters=",.0f", times=".2f", epochs="g", batch="g", lr="g", width="g"))
@@ -181,7 +181,7 @@ def show_errors(
     domain: str,
     runs: Iterable[Run] | None = None,
     precision: str = "own",
-) -> Shown:
+) -> Rendered:
     "The errors as a table, the fp32 surrogate's first."
     runs = h2_runs(runs)
     rows = error_table(domain, runs, precision=precision)
@@ -209,15 +209,15 @@ def error_ratios(
 # %% ../../nbs/report/06_surrogates.ipynb #04b00023
 def at_scale(scale: str) -> str: return "At laptop scale, which is no evidence" if scale == "laptop" else f"At {scale} scale"
 
-def told_errors(
+def errors_sentence(
     domain: str,
     runs: Iterable[Run] | None = None,
     configs: Iterable[str] = CONDITIONS[1:],
-) -> Shown:
+) -> Rendered:
     "Each condition's held-out error beside the fp32 surrogate's, in a sentence."
     runs = h2_runs(runs)
     found = error_table(domain, runs)
-    if found.empty: return told("No held-out error of this domain is recorded, so nothing can be said of it.", [])
+    if found.empty: return sentence("No held-out error of this domain is recorded, so nothing can be said of it.", [])
     def side(r):
         if r["lost"]: return f"and nothing is called equal, for {r['lost']}"
         if r["lo"] is None or r["lo"] != r["lo"]: return "too few pairs for an interval"
@@ -230,7 +230,7 @@ def told_errors(
     rest = ". ".join(f"{r['config']}: {r['value']:.3f} times that of {r['target']}" + (f" ({between(r['lo'], r['hi'])}, {r['n']:.0f} pairs), {side(r)}" if r["lo"] is not None and r["lo"] == r["lo"] else f", {side(r)}") for _, r in here.iterrows())
     gone = found[found["config"].isin(set(configs)) & found["value"].isna() & (found["lost"] != "")]
     rest = ". ".join(filter(None, [rest, *(f"{r['config']}: {r['target']} not measured, {r['lost']}" for _, r in gone.iterrows())]))
-    return told(f"{at_scale(found['scale'].iloc[0])}, the fp32 surrogate's mean absolute error is {first or 'not recorded'}. {rest}{'.' * bool(rest)}", named_runs(pd.concat([base, here, gone]), runs))
+    return sentence(f"{at_scale(found['scale'].iloc[0])}, the fp32 surrogate's mean absolute error is {first or 'not recorded'}. {rest}{'.' * bool(rest)}", named_runs(pd.concat([base, here, gone]), runs))
 
 # %% ../../nbs/report/06_surrogates.ipynb #04b00016
 _DASHES = {"mixed_bf16": [6, 3], "flash": [2, 2], "flash_2x": [3, 3]}  # lines that coincide are told apart by their gaps
@@ -287,11 +287,11 @@ def label_table(
 def show_labels(
     domain: str,
     runs: Iterable[Run] | None = None,
-) -> Shown:
+) -> Rendered:
     "The same as a table, with a sentence on what a label cost."
     runs = h2_runs(runs)
     rows = label_table(domain, runs)
     if not rows.empty: rows = rows.assign(interval=[between(lo, hi) for lo, hi in zip(rows["lo"], rows["hi"])], recipe=rows["recipe"].replace(dict(full="full labels", cheap_then_fine="inexpensive, then full")))
     heads = dict(target="target", config="configuration", recipe="recipe", taught="labels trained on", steps="steps", cost="cost of labels, s", mae="MAE", rmse="RMSE", unit="unit", seeds="seeds", value="MAE of the full labels'", interval="90 % interval", lost="lost")
     shown = show_rows(rows, heads, "eval", runs, "The recipe of inexpensive labels was not tried in this domain.", dict(cost=",.4g", mae=".4f", rmse=".4f", value=".3f"))
-    return shown if rows.empty else told(f"Labels: {'; '.join(dict.fromkeys(rows['labels']))}.", named_runs(rows, runs)) + shown
+    return shown if rows.empty else sentence(f"Labels: {'; '.join(dict.fromkeys(rows['labels']))}.", named_runs(rows, runs)) + shown

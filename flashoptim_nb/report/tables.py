@@ -22,7 +22,7 @@ from ..study.expression import quantities, readable
 from ..study.h2.criteria import criterion_of, hypothesis_of
 from ..study.table import evidence_table, places
 from ..study.verdict import side_text, value_text, verdict
-from .shown import Shown, attributes, full_name, load_runs, provenance_note, table
+from .render import Rendered, attributes, full_name, load_runs, provenance_note, table
 
 # %% ../../nbs/report/02_tables.ipynb #1159ca4f
 SIGNS = {"met": "●", "not met": "○", "inconclusive": "◐", "not measured": "", "no evidence at this scale": "·",
@@ -41,10 +41,10 @@ def tone(
 def chip(
     status: str,
     kind: str = "success",
-) -> Shown:
+) -> Rendered:
     "A status as a small label."
     said = f"{SIGNS.get(status, '')} {status}".strip()
-    return Shown(f'<span class="chip {tone(status, kind)}">{escape(said)}</span>', said)
+    return Rendered(f'<span class="chip {tone(status, kind)}">{escape(said)}</span>', said)
 
 # %% ../../nbs/report/02_tables.ipynb #92ac995c
 _SYMBOLS = {">=": "≥", "<=": "≤"}
@@ -83,14 +83,14 @@ def _stack(entry: dict) -> str | None:
 
 def verdict_cell(
     entry: dict,  # of the judge
-) -> Shown:
+) -> Rendered:
     "What was found about one criterion on one side."
     label, lines = chip(entry["status"], entry["kind"]), _parts(entry)
     where = f"scale {entry['scale']}" if entry["scale"] else "no runs"
     mark = attributes(dict(criterion=entry["id"], against=entry["against"], stack=_stack(entry), status=entry["status"], scale=entry["scale"], runs=entry["records"] or None))
     why = f"<details><summary>why</summary>{escape(entry['reason'])}</details>" if entry["reason"] else ""
     html = f"<div{mark}>{label.html} <small>{escape(where)}</small>" + "".join(f'<div class="part">{escape(line)}</div>' for line in lines) + why + "</div>"
-    return Shown(html, "<br>".join([f"{label.markdown} ({where})", *lines]))
+    return Rendered(html, "<br>".join([f"{label.markdown} ({where})", *lines]))
 
 # %% ../../nbs/report/02_tables.ipynb #78e02f49
 _JUDGED = {}  # the last runs that were judged, by their seals, and what was found
@@ -112,7 +112,7 @@ def judged(
 def show_criteria(
     *ids: str,  # "H1-S1", ...; none for all
     runs: Iterable[Run] | None = None,
-) -> Shown:
+) -> Rendered:
     "What was found about criteria of one hypothesis, on each side, with the provenance of the runs; raises `UserError` for an unknown id."
     hypothesis = hypothesis_of(ids[0]) if ids else H1
     runs = _runs(runs, hypothesis)
@@ -121,7 +121,7 @@ def show_criteria(
     sides = {e["side"]: side_text(e) for e in entries}
     rows = []
     for criterion in [criterion_of(id) for id in ids] or hypothesis.criteria:
-        first = Shown(f"<strong>{criterion.id}</strong><br>{escape(criterion.title)}", f"**{criterion.id}** {criterion.title}")
+        first = Rendered(f"<strong>{criterion.id}</strong><br>{escape(criterion.title)}", f"**{criterion.id}** {criterion.title}")
         cells = {said: verdict_cell(found[criterion.id, name]) for name, said in sides.items()}
         rows.append({criterion.kind if len(ids) == 1 else "criterion": first, "asks": criterion.statement} | cells)
     used = {name for id in ids or [c.id for c in hypothesis.criteria] for side in sides for name in found[id, side]["records"]}
@@ -141,23 +141,23 @@ def part_frame(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/report/02_tables.ipynb #2d472681
-def _folded(criterion: Criterion, most: int = 160) -> Shown:
+def _folded(criterion: Criterion, most: int = 160) -> Rendered:
     "The formula as code; a long one shows its beginning and unfolds."
     text, n = criterion.text, len(criterion.thresholds)
-    whole = Shown(f"<code>{escape(text)}</code>", f"`{text}`")
+    whole = Rendered(f"<code>{escape(text)}</code>", f"`{text}`")
     if len(text) <= most: return whole
     head = f"{text[:most // 2].rsplit(' ', 1)[0]} ... ({n} comparisons)"
-    return Shown(f"<details><summary><code>{escape(head)}</code></summary>{whole.html}</details>", whole.markdown)
+    return Rendered(f"<details><summary><code>{escape(head)}</code></summary>{whole.html}</details>", whole.markdown)
 
 def show_rules(
     *ids: str,  # criteria
-) -> Shown:
+) -> Rendered:
     "The criteria as they are evaluated, and the quantities they speak of."
     criteria = [criterion_of(id) for id in ids]
-    rules = table([{"criterion": Shown(f"<strong>{c.id}</strong>", f"**{c.id}**"), "kind": c.kind, "holds if": _folded(c)} for c in criteria])
+    rules = table([{"criterion": Rendered(f"<strong>{c.id}</strong>", f"**{c.id}**"), "kind": c.kind, "holds if": _folded(c)} for c in criteria])
     names = dict.fromkeys(q.name for c in criteria for q in quantities(c.formula))
-    def meaning(name): return Shown(re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(QUANTITIES[name].meaning)), QUANTITIES[name].meaning)
-    return rules + table([{"quantity": Shown(f"<code>{name}</code>", f"`{name}`"), "unit": QUANTITIES[name].unit, "meaning": meaning(name)} for name in names])
+    def meaning(name): return Rendered(re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(QUANTITIES[name].meaning)), QUANTITIES[name].meaning)
+    return rules + table([{"quantity": Rendered(f"<code>{name}</code>", f"`{name}`"), "unit": QUANTITIES[name].unit, "meaning": meaning(name)} for name in names])
 
 # %% ../../nbs/report/02_tables.ipynb #e453c46c
 def decided_runs(
@@ -180,7 +180,7 @@ def verdict_banner(
     runs: Iterable[Run] | None = None,
     hypothesis: Hypothesis = H1,
     numbers: bool = True,  # False: what decides is told as statements
-) -> Shown:
+) -> Rendered:
     "The verdict on each side, the headline first, with what decides it and the provenance of all runs."
     runs = _runs(runs, hypothesis)
     entries, parts = judged(runs, hypothesis), []
@@ -191,8 +191,8 @@ def verdict_banner(
         reason = reason[:1].upper() + reason[1:]
         mark = attributes(dict(verdict=whole["id"], against=whole["against"], stack=_stack(whole), status=whole["status"], runs=decided_runs(mine) or None))
         html = f'<div class="verdict {tone(whole["status"])}"{mark}><p><strong>{escape(head)}: {escape(whole["status"])}</strong></p><p>{escape(reason)}.</p></div>'
-        parts.append(Shown(html, f"- **{head}: {whole['status']}**. {reason}."))
-    whole = Shown("\n".join(p.html for p in parts), "\n".join(p.markdown for p in parts))
+        parts.append(Rendered(html, f"- **{head}: {whole['status']}**. {reason}."))
+    whole = Rendered("\n".join(p.html for p in parts), "\n".join(p.markdown for p in parts))
     return whole + provenance_note(runs)
 
 # %% ../../nbs/report/02_tables.ipynb #0038ad8e

@@ -188,8 +188,8 @@ def test_a_name_with_control_characters_is_no_name(study, capsys):
 
 
 def test_a_page_shows_what_a_terminal_or_a_reader_would_not_see():
-    from flashoptim_nb.report.shown import shown, table, told
-    for made in (shown("a\x1b[2J\u202eb"), table([{"why": "a\x07"}], [dict(runs=["\x9b1A"])]), told("over\u2066turned\n\nand on", [])):
+    from flashoptim_nb.report.render import rendered, sentence, table
+    for made in (rendered("a\x1b[2J\u202eb"), table([{"why": "a\x07"}], [dict(runs=["\x9b1A"])]), sentence("over\u2066turned\n\nand on", [])):
         for text in (made.html, made.markdown): assert visible(text, keep="\n") == text and "\\u" in text
 
 

@@ -26,7 +26,7 @@ from flashoptim_nb.report.charts import loss_curves
 loss_curves(pd.DataFrame([dict(config="baseline", seed=0, step=t, loss=3 + 1 / t, scale="laptop", study="h1-laptop", run="lap") for t in range(1, 9)]))
 """
 HONEST = """
-from flashoptim_nb.report.shown import load_runs, provenance_note, table
+from flashoptim_nb.report.render import load_runs, provenance_note, table
 provenance_note(load_runs()) + table([{"id": "H1-S1"}], [dict(criterion="H1-S1", status="STATUS", runs=["h1-laptop/lap"])])
 """
 
