@@ -45,7 +45,13 @@ def check_option(
 
 
 class FlashOptimizer(Optimizer):
-    "Base of the Flash optimizers (arXiv 2602.23349): 16-bit weights with corrections, 8-bit moments."
+    """Base of the Flash optimizers (arXiv 2602.23349): 16-bit weights with corrections, 8-bit moments.
+
+    Weights that are changed in place from outside (`p.zero_()`, `model.load_state_dict(...)` alone) keep the corrections
+    of the old ones, up to half a 16-bit spacing: take `error_bits` out of the states, and they begin at the new weights.
+    To give a state other values, put a tensor into it or copy into the one there. After giving a state's tensor other
+    memory (`t.data = ...`) call `forget()`: a step with the kernel sees that of the first and last parameter alone.
+    """
 
     decoupled = True  # whether weight decay shrinks the weights, and is not part of the gradient
     next_clip: torch.Tensor | None = None  # under gradient release 0-d fp32: the coefficient by which the next step is clipped, from the norm of the step before

@@ -51,11 +51,17 @@ def _decoded(code, scales, companded):
     return like(code, x.contiguous())
 
 # %% ../../nbs/optim/09_state_dict.ipynb #704f9be4
+def _begins(opt, group, p):
+    "Whether a parameter's state begins when it is saved: something was taken out of it, or there is none yet and the cast kept what it rounded away, which only a state can carry."
+    if state := opt.state.get(p): return bool({"step", *state_kinds(opt, group, p)} - {"error_bits"} - state.keys())
+    return first_correction(p, correction_bits(p.dtype, opt.master_weight_bits), keep=True) is not None
+
+
 @patch
 def state_dict(self: FlashOptimizer) -> dict:
     "As in torch.optim; waits for the device, since step counters leave it. Tensors are the live ones, not copies, but for the counters."
-    emptied = [(group, [p for p in group["params"] if self.state.get(p) and {"step", *state_kinds(self, group, p)} - {"error_bits"} - self.state[p].keys()]) for group in self.param_groups]
-    own_states(self, emptied)  # what was taken out of a state begins anew, as it would in the next step
+    begun = [(group, [p for p in group["params"] if _begins(self, group, p)]) for group in self.param_groups]
+    own_states(self, begun)  # as they would begin in the next step
     listed, every = {p for group in self.param_groups for p in group["params"]}, self.state
     self.state = {p: s for p, s in every.items() if p in listed}  # a parameter that left its group may come back, and has no number
     try: out = Optimizer.state_dict(self)
@@ -284,6 +290,17 @@ def _opened(state_dict):
     return groups, saved
 
 # %% ../../nbs/optim/09_state_dict.ipynb #4b2ddd56
+def _check_names(groups, own):
+    "Raises `StateError` where named parameters stand in another order than when they were saved, since their states go by numbers."
+    known = lambda g: len(g.get("param_names") or ()) == len(g["params"]) and not any(isinstance(i, str) for i in g["params"])  # by names, tools have put them in order
+    if not all(map(known, (*groups, *own))): return
+    at = {name: n for n, name in enumerate(name for g in own for name in g["param_names"])}
+    for n, name in enumerate(name for g in groups for name in g["param_names"]):
+        if at.get(name, n) != n:
+            raise StateError(f"{name} is parameter {n} of the state dict and {at[name]} of the optimizer, and states go by these numbers: "
+                             "give the optimizer the parameters in the order in which they were saved")
+
+
 _MARKS = ("params", "param_names", "state_format", "master_bytewidth", "quantize")  # in groups, no options
 
 
@@ -319,6 +336,7 @@ def load_state_dict(
     if strange := saved.keys() - {i for g in groups for i in g["params"]}:
         raise StateError(f"the state dict has a state of {next(iter(strange))!r}, which none of its groups names: parameters are numbered by integers, which JSON for one makes into strings")
     for n, g in enumerate(groups): _check_kind(self, g, f"group {n} of the state dict")
+    _check_names(groups, self.param_groups)
     options = deepcopy([{k: v for k, v in g.items() if k not in _MARKS and (k not in self.options or k == "fused")} for g in groups])  # at once: groups may share a tensor
     for own, new in zip(self.param_groups, options): self.check_group(own | new)
     states = _states(self, groups, saved, options)

@@ -2,6 +2,7 @@
 import copy
 import gc
 import math
+import os
 from collections import defaultdict
 
 import pytest
@@ -566,3 +567,16 @@ def test_a_learning_rate_in_a_tensor_is_the_number(lr):
     opt.param_groups[0]["lr"], twin.param_groups[0]["lr"] = lr, 0.02
     for o in (opt, twin): o.step()
     assert torch.equal(p, q)
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and not os.environ.get("TRITON_INTERPRET"), reason="needs the kernels")
+def test_other_memory_for_a_state_in_the_middle_is_seen_after_forget():
+    def train(change):
+        ps = [nn.Parameter(torch.linspace(-1, 1, 64, device=DEVICE)) for _ in range(5)]
+        opt = FlashAdamW(ps, lr=1e-2, quantize=False)
+        for t in range(2): feed(ps, t); opt.step()
+        change(opt, opt.state[ps[2]]["exp_avg"])
+        feed(ps, 2); opt.step()
+        return ps
+    def exchanged(opt, t): t.data = t.data * 0.5; opt.forget()
+    for p, q in zip(train(exchanged), train(lambda opt, t: t.mul_(0.5)), strict=True): assert torch.equal(p, q)

@@ -558,6 +558,57 @@ def test_a_second_optimizer_asks_for_itself():
     for opt, part in zip(again, "01"): assert all(torch.equal(t, full[k]) for k, t in opt.get_fp32_model_state_dict(other).items() if k.startswith(part))
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("bits", [24, 32])
+def test_what_the_cast_rounded_away_is_saved_before_the_first_step(bits, steps, tmp_path):
+    def make(seed):
+        cast_model(model := net(FP32, seed))
+        return model, FlashAdamW(model.parameters(), lr=1e-4, master_weight_bits=bits)
+
+    (whole, opt), (half, before), (again, resumed) = make(0), make(0), make(1)
+    for p, q in zip(whole.parameters(), half.parameters()): p.requires_grad_(p.ndim > 1); q.requires_grad_(q.ndim > 1)
+    take_steps([p for p in whole.parameters() if p.ndim > 1], opt, 3); take_steps([p for p in half.parameters() if p.ndim > 1], before, steps)
+    torch.save((half.state_dict(), before.state_dict()), tmp_path / "kept")
+    weights, states = torch.load(tmp_path / "kept", weights_only=True)
+    again.load_state_dict(weights); resumed.load_state_dict(states)
+    take_steps([p for p in again.parameters() if p.ndim > 1], resumed, 3 - steps, steps)
+    a, b = (o.get_fp32_model_state_dict(m) for o, m in ((opt, whole), (resumed, again)))
+    for name, t in a.items(): assert torch.equal(t, b[name]), name
+
+
+def test_weights_changed_from_outside_begin_anew_without_their_corrections():
+    model, fp32 = net(), net(FP32, 1).state_dict()
+    opt = trained(model); steps = [s["step"].item() for s in opt.state.values()]
+    model.load_state_dict({k: t.to(BF16) for k, t in fp32.items()})
+    off = opt.get_fp32_model_state_dict(model)
+    for name, p in model.named_parameters():
+        assert 0 < (off[name] - p).abs().max() and ((off[name] - p).abs() <= 2.0**-8 * p.abs()).all(), name  # half a spacing
+    for state in opt.state.values(): state.pop("error_bits", None)
+    for name, t in opt.get_fp32_model_state_dict(model).items(): assert torch.equal(t, model.state_dict()[name].float()), name
+    twin = copy.deepcopy((model, opt))
+    opt.set_fp32_model_state_dict(model, fp32)
+    for name, t in opt.get_fp32_model_state_dict(model).items(): torch.testing.assert_close(t, fp32[name], rtol=2.0**-16, atol=0)
+    model, opt = twin
+    take_steps(list(model.parameters()), opt, 1)
+    assert [s["step"].item() for s in opt.state.values()] == [n + 1 for n in steps] and all("error_bits" in s for s in opt.state.values())
+
+
+def named(order, **options):
+    model = net()
+    return FlashAdamW([(n, p) for n, p in sorted(model.named_parameters(), reverse=order)], lr=1e-2, **options)
+
+
+def test_named_parameters_in_another_order_are_refused():
+    opt = named(False)
+    take_steps([p for g in opt.param_groups for p in g["params"]], opt, 1)
+    with pytest.raises(StateError, match="0.bias is parameter 0 of the state dict and 3 of the optimizer"): named(True).load_state_dict(opt.state_dict())
+    named(False).load_state_dict(opt.state_dict())
+    for change in lambda g: g.pop("param_names"), lambda g: g.update(param_names=[f"module.{n}" for n in g["param_names"]]):
+        saved = opt.state_dict(); change(saved["param_groups"][0])
+        named(False).load_state_dict(saved)
+    with pytest.raises(StateError): named(True).load_state_dict(opt.state_dict())
+
+
 def test_a_state_that_was_only_looked_at_keeps_what_the_cast_rounded_away():
     model = nn.Linear(16, 16); exact = model.weight.detach().clone(); cast_model(model)
     opt = FlashAdamW(model.parameters()); assert not opt.state[model.weight]
