@@ -77,6 +77,13 @@ def test_each_criterion_and_checkpoint_has_a_chapter():
     assert not absent, f"no chapter shows {absent}"
 
 
+def test_a_question_has_one_number_in_both_hypotheses():
+    h1, h2 = (dict(reversed(path.stem.split("_", 1)) for path in (REPO / "nbs" / folder).glob("*.ipynb")) for folder in ("h1", "h2"))
+    assert all(number.isdigit() for number in [*h1.values(), *h2.values()]), "a section is a section of its chapter, not a page with a letter"
+    assert {name: h1[name] for name in h1.keys() & h2} == {name: h2[name] for name in h1.keys() & h2}
+    assert not {h1[name] for name in h1.keys() - h2} & set(h2.values()) and not {h2[name] for name in h2.keys() - h1} & set(h1.values())
+
+
 def test_chapters_export_nothing():
     for path in (REPO / "nbs" / "h1").glob("*.ipynb"):
         assert not any({"export", "exporti", "default_exp"} & set(split_directives(source)[0]) for source in code_of(path)), path.name
