@@ -14,8 +14,8 @@ from ..base.errors import is_number
 from .adamw_kernel import AdamWScalars, adamw_fused, adamw_reference
 from .multi_tensor import Operands
 from .base import FlashOptimizer
-from .buckets import Batch, OptionError
-from .gradients import Control
+from .buckets import ParamBucket, OptionError
+from .gradients import GradScaling
 from .state_dict import StateError  # noqa: F401 - that module gives the class saving and loading
 
 # %% ../../nbs/optim/10_adam.ipynb #968bf0b2
@@ -43,18 +43,18 @@ class FlashAdam(FlashOptimizer):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize, foreach=foreach, capturable=capturable, differentiable=differentiable)
         super().__init__(params, defaults, **options)
 
-    def check_group(self, group: dict):
+    def _check_group(self, group: dict):
         "Raises `OptionError` for options of a group that cannot work."
-        super().check_group(group)
+        super()._check_group(group)
         betas, eps = group["betas"], group["eps"]
         if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(is_number(b, 0, 1) and b < 1 for b in betas) or not is_number(eps, 0):
             raise OptionError(f"betas={betas!r}, eps={eps!r}: two numbers in [0, 1) and a finite eps of 0 or more are needed")
         for name in "amsgrad", "differentiable":
             if group.get(name): raise OptionError(f"{name}=True is not available in {type(self).__name__}; use torch.optim for it")
 
-    def scalars(self, group: dict) -> AdamWScalars:
+    def _scalars(self, group: dict) -> AdamWScalars:
         "What is the same for every value of a step."
-        return AdamWScalars(group["lr"], *group["betas"], group["eps"], **self.decays(group), maximize=group["maximize"], companded=self.companded)
+        return AdamWScalars(group["lr"], *group["betas"], group["eps"], **self._decays(group), maximize=group["maximize"], companded=self.companded)
 
     def update(
         self,
@@ -64,11 +64,11 @@ class FlashAdam(FlashOptimizer):
         multiplier: torch.Tensor | None,  # 0-d factor of every gradient
     ):
         "One step of some parameters in plain PyTorch, in place."
-        adamw_reference(operands, self.scalars(group), t, multiplier)
+        adamw_reference(operands, self._scalars(group), t, multiplier)
 
-    def update_fused(self, batch: Batch, group: dict, c: Control):
+    def _update_fused(self, bucket: ParamBucket, group: dict, c: GradScaling):
         "The same in one launch, which counts the step where its counter lies."
-        adamw_fused(batch.many, batch.found, self.scalars(group), batch.step, c.multiplier, c.skip)
+        adamw_fused(bucket.tensors, bucket.grad_pointers, self._scalars(group), bucket.step, c.multiplier, c.skip)
 
 
 class FlashAdamW(FlashAdam):

@@ -14,9 +14,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..base.errors import UserError, is_number
-from .split import INTEGERS, NARROW, decode, encode
+from .split import CODE_DTYPE, HALF_FORMATS, decode, encode
 from .base import FlashOptimizer
-from .buckets import OptionError, correction_bits, first_correction
+from .buckets import OptionError, error_bit_width, first_error_bits
 from .shards import held, like, local
 from .state_dict import StateError
 
@@ -38,12 +38,12 @@ def _masters(opt, params):
     "What the optimizer has for the masters of parameters, this rank's part, end to end in fp32."
     if len({p.dtype for p in params}) > 1: return torch.cat([_masters(opt, [p]) for p in params])
     narrow = torch.cat([local(p.detach()).reshape(-1) for p in params])
-    bits = correction_bits(narrow.dtype, opt.master_weight_bits)
+    bits = error_bit_width(narrow.dtype, opt.master_weight_bits)
     if not bits: return narrow.float()
-    rhos = [opt.state.get(p, {}).get("error_bits") for p in params]
-    rhos = [first_correction(p, bits, keep=True) if rho is None and not opt.state.get(p) else rho for p, rho in zip(params, rhos)]
-    none = lambda p: torch.zeros(local(p).numel(), dtype=INTEGERS[bits], device=narrow.device)
-    return decode(narrow, torch.cat([none(p) if rho is None else local(rho).reshape(-1) for p, rho in zip(params, rhos)]))
+    kept = [opt.state.get(p, {}).get("error_bits") for p in params]
+    kept = [first_error_bits(p, bits, keep=True) if error_bits is None and not opt.state.get(p) else error_bits for p, error_bits in zip(params, kept)]
+    none = lambda p: torch.zeros(local(p).numel(), dtype=CODE_DTYPE[bits], device=narrow.device)
+    return decode(narrow, torch.cat([none(p) if error_bits is None else local(error_bits).reshape(-1) for p, error_bits in zip(params, kept)]))
 
 # %% ../../nbs/optim/14_averages.ipynb #09a10008
 class AveragedMasters:
@@ -70,7 +70,7 @@ class AveragedMasters:
     def update(self):
         "Takes the masters of now into the average; call it after `optimizer.step()`. Raises `OptionError` where the optimizer steps others than those that are averaged, or they changed their dtype."
         self._at_home()
-        known, made_for = {id(p) for p in self.params.values()}, self.optimizer.made_for
+        known, made_for = {id(p) for p in self.params.values()}, self.optimizer._made_for
         if strange := [p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in known]:
             raise OptionError(f"{len(strange)} parameters came to the optimizer after the average was made, such as one of shape {tuple(strange[0].shape)}: make a new AveragedMasters")
         if changed := [name for name, p in self.params.items() if made_for.get(p, p.dtype) != p.dtype]:
@@ -108,25 +108,25 @@ class AveragedMasters:
         kept = {name: local(p.detach()).clone() for name, p in self._any().params.items()}
         refusal = self.optimizer.register_step_pre_hook(self._refuse)
         try:
-            self.optimizer.lent = True
+            self.optimizer._lent = True
             self._put(self.average)
             yield self.model
         finally:
             refusal.remove()
-            self.optimizer.lent = False
+            self.optimizer._lent = False
             self._put(kept)
 
     @torch.no_grad()
     def _put(self, weights):
         for part in self.model.modules():
             if isinstance(part, FSDPModule): part.reshard()  # what a forward pass left gathered has the weights of before
-        for name, p in self.params.items(): local(p).copy_(encode(weights[name], p.dtype)[0] if p.dtype in NARROW and weights[name].dtype == torch.float32 else weights[name])
+        for name, p in self.params.items(): local(p).copy_(encode(weights[name], p.dtype)[0] if p.dtype in HALF_FORMATS and weights[name].dtype == torch.float32 else weights[name])
 
     def _any(self):
         if not self.updates: raise UserError("no average yet: call update() after a step")
         return self
 
     def _at_home(self):
-        if self.optimizer.lent: raise UserError("averages are in the weights' place already: leave applied() first")
+        if self.optimizer._lent: raise UserError("averages are in the weights' place already: leave applied() first")
 
     def _refuse(self, *_): raise UserError("a step while the average is in the model's place: leave applied() before training goes on")

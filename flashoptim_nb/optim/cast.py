@@ -24,12 +24,12 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..base.errors import UserError
-from .split import NARROW, decode
-from .buckets import first_correction, keep_rounding
+from .split import HALF_FORMATS, decode
+from .buckets import first_error_bits, stash_cast_error
 from .shards import like, local
 
 # %% ../../nbs/optim/13_cast.ipynb #125f2b2c
-_FLOATS = (torch.float32, torch.float64, *NARROW)  # what is cast; 8-bit codes are left alone
+_FLOATS = (torch.float32, torch.float64, *HALF_FORMATS)  # what is cast; 8-bit codes are left alone
 
 
 def _chosen(
@@ -83,8 +83,8 @@ def _take_in(module, args, kwargs):
 def _hand_on(module, args, out):
     "After it: its output in the model's dtype, or where there is no mark of it in the narrow dtype that came in."
     mark = module._buffers.get("_cast_to")
-    dtype = module._given if mark is None or mark.dtype not in NARROW and module._given else mark.dtype
-    return out if module._keeps_output or mark is None and dtype not in NARROW else _recast(out, dtype)
+    dtype = module._given if mark is None or mark.dtype not in HALF_FORMATS and module._given else mark.dtype
+    return out if module._keeps_output or mark is None and dtype not in HALF_FORMATS else _recast(out, dtype)
 
 
 def _hook(
@@ -173,10 +173,10 @@ def _check_range(name, t, dtype):
 def _narrow(t, dtype, place=None):
     "A tensor in another dtype, a DTensor shard by shard; with a place, what is rounded away is kept there."
     if is_traceable_wrapper_subclass(t) and not isinstance(t, DTensor): return t.detach().to(dtype)  # as it thinks right
-    wide, rho = local(t.detach()), first_correction(t, 8, keep=True) if place else None
-    if rho is not None: wide = decode(wide, local(rho))  # cast before: from the weights of then
+    wide, error_bits = local(t.detach()), first_error_bits(t, 8, keep=True) if place else None
+    if error_bits is not None: wide = decode(wide, local(error_bits))  # cast before: from the weights of then
     narrow = like(t, _narrowed(wide, dtype))
-    if place: keep_rounding(*place, wide.float(), narrow)
+    if place: stash_cast_error(*place, wide.float(), narrow)
     return narrow
 
 
@@ -199,7 +199,7 @@ def _cast(
         flat = _narrowed(wide, dtype)
         for t in map(named.get, group):
             old, t.data = t.data, flat.as_strided(t.shape, t.stride(), t.storage_offset() - start)
-            if place(t): keep_rounding(*place(t), old.float(), t)
+            if place(t): stash_cast_error(*place(t), old.float(), t)
     alone = {name: t for name, t in named.items() if t.dtype != dtype}
     wrapped = {id(t) for t in alone.values() if is_traceable_wrapper_subclass(t)}
     for t in alone.values():
@@ -213,7 +213,7 @@ _TOLD = []  # the hook that `cast_model` sets once in a process
 
 def _tell(module, name, child):
     "Where torch's AveragedModel takes its copy of a model in 16 bits: warns that it will stand still."
-    if isinstance(module, AveragedModel) and any(p.dtype in NARROW for p in child.parameters()):
+    if isinstance(module, AveragedModel) and any(p.dtype in HALF_FORMATS for p in child.parameters()):
         warnings.warn("an AveragedModel of a model in 16 bits adds increments that are smaller than half the spacing of its numbers, and stands still: "
                       "average the masters with flashoptim_nb.optim.AveragedMasters(optimizer, model), or call .float() on the AveragedModel", stacklevel=3)
 
@@ -224,7 +224,7 @@ def cast_model(
     selective: bool = True,  # keep batch and instance norms in fp32
     full_precision_layers: Sequence[str | nn.Module] | None = None,  # stay in fp32, fp32 outputs
     full_precision_recast_layers: Sequence[str | nn.Module] | None = None,  # stay in fp32, outputs in `dtype`
-    masters: bool = True,  # keep what rounding takes away, two bytes a parameter, until a Flash optimizer's first step makes it the masters' correction
+    masters: bool = True,  # keep what rounding takes away, two bytes a parameter, until a Flash optimizer's first step makes it the masters' error bits
     cast_buffers: Sequence[str | torch.Tensor] | None = None,  # buffers to be cast with the parameters; others keep their dtype
 ) -> None:
     "Casts a model for training with a Flash optimizer; what is tied or shares memory goes on so. Raises `UserError`, with nothing changed, for what cannot be cast and for names that match nothing."

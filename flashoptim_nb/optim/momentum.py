@@ -14,8 +14,8 @@ from ..base.errors import is_number
 from .multi_tensor import Operands
 from .momentum_kernel import MomentumScalars, momentum_fused, momentum_reference
 from .base import FlashOptimizer
-from .buckets import Batch, OptionError
-from .gradients import Control
+from .buckets import ParamBucket, OptionError
+from .gradients import GradScaling
 from .state_dict import StateError  # noqa: F401 - that module gives the class saving and loading
 
 # %% ../../nbs/optim/11_momentum.ipynb #ccb41b59
@@ -30,11 +30,11 @@ class _Momentum(FlashOptimizer):
         multiplier: torch.Tensor | None,  # 0-d factor of every gradient
     ):
         "One step of some parameters in plain PyTorch, in place."
-        momentum_reference(operands, self.scalars(group), t, multiplier)
+        momentum_reference(operands, self._scalars(group), t, multiplier)
 
-    def update_fused(self, batch: Batch, group: dict, c: Control):
+    def _update_fused(self, bucket: ParamBucket, group: dict, c: GradScaling):
         "The same in one launch, which counts the step where its counter lies."
-        momentum_fused(batch.many, batch.found, self.scalars(group), batch.step, c.multiplier, c.skip)
+        momentum_fused(bucket.tensors, bucket.grad_pointers, self._scalars(group), bucket.step, c.multiplier, c.skip)
 
 # %% ../../nbs/optim/11_momentum.ipynb #dca87874
 class FlashSGD(_Momentum):
@@ -60,20 +60,20 @@ class FlashSGD(_Momentum):
         super().__init__(params, dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize,
                                       foreach=foreach, differentiable=differentiable), **options)
 
-    def check_group(self, group: dict):
+    def _check_group(self, group: dict):
         "Raises `OptionError` for options of a group that cannot work."
-        super().check_group(group)
+        super()._check_group(group)
         if not is_number(group["momentum"], 0) or not is_number(group["dampening"]):
             raise OptionError(f"momentum={group['momentum']!r}, dampening={group['dampening']!r}: finite numbers are needed, momentum 0 or more")
         if group["nesterov"] and (not group["momentum"] or group["dampening"]):
             raise OptionError(f"nesterov=True with momentum={group['momentum']}, dampening={group['dampening']}: it wants a momentum and no dampening")
         if group.get("differentiable"): raise OptionError(f"differentiable=True is not available in {type(self).__name__}; use torch.optim for it")
 
-    def moments_of(self, group: dict) -> dict[str, torch.dtype]: return self.moments if group["momentum"] else {}
+    def _moments_of(self, group: dict) -> dict[str, torch.dtype]: return self.moments if group["momentum"] else {}
 
-    def scalars(self, group: dict) -> MomentumScalars:
+    def _scalars(self, group: dict) -> MomentumScalars:
         "What is the same for every value of a step."
-        return MomentumScalars(group["lr"], "sgd", group["momentum"], 1.0 - group["dampening"], nesterov=group["nesterov"], **self.decays(group),
+        return MomentumScalars(group["lr"], "sgd", group["momentum"], 1.0 - group["dampening"], nesterov=group["nesterov"], **self._decays(group),
                                maximize=group["maximize"], companded=self.companded)
 
 
@@ -99,14 +99,14 @@ class FlashLion(_Momentum):
     ):
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize), **options)
 
-    def check_group(self, group: dict):
+    def _check_group(self, group: dict):
         "Raises `OptionError` for options of a group that cannot work."
-        super().check_group(group)
+        super()._check_group(group)
         betas = group["betas"]
         if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(is_number(b, 0, 1) for b in betas):
             raise OptionError(f"betas={betas!r}: two numbers in [0, 1] are needed")
 
-    def scalars(self, group: dict) -> MomentumScalars:
+    def _scalars(self, group: dict) -> MomentumScalars:
         "What is the same for every value of a step."
         beta1, beta2 = group["betas"]
-        return MomentumScalars(group["lr"], "lion", beta2, 1.0 - beta2, beta1, **self.decays(group), maximize=group["maximize"], companded=self.companded)
+        return MomentumScalars(group["lr"], "lion", beta2, 1.0 - beta2, beta1, **self._decays(group), maximize=group["maximize"], companded=self.companded)

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from .codec import _code_m, decode_m, dequantize_m, encode_m
-from .multi_tensor import (BLOCK, TYPES, WARPS, Located, Many, Operands, address, get, in_chunks, inside, launch, load_weights, my_block, on, put,
-                                        read_weights, store_weights, values_at, write_weights)
+from .multi_tensor import (BLOCK, TYPES, WARPS, GradPointers, TensorList, Operands, address, load, in_chunks, bounds_mask, launch, load_weights, block_range, device_guard, store,
+                                        read_weights, store_weights, block_offsets, write_weights)
 from .split import widen
 
 # %% ../../nbs/optim/04_momentum_kernel.ipynb #e7a93ac5
@@ -24,11 +24,11 @@ class MomentumScalars(NamedTuple):
     lr: float | torch.Tensor  # a 0-d tensor is read where it lies
     rule: str = "sgd"  # or "lion"
     momentum: float = 0.0  # share of the moment that stays: SGD's momentum, Lion's beta2
-    fresh: float = 1.0  # weight of the gradient in it: SGD's 1 - dampening, Lion's 1 - beta2
-    look: float = 0.0  # Lion's beta1
+    grad_weight: float = 1.0  # weight of the gradient in it: SGD's 1 - dampening, Lion's 1 - beta2
+    beta1: float = 0.0  # Lion's beta1
     nesterov: bool = False
-    decay: float = 0.0  # decoupled weight decay: weights shrink by 1 - lr * decay
-    coupled: float = 0.0  # L2 weight decay: the gradient grows by coupled * weight
+    weight_decay: float = 0.0  # decoupled weight decay: weights shrink by 1 - lr * weight_decay
+    l2: float = 0.0  # L2 weight decay: the gradient grows by l2 * weight
     maximize: bool = False
     companded: bool = True  # False: the moment's linear code, for comparison
 
@@ -44,17 +44,17 @@ def _step_chunk(
     g = x.grad.to(torch.float32, copy=True)
     if multiplier is not None: g.mul_(multiplier)
     if h.maximize: g.neg_()
-    if h.coupled: g.add_(theta, alpha=h.coupled)
+    if h.l2: g.add_(theta, alpha=h.l2)
     m = None if x.m is None else x.m if x.m_scale is None else dequantize_m(x.m, x.m_scale, h.companded)
     if h.rule == "lion":
-        u = m.lerp(g, 1 - h.look)
+        u = m.lerp(g, 1 - h.beta1)
         u = u.sign().where(u == u, u)  # torch says that NaN has the sign 0, which would hide it
-        m.mul_(h.momentum).add_(g, alpha=h.fresh)
+        m.mul_(h.momentum).add_(g, alpha=h.grad_weight)
     elif m is None: u = g
     else:
-        m.mul_(h.momentum).add_(g, alpha=1.0 if t == 1 else h.fresh)
+        m.mul_(h.momentum).add_(g, alpha=1.0 if t == 1 else h.grad_weight)
         u = g.add_(m, alpha=h.momentum) if h.nesterov else m
-    write_weights(x, theta.mul_(1 - lr * h.decay).add_(u, alpha=-lr))
+    write_weights(x, theta.mul_(1 - lr * h.weight_decay).add_(u, alpha=-lr))
     if x.m_scale is None: return
     code, scale = _code_m(m, h.companded)
     x.m.copy_(code.view(-1)[:x.m.numel()]); x.m_scale.copy_(scale)
@@ -78,61 +78,61 @@ def sign(x):
 
 @triton.jit
 def momentum_kernel(
-    rows, grads, blocks,  # of a `Many` and a `Launch`
-    rates,  # fp32 (8,), of `rates_kernel`
-    momentum, fresh, look, coupled,  # of `MomentumScalars`
+    rows, grads, blocks,  # of a `TensorList` and a `Launch`
+    step_scalars,  # fp32 (8,), of `step_scalars_kernel`
+    momentum, grad_weight, beta1, l2,  # of `MomentumScalars`
     LION: tl.constexpr, NESTEROV: tl.constexpr, KEPT: tl.constexpr,  # KEPT: there is a moment
     PARAM: tl.constexpr, GRAD: tl.constexpr, BITS: tl.constexpr, QUANTIZED: tl.constexpr, COMPANDED: tl.constexpr,
-    COUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, ALIGNED: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
+    L2: tl.constexpr, MAXIMIZE: tl.constexpr, ALIGNED: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     "SGD or Lion on many tensors of the same dtypes: program i steps the block that `blocks[i]` names."
-    if tl.load(rates + 3) != 0.0: return
-    tensor, row, first, left = my_block(blocks, rows, tl.program_id(0), BLOCK)
-    at, group = values_at(BLOCK)
-    mask, group_mask = inside(at, left, MASK), group * 32 < left
+    if tl.load(step_scalars + 3) != 0.0: return
+    tensor, row, first, left = block_range(blocks, rows, tl.program_id(0), BLOCK)
+    at, group = block_offsets(BLOCK)
+    mask, group_mask = bounds_mask(at, left, MASK), group * 32 < left
     param = address(row, first, PARAM, ALIGNED) + at
-    rho = address(row + 1, first, tl.int16 if BITS == 16 else tl.int8, ALIGNED) + at
+    error_bits = address(row + 1, first, tl.int16 if BITS == 16 else tl.int8, ALIGNED) + at
     m_at = address(row + 2, first, tl.int8 if QUANTIZED else tl.float32, ALIGNED) + at
     m_scale = address(row + 4, first // 32, tl.float16, ALIGNED) + group
 
-    theta = load_weights(param, rho, mask, PARAM, BITS, MASK)
-    factor = tl.load(rates + 2)
+    theta = load_weights(param, error_bits, mask, PARAM, BITS, MASK)
+    factor = tl.load(step_scalars + 2)
     if MAXIMIZE: factor = -factor
-    g = widen(get(address(grads + tensor, first, GRAD, ALIGNED) + at, mask, MASK), GRAD) * factor
-    if COUPLED: g = tl.fma(theta, coupled, g)
+    g = widen(load(address(grads + tensor, first, GRAD, ALIGNED) + at, mask, MASK), GRAD) * factor
+    if L2: g = tl.fma(theta, l2, g)
     u = g
     if KEPT:
-        m = get(m_at, mask, MASK)
-        if QUANTIZED: m = decode_m(m, get(m_scale, group_mask, MASK).to(tl.float32)[:, None], COMPANDED)
+        m = load(m_at, mask, MASK)
+        if QUANTIZED: m = decode_m(m, load(m_scale, group_mask, MASK).to(tl.float32)[:, None], COMPANDED)
         if LION:
-            u = sign(tl.fma(m - g, look, g))
-            m = tl.fma(m, momentum, g * fresh)
+            u = sign(tl.fma(m - g, beta1, g))
+            m = tl.fma(m, momentum, g * grad_weight)
         else:
-            m = tl.fma(m, momentum, g * tl.where(tl.load(rates + 6) != 0.0, 1.0, fresh))
+            m = tl.fma(m, momentum, g * tl.where(tl.load(step_scalars + 6) != 0.0, 1.0, grad_weight))
             u = tl.fma(m, momentum, g) if NESTEROV else m
 
-    store_weights(param, rho, tl.fma(u, -tl.load(rates + 5), theta * tl.load(rates + 4)), mask, PARAM, BITS, MASK)
+    store_weights(param, error_bits, tl.fma(u, -tl.load(step_scalars + 5), theta * tl.load(step_scalars + 4)), mask, PARAM, BITS, MASK)
     if KEPT:
         if QUANTIZED:
             m, scale = encode_m(m, COMPANDED)
-            put(m_scale, scale, group_mask, MASK)
-        put(m_at, m, mask, MASK)
+            store(m_scale, scale, group_mask, MASK)
+        store(m_at, m, mask, MASK)
 
 # %% ../../nbs/optim/04_momentum_kernel.ipynb #7ebfbaa7
 def momentum_fused(
-    many: Many,  # the tensors, on one CUDA device (any under Triton's interpreter)
-    found: Located,  # their gradients, from `many.find`
+    tensors: TensorList,  # the tensors, on one CUDA device (any under Triton's interpreter)
+    grads: GradPointers,  # their gradients, from `tensors.grad_pointers`
     h: MomentumScalars,
     step: torch.Tensor,  # 0-d fp32 on the device: steps taken so far, advanced here
     multiplier: torch.Tensor | None = None,  # 0-d fp32 on the device: factor of every gradient
     skip: torch.Tensor | None = None,  # 0-d fp32 on the device: nonzero leaves everything as it is
 ):
     "`momentum_reference` in one launch for all tensors, in place; nothing waits for the device."
-    x, rates = many.first, many.rates(step, h.lr, h.decay, multiplier=multiplier, skip=skip)
-    with on(many.device):
-        for share in found.launches:
+    x, step_scalars = tensors.first, tensors.step_scalars(step, h.lr, h.weight_decay, multiplier=multiplier, skip=skip)
+    with device_guard(tensors.device):
+        for share in grads.launches:
             launch(momentum_kernel, share.blocks.shape[0], (
-                many.rows, found.addresses, share.blocks, rates, float(h.momentum), float(h.fresh), float(h.look), float(h.coupled)), dict(
-                LION=h.rule == "lion", NESTEROV=h.nesterov, KEPT=x.m is not None, PARAM=TYPES[x.param.dtype], GRAD=found.dtype,
-                BITS=0 if x.rho is None else 8 * x.rho.element_size(), QUANTIZED=x.m_scale is not None, COMPANDED=h.companded, COUPLED=h.coupled != 0,
+                tensors.rows, grads.addresses, share.blocks, step_scalars, float(h.momentum), float(h.grad_weight), float(h.beta1), float(h.l2)), dict(
+                LION=h.rule == "lion", NESTEROV=h.nesterov, KEPT=x.m is not None, PARAM=TYPES[x.param.dtype], GRAD=grads.dtype,
+                BITS=0 if x.error_bits is None else 8 * x.error_bits.element_size(), QUANTIZED=x.m_scale is not None, COMPANDED=h.companded, L2=h.l2 != 0,
                 MAXIMIZE=h.maximize, ALIGNED=share.ALIGNED, MASK=share.MASK, BLOCK=BLOCK), WARPS)

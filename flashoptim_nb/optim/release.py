@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..base.errors import UserError
-from .base import FlashOptimizer, advance
-from .gradients import Control, control, over_all, sharding, sum_of_squares
+from .base import FlashOptimizer, _apply
+from .gradients import GradScaling, grad_scaling, over_all, sharding, sum_of_squares
 from .shards import local, over_shards
 
 # %% ../../nbs/optim/12_release.ipynb #3f81c0d7
@@ -65,10 +65,10 @@ class GradientReleaseHandle:
     @property
     def clip(self) -> torch.Tensor | None:
         "The coefficient by which the next step is clipped, 0-d fp32, from the norm of the step before; kept by the optimizer, whose state dict has it."
-        return self.optimizer.next_clip
+        return self.optimizer._next_clip
 
     @clip.setter
-    def clip(self, coefficient): self.optimizer.next_clip = coefficient
+    def clip(self, coefficient): self.optimizer._next_clip = coefficient
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -91,7 +91,7 @@ def arrived(
 ):
     "What autograd calls, and FSDP2 after its reduction: releases the gradient, unless that cannot be right."
     if not self.active: return
-    if self.optimizer.lent: raise ReleaseError("a released backward pass, which steps, while averages are in the weights' place: leave applied() before training goes on")
+    if self.optimizer._lent: raise ReleaseError("a released backward pass, which steps, while averages are in the weights' place: leave applied() before training goes on")
     if (task := torch._C._current_graph_task_id()) != self.task: self.begin(task)
     if (group := self.groups.get(p)) is None: return  # taken out of the optimizer
     if getattr(self.units.get(p), "_post_forward_indices", ()): return  # micro-batches came without a reduction, the layer was called again, and there is more to come
@@ -167,13 +167,13 @@ def release(
     if self.pre_step is not None and not self.wanted(p, group): p.grad = None
     if p.grad is None: return
     opt, scale, grad = self.optimizer, self.scale(p.device), local(p.grad)
-    c = control(sum_of_squares([grad]) if self.looks() else None, None, scale)
+    c = grad_scaling(sum_of_squares([grad]) if self.looks() else None, None, scale)
     if c.norm is not None: self.squares.append((p, c.norm.square()))
     if c.skip is not None and isinstance(p, DTensor) and not grad.numel(): c.skip = torch.ones_like(c.skip)  # an empty shard counts the steps of the others
     if self.clip is not None and opt.max_norm is not None:
         clip = self.clip.to(p.device)
         c.multiplier = clip if c.multiplier is None else c.multiplier * clip
-    for batch in opt.look_at(p, group): advance(opt, batch, group, c)
+    for bucket in opt._collect_one(p, group): _apply(opt, bucket, group, c)
     if p.device.type == "cuda": self.streams.add(torch.cuda.current_stream(p.device))
     if not isinstance(p, DTensor): increment_version(p)  # kernels write unnoticed, and what is still to be differentiated may have kept the old values
     p.grad = None
@@ -243,13 +243,13 @@ def shards(self: GradientReleaseHandle) -> list[torch.Tensor]:
 
 
 @patch
-def judged(self: GradientReleaseHandle, squares: list[tuple]) -> Control:
+def judged(self: GradientReleaseHandle, squares: list[tuple]) -> GradScaling:
     "Norm, clip coefficient and skip flag of a step with these squares."
-    return control(over_all(squares, self.optimizer.skipped_steps.device, among=self.shards()), self.optimizer.max_norm)
+    return grad_scaling(over_all(squares, self.optimizer.skipped_steps.device, among=self.shards()), self.optimizer.max_norm)
 
 
 @patch
-def clip_after(self: GradientReleaseHandle, c: Control) -> torch.Tensor:
+def clip_after(self: GradientReleaseHandle, c: GradScaling) -> torch.Tensor:
     "By what the step after one with this norm is clipped; one whose norm is not finite changes nothing."
     return torch.where(c.skip > 0, torch.ones_like(c.multiplier) if self.clip is None else self.clip, c.multiplier)
 

@@ -18,16 +18,16 @@ from torch.optim import Optimizer
 
 from ..base.errors import UserError, is_number
 from .codec import GROUP, SCALE_MAX, dequantize_m, dequantize_v, quantize_m, quantize_v
-from .split import INTEGERS, NARROW, compute_ecc_bits, decode
+from .split import CODE_DTYPE, HALF_FORMATS, compute_ecc_bits, decode
 from .base import FlashOptimizer
-from .buckets import correction_bits, first_correction, new_state, own_states, state_kinds
+from .buckets import error_bit_width, first_error_bits, new_state, own_states, state_kinds
 from .shards import like, local, scale_shape, scales_like
 
 # %% ../../nbs/optim/09_state_dict.ipynb #e9813702
 class StateError(UserError, ValueError):
     "A state dict that does not belong to the optimizer or model it is loaded into."
 
-_LENT = "averages are in the weights' place, and the corrections belong to other weights: leave applied() first; AveragedMasters.model_state_dict() has the averages in fp32"
+_LENT = "averages are in the weights' place, and the error bits belong to other weights: leave applied() first; AveragedMasters.model_state_dict() has the averages in fp32"
 
 # %% ../../nbs/optim/09_state_dict.ipynb #4822d360
 def _codec(code: torch.dtype):
@@ -54,7 +54,7 @@ def _decoded(code, scales, companded):
 def _begins(opt, group, p):
     "Whether a parameter's state begins when it is saved: something was taken out of it, or there is none yet and the cast kept what it rounded away, which only a state can carry."
     if state := opt.state.get(p): return bool({"step", *state_kinds(opt, group, p)} - {"error_bits"} - state.keys())
-    return first_correction(p, correction_bits(p.dtype, opt.master_weight_bits), keep=True) is not None
+    return first_error_bits(p, error_bit_width(p.dtype, opt.master_weight_bits), keep=True) is not None
 
 
 @patch
@@ -66,16 +66,16 @@ def state_dict(self: FlashOptimizer) -> dict:
     self.state = {p: s for p, s in every.items() if p in listed}  # a parameter that left its group may come back, and has no number
     try: out = Optimizer.state_dict(self)
     finally: self.state = every
-    out["state"] = {i: self.exported(s) for i, s in out["state"].items() if s}
-    clip = self.next_clip if self.release is None else self.release.coming()
+    out["state"] = {i: self._exported(s) for i, s in out["state"].items() if s}
+    clip = self._next_clip if self.release is None else self.release.coming()
     for g, own in zip(out["param_groups"], self.param_groups):
-        g["state_format"] = self.state_format(own)
+        g["state_format"] = self._state_format(own)
         if clip is not None: g["state_format"] += f"-{clip.item()!r}"  # in a mark that was always there: tools refuse a key that an older file lacks
     return out
 
 
 @patch
-def exported(
+def _exported(
     self: FlashOptimizer,
     state: dict,  # of one parameter, as it is kept
 ) -> dict:  # as it is written
@@ -109,8 +109,8 @@ def public_state_dict(self: FlashOptimizer) -> dict:
     "A state dict that the public package loads bit for bit; raises `StateError` for what that package lacks."
     if not self.companded or any(g.get("maximize") for g in self.param_groups):
         raise StateError("companded=False or maximize=True: the public package has neither; save state_dict()")
-    if changed := [p for p in self.state if self.made_for.get(p, p.dtype) != p.dtype]:
-        raise StateError(f"a parameter of shape {tuple(changed[0].shape)} is {changed[0].dtype} now and its state was made for {self.made_for[changed[0]]}: save before such a change of the model, or save state_dict()")
+    if changed := [p for p in self.state if self._made_for.get(p, p.dtype) != p.dtype]:
+        raise StateError(f"a parameter of shape {tuple(changed[0].shape)} is {changed[0].dtype} now and its state was made for {self._made_for[changed[0]]}: save before such a change of the model, or save state_dict()")
     beyond = {"state_format", "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "reference_lr"}
     out = self.state_dict()
     width = {None: 0, 24: 3, 32: 4}[self.master_weight_bits]
@@ -128,9 +128,9 @@ class _Origin(NamedTuple):
     "Who wrote a group of a state dict, and what its tensors are."
     public: bool = False  # in the public package's layout
     through_torch: bool = False  # torch.optim cast the tensors, and may have stepped the weights since
-    bits: int | None = None  # width of corrections; None: their type says it
+    bits: int | None = None  # width of error bits; None: their type says it
     companded: bool | None = None  # how moments are coded; None: as the optimizer codes them
-    weights: str = ""  # dtype of the weights that corrections belong to; several, or none: not known
+    weights: str = ""  # dtype of the weights that error bits belong to; several, or none: not known
     clip: float | None = None  # by which gradient release clips the next step
 
 
@@ -208,47 +208,47 @@ def _check_saved(t, p, shape, dtype, where):
     if t.is_floating_point() and not local(t).isfinite().all(): raise StateError(f"{where} has values that are not finite: the checkpoint is damaged")
 
 # %% ../../nbs/optim/09_state_dict.ipynb #53d658f9
-def _saved_correction(p, saved, origin, where):
-    "A saved correction as int8 or int16; None where there is none that belongs to these weights."
-    rho, bits = saved.get("error_bits"), origin.bits
-    if rho is None: return None
+def _saved_error_bits(p, saved, origin, where):
+    "Saved error bits as int8 or int16; None where there are none that belong to these weights."
+    error_bits, bits = saved.get("error_bits"), origin.bits
+    if error_bits is None: return None
     needed = f"an int8 or int16 tensor {tuple(p.shape)} is needed: leave error_bits out to begin at the 16-bit weights"
-    if not isinstance(rho, torch.Tensor): raise StateError(f"{where}: error_bits is a {type(rho).__name__}; {needed}")
-    refused = lambda why: StateError(f"{where}: error_bits is {rho.dtype} {tuple(rho.shape)}, {why}; {needed}")
-    if rho.shape != p.shape or rho.is_complex() or rho.dtype == torch.bool: raise refused("of another shape or kind")
-    if isinstance(rho, DTensor) != isinstance(p, DTensor): raise refused("whole or sharded as its parameter is not")
-    if rho.is_floating_point():
+    if not isinstance(error_bits, torch.Tensor): raise StateError(f"{where}: error_bits is a {type(error_bits).__name__}; {needed}")
+    refused = lambda why: StateError(f"{where}: error_bits is {error_bits.dtype} {tuple(error_bits.shape)}, {why}; {needed}")
+    if error_bits.shape != p.shape or error_bits.is_complex() or error_bits.dtype == torch.bool: raise refused("of another shape or kind")
+    if isinstance(error_bits, DTensor) != isinstance(p, DTensor): raise refused("whole or sharded as its parameter is not")
+    if error_bits.is_floating_point():
         if not origin.public or origin.through_torch: return None
-        if rho.dtype != p.dtype: raise refused(f"saved beside weights of that type and not {p.dtype}")
-        if bits == 16: return _viewed(rho, torch.int16)
-    if origin.weights in map(_name, NARROW) and origin.weights != _name(p.dtype):
+        if error_bits.dtype != p.dtype: raise refused(f"saved beside weights of that type and not {p.dtype}")
+        if bits == 16: return _viewed(error_bits, torch.int16)
+    if origin.weights in map(_name, HALF_FORMATS) and origin.weights != _name(p.dtype):
         raise refused(f"made for {origin.weights} weights and not {p.dtype}")
-    if bits is None and not origin.public: bits = {torch.int8: 8, torch.int16: 16}.get(rho.dtype)
-    narrower = bits == 16 and rho.dtype == torch.int8
+    if bits is None and not origin.public: bits = {torch.int8: 8, torch.int16: 16}.get(error_bits.dtype)
+    narrower = bits == 16 and error_bits.dtype == torch.int8
     if bits is None or narrower: raise refused("which its group does not account for")
-    if not origin.public and rho.dtype != INTEGERS[bits]: raise refused(f"where its group says {bits} bits")
-    return _whole(rho, INTEGERS[bits], f"{where}: error_bits")
+    if not origin.public and error_bits.dtype != CODE_DTYPE[bits]: raise refused(f"where its group says {bits} bits")
+    return _whole(error_bits, CODE_DTYPE[bits], f"{where}: error_bits")
 
 
-def _no_correction(p, bits): return like(p, torch.zeros(local(p).shape, dtype=INTEGERS[bits], device=p.device))
+def _no_error_bits(p, bits): return like(p, torch.zeros(local(p).shape, dtype=CODE_DTYPE[bits], device=p.device))
 
 
 def _name(dtype): return str(dtype).removeprefix("torch.")
 
 
-def _correction(opt, p, saved, origin, where):
-    "The correction of one parameter in this optimizer's width; an empty dict where it keeps none."
-    bits = correction_bits(p.dtype, opt.master_weight_bits)
+def _error_bits(opt, p, saved, origin, where):
+    "The error bits of one parameter in this optimizer's width; an empty dict where it keeps none."
+    bits = error_bit_width(p.dtype, opt.master_weight_bits)
     if bits is None: return {}
-    rho = _saved_correction(p, saved, origin, where)
-    if rho is None:
-        rounded = first_correction(p, bits, keep=True)
-        return {"error_bits": _no_correction(p, bits) if rounded is None else rounded.clone()}
-    rho = rho.detach().to(p.device, copy=True)
-    if rho.dtype != INTEGERS[bits]:
+    error_bits = _saved_error_bits(p, saved, origin, where)
+    if error_bits is None:
+        rounded = first_error_bits(p, bits, keep=True)
+        return {"error_bits": _no_error_bits(p, bits) if rounded is None else rounded.clone()}
+    error_bits = error_bits.detach().to(p.device, copy=True)
+    if error_bits.dtype != CODE_DTYPE[bits]:
         narrow = local(p.detach())
-        rho = like(p, compute_ecc_bits(decode(narrow, local(rho)), narrow, 2 + bits // 8))
-    return {"error_bits": rho.contiguous()}
+        error_bits = like(p, compute_ecc_bits(decode(narrow, local(error_bits)), narrow, 2 + bits // 8))
+    return {"error_bits": error_bits.contiguous()}
 
 
 def _steps(saved, where):
@@ -315,8 +315,8 @@ def _states(opt, groups, saved, options):
                                  "this is the state of another kind of optimizer")
             t = _steps(saved[i], where := f"parameter {i}")
             step = counters.setdefault((n, p.device, t), torch.full((), t, dtype=torch.float32, device=p.device))
-            states[p] = {"step": step} | _correction(opt, p, saved[i], origin, where)
-            for key in opt.moments_of(own | options[n]): states[p] |= _moment(opt, p, saved[i], key, origin, where)
+            states[p] = {"step": step} | _error_bits(opt, p, saved[i], origin, where)
+            for key in opt._moments_of(own | options[n]): states[p] |= _moment(opt, p, saved[i], key, origin, where)
     return states
 
 
@@ -338,19 +338,19 @@ def load_state_dict(
     for n, g in enumerate(groups): _check_kind(self, g, f"group {n} of the state dict")
     _check_names(groups, self.param_groups)
     options = deepcopy([{k: v for k, v in g.items() if k not in _MARKS and (k not in self.options or k == "fused")} for g in groups])  # at once: groups may share a tensor
-    for own, new in zip(self.param_groups, options): self.check_group(own | new)
+    for own, new in zip(self.param_groups, options): self._check_group(own | new)
     states = _states(self, groups, saved, options)
     for own, new, g in zip(self.param_groups, options, groups):
         ours = not {"state_format", "master_bytewidth"}.isdisjoint(g)  # elsewhere a scheduler has written it, which may begin far below
         if self.decouple_lr and ours and new.get("initial_lr"): own["reference_lr"] = float(new["initial_lr"])  # what had no key of its own kept it there
         own.update(new)
     self.state.clear(); self.state.update(states)
-    self.made_for = {p: p.dtype for p in states}
-    for p in states: first_correction(p, None)  # what casting kept for a first state is not needed any more
+    self._made_for = {p: p.dtype for p in states}
+    for p in states: first_error_bits(p, None)  # what casting kept for a first state is not needed any more
     clip = _origin(groups[0], "group 0").clip
-    self.next_clip = None if clip is None else torch.full((), clip, device=self.skipped_steps.device)
+    self._next_clip = None if clip is None else torch.full((), clip, device=self.skipped_steps.device)
     self._largest = {}
-    self.forget()
+    self.invalidate()
     for hook in self._optimizer_load_state_dict_post_hooks.values(): hook(self)
 
 # %% ../../nbs/optim/09_state_dict.ipynb #2025f3d0
@@ -363,24 +363,24 @@ def _memory(t):
 
 
 def _first(opt, t):
-    "The correction that an entry without a state begins with, and its dtype; None where nothing is known."
+    "The error bits that an entry without a state begins with, and its dtype; None where nothing is known."
     if not isinstance(t, torch.Tensor) or opt.state.get(t): return None
-    rho = first_correction(t, correction_bits(t.dtype, opt.master_weight_bits), keep=True)
-    return None if rho is None else (rho, t.dtype)
+    error_bits = first_error_bits(t, error_bit_width(t.dtype, opt.master_weight_bits), keep=True)
+    return None if error_bits is None else (error_bits, t.dtype)
 
 
-def _in_fp32(t, correction, name):
+def _in_fp32(t, known, name):
     "One entry of a model's state dict in fp32, a new tensor; what is not floating point as it is."
     if not isinstance(t, torch.Tensor): return deepcopy(t)
     t = t.detach()
-    if correction is None: return t.float().clone() if t.is_floating_point() else t.clone()
-    rho, dtype = correction
+    if known is None: return t.float().clone() if t.is_floating_point() else t.clone()
+    error_bits, dtype = known
     narrow = t.to(dtype)  # .float() and .double() keep the 16-bit weights, .half() may not
-    widened = t.dtype not in NARROW and dtype in NARROW and (local(narrow.to(t.dtype)) == local(t)).all()
-    if rho.shape != t.shape or not (t.dtype == dtype or widened):
-        raise StateError(f"{name} is {t.dtype} {tuple(t.shape)} now and its correction was made for {dtype} weights "
-                         f"{tuple(rho.shape)}: take the fp32 weights before such a change, make the optimizer anew after it")
-    return like(t, decode(local(narrow), local(rho).to(t.device)))
+    widened = t.dtype not in HALF_FORMATS and dtype in HALF_FORMATS and (local(narrow.to(t.dtype)) == local(t)).all()
+    if error_bits.shape != t.shape or not (t.dtype == dtype or widened):
+        raise StateError(f"{name} is {t.dtype} {tuple(t.shape)} now and its error bits were made for {dtype} weights "
+                         f"{tuple(error_bits.shape)}: take the fp32 weights before such a change, make the optimizer anew after it")
+    return like(t, decode(local(narrow), local(error_bits).to(t.device)))
 
 
 @patch
@@ -389,10 +389,10 @@ def get_fp32_model_state_dict(
     self: FlashOptimizer,
     model: nn.Module,  # whose parameters this optimizer steps
 ) -> dict[str, torch.Tensor]:  # names as in model.state_dict(), new tensors
-    "The model's state dict in fp32, masters joined with their corrections; what is not floating point stays."
-    if self.lent: raise StateError(_LENT)
-    kept = {p: rho for p, state in self.state.items() if (rho := state.get("error_bits")) is not None}
-    known = {_memory(p): (rho, self.made_for.get(p, p.dtype)) for p, rho in kept.items()}
+    "The model's state dict in fp32, masters joined with their error bits; what is not floating point stays."
+    if self._lent: raise StateError(_LENT)
+    kept = {p: error_bits for p, state in self.state.items() if (error_bits := state.get("error_bits")) is not None}
+    known = {_memory(p): (error_bits, self._made_for.get(p, p.dtype)) for p, error_bits in kept.items()}
     entries = model.state_dict(keep_vars=True).items()
     return {name: _in_fp32(t, known.get(_memory(t)) or _first(self, t), name) for name, t in entries}
 
@@ -413,7 +413,7 @@ def _taken(t, new, name):
         raise StateError(f"{said}: a dense tensor with values is needed, on both sides")
     if new.is_complex() and not t.is_complex(): raise StateError(f"{said}: the imaginary part would be lost")
     given = _here(t, new)
-    wide = given.float() if t.dtype in NARROW else given
+    wide = given.float() if t.dtype in HALF_FORMATS else given
     taken = wide.to(t.dtype)
     if t.is_floating_point() or t.is_complex(): lost = given.isfinite() & ~taken.isfinite()
     else: lost = taken.to(given.dtype) != given
@@ -422,12 +422,12 @@ def _taken(t, new, name):
 
 
 def _split(opt, t, wide, taken, name):
-    "The correction to go beside an entry; None where none is kept."
-    rho, made_for = (opt.state.get(t) or {}).get("error_bits"), opt.made_for.get(t, t.dtype)
-    if rho is None: bits = correction_bits(t.dtype, opt.master_weight_bits)
-    elif (rho.shape, made_for) == (t.shape, t.dtype): bits = 8 * rho.element_size()
+    "The error bits to go beside an entry; None where none are kept."
+    error_bits, made_for = (opt.state.get(t) or {}).get("error_bits"), opt._made_for.get(t, t.dtype)
+    if error_bits is None: bits = error_bit_width(t.dtype, opt.master_weight_bits)
+    elif (error_bits.shape, made_for) == (t.shape, t.dtype): bits = 8 * error_bits.element_size()
     else: raise StateError(f"{name} is {t.dtype} {tuple(t.shape)} now and its state was made for {made_for} weights "
-                           f"{tuple(rho.shape)}: make the optimizer anew after such a change")
+                           f"{tuple(error_bits.shape)}: make the optimizer anew after such a change")
     return compute_ecc_bits(wide, taken, 2 + bits // 8) if bits else None
 
 # %% ../../nbs/optim/09_state_dict.ipynb #c5d1e0ae
@@ -457,24 +457,24 @@ def set_fp32_model_state_dict(
     model: nn.Module,  # whose parameters this optimizer steps
     state_dict: Mapping[str, torch.Tensor],  # fp32, named as in model.state_dict(); whole or sharded, on any device
 ):
-    "Puts fp32 weights into model and corrections; raises `StateError`, with nothing changed, where they do not fit."
-    if self.lent: raise StateError(_LENT)
+    "Puts fp32 weights into model and error bits; raises `StateError`, with nothing changed, where they do not fit."
+    if self._lent: raise StateError(_LENT)
     own = model.state_dict(keep_vars=True)
     _named_alike(own, state_dict)
     entries = {name: t for name, t in own.items() if isinstance(t, torch.Tensor)}
     given = {name: _taken(t, state_dict[name], name) for name, t in entries.items()}
     _tied_alike(entries, given)
     groups, counters = {p: group for group in self.param_groups for p in group["params"]}, {}
-    rhos = {name: _split(self, t, *given[name], name) for name, t in entries.items() if t in groups}
+    beside = {name: _split(self, t, *given[name], name) for name, t in entries.items() if t in groups}
     for name in own.keys() - entries.keys():  # what modules keep beside tensors
         model.get_submodule(name.rpartition(".")[0]).set_extra_state(state_dict[name])
     for name, t in entries.items():
         local(t.detach()).copy_(given[name][1])
-        if (rho := rhos.get(name)) is None: continue
+        if (error_bits := beside.get(name)) is None: continue
         step = counters.setdefault((id(groups[t]), t.device), torch.zeros((), device=t.device))  # one for all new ones
         if not self.state.get(t): self.state[t] = new_state(self, groups[t], t, step)
-        if "error_bits" in self.state[t]: local(self.state[t]["error_bits"]).copy_(rho)
-        else: self.state[t]["error_bits"] = like(t, rho)
-    for t in entries.values(): first_correction(t, None)  # of the weights that were there before
+        if "error_bits" in self.state[t]: local(self.state[t]["error_bits"]).copy_(error_bits)
+        else: self.state[t]["error_bits"] = like(t, error_bits)
+    for t in entries.values(): first_error_bits(t, None)  # of the weights that were there before
     self._largest = {}
-    self.forget()
+    self.invalidate()

@@ -15,7 +15,7 @@ import triton.language as tl
 from flashoptim_nb.base.compare import assert_2x
 from flashoptim_nb.optim.adamw_kernel import AdamWScalars, adamw_fused, adamw_reference
 from flashoptim_nb.optim.codec import dequantize_m, dequantize_v
-from flashoptim_nb.optim.multi_tensor import TYPES, Many, Operands, new_operands
+from flashoptim_nb.optim.multi_tensor import TYPES, TensorList, Operands, new_operands
 from flashoptim_nb.optim.split import decode, round_narrow
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -25,19 +25,19 @@ kernel = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs C
 B1, B2, LR, WD, EPS = 0.9, 0.95, 1e-2, 0.1, 1e-8
 
 
-def scalars(eps=EPS, decay=WD, **kw):
-    return AdamWScalars(LR, B1, B2, eps, decay, **kw)
+def scalars(eps=EPS, weight_decay=WD, **kw):
+    return AdamWScalars(LR, B1, B2, eps, weight_decay, **kw)
 
 
 def fused(xs, h, t, multiplier=None, skip=None):
     "One step of the kernel as step number t."
-    many = Many(xs)
-    adamw_fused(many, many.find([x.grad for x in xs]), h, torch.full((), t - 1.0, device=DEVICE), multiplier, skip)
+    tensors = TensorList(xs)
+    adamw_fused(tensors, tensors.grad_pointers([x.grad for x in xs]), h, torch.full((), t - 1.0, device=DEVICE), multiplier, skip)
 
 
 def values(x):
     "What operands stand for: weights and moments, unpacked, in their widest form."
-    theta = x.param if x.rho is None else decode(x.param, x.rho)
+    theta = x.param if x.error_bits is None else decode(x.param, x.error_bits)
     m = x.m if x.m_scale is None else dequantize_m(x.m, x.m_scale)
     v = x.v if x.v_scale is None else dequantize_v(x.v, x.v_scale)
     return theta, m, v
@@ -111,9 +111,9 @@ def test_vanished_second_moment_takes_no_giant_step(rng_seed):
     g = torch.full((32,), 1e-6); g[0] = 1.0
     x = new_operands(torch.zeros(32).bfloat16(), g.bfloat16())
     for t in range(1, 50):
-        before = decode(x.param, x.rho)
+        before = decode(x.param, x.error_bits)
         adamw_reference([x._replace(grad=g.bfloat16())], scalars(), t)
-        assert (decode(x.param, x.rho) - before).abs().max() <= 1.2 * LR
+        assert (decode(x.param, x.error_bits) - before).abs().max() <= 1.2 * LR
 
 
 KINDS = [(torch.bfloat16, 8, True), (torch.bfloat16, 16, True), (torch.bfloat16, None, True), (torch.bfloat16, 8, False),
@@ -144,14 +144,14 @@ def test_kernel_multiplier_skip_and_maximize(rng_seed):
     torch.manual_seed(rng_seed)
     x = random_operands(3000, torch.bfloat16, 8, True)
     g, half = torch.randn(3000, device=DEVICE).bfloat16(), torch.tensor(0.5, device=DEVICE)
-    for how in dict(maximize=True), dict(coupled=0.3, decay=0.0):
+    for how in dict(maximize=True), dict(l2=0.3, weight_decay=0.0):
         a, b = clone(x), clone(x)
         fused([a._replace(grad=g)], scalars(**how), 4, half, torch.zeros((), device=DEVICE))
         adamw_reference([b._replace(grad=g)], scalars(**how), 4, half)
         torch.testing.assert_close(values(a)[0], values(b)[0], rtol=1e-4, atol=1e-5)
     still, step = clone(x), torch.full((), 3.0, device=DEVICE)
-    many = Many([still])
-    adamw_fused(many, many.find([g]), scalars(), step, half, torch.ones((), device=DEVICE))
+    tensors = TensorList([still])
+    adamw_fused(tensors, tensors.grad_pointers([g]), scalars(), step, half, torch.ones((), device=DEVICE))
     assert step == 3  # a skipped step does not count
     for name, t, u in zip(Operands._fields, still, x): assert name == "grad" or torch.equal(t, u), name
 
@@ -204,8 +204,8 @@ def test_compiles_for_hopper_without_spills(param, bits, quantize, tmp_path):
     from flashoptim_nb.optim.multi_tensor import BLOCK, WARPS
 
     dtype = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[param]
-    flags = dict(PARAM=dtype, GRAD=dtype, BITS=bits, QUANTIZED=quantize, COMPANDED=True, COUPLED=False, MAXIMIZE=False, FLOOR=False, ALIGNED=True, MASK=0, BLOCK=BLOCK)
-    types = dict(rows="*i64", grads="*i64", blocks="*i32", rates="*fp32") | dict.fromkeys(("weight1", "beta1", "weight2", "beta2", "eps", "coupled"), "fp32")
+    flags = dict(PARAM=dtype, GRAD=dtype, BITS=bits, QUANTIZED=quantize, COMPANDED=True, L2=False, MAXIMIZE=False, FLOOR=False, ALIGNED=True, MASK=0, BLOCK=BLOCK)
+    types = dict(rows="*i64", grads="*i64", blocks="*i32", step_scalars="*fp32") | dict.fromkeys(("weight1", "beta1", "weight2", "beta2", "eps", "l2"), "fp32")
     signature = types | dict.fromkeys(flags, "constexpr")
     source = ASTSource(fn=adamw_kernel, signature=signature, constexprs={(list(signature).index(k),): v for k, v in flags.items()}, attrs={})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS})

@@ -11,7 +11,7 @@ from torch import nn
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.optim import AveragedMasters, FlashAdamW, FlashLion, FlashSGD, cast_model, enable_gradient_release
 
-NARROW = [torch.bfloat16, torch.float16]
+HALF_FORMATS = [torch.bfloat16, torch.float16]
 
 
 def masters(model): return FlashAdamW(model.parameters()).get_fp32_model_state_dict(model)
@@ -36,7 +36,7 @@ BUFFERS_ALONE = dict(
 )
 
 
-@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("dtype", HALF_FORMATS)
 @pytest.mark.parametrize("kind", BUFFERS_ALONE)
 @pytest.mark.parametrize("persistent", [True, False])
 def test_a_module_of_buffers_alone_computes_exactly_and_the_model_runs(kind, dtype, persistent, rng_seed):
@@ -51,7 +51,7 @@ def test_a_module_of_buffers_alone_computes_exactly_and_the_model_runs(kind, dty
     model(x).float().sum().backward()
 
 
-@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("dtype", HALF_FORMATS)
 def test_positions_stay_apart_and_counts_go_on(dtype):
     angles = Owner(1e4 ** -(torch.arange(0, 64, 2) / 64), lambda v, at: at[:, None] * v, persistent=False)
     model = nn.Sequential(angles, nn.Linear(32, 4))
@@ -114,7 +114,7 @@ def test_transformers_models_keep_their_frequencies_and_train(name, rng_seed):
     FlashAdamW(model.parameters()).step()
 
 
-@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("dtype", HALF_FORMATS)
 def test_what_is_not_floating_point_or_frozen_is_left_or_cast_without_masters(dtype):
     model = nn.Module()
     model.codes = nn.Parameter(torch.arange(4, dtype=torch.int8), requires_grad=False)
@@ -154,7 +154,7 @@ def test_a_parameter_that_is_a_view_of_a_buffer_is_refused_or_cast_with_it():
     assert model.shadow[5] == 3
 
 
-@pytest.mark.parametrize("first,second", [NARROW, NARROW[::-1]])
+@pytest.mark.parametrize("first,second", [HALF_FORMATS, HALF_FORMATS[::-1]])
 def test_a_second_cast_starts_from_the_weights_of_the_first(first, second, rng_seed):
     model = nn.Linear(64, 64)
     exact = model.weight.detach().clone()

@@ -373,14 +373,14 @@ def test_a_plain_dict_of_states():
 def test_a_learning_rate_that_a_scheduler_changes_makes_nothing_anew(monkeypatch):
     opt, ps = three()
     opt.step()
-    made = opt.remembered[None].made[0][0]
+    made = opt._cached[None].made[0][0]
     for lr in 1e-3, 2e-3:
         opt.param_groups[0]["lr"] = lr
         opt.step()
-        assert opt.remembered[None].made[0][0] is made
+        assert opt._cached[None].made[0][0] is made
     opt.state[ps[0]]["exp_avg"] = opt.state[ps[0]]["exp_avg"].clone()
     opt.step()
-    assert opt.remembered[None].made[0][0] is not made
+    assert opt._cached[None].made[0][0] is not made
 
 
 def test_step_param_and_step_take_turns():
@@ -400,8 +400,8 @@ def test_step_param_and_step_take_turns():
 
 
 @pytest.mark.parametrize("cls", [FlashAdamW, FlashLion])
-def test_a_correction_knows_its_dtype_when_others_were_stepped_since(cls):
-    "bf16 and fp16 corrections look the same."
+def test_error_bits_know_their_dtype_when_others_were_stepped_since(cls):
+    "bf16 and fp16 error bits look the same."
     ps = [nn.Parameter(torch.ones(8, device=DEVICE).bfloat16()) for _ in range(2)]
     opt = cls(ps, lr=1e-2)
     for p in ps: p.grad = torch.ones_like(p)
@@ -570,7 +570,7 @@ def test_a_learning_rate_in_a_tensor_is_the_number(lr):
 
 
 @pytest.mark.skipif(DEVICE == "cpu" and not os.environ.get("TRITON_INTERPRET"), reason="needs the kernels")
-def test_other_memory_for_a_state_in_the_middle_is_seen_after_forget():
+def test_other_memory_for_a_state_in_the_middle_is_seen_after_invalidate():
     def train(change):
         ps = [nn.Parameter(torch.linspace(-1, 1, 64, device=DEVICE)) for _ in range(5)]
         opt = FlashAdamW(ps, lr=1e-2, quantize=False)
@@ -578,5 +578,5 @@ def test_other_memory_for_a_state_in_the_middle_is_seen_after_forget():
         change(opt, opt.state[ps[2]]["exp_avg"])
         feed(ps, 2); opt.step()
         return ps
-    def exchanged(opt, t): t.data = t.data * 0.5; opt.forget()
+    def exchanged(opt, t): t.data = t.data * 0.5; opt.invalidate()
     for p, q in zip(train(exchanged), train(lambda opt, t: t.mul_(0.5)), strict=True): assert torch.equal(p, q)

@@ -13,7 +13,7 @@ import triton
 
 from flashoptim_nb.base.compare import assert_2x
 from flashoptim_nb.optim.codec import dequantize_m
-from flashoptim_nb.optim.multi_tensor import Many, Operands, new_operands
+from flashoptim_nb.optim.multi_tensor import TensorList, Operands, new_operands
 from flashoptim_nb.optim.momentum_kernel import MomentumScalars, momentum_fused, momentum_reference
 from flashoptim_nb.optim.split import decode
 from flashoptim_nb.optim import FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW, OptionError
@@ -23,13 +23,13 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 kernel = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs CUDA, or TRITON_INTERPRET=1: see test_kernel_in_the_interpreter")
 
 LR = 1e-2
-RULES = {"plain": MomentumScalars(LR, decay=0.1), "momentum": MomentumScalars(LR, momentum=0.9, fresh=0.7, coupled=0.2),
-         "nesterov": MomentumScalars(LR, momentum=0.9, nesterov=True), "lion": MomentumScalars(LR, "lion", momentum=0.99, fresh=0.01, look=0.9, decay=0.1)}
+RULES = {"plain": MomentumScalars(LR, weight_decay=0.1), "momentum": MomentumScalars(LR, momentum=0.9, grad_weight=0.7, l2=0.2),
+         "nesterov": MomentumScalars(LR, momentum=0.9, nesterov=True), "lion": MomentumScalars(LR, "lion", momentum=0.99, grad_weight=0.01, beta1=0.9, weight_decay=0.1)}
 
 
 def values(x):
     "Weights and moment, unpacked, in their widest form."
-    theta = x.param if x.rho is None else decode(x.param, x.rho)
+    theta = x.param if x.error_bits is None else decode(x.param, x.error_bits)
     return theta, None if x.m is None else x.m if x.m_scale is None else dequantize_m(x.m, x.m_scale)
 
 
@@ -39,15 +39,15 @@ def clone(x): return Operands(*(t if t is None else t.clone() for t in x))
 def exact(theta, m, g, h, t):
     "One step in float64."
     theta, g = theta.double(), g.double() * (-1 if h.maximize else 1)
-    g = g + h.coupled * theta
+    g = g + h.l2 * theta
     if h.rule == "lion":
         m = m.double()
-        u, m = (h.look * m + (1 - h.look) * g).sign(), h.momentum * m + h.fresh * g
+        u, m = (h.beta1 * m + (1 - h.beta1) * g).sign(), h.momentum * m + h.grad_weight * g
     elif m is None: u = g
     else:
-        m = h.momentum * m.double() + (1.0 if t == 1 else h.fresh) * g
+        m = h.momentum * m.double() + (1.0 if t == 1 else h.grad_weight) * g
         u = g + h.momentum * m if h.nesterov else m
-    return theta * (1 - h.lr * h.decay) - h.lr * u, m
+    return theta * (1 - h.lr * h.weight_decay) - h.lr * u, m
 
 
 def aged(n, dtype, bits, quantize, h):
@@ -81,8 +81,8 @@ def test_kernel_errs_at_most_twice_as_much(rule, dtype, bits, quantize, rng_seed
     xs = [aged(n, dtype, bits, quantize, h) for n in sizes]
     gs = [torch.randn(n, device=DEVICE).to(dtype) for n in sizes]
     ours, same = [clone(x) for x in xs], [clone(x)._replace(grad=g) for x, g in zip(xs, gs)]
-    many = Many(ours)
-    momentum_fused(many, many.find(gs), h, torch.full((), 3.0, device=DEVICE))
+    tensors = TensorList(ours)
+    momentum_fused(tensors, tensors.grad_pointers(gs), h, torch.full((), 3.0, device=DEVICE))
     momentum_reference(same, h, 4)
     for x, g, a, b in zip(xs, gs, ours, same):
         for before, mine, torchs, ref in zip(values(x), values(a), values(b), exact(*values(x), g, h, 4)):

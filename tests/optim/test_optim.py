@@ -361,7 +361,7 @@ def test_a_model_that_moved():
 
 
 def test_states_that_fit_any_dtype_and_shape():
-    "Without a correction a state is no matter of dtype; without a moment either there is nothing to fit, but for the gradient."
+    "Without error bits a state is no matter of dtype; without a moment either there is nothing to fit, but for the gradient."
     p = nn.Parameter(torch.ones(8, 8)); p.grad = torch.ones_like(p)
     optimizer = FlashAdamW([p], lr=0.1); optimizer.step()
     p.grad, p.data = None, p.data.bfloat16()
@@ -498,7 +498,7 @@ def test_what_casting_rounds_away_survives_loading_torchs_state():
     optimizer.load_state_dict(adamw.state_dict())
     for found in (early, optimizer.get_fp32_model_state_dict(model)["weight"]):
         assert (found - exact).abs().max() < 0.02 * (model.weight.float() - exact).abs().max()
-    assert not model._rounded_away
+    assert not model._cast_error_bits
 
 
 @pytest.mark.parametrize("change", [lambda w: w.copy_(w.flip(0)), lambda w: w.data.copy_(w.data.flip(0)), lambda w: w.data.copy_(w.data.t().clone()), lambda w: w.data.mul_(2)])

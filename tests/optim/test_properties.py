@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from flashoptim_nb.optim.codec import GROUP, dequantize_m, dequantize_v, m_error_bound, quantize_m, quantize_v, v_error_bound
-from flashoptim_nb.optim.split import CODES, NARROW, decode, encode
+from flashoptim_nb.optim.split import HALF_FORMATS, MAX_CODE, decode, encode
 from flashoptim_nb.optim import FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")
@@ -18,7 +18,7 @@ anything = st.floats(width=32)  # NaN, infinities, subnormals, both zeros
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 modest = st.floats(-1e4, 1e4, width=32)
 shapes = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=40)
-narrow = st.sampled_from(list(NARROW))
+narrow = st.sampled_from(list(HALF_FORMATS))
 widths = st.sampled_from([8, 16])
 
 
@@ -28,13 +28,13 @@ def tensors(values, shape=hnp.array_shapes(min_dims=1, max_dims=1, min_side=1, m
 
 @given(tensors(anything), narrow, widths)
 def test_a_split_weight_stands_for_its_number(theta, dtype, bits):
-    f, back = NARROW[dtype], decode(*encode(theta, dtype, bits))
+    f, back = HALF_FORMATS[dtype], decode(*encode(theta, dtype, bits))
     assert torch.equal(back.isnan(), theta.isnan()), "NaN stays, and nothing else becomes one"
     assert not back.isinf().any(), "what is too large saturates"
     x, y = (t[~theta.isnan()].double() for t in (theta.clamp(-f.bound, f.bound), back))
     exponent = x.abs().clamp(min=2.0 ** (f.e_min - 127)).frexp().exponent - 1
     half_ulp = torch.ldexp(torch.ones_like(x), exponent - f.p + 1)  # of the 16-bit number above, at most
-    bound = half_ulp / (2 * CODES[bits]) + x.abs() * 2.0**-24 + 2.0**-149
+    bound = half_ulp / (2 * MAX_CODE[bits]) + x.abs() * 2.0**-24 + 2.0**-149
     inside = x.abs() <= f.max
     assert ((y - x).abs() <= bound)[inside].all()
     assert ((y - x).abs() <= f.bound - f.max + bound)[~inside].all()

@@ -134,10 +134,10 @@ def test_the_coefficient_goes_where_the_optimizer_goes_and_no_further(tmp_path):
     assert equal(b, twin[0])
     kept = r.state_dict()
     handle.remove()
-    assert r.next_clip is None
-    r.load_state_dict(kept); assert 0 < r.next_clip < 1
+    assert r._next_clip is None
+    r.load_state_dict(kept); assert 0 < r._next_clip < 1
     b(3).backward(); r.step()  # an ordinary step in between
-    assert r.next_clip is None
+    assert r._next_clip is None
     r.load_state_dict(kept); r.max_norm = None; enable_gradient_release(b, r)
     plain = copy.deepcopy(b); ordinary = FlashAdamW(plain.parameters(), **KW, skip_nonfinite=True); ordinary.load_state_dict(kept)
     b.zero_grad(); plain.zero_grad()

@@ -170,7 +170,7 @@ def test_the_public_package_itself_reads_ours_and_writes_its_own(kind, dtype, bi
     theirs.load_state_dict(on_disk(opt.public_state_dict()))
     (state,), s = theirs.state.values(), opt.state[params[0]]
     assert torch.equal(state["error_bits"], s["error_bits"]) and theirs.param_groups[0]["lr"] == 1e-3
-    for key in opt.moments_of(opt.param_groups[0]):
+    for key in opt._moments_of(opt.param_groups[0]):
         assert torch.equal(state[key].quantized, s[f"{key}::quantized"]) and torch.equal(state[key].scales, s[f"{key}::scales"])
     again = cls(copies(params), master_weight_bits=bits, **options)
     again.load_state_dict(on_disk(theirs.state_dict()))
@@ -194,7 +194,7 @@ def test_what_the_public_package_saves_after_steps_of_its_own(kind, bits, compre
     again.load_state_dict(on_disk(theirs.state_dict()))
     (s,), (kept,) = again.state.values(), theirs.state.values()
     assert torch.equal(s["error_bits"], kept["error_bits"].cpu())
-    for key, code in again.moments_of(again.param_groups[0]).items():
+    for key, code in again._moments_of(again.param_groups[0]).items():
         q, scales = kept[key].quantized.cpu(), kept[key].scales.cpu()
         if compress: assert torch.equal(s[f"{key}::quantized"], q) and torch.equal(s[f"{key}::scales"], scales)
         else: assert (s[f"{key}::quantized"].int() - q.int()).abs().max() <= 1  # coded again from fp32; a code of ours is 1 where theirs is 0
@@ -217,13 +217,13 @@ def test_states_and_weights_from_another_device():
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("marked", [True, False])
-def test_small_corrections_of_32_bit_masters_stay_small(dtype, marked):
-    "A warm-up's first steps leave every correction within a byte, and the next step goes on from there."
+def test_small_error_bits_of_32_bit_masters_stay_small(dtype, marked):
+    "A warm-up's first steps leave all error bits within a byte, and the next step goes on from there."
     params = [nn.Parameter((0.02 * (1 + torch.rand(64, 64))).to(dtype))]
     opt = FlashAdamW(params, lr=1e-7, weight_decay=0.0, master_weight_bits=32)
     take_steps(params, opt, 2)
-    rho = opt.state[params[0]]["error_bits"]
-    if dtype == BF16: assert rho.any() and rho.abs().max() <= 127
+    error_bits = opt.state[params[0]]["error_bits"]
+    if dtype == BF16: assert error_bits.any() and error_bits.abs().max() <= 127
     saved = on_disk(opt.state_dict())
     if not marked: del saved["param_groups"][0]["state_format"]  # as written before there was one
     again = FlashAdamW(copies(params), master_weight_bits=32)
@@ -244,7 +244,7 @@ def test_old_state_dicts_without_a_format_load(kind, bits):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_wide_corrections_that_nothing_explains_are_refused(dtype):
+def test_wide_error_bits_that_nothing_explains_are_refused(dtype):
     params, opt = stepped(FlashAdamW)
     for marked in True, False:
         saved = copy.deepcopy(opt.state_dict())
@@ -253,7 +253,7 @@ def test_wide_corrections_that_nothing_explains_are_refused(dtype):
         with pytest.raises(StateError, match="error_bits is torch.int"): opt.load_state_dict(saved)
 
 
-def test_a_correction_that_a_tool_cast_is_refused():
+def test_error_bits_that_a_tool_cast_are_refused():
     "Loading in place copies int16 into int8 without a word; the group then says 32 bits."
     params, opt = stepped(FlashAdamW, master_weight_bits=32)
     saved = copy.deepcopy(opt.state_dict())
@@ -261,7 +261,7 @@ def test_a_correction_that_a_tool_cast_is_refused():
     with pytest.raises(StateError, match="error_bits"): FlashAdamW(copies(params)).load_state_dict(saved)
 
 
-def test_corrections_of_weights_of_another_dtype_are_refused():
+def test_error_bits_of_weights_of_another_dtype_are_refused():
     params, opt = stepped(FlashAdamW)
     again = FlashAdamW([nn.Parameter(params[0].detach().half())])
     with pytest.raises(StateError, match="made for bfloat16 weights"): again.load_state_dict(opt.state_dict())
@@ -438,7 +438,7 @@ def test_distributed_checkpoints_carry_the_clip_coefficient(flatten, tmp_path):
     again = FlashAdamW(model.parameters(), max_norm=1e-3)
     dcp.load(state := get_optimizer_state_dict(model, again, options=options), checkpoint_id=tmp_path, no_dist=True)
     set_optimizer_state_dict(model, again, state, options=options)
-    assert 0 < again.next_clip < 1 and again.next_clip == opt.next_clip
+    assert 0 < again._next_clip < 1 and again._next_clip == opt._next_clip
 
 
 # weights in fp32
@@ -560,7 +560,7 @@ def test_a_second_optimizer_asks_for_itself():
 
 @pytest.mark.parametrize("steps", [0, 1])
 @pytest.mark.parametrize("bits", [24, 32])
-def test_what_the_cast_rounded_away_is_saved_before_the_first_step(bits, steps, tmp_path):
+def test_what_the_cast_cast_error_bits_is_saved_before_the_first_step(bits, steps, tmp_path):
     def make(seed):
         cast_model(model := net(FP32, seed))
         return model, FlashAdamW(model.parameters(), lr=1e-4, master_weight_bits=bits)
@@ -609,7 +609,7 @@ def test_named_parameters_in_another_order_are_refused():
     with pytest.raises(StateError): named(True).load_state_dict(opt.state_dict())
 
 
-def test_a_state_that_was_only_looked_at_keeps_what_the_cast_rounded_away():
+def test_a_state_that_was_only_looked_at_keeps_what_the_cast_cast_error_bits():
     model = nn.Linear(16, 16); exact = model.weight.detach().clone(); cast_model(model)
     opt = FlashAdamW(model.parameters()); assert not opt.state[model.weight]
     assert (opt.get_fp32_model_state_dict(model)["weight"] - exact).abs().max() < 0.02 * (model.weight.float() - exact).abs().max()

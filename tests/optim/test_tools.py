@@ -213,7 +213,7 @@ def test_decoupled_decay_of_older_states_and_later_groups():
     opt = new(); old = opt.state_dict()
     old["param_groups"][0].pop("reference_lr"); old["param_groups"][0]["initial_lr"] = 2e-2
     opt.load_state_dict(old)
-    assert opt.decays(opt.param_groups[0])["decay"] == pytest.approx(1e-3 / 2e-2)
+    assert opt._decays(opt.param_groups[0])["weight_decay"] == pytest.approx(1e-3 / 2e-2)
     opt.add_param_group(dict(params=[nn.Parameter(torch.ones(2))], lr=5e-2))
     assert opt.param_groups[1]["reference_lr"] == 5e-2
     torchs = torch.optim.AdamW([nn.Parameter(torch.ones(4))], lr=1e-2)
@@ -221,7 +221,7 @@ def test_decoupled_decay_of_older_states_and_later_groups():
     (fresh := new()).load_state_dict(torchs.state_dict())
     assert fresh.param_groups[0]["reference_lr"] == 1e-2  # and not the lr at which torch's schedule began
     pickled = copy.deepcopy(new()); pickled.param_groups[0].pop("reference_lr"); pickled.param_groups[0]["initial_lr"] = 2e-2
-    assert pickled.decays(pickled.param_groups[0])["decay"] == pytest.approx(1e-3 / 2e-2)
+    assert pickled._decays(pickled.param_groups[0])["weight_decay"] == pytest.approx(1e-3 / 2e-2)
     with pytest.raises(OptionError, match="lr=0"): new(lr=0.0)
     FlashAdamW([nn.Parameter(torch.ones(4))], lr=0.0, weight_decay=0.0, decouple_lr=True)
 

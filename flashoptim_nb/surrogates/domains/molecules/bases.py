@@ -18,7 +18,7 @@ from scipy.optimize import brentq
 from scipy.special import spherical_jn
 from torch import nn
 
-from ....optim.multi_tensor import TYPES, on
+from ....optim.multi_tensor import TYPES, device_guard
 from .triplets import _fused, _put
 
 # %% ../../../../nbs/surrogates/domains/molecules/04_bases.ipynb #6d0c3006
@@ -139,7 +139,7 @@ def spherical_radial(
     zeros, norms = _constants(degrees, count, dist.device)
     out, block = torch.empty(len(dist), columns, dtype=dtype, device=dist.device), triton.next_power_of_2(columns)
     if len(dist):
-        with on(dist.device):
+        with device_guard(dist.device):
             spherical_radial_kernel[(triton.cdiv(len(dist), 16),)](dist.contiguous(), zeros, norms, out, len(dist), float(cutoff), L=degrees, R=count, P=exponent + 1,
                                                                    COLUMNS=columns, BLOCK=block, BLOCK_E=16, TYPE=TYPES[dtype], num_warps=4)
     return out

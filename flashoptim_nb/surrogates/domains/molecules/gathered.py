@@ -13,7 +13,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from ....base.errors import UserError, check_indices
-from ....optim.multi_tensor import TYPES, on
+from ....optim.multi_tensor import TYPES, device_guard
 from .triplets import check_lists, _dot, _fused, _operand, _programs, _put
 
 # %% ../../../../nbs/surrogates/domains/molecules/03_gathered.ipynb #6d0c5005
@@ -79,7 +79,7 @@ def _backward(grad, x, e, w, target):
     programs, blocks = max(1, min(triton.cdiv(E, 16), _programs(x.device))), triton.cdiv(x.shape[1], sizes["BLOCK_H"])
     dx, de, dw = torch.empty_like(x), e.new_empty(blocks, *e.shape), torch.zeros(programs, e.shape[1], x.shape[1], device=x.device)
     if E:
-        with on(x.device): gated_sum_backward_kernel[(programs, blocks)](grad, x, e, w, target, dx, de, dw, E, **sizes, TILE=16, num_warps=8 if x.dtype == torch.float32 else 4)
+        with device_guard(x.device): gated_sum_backward_kernel[(programs, blocks)](grad, x, e, w, target, dx, de, dw, E, **sizes, TILE=16, num_warps=8 if x.dtype == torch.float32 else 4)
     return dx, de[0] if blocks == 1 else de.sum(0), dw.sum(0).T.to(w.dtype)
 
 class _GatedSum(torch.autograd.Function):
@@ -90,7 +90,7 @@ class _GatedSum(torch.autograd.Function):
         if not _fused(x): return gated_sum_reference(x, e, w, target, atoms)
         out, sizes = x.new_empty(atoms, x.shape[1]), _blocks(x, e)
         if atoms:
-            with on(x.device): gated_sum_kernel[(atoms, triton.cdiv(x.shape[1], sizes["BLOCK_H"]))](x, e, w, incoming, out, **sizes, TILE=16, num_warps=2)
+            with device_guard(x.device): gated_sum_kernel[(atoms, triton.cdiv(x.shape[1], sizes["BLOCK_H"]))](x, e, w, incoming, out, **sizes, TILE=16, num_warps=2)
         return out
 
     @staticmethod

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from ....base.errors import UserError, check_indices, refuse_where
-from ....optim.multi_tensor import TYPES, on
+from ....optim.multi_tensor import TYPES, device_guard
 from ....optim.split import INTERPRETED, round_narrow
 
 # %% ../../../../nbs/surrogates/domains/molecules/02_triplets.ipynb #6d0c2006
@@ -240,7 +240,7 @@ class _TripletSum(torch.autograd.Function):
         if not _fused(x_EC): return _plainly(x_EC, q, w2_CB, g)
         out, atoms = torch.zeros_like(x_EC), len(g.incoming) - 1
         if atoms and len(x_EC):
-            with on(x_EC.device): triplets_forward_kernel[(atoms,)](x_EC, q, w2_CB, g.unit, g.source, g.target, g.incoming, g.outgoing, g.out_edge, out, **_tiles(x_EC, w2_CB, q, tile))
+            with device_guard(x_EC.device): triplets_forward_kernel[(atoms,)](x_EC, q, w2_CB, g.unit, g.source, g.target, g.incoming, g.outgoing, g.out_edge, out, **_tiles(x_EC, w2_CB, q, tile))
         return out
 
     @staticmethod
@@ -253,7 +253,7 @@ class _TripletSum(torch.autograd.Function):
         programs = max(1, min(atoms, _programs(x_EC.device)))
         dx, dq, dw2 = torch.zeros_like(x_EC), torch.zeros_like(q), torch.zeros(programs, B, C, device=q.device)
         if atoms and len(x_EC):
-            with on(x_EC.device):
+            with device_guard(x_EC.device):
                 triplets_backward_kernel[(programs,)](grad, x_EC, q, w2_CB, g.unit, g.source, g.target, g.incoming, g.outgoing, g.out_edge, dx, dq, dw2, atoms,
                                                       **_tiles(x_EC, w2_CB, q, ctx.tile))
         return dx, dq, dw2.sum(0).T.to(w2_CB.dtype), None, None
