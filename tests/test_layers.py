@@ -10,12 +10,13 @@ from flashoptim_nb.report.book import SLICES, is_chapter, notebook_paths
 MAY_IMPORT = {
     "base": "",
     "optim": "base",
-    "measure": "base optim",
-    "lm": "base optim measure",
-    "surrogates": "base optim measure",
-    "study": "base optim measure lm surrogates",
-    "report": "base optim measure lm surrogates study",
-    "cli": "base optim measure lm surrogates study report",
+    "train": "base optim",
+    "measure": "base optim train",
+    "lm": "base optim train measure",
+    "surrogates": "base optim train measure",
+    "study": "base optim train measure lm surrogates",
+    "report": "base optim train measure lm surrogates study",
+    "cli": "base optim train measure lm surrogates study report",
 }
 PACKAGE = Path(flashoptim_nb.__file__).parent
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE)

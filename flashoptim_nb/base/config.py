@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 # %% ../../nbs/base/01_config.ipynb #1a1dd908
 def _plain(o):
+    if isinstance(o, Config): return o.as_settings()
     if dataclasses.is_dataclass(o): return {f.name: getattr(o, f.name) for f in dataclasses.fields(o)}
     if isinstance(o, Mapping): return dict(o)
     if isinstance(o, (set, frozenset)): return sorted(o)
@@ -43,6 +44,10 @@ def read_json(
 # %% ../../nbs/base/01_config.ipynb #850b8797
 class Config:
     "Base of the configuration dataclasses; declare them `@dataclass(frozen=True, kw_only=True)`."
+    def as_settings(self) -> dict:
+        "What is written and hashed: its fields; a subclass gives other names here, where records have others."
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
     def to_dict(self) -> dict:
         "Nested plain values, as they are written to records."
         return json.loads(canonical_json(self))

@@ -23,10 +23,10 @@ from ..study.h2.run import keep_search
 from ..study.h1.criteria import CRITERIA_HASH
 from ..surrogates.largest import largest
 from ..surrogates.domains.molecules.bench import IMPLEMENTATIONS, PRECISIONS, benchmark_molecules
-from ..measure.optimizers import PEERS, TENSOR_SETS, benchmark, released_peak, row_text
+from ..measure.optimizers import TENSOR_SETS, benchmark, released_peak, row_text
 from ..surrogates.domains.molecules.domain import MoleculeDomain, load_molecules
-from ..surrogates.config import CONFIGS
-from ..surrogates.task import SurrogateRecipe
+from ..train.config import SURROGATE_CONFIGS, SURROGATE_RECIPE
+from ..train.optimizers import TIMED
 
 # %% ../../nbs/cli/00_bench.ipynb #41c7be02
 @contextmanager
@@ -52,14 +52,14 @@ def bench(
     *,
     device: str = "auto",
     works: Iterable[str] = WORKS,  # of `TENSOR_SETS`
-    names: Iterable[str] = tuple(PEERS),  # of `PEERS`
+    names: Iterable[str] = tuple(TIMED),  # of `TIMED`
     times: int = 20,  # timed steps behind each median
 ) -> Path:
     "Times the optimizers' steps, prints each row and records it; returns the run's folder."
     if times < 1: raise UserError(f"{times} timed steps were asked for; at least 1 is needed")
     works, names = [*works], [*names]
     for work in works: choose("tensor set", work, TENSOR_SETS)
-    for name in names: choose("optimizer", name, PEERS)
+    for name in names: choose("optimizer", name, TIMED)
     run = "-".join(["optimizer-steps", *(() if works == [*WORKS] else works)])
     with _recorded(out, where := pick_device(device), run, "optimizers", dict(works=works, names=names, times=times), {work: TENSOR_SETS[work] for work in works}) as writer:
         for row in benchmark(where, works, names, times):
@@ -100,16 +100,16 @@ def bench_largest(
     device: str = "auto",
     batch: int = 512,  # molecules
     budget: int = 24 << 30,  # bytes
-    configs: Iterable[str] = LARGEST,  # of `surrogates.config.CONFIGS`
+    configs: Iterable[str] = LARGEST,  # of `train.config.SURROGATE_CONFIGS`
     domain: MoleculeDomain | None = None,  # None: the shipped molecules and the published network
 ) -> Path:
     "Searches for the largest DimeNet++ within a budget, one record a configuration; returns the study's folder."
-    for config in (configs := [*configs]): choose("configuration", config, CONFIGS)
-    where, recipe = pick_device(device), SurrogateRecipe(epochs=1, batch=batch)
+    for config in (configs := [*configs]): choose("configuration", config, SURROGATE_CONFIGS)
+    where, recipe = pick_device(device), SURROGATE_RECIPE.replace(epochs=1, batch=batch)
     if domain is None and where.type != "cuda": raise UserError(f"a search up to {budget / 2**30:g} GiB wants a GPU, and the device is {where}; leave --largest out here")
     domain = domain or load_molecules("gpu", config="published", device=where)
     for config in configs:
         with _recorded(out, where, f"largest-{batch}-{config}", config, dict(batch=batch, budget=budget), domain.data_hash, "molecules", "largest") as writer:
-            row, tries = largest(domain, CONFIGS[config], recipe, budget, where)
+            row, tries = largest(domain, SURROGATE_CONFIGS[config], recipe, budget, where)
             print(f"{config}: {keep_search(writer, row, tries)}", flush=True)
     return writer.folder.parent

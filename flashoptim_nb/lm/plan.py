@@ -19,8 +19,8 @@ from ..measure.cost import BUDGET, PLATFORMS, Budget, Platform
 from ..measure.memory import HEADROOM
 from .gpt import GPTConfig
 from .sizes import gpt_config
-from .sizing import activation_bytes, bytes_per_parameter, count_parameters, flops_per_token
-from .config import STACKS
+from .sizing import activation_bytes, count_parameters, flops_per_token
+from ..train.config import LM_CONFIGS, bytes_per_parameter
 
 # %% ../../nbs/lm/13_plan.ipynb #4f2ca14f
 @dataclass(frozen=True, kw_only=True)
@@ -86,21 +86,21 @@ def against_budget(
 
 # %% ../../nbs/lm/13_plan.ipynb #d70f007f
 def state_bytes(
-    stack_name: str,  # a name of `lm.config.STACKS`
+    stack_name: str,  # a name of `train.config.LM_CONFIGS`
     gradients: bool = True,  # False: what lives on between steps, and goes into a checkpoint
 ) -> float:
     "Bytes a parameter: weight, correction, states with their scales, and the gradient."
-    stack = choose("configuration", stack_name, STACKS)
+    stack = choose("configuration", stack_name, LM_CONFIGS)
     return stack.bytes_per_parameter - (0 if gradients else bytes_per_parameter(stack.weights, stack.states, stack.release)["gradients"])
 
 def sequence_bytes(
     config: GPTConfig,
     seq: int,  # T, tokens of the one sequence
-    stack_name: str,  # a name of `lm.config.STACKS`
+    stack_name: str,  # a name of `train.config.LM_CONFIGS`
     n_gpus: int,  # over which weights, gradients and states are sharded
 ) -> float:
     "Bytes on each GPU, estimated, to train on one sequence without checkpointing."
-    stack = choose("configuration", stack_name, STACKS)
+    stack = choose("configuration", stack_name, LM_CONFIGS)
     attention = "flash" if stack.attention == "best" else stack.attention
     held = activation_bytes(config, 1, seq, attention=attention, loss=stack.loss, weights=stack.weights, compiled=stack.compile)
     return count_parameters(config)["total"] * state_bytes(stack_name) / n_gpus + held
@@ -143,7 +143,7 @@ def _figures(n_gpus: int, accelerator: Accelerator) -> list[tuple]:
 
 # %% ../../nbs/lm/13_plan.ipynb #1e095cea
 def unlocks(
-    stacks: Iterable[str] = ("baseline", "baseline_strong", "flashoptim_full", "flashoptim_release"),  # names of `lm.config.STACKS`
+    stacks: Iterable[str] = ("baseline", "baseline_strong", "flashoptim_full", "flashoptim_release"),  # names of `train.config.LM_CONFIGS`
     *,
     n_gpus: int = 8,  # over which a model is sharded
     accelerator: Accelerator = A100_80,

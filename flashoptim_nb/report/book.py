@@ -38,7 +38,8 @@ from .render import RECORDS, full_name, load_runs, record_folders, study_folders
 RECIPES = {"start": "Start here: the optimizer in your training"}  # folders of pages to run yourself
 CHAPTERS = {"opt": "The optimizers: what they cost, and what they keep", "h1": "Hypothesis 1: cheaper training of language models",
             "h2": "Hypothesis 2: larger surrogates"}  # folders of pages that argue from records
-SLICES = {"optim": "the optimizers, their formats and kernels", "base": "what every part shares", "measure": "bytes, seconds, joules, dollars",
+SLICES = {"optim": "the optimizers, their formats and kernels", "base": "what every part shares", "train": "one configuration of training, and one table of optimizers",
+          "measure": "bytes, seconds, joules, dollars",
           "lm": "language models", "surrogates": "surrogates of expensive functions", "study": "runs, evidence, verdicts",
           "report": "figures, tables and pages from rows alone", "cli": "the command"}  # folders of the library
 PARTS = ("start", "opt", "optim", "h1", "h2", *(name for name in SLICES if name != "optim"))  # the order of the book

@@ -16,15 +16,14 @@ import pandas as pd
 from IPython.display import display
 
 from .render import Rendered, full_name, load_runs, provenance_note
+from ..train.optimizers import COLOURS
 
 # %% ../../nbs/report/03_charts.ipynb #5050590f
 CONFIG_COLOURS = {
     "baseline": "#7f7f7f", "baseline_strong": "#0072b2", "flashoptim_full": "#d55e00", "flashoptim_release": "#e69f00",
     "baseline_bf16": "#56b4e9", "ablation_attn_only": "#009e73", "ablation_ckpt_only": "#cc79a7", "ablation_fused_only": "#6a51a3",
     "ablation_compile_only": "#8c6d31", "ablation_states_only": "#3182bd", "ablation_split_only": "#31a354",
-    "ablation_loss_only": "#e7969c", "ablation_release_only": "#b8860b",
-    "adamw": "#7f7f7f", "flash_adamw": "#d55e00", "flash_adamw_linear": "#0072b2", "flash_adamw_release": "#e69f00", "flash_adamw_fp32_states": "#009e73", "flash_adamw_states": "#8c6d31", "flash_adamw_norms32": "#3182bd",
-    "adamw_foreach": "#31a354", "adamw_stream16": "#cc79a7", "lion": "#56b4e9", "flash_lion": "#009e73"}
+    "ablation_loss_only": "#e7969c", "ablation_release_only": "#b8860b"} | COLOURS  # and the optimizers
 MEMORY_CLASSES = {"weights": "#0072b2", "gradients": "#56b4e9", "states": "#e69f00", "masters": "#d55e00",
                   "activations": "#009e73", "other": "#999999"}
 

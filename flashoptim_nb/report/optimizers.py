@@ -21,7 +21,7 @@ from ..study.table import brief, per_token
 from .charts import titled
 from .rows import rows_of, show_rows
 from .render import Rendered, full_name, load_runs, sentence
-from ..lm.config import BESIDE
+from ..train.optimizers import BASELINE_OF
 
 # %% ../../nbs/report/05_optimizers.ipynb #7c65f109
 HELD_OUT = ("c4", "wikitext103", "sotu")
@@ -89,7 +89,7 @@ def goal_sentence(
 def final_losses(
     held_out: str,  # an evaluation set
     runs: Iterable[Run] | None = None,
-    role: str = "optimizer",  # of the runs: the recipe, see `cli.quality.RECIPES`
+    role: str = "optimizer",  # of the runs: the recipe, see `cli.quality.SCHEDULES`
 ) -> pd.DataFrame:
     "The loss on a held-out set at the end of each run of the optimizers' comparison, in nats per token; NaN for a run that did not come to one, with what became of it in `ended`."
     runs = load_runs(hypothesis="quality") if runs is None else list(runs)
@@ -118,7 +118,7 @@ def format_gaps(
     losses = final_losses(held_out, runs, role)
     if losses.empty: return losses
     by, found = {(row["config"], row["seed"]): row for row in losses.to_dict("records")}, []
-    for config, against in ((config, against) for config, others in BESIDE.items() for against in others):
+    for config, against in ((config, against) for config, others in BASELINE_OF.items() for against in others):
         both = [(row, by[against, seed]) for (name, seed), row in by.items() if name == config and (against, seed) in by]
         if not both: continue
         pairs = Sorted.of(both, lambda *pair: [is_number(row["loss"]) for row in pair])

@@ -23,12 +23,12 @@ from .charts import byte_unit, titled
 from .rows import named_runs, rows_of, show_rows, summarize
 from .render import Rendered, load_runs, sentence
 from .surrogates import h2_runs
-from ..surrogates.config import CONFIGS
+from ..train.config import SURROGATE_CONFIGS
 
 # %% ../../nbs/report/07_surrogate_costs.ipynb #7b100006
 def in_order(rows: pd.DataFrame) -> pd.DataFrame:
     "The rows in the order in which configurations are listed everywhere."
-    return rows if rows.empty else rows.sort_values("config", key=lambda names: names.map(list(CONFIGS).index), kind="stable").reset_index(drop=True)
+    return rows if rows.empty else rows.sort_values("config", key=lambda names: names.map(list(SURROGATE_CONFIGS).index), kind="stable").reset_index(drop=True)
 
 def memory_rows(
     domain: str,

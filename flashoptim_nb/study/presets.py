@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from ..base.config import Config
 from ..lm.plan import A100_40, Accelerator, H200
-from ..lm.config import STACKS
-from ..lm.task import Recipe
+from ..train.config import LM_CONFIGS, Recipe
 
 # %% ../../nbs/study/09_presets.ipynb #ebf00b69
 def halves(
@@ -55,7 +54,7 @@ class Scale(Config):
     priced: bool = True  # whether projections are priced at the rates of rented GPUs
 
 # %% ../../nbs/study/09_presets.ipynb #823c6cc3
-ALL = tuple(STACKS)
+ALL = tuple(LM_CONFIGS)
 MAIN = ("baseline", "baseline_strong", "flashoptim_full")
 
 def _tiny(size, configs, steps):

@@ -30,8 +30,8 @@ from ..lm.gpt import CHECKPOINTING, GPTConfig
 from ..lm.sizes import gpt_config
 from .checkpoint import clear_aside
 from .loop import CHECKPOINT, COLD_STEPS, same_origin
-from ..lm.config import STACKS, Stack
-from ..lm.task import LMTask, Recipe
+from ..lm.task import LMTask
+from ..train.config import LM_CONFIGS, Recipe, TrainConfig
 
 # %% ../../nbs/study/11_run.ipynb #dc8778be
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Spec(Config):
     arm: str  # equal: memory at equal micro-batch; best: cost, speed and quality; stress: long synthetic sequences; prereq
     config: str  # name of the stack, or of the prerequisite
     seed: int
-    stack: Stack | None = None  # as asked for; "least" and "best" are resolved when it runs
+    stack: TrainConfig | None = None  # as asked for; "least" and "best" are resolved when it runs
     recipe: Recipe | None = None
     model: GPTConfig | None = None
     tokenizer: str = ""
@@ -64,12 +64,12 @@ def spec_of(
     "The run of one stack at one role of a scale."
     part = scale.parts[role]
     recipe = part.recipe.replace(**recipe)
-    return Spec(scale=scale.name, role=role, size=part.size, arm=arm, config=config, seed=seed, stack=STACKS[config], recipe=recipe,
+    return Spec(scale=scale.name, role=role, size=part.size, arm=arm, config=config, seed=seed, stack=LM_CONFIGS[config], recipe=recipe,
                 model=gpt_config(part.size, part.style, vocab_size=vocab, max_seq=recipe.seq), tokenizer=scale.tokenizer)
 
 # %% ../../nbs/study/11_run.ipynb #582b3ec7
 def unavailable(
-    stack: Stack,
+    stack: TrainConfig,
     device: torch.device,
     head_dim: int,
 ) -> str:
@@ -129,7 +129,7 @@ def end_at_once(
 
 # %% ../../nbs/study/11_run.ipynb #3f2440c5
 def kinds_of(
-    stack: Stack,
+    stack: TrainConfig,
 ) -> tuple[str, ...]:
     "The kinds of checkpointing that a stack may use, in the order in which they are tried."
     return tuple(CHECKPOINTING) if stack.checkpointing == "least" else (stack.checkpointing,)

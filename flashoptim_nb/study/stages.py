@@ -20,7 +20,7 @@ from ..measure.cost import known_platforms
 from ..lm.plan import gpu_hours
 from ..lm.sizes import gpt_config
 from ..lm.sizing import count_parameters, flops_per_token
-from ..lm.config import STACKS
+from ..train.config import LM_CONFIGS
 
 # %% ../../nbs/study/12_stages.ipynb #f3d5e50b
 CB_SHARE = 0.2  # of the 1B run's tokens
@@ -99,7 +99,7 @@ def projection(
         recipe, config = part.recipe, gpt_config(part.size, part.style, max_seq=part.recipe.seq)
         tokens = recipe.steps * recipe.batch * recipe.seq
         for name in part.configs:
-            kind = STACKS[name].checkpointing
+            kind = LM_CONFIGS[name].checkpointing
             flops = flops_per_token(config, recipe.seq, "none" if kind == "least" else kind) * tokens * len(scale.seeds)
             hours = gpu_hours(flops, scale.accelerator, UTILIZATION)
             rows.append(dict(role=role, size=part.size, config=name, runs=len(scale.seeds), tokens=tokens, hours=hours)

@@ -27,21 +27,21 @@ def _cloned(batch):
     copy = type(batch)(*(t.clone() if isinstance(t, torch.Tensor) else t for t in _values(batch)))
     return copy if isinstance(batch, tuple) else vouched(copy, like=batch)
 
-def why_not(domain, precision, device: torch.device | str) -> str:
+def why_not(domain, config, device: torch.device | str) -> str:
     "Why steps cannot be replayed from a CUDA graph, in words; nothing where they can."
     if torch.device(device).type != "cuda": return f"a CUDA graph needs a CUDA device, not {device}; leave graphs out here"
     if not hasattr(domain, "padded"): return f"a CUDA graph needs batches of one shape, and {domain.name} does not pad; leave graphs out there"
-    if precision.release: return "gradient release steps parameters as their gradients come, from hooks; leave it or graphs out"
+    if config.release: return "gradient release steps parameters as their gradients come, from hooks; leave it or graphs out"
     return ""
 
 class GraphedTask(SurrogateTask):
     "A surrogate task whose steps are replayed from a CUDA graph; raises `UserError` where that cannot be."
-    def __init__(self, domain, precision, recipe, *, seed: int, width: int | None = None, device: torch.device | str = "cuda"):
-        if reason := why_not(domain, precision, device): raise UserError(reason)
-        super().__init__(domain, precision, recipe, width=width, seed=seed, device=device, capturable=True)
+    def __init__(self, domain, config, recipe, *, seed: int, width: int | None = None, device: torch.device | str = "cuda"):
+        if reason := why_not(domain, config, device): raise UserError(reason)
+        super().__init__(domain, config, recipe, width=width, seed=seed, device=device, capturable=True)
         self.graphs, self.seen, self.side = {}, Counter(), torch.cuda.Stream(device)  # one stream: cuBLAS keeps a workspace for each that it has seen
 
-    def micros(self, n: int) -> list: return [padded(self.domain, batch, self.precision) for batch in super().micros(n)]
+    def micros(self, n: int) -> list: return [padded(self.domain, batch, self.config) for batch in super().micros(n)]
 
     def learn(self, micros: list) -> tuple[torch.Tensor, torch.Tensor]:
         "One optimizer step; from the fourth of its shapes on, a replay."

@@ -14,8 +14,8 @@ import torch
 
 from ..base.errors import UserError
 from ..measure.memory import _attempt, device_memory, free, memory_by_class, tensors_in
-from .config import Precision
-from .task import Domain, SurrogateRecipe, SurrogateTask, count_parameters, network, padded
+from ..train.config import Recipe, TrainConfig
+from .task import Domain, SurrogateTask, count_parameters, network, padded
 
 # %% ../../nbs/surrogates/09_largest.ipynb #6a50c006
 @contextmanager
@@ -58,15 +58,15 @@ def worst_rows(
         known[look] = rows[np.argsort(size, kind="stable")[::-1]]
     return np.resize(known[look], batch)
 
-def worst_batches(domain: Domain, batch: int, precision: Precision) -> list:
-    "The worst batch as the precision's micro-batches, each padded where the domain pads."
-    return [padded(domain, domain.batch("train", rows), precision) for rows in np.array_split(worst_rows(domain, batch), precision.accumulate)]
+def worst_batches(domain: Domain, batch: int, config: TrainConfig) -> list:
+    "The worst batch as the configuration's micro-batches, each padded where the domain pads."
+    return [padded(domain, domain.batch("train", rows), config) for rows in np.array_split(worst_rows(domain, batch), config.accumulate)]
 
 # %% ../../nbs/surrogates/09_largest.ipynb #6a50c00d
 def try_width(
     domain: Domain,
-    precision: Precision,
-    recipe: SurrogateRecipe,
+    config: TrainConfig,
+    recipe: Recipe,
     width: int,
     batches: list,  # the worst, as micro-batches
     device: torch.device | str,
@@ -74,7 +74,7 @@ def try_width(
 ) -> dict:
     "Trains two steps of a network; its peak in bytes (reserved on a GPU, counted on the CPU) and its parameters."
     device = torch.device(device)
-    task = SurrogateTask(domain, precision, recipe, width=width, seed=seed, device=device, trial=True)
+    task = SurrogateTask(domain, config, recipe, width=width, seed=seed, device=device, trial=True)
     micros = [batch.to(device) for batch in batches]
     if device.type != "cuda":
         return dict(parameters=task.parameters, peak=memory_by_class(lambda: task.learn(micros), model=task.model, optimizer=task.optimizer, device=device, inputs=micros)["peak"])
@@ -110,18 +110,18 @@ def bisect_width(
     return rows
 
 # %% ../../nbs/surrogates/09_largest.ipynb #6a50c014
-def count_at(domain: Domain, precision: Precision, width: int) -> int:
+def count_at(domain: Domain, config: TrainConfig, width: int) -> int:
     "Parameters of a network, if it can be without drawing its weights."
     with torch.random.fork_rng():
         try:
-            with torch.device("meta"): return count_parameters(network(domain, width, precision))
-        except (RuntimeError, NotImplementedError): return count_parameters(network(domain, width, precision))
+            with torch.device("meta"): return count_parameters(network(domain, width, config))
+        except (RuntimeError, NotImplementedError): return count_parameters(network(domain, width, config))
 
 # %% ../../nbs/surrogates/09_largest.ipynb #6a50c012
 def largest(
     domain: Domain,
-    precision: Precision,
-    recipe: SurrogateRecipe,  # its batch; no mean of the weights is kept
+    config: TrainConfig,
+    recipe: Recipe,  # its batch; no mean of the weights is kept
     budget: int,  # bytes
     device: torch.device | str,
     *,
@@ -131,18 +131,18 @@ def largest(
 ) -> tuple[dict, list[dict]]:
     "The row `largest` (width None: not even the smallest that was tried fits) and a row `search` for each try; raises `UserError` where others leave less than the budget of the device."
     device, recipe = torch.device(device), recipe.replace(ema=0)
-    batches, counted = worst_batches(domain, recipe.batch, precision), {}
+    batches, counted = worst_batches(domain, recipe.batch, config), {}
     def attempt(width):
         stopped()
         roomy(device, budget)
-        with enforced(device, budget): found, failure = _attempt(lambda w: try_width(domain, precision, recipe, w, batches, device), width, device)
+        with enforced(device, budget): found, failure = _attempt(lambda w: try_width(domain, config, recipe, w, batches, device), width, device)
         if "parameters" in found: counted[width] = found["parameters"]
         if failure: roomy(device, budget)
         over = found.get("peak") is not None and found["peak"] > budget
         why = failure or (f"peak of {found['peak']:,} bytes exceeds the budget of {budget:,}" if over else "")
         return not why, dict(width=width, parameters=parameters(width), fits=not why, oom=failure is not None, peak=found.get("peak"), allocated=found.get("allocated"), budget=budget, reason=why)
     def parameters(width):
-        if width not in counted: counted[width] = count_at(domain, precision, width)
+        if width not in counted: counted[width] = count_at(domain, config, width)
         return counted[width]
     rows = bisect_width(attempt, domain.width_for, parameters, domain.width, tolerance=tolerance, most=most)
     best = max((row for row in rows if row["fits"]), key=lambda row: row["parameters"], default=None)

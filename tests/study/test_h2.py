@@ -157,7 +157,7 @@ def test_what_breaks_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
     from flashoptim_nb.surrogates.task import SurrogateTask
     learn = SurrogateTask.learn
     def broken(self, micros):
-        if self.precision.name == "flash": raise (torch.OutOfMemoryError if self.seed else ZeroDivisionError)("on purpose")
+        if self.config.name == "flash": raise (torch.OutOfMemoryError if self.seed else ZeroDivisionError)("on purpose")
         return learn(self, micros)
     monkeypatch.setattr(SurrogateTask, "learn", broken)
     assert study(tmp_path, arms=["train", "speed"]).run() == 1

@@ -8,8 +8,9 @@ import torch
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.surrogates.largest import enforced, largest, worst_rows
 from flashoptim_nb.study.checkpoint import load, save
-from flashoptim_nb.surrogates.config import CONFIGS, LossScale, forward_in
-from flashoptim_nb.surrogates.task import SurrogateRecipe, SurrogateTask, sized
+from flashoptim_nb.surrogates.precision import LossScale, forward_in
+from flashoptim_nb.surrogates.task import SurrogateTask, sized
+from flashoptim_nb.train.config import SURROGATE_CONFIGS as CONFIGS, SURROGATE_RECIPE
 from flashoptim_nb.surrogates.domains.toy.domain import Toy, ToyBatch
 
 TRAINED = [name for name, one in CONFIGS.items() if not one.fused and name != "pyg_fp32"]
@@ -21,7 +22,7 @@ def seed(rng_seed): return rng_seed % 10_000
 
 
 def task(name, seed, device="cpu", domain=None, **recipe):
-    return SurrogateTask(domain or Toy(seed=seed), CONFIGS[name], SurrogateRecipe(**dict(epochs=4, batch=32, lr=1e-2) | recipe), seed=seed, device=device)
+    return SurrogateTask(domain or Toy(seed=seed), CONFIGS[name], SURROGATE_RECIPE.replace(**dict(epochs=4, batch=32, lr=1e-2) | recipe), seed=seed, device=device)
 
 
 def state(one): return [*one.weights(), *(one.shadow or [])]
@@ -51,7 +52,7 @@ def test_the_order_is_a_function_of_seed_and_step_alone(seed):
 @pytest.mark.parametrize("parts", [2, 3, 5])
 def test_accumulation_is_the_whole_batch(parts, seed):
     whole, split = task("fp32", seed), task("fp32", seed)
-    split.precision = split.precision.replace(accumulate=parts)
+    split.config = split.config.replace(accumulate=parts)
     a, b = [[one.step(n) for n in range(1, 6)] for one in (whole, split)]
     assert np.allclose([r["loss"] for r in a], [r["loss"] for r in b], rtol=1e-5)
     assert np.allclose([r["grad_norm"] for r in a], [r["grad_norm"] for r in b], rtol=1e-4)
@@ -153,7 +154,7 @@ def test_twice_as_large_is_counted_in_parameters():
 
 
 def test_the_largest_model_fits_and_the_next_does_not(seed):
-    recipe, toy = SurrogateRecipe(epochs=1, batch=16), Toy(64, seed)
+    recipe, toy = SURROGATE_RECIPE.replace(epochs=1, batch=16), Toy(64, seed)
     row, tries = largest(toy, CONFIGS["fp32"], recipe, (1 + seed % 4) << 20, "cpu")
     assert row["peak"] <= row["budget"] and row["parameters"] == max(t["parameters"] for t in tries if t["fits"])
     over = [t["parameters"] for t in tries if not t["fits"]]
@@ -161,7 +162,7 @@ def test_the_largest_model_fits_and_the_next_does_not(seed):
 
 
 def test_a_budget_too_small_is_told(seed):
-    row, tries = largest(Toy(64, seed), CONFIGS["flash"], SurrogateRecipe(epochs=1, batch=16), 1000, "cpu")
+    row, tries = largest(Toy(64, seed), CONFIGS["flash"], SURROGATE_RECIPE.replace(epochs=1, batch=16), 1000, "cpu")
     assert row["width"] is None and "nothing fits" in row["note"] and not any(t["fits"] for t in tries)
     with pytest.raises(UserError, match="above 0"), enforced("cpu", -1): pass
 

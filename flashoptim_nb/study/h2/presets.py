@@ -16,8 +16,8 @@ import torch
 from ...base.config import Config
 from ...base.errors import UserError, choose
 from ...lm.plan import A100_40, Accelerator, H200
-from ...surrogates.config import ABLATIONS, FUSED, PRECISIONS, REFERENCE, TWICE
-from ...surrogates.task import Domain, SurrogateRecipe
+from ...train.config import ABLATIONS, FUSED, PRECISIONS, REFERENCE, SURROGATE_RECIPE, TWICE, Recipe
+from ...surrogates.task import Domain
 
 # %% ../../../nbs/study/h2/04_presets.ipynb #6a60c006
 _FOLDERS = dict(molecules="molecules", aerodynamics="aerodynamics", combinatorial="independent_sets", toy="toy", drugs="drugs")  # of `surrogates.domains`
@@ -76,7 +76,7 @@ class SurrogatePart(Config):
     "What one domain runs."
     load: str  # the loader's scale
     limits: dict = field(default_factory=dict)  # further arguments of the loader
-    recipe: SurrogateRecipe
+    recipe: Recipe
     configs: tuple[str, ...] = ALL  # that are trained, timed, and searched for
     solve: Solve | None = None
     solved: tuple[str, ...] = MAIN  # configurations whose surrogates are optimized over
@@ -108,7 +108,7 @@ class SurrogateScale(Config):
 
 # %% ../../../nbs/study/h2/04_presets.ipynb #6a60c00b
 def _small(load, epochs, batch=64, lr=3e-3, limits={}, solve={}, **fields):
-    return SurrogatePart(load=load, limits=limits, recipe=SurrogateRecipe(epochs=epochs, batch=batch, lr=lr, schedule="cosine", warmup=0.1, ema=0.99, ema_every=2),
+    return SurrogatePart(load=load, limits=limits, recipe=SURROGATE_RECIPE.replace(epochs=epochs, batch=batch, lr=lr, schedule="cosine", warmup=0.1, ema=0.99, ema_every=2),
                          solve=Solve(**dict(runs=2, steps=4, batch=16, most=3) | solve), batches=(64,), timed=2, evaluated=100, **dict(tries=4, searched=SEARCHED[:3]) | fields)
 
 LAPTOP = SurrogateScale(
@@ -121,14 +121,14 @@ LAPTOP = SurrogateScale(
 _FEW = dict(gflownet=4, bayes=4)  # REINFORCE decides
 GPU = SurrogateScale(
     name="gpu", purpose="errors, memory, speed and solutions on one GPU", enforced=False, device="cuda", seeds=(0, 1, 2, 3, 4), accelerator=H200,
-    parts={"molecules": SurrogatePart(load="gpu", timed=10, repeats=5, configs=MOLECULES, searched=SEARCHED + tuple(FUSED), labels=("fp32", "mixed_bf16", "flash"), limits=dict(config="published"), recipe=SurrogateRecipe(epochs=2, schedule="cosine"), solve=Solve(runs=20, few=_FEW)),
-           "aerodynamics": SurrogatePart(load="gpu", timed=10, repeats=5, recipe=SurrogateRecipe(epochs=20, schedule="cosine"), solve=Solve(runs=20, few=_FEW, most=8), labels=("fp32", "mixed_bf16", "flash")),
-           "combinatorial": SurrogatePart(load="gpu", timed=10, repeats=5, recipe=SurrogateRecipe(epochs=2, schedule="cosine"), solve=Solve(runs=20, few=_FEW, most=8)),
-           "drugs": SurrogatePart(load="gpu", timed=10, configs=CONDITIONS, searched=(), recipe=SurrogateRecipe(epochs=10, schedule="cosine"), solve=Solve(runs=20, few=_FEW))},
+    parts={"molecules": SurrogatePart(load="gpu", timed=10, repeats=5, configs=MOLECULES, searched=SEARCHED + tuple(FUSED), labels=("fp32", "mixed_bf16", "flash"), limits=dict(config="published"), recipe=SURROGATE_RECIPE.replace(epochs=2, schedule="cosine"), solve=Solve(runs=20, few=_FEW)),
+           "aerodynamics": SurrogatePart(load="gpu", timed=10, repeats=5, recipe=SURROGATE_RECIPE.replace(epochs=20, schedule="cosine"), solve=Solve(runs=20, few=_FEW, most=8), labels=("fp32", "mixed_bf16", "flash")),
+           "combinatorial": SurrogatePart(load="gpu", timed=10, repeats=5, recipe=SURROGATE_RECIPE.replace(epochs=2, schedule="cosine"), solve=Solve(runs=20, few=_FEW, most=8)),
+           "drugs": SurrogatePart(load="gpu", timed=10, configs=CONDITIONS, searched=(), recipe=SURROGATE_RECIPE.replace(epochs=10, schedule="cosine"), solve=Solve(runs=20, few=_FEW))},
     budget=24 << 30, keep=10,
     cut=("epochs 100 -> 2 (molecules), 20 (aerodynamics), 2 (combinatorial), 10 (drugs), with a cosine instead of a constant learning rate", "molecules: 110,000 training rows -> the 20,179 of the shipped 24,000; hidden 256 and 6 blocks -> the published 128 and 4", "true evaluations a run, of airfoils and partial sets, 20 -> 8", "100 runs of GFlowNet and of Bayesian optimization -> 20 (4 for each surrogate)"))
 
-_long = SurrogateRecipe(epochs=100)
+_long = SURROGATE_RECIPE
 FULL = SurrogateScale(
     name="full", purpose="the protocol: its sizes, epochs and rules", enforced=True, device="cuda", seeds=(0, 1, 2, 3, 4), accelerator=A100_40, budget=24 << 30, checkpoints=100, keep=50,
     parts={"molecules": SurrogatePart(load="full", repeats=5, configs=MOLECULES, searched=SEARCHED + tuple(FUSED), labels=("fp32", "mixed_bf16", "flash"), recipe=_long, solve=Solve(runs=20)),

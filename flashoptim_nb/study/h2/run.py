@@ -26,8 +26,8 @@ from ...measure.memory import memory_by_class
 from ...measure.timing import Stopwatch, throughput
 from ...surrogates.graphed import WARM, GraphedTask, why_not
 from ..loop import COLD_STEPS, Callback
-from ...surrogates.config import CONFIGS, Precision
-from ...surrogates.task import Domain, SurrogateRecipe, SurrogateTask, errors, sized
+from ...train.config import SURROGATE_CONFIGS, Recipe, TrainConfig
+from ...surrogates.task import Domain, SurrogateTask, errors, sized
 
 # %% ../../../nbs/study/h2/05_run.ipynb #6a70c005
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,8 @@ class SurrogateSpec(Config):
     arm: str  # train: errors and solutions; speed: memory and time at fixed batches; largest: what fits the budget; labels: inexpensive ones first
     config: str
     seed: int
-    precision: Precision | None = None
-    recipe: SurrogateRecipe | None = None
+    precision: TrainConfig | None = None
+    recipe: Recipe | None = None
     width: int = 0
     parameters: int = 0
     load: str = ""  # the loader's scale, and
@@ -61,7 +61,7 @@ def surrogate_spec(
     domain: Domain | None,  # None: its data cannot be had here
 ) -> SurrogateSpec:
     "The run of one configuration in one domain of a scale."
-    part, precision = scale.parts[role], CONFIGS[config]
+    part, precision = scale.parts[role], SURROGATE_CONFIGS[config]
     width, parameters = sized(domain, precision.times) if domain else (0, 0)
     arms = dict(train=dict(solve=part.solve if config in part.solved else None), speed=dict(batches=part.batches), largest=dict(budget=part.budget or scale.budget), labels={})
     return SurrogateSpec(scale=scale.name, role=role, size=precision.size, arm=arm, config=config, seed=seed, precision=precision, recipe=part.recipe,
@@ -286,7 +286,7 @@ def labels(
 ) -> Iterator[tuple[str, dict]]:
     "Rows `eval` of both recipes on the same test split, with what their labels cost in seconds."
     ways, cost, told = label_ways(domain)
-    steps = spec.recipe.steps(ways["full"][0].size("train"))
+    steps = spec.recipe.steps_over(ways["full"][0].size("train"))
     for name, turns in ways.items():
         task = None
         for turn in turns:

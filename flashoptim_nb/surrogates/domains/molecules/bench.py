@@ -21,7 +21,7 @@ from ....measure.timing import Stopwatch
 from ....optim import FlashAdamW
 from ....optim.cast import cast_model
 from .domain import MoleculeDomain, load_molecules
-from ...config import tf32
+from ...precision import tf32
 
 # %% ../../../../nbs/surrogates/domains/molecules/09_bench.ipynb #6d0c8005
 IMPLEMENTATIONS = {"pyg": dict(interaction="triplets"), "triplets": dict(interaction="triplets"), "fused": dict(interaction="fused"),
