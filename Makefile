@@ -18,7 +18,7 @@ test: .venv/.ready-test
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 25 tests
 
 lab: .venv/.ready
-	$(BIN)/python -m pip install -q -e '.[lab]'
+	$(BIN)/python -m pip install -q -e '.[all,lab]'
 	$(BIN)/jupyter lab nbs
 
 # The version check comes first: an older Python would fail much later, with a message about something else.
@@ -29,12 +29,12 @@ lab: .venv/.ready
 
 .venv/.ready: .venv/bin/python settings.ini setup.py
 	@echo "Setting up .venv (some minutes, once)"
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[all]'
 	@touch $@
 
 .venv/.ready-test: .venv/.ready
 	@echo "Adding what only the tests need (a minute, once)"
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[all,test]'
 	@touch $@
 
 clean:

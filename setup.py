@@ -10,8 +10,8 @@ cfg = settings["DEFAULT"]
 
 
 def lines(key):
-    "The non-empty lines of a multi-line setting."
-    return [line.strip() for line in cfg.get(key, "").splitlines() if line.strip()]
+    "The non-empty lines of a multi-line setting, each once."
+    return list(dict.fromkeys(line.strip() for line in cfg.get(key, "").splitlines() if line.strip()))
 
 
 extras = {key.removesuffix("_requirements"): lines(key) for key in cfg if key.endswith("_requirements")}
@@ -25,9 +25,10 @@ setup(
     long_description_content_type="text/markdown",
     author=cfg["author"],
     license="Apache-2.0",
+    license_files=["LICENSE"],
     url=cfg["git_url"],
     packages=find_packages(include=["flashoptim_nb", "flashoptim_nb.*"]),
-    include_package_data=True,
+    package_data={cfg["lib_name"]: ["py.typed"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=lines("requirements"),
     extras_require=extras,

@@ -21,8 +21,9 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
+if TYPE_CHECKING: import pandas as pd
 
 from .config import canonical_json, content_hash, read_json
 from .errors import UserError
@@ -141,8 +142,9 @@ def frame(
     runs: Iterable[Run],
     kind: str,  # which rows: "step", "eval", "memory", ...
     header: tuple = ("run", "scale", "role", "size", "arm", "config", "seed"),  # what to put beside each row
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     "The rows of one kind of many runs as a table, with the header's columns beside them."
+    import pandas as pd  # here: records are written without it
     return pd.DataFrame([{key: run.header.get(key) for key in header} | row for run in runs for row in run.of(kind)])
 
 # %% ../../nbs/base/05_records.ipynb #1255a7a8

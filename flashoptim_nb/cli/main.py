@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from .. import __version__
-from ..base.errors import UserError, choose, visible
+from ..base.errors import UserError, choose, missing_module, visible
 
 # %% ../../nbs/cli/02_main.ipynb #c6e882a7
 def _studies(given: list[str]) -> list[Path]:
@@ -341,8 +341,12 @@ def main(
         with safe_path(): return args.function(args)
     except UserError as error:
         print(f"flashoptim-nb: {visible(str(error), keep=chr(10))}", file=sys.stderr)
-        from flashoptim_nb.study.loop import Interrupted
-        return 130 if isinstance(error, Interrupted) else 2
+        loop = sys.modules.get("flashoptim_nb.study.loop")  # nothing was interrupted that did not load it
+        return 130 if loop and isinstance(error, loop.Interrupted) else 2
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("flashoptim_nb"): raise
+        print(f"flashoptim-nb: {missing_module(error.name, f'`flashoptim-nb {args.command}`')}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nflashoptim-nb: stopped; nothing that was written is harmed", file=sys.stderr)
         return 130

@@ -164,7 +164,7 @@ class NeuralFoil:
         confidence: float = 0.5,  # the least that counts as converged, of 1
     ):
         try: import neuralfoil
-        except ImportError: raise UserError("the package neuralfoil was not found; pip install neuralfoil") from None
+        except ImportError: raise UserError("the package neuralfoil was not found; pip install 'flashoptim_nb[surrogates]'") from None
         self.evaluate, self.model_size, self.n_crit, self.confidence = neuralfoil.get_aero_from_kulfan_parameters, model_size, n_crit, confidence
 
     def of_parameters(

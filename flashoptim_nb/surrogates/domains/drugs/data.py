@@ -28,7 +28,7 @@ def _rdkit():
         from rdkit import Chem, RDLogger
         from rdkit.Chem import BRICS, QED, Crippen, rdFingerprintGenerator
     except ImportError as error:
-        raise UserError("molecules need the package rdkit, which is not installed; install it with: pip install rdkit") from error
+        raise UserError("molecules need the package rdkit, which is not installed; install it with: pip install 'flashoptim_nb[surrogates]'") from error
     RDLogger.DisableLog("rdApp.*")
     return Chem, BRICS, QED, Crippen, rdFingerprintGenerator
 

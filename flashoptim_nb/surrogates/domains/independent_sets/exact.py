@@ -59,7 +59,7 @@ def greedy(graph: Graph, start: Iterable[int] = ()) -> np.ndarray:  # int64, sor
 # %% ../../../../nbs/surrogates/domains/independent_sets/01_exact.ipynb #7e01000c
 def _need(module: str, package: str):
     if importlib.util.find_spec(module) is None:
-        raise UserError(f"{package} is not installed: pip install {package}; formulas of up to {MOST} variables can be solved without it (solver='enumeration')")
+        raise UserError(f"{package} is not installed: pip install 'flashoptim_nb[surrogates]'; formulas of up to {MOST} variables can be solved without it (solver='enumeration')")
 
 def _named(graph: Graph, start: np.ndarray, true: set[int]) -> tuple[int, ...]:
     "The nodes of an assignment: of each satisfied clause one whose literal is true, those of `start` first."

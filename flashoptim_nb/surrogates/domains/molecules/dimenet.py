@@ -257,7 +257,7 @@ def _fused(self: DimeNetPP, g: Molecules, rbf):
 def with_pyg_blocks(self: DimeNetPP) -> DimeNetPP:
     "Puts PyG's own blocks in place of ours, in place; raises `UserError` where PyG is not installed."
     try: from torch_geometric.nn.models import dimenet as pyg
-    except ImportError: raise UserError("PyG's blocks need torch_geometric, which is not installed: `pip install torch-geometric`") from None
+    except ImportError: raise UserError("PyG's blocks need torch_geometric, which is not installed: pip install 'flashoptim_nb[surrogates]'") from None
     c, act = self.config, nn.SiLU()
     def swap(own, theirs):
         theirs.load_state_dict(own.state_dict())
