@@ -194,13 +194,19 @@ def _replayed(study: Path, runs_of) -> list[str]:
     taken = replay(_deciding(runs, lambda row: row["checkpoint"] != "H1-CF")) + replay(between + others)
     return [f"{study / one['run']}: {one['checkpoint']} does not replay: {one['difference']}" for one in taken if not one["agrees"]]
 
+def _without_journal(study: Path, runs: list) -> list[str]:
+    "Says that runs of a hypothesis lie in a study without the journal that each such study begins with: its decisions are lost, and what was cut."
+    judged = [run for run in runs if run.header.get("hypothesis") in ("h1", "h2")]
+    if not judged or (study / "protocol").exists(): return []
+    return [f"{study}: {len(judged)} runs of {judged[0].header['hypothesis']} and no protocol record, where the study's decisions stand; restore the folder protocol from a copy, or give the study's command again: {judged[0].header.get('command')}"]
+
 def _check(args) -> int:
     from flashoptim_nb.base.records import ROWS, complete, examine, read_study
     found, n = [], 0
     runs_of = lru_cache(maxsize=None)(read_study)
     for study in _studies(args.folders):
         looked = [examine(path.parent) for path in sorted(study.glob(f"*/{ROWS}"))]
-        bad = [line for _, lines in looked for line in lines]
+        bad = [line for _, lines in looked for line in lines] + _without_journal(study, [run for run, _ in looked if run])
         n += len(looked)
         try:
             for run, _ in looked:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..base.config import Config
 from ..base.errors import UserError, choose
 from ..base.machine import pick_device, provenance, repo_root
-from ..base.records import RunWriter, finite, only_writer, read_study, study_name, study_origin
+from ..base.records import RowError, RunWriter, finite, only_writer, read_study, study_name, study_origin
 from .run import end_at_once, free, recorded
 from .decisions import checkpoints_of
 from .loop import CHECKPOINT, Callback, Interrupted, Paused, same_origin
@@ -201,6 +201,7 @@ class _Bar(Callback):
 def attempt(self: Journal, spec) -> int:
     "Performs a run; returns 1 if it failed. What does not fit is recorded as oom, what breaks as failed, and both keep the rows that there are."
     try: self.perform(spec)
+    except RowError as error: return self.broke(spec, error)  # nothing that the user could mend
     except UserError: raise
     except Exception as error: return self.broke(spec, error)
     finally: free(self.device)

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 
 from flashoptim_nb.base.errors import UserError
-from flashoptim_nb.base.records import problems, read_study
+from flashoptim_nb.base.records import RunWriter, problems, read_study
 from flashoptim_nb.study.h2 import presets as h2scales
 from flashoptim_nb.study.h2.experiments import SurrogateStudy, dry_run, stages
 from flashoptim_nb.study.h2.presets import SCALES, narrow
@@ -255,6 +256,36 @@ def test_a_measurement_that_was_killed_and_then_cannot_be_had_ends_nothing(tmp_p
         assert study(tmp_path, scale, arms=[arm]).run() == 0
         stands = statuses(tmp_path)
         assert stands[run.id] == "unavailable" and stands["protocol"] == "finished"
+
+
+@pytest.mark.parametrize("arm", ["labels", "speed", "largest"])
+def test_a_row_that_does_not_fit_is_a_failure_and_not_unavailable(tmp_path, taught, arm, monkeypatch):
+    scale, solver = taught
+    solver["installed"] = True
+    whole = RunWriter.append
+    def append(self, kind, **fields): whole(self, kind, **(fields if kind in ("header", "end") or self.folder.name == "protocol" else fields | dict(note=3, n=[], set=1, seconds="x", ms="y")))
+    with monkeypatch.context() as m:
+        m.setattr(RunWriter, "append", append)
+        assert study(tmp_path, scale, arms=[arm], configs=["flash"] if arm == "largest" else ["fp32"]).run() == 1
+    (id, status), = ((id, status) for id, status in statuses(tmp_path).items() if id != "protocol")
+    assert status == "failed" and "RowError" in next(run.reason for run in read_study(tmp_path / "h2-laptop") if run.id == id)
+    assert study(tmp_path, scale, arms=[arm], configs=["flash"] if arm == "largest" else ["fp32"]).run() == 0 and set(statuses(tmp_path).values()) == {"finished"}
+
+
+def test_arms_that_a_domain_has_not_are_named(tmp_path, taught):
+    told = io.StringIO()
+    scale, _ = taught
+    bare = scale.replace(parts={"toy": scale.parts["toy"].replace(labels=())})
+    for arms in ["labels"], ["labels", "train"]:
+        assert SurrogateStudy(bare, tmp_path, device="cpu", arms=arms, configs=["fp32"], console=Console(file=told)).run() == 0
+    assert told.getvalue().count("nothing to run: toy has no labels with the configurations fp32") == 2
+
+
+def test_a_study_whose_protocol_record_was_taken_away_is_refused(tmp_path, taught, capsys):
+    assert study(tmp_path, taught[0], arms=["train"], configs=["fp32"]).run() == 0
+    assert main(["check", str(tmp_path)]) == 0
+    shutil.rmtree(tmp_path / "h2-laptop" / "protocol")
+    assert main(["check", str(tmp_path)]) == 1 and "1 runs of h2 and no protocol record" in capsys.readouterr().err
 
 
 def test_what_is_told_is_not_read_as_markup(tmp_path, taught):

@@ -22,7 +22,7 @@ from rich.console import Console
 from ...base.config import content_hash
 from ...base.errors import UserError, choose
 from ...base.machine import safe_path
-from ...base.records import RunWriter, read_study
+from ...base.records import RecordError, RunWriter, read_study
 from .run import Epochs, Held, SurrogateSpec, keep_search, labels as label_rows, speed as speed_rows, surrogate_spec, task_of
 from .presets import ARMS, CONDITIONS, SurrogateScale, load_domain, narrow
 from ..journal import Journal
@@ -246,7 +246,7 @@ def perform(self: SurrogateStudy, spec: SurrogateSpec):
     if spec.arm in ("speed", "largest"): self.loaded = {spec.role: domain}  # another domain's tables would count as this one's memory
     before = _mark(folder)
     try: dict(train=self.train, speed=self.speed, largest=self.largest, labels=self.labels)[spec.arm](spec, domain)
-    except (Interrupted, Paused): raise
+    except (Interrupted, Paused, RecordError): raise  # a record that is damaged, or a row that does not fit, does not say that the run cannot be had
     except UserError as error:
         if (folder / CHECKPOINT).exists() or spec.arm == "train" and _mark(folder) != before: raise  # it was under way
         self.cannot(spec, str(error))
@@ -332,9 +332,18 @@ def watch(self: SurrogateStudy, crew: list, done, stop) -> tuple[int, int]:
 
 # %% ../../../nbs/study/h2/06_experiments.ipynb #6a80c019
 @patch
+def tell_lacking(self: SurrogateStudy):
+    "Says which of the arms that were asked for have nothing to be run in a domain."
+    planned = {(stage.role, arm) for stage in stages(self.scale, self.arms) for arm, _ in stage.runs}
+    for role in self.scale.parts:
+        if lacking := [arm for arm in self.given["arms"] or () if (role, arm) not in planned]:
+            self.say(f"  nothing to run: {role} has no {' and no '.join(lacking)} with the configurations {', '.join(self.scale.parts[role].configs)}")
+
+@patch
 def protocol(self: SurrogateStudy) -> tuple[int, str]:
     "Runs what is left of the protocol; returns how many runs failed, and why the study was aborted, if it was."
     failed = 0
+    self.tell_lacking()
     self.ahead()
     for stage in stages(self.scale, self.arms):
         self.check_stop()
