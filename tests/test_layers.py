@@ -1,11 +1,14 @@
 """The package keeps its shape: three slices over one engine, and each imports only what its row of the table allows."""
 import ast
+import json
+import re
 from pathlib import Path
 
 import pytest
 
 import flashoptim_nb
 from flashoptim_nb.report.book import SLICES, is_chapter, notebook_paths
+from flashoptim_nb.surrogates.registry import domains
 
 MAY_IMPORT = {
     "base": "",
@@ -59,12 +62,31 @@ def test_imports_only_what_its_slice_may(path):
         assert not beyond, f"the optimizer stands alone; {'.'.join(here)} imports {beyond}"
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if within(place(p), "surrogates")], ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_a_domain_knows_no_other_and_nobody_in_its_slice_knows_it(path):
+DOMAINS = ("surrogates", "domains")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nobody_reaches_into_a_domain(path):
+    "Others find a domain by the registry, which imports folders by listing them; a domain knows no other."
     here = place(path)
-    own = here[:3] if within(here, "surrogates", "domains") else ("surrogates", "domains", "toy")
-    wrong = [".".join(m) for m in imported(path) if within(m, "surrogates", "domains") and len(m) > 2 and m[:3] != own]
+    wrong = [".".join(m) for m in imported(path) if within(m, *DOMAINS) and m[:3] != here[:3]]
     assert not wrong, f"{'.'.join(here)} imports {wrong}"
+
+
+@pytest.mark.parametrize("name", notebook_paths(PACKAGE.parent / "nbs"), ids=str)
+def test_a_notebook_shows_its_own_domain_or_the_toy(name):
+    "A chapter draws its domain's figures; other examples are of the toy domain."
+    cells = json.loads((PACKAGE.parent / "nbs" / name).read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    found = {folder for folder in re.findall(r"surrogates\.domains\.(\w+)\.", code) if folder != "toy"}
+    folder = Path(name).parent
+    own = {folder.name} if within(folder.parts, *DOMAINS) else found if folder.name == "h2" and len(found) == 1 else set()
+    assert found <= own, f"{name} reaches into {sorted(found - own)}"
+
+
+def test_the_registry_has_every_folder():
+    folders = sorted(path.parent.name for path in PACKAGE.joinpath(*DOMAINS).glob("*/spec.py"))
+    assert len(folders) == len(domains()) and folders == sorted(path.name for path in PACKAGE.joinpath(*DOMAINS).iterdir() if path.is_dir() and path.name != "__pycache__")
 
 
 def test_each_folder_of_notebooks_is_a_slice_or_holds_pages():

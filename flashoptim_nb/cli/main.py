@@ -141,13 +141,13 @@ def _book(args) -> int:
 def _bench(args) -> int:
     from flashoptim_nb.base.machine import repo_root
     from flashoptim_nb.base.errors import UserError
-    from flashoptim_nb.cli.bench import bench, bench_largest, bench_molecules
+    from flashoptim_nb.cli.bench import bench, bench_domain, bench_largest
     if args.blocks and not args.molecules or args.precisions and not (args.molecules or args.largest): raise UserError("--blocks belongs to --molecules, --precisions to --molecules or --largest")
     if args.molecules and args.largest: raise UserError("--molecules and --largest are two benchmarks; ask for one at a time")
     if (args.works or args.optimizers) and (args.molecules or args.largest): raise UserError("--works and --optimizers belong to the optimizers' steps; leave them out with --molecules and --largest")
     if args.molecules:
         chosen = {key: tuple(value) for key, value in (("implementations", args.blocks), ("precisions", args.precisions)) if value}
-        print(f"recorded in {bench_molecules(args.out or repo_root() / 'runs', device=args.device, steps=args.times, **chosen)}")
+        print(f"recorded in {bench_domain('molecules', args.out or repo_root() / 'runs', device=args.device, steps=args.times, **chosen)}")
         return 0
     if args.largest:
         print(f"recorded in {bench_largest(args.out or repo_root() / 'runs', device=args.device, **(dict(configs=args.precisions) if args.precisions else {}))}")
@@ -278,7 +278,7 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
     run.add_argument("--scale", required=True, metavar="{laptop,gpu,full}", help="minutes on a CPU; minutes of training, and as much again of searches, on one GPU; the protocol itself")
     run.add_argument("--sizes", nargs="+", metavar="SIZE", help="h1: only these sizes of the protocol (default: all of the scale's)")
     run.add_argument("--configs", nargs="+", metavar="NAME", help="only these configurations (default: all of the scale's)")
-    run.add_argument("--domains", nargs="+", metavar="NAME", help="h2: only these of molecules, aerodynamics, combinatorial, drugs (default: all)")
+    run.add_argument("--domains", nargs="+", metavar="NAME", help="h2: only these domains (default: all, which --dry-run lists)")
     run.add_argument("--arms", nargs="+", metavar="ARM", help="h2: only these of train, speed, largest, labels (default: all)")
     run.add_argument("--graphs", action="store_true", default=None, help="h2: replay training steps from CUDA graphs where they can be; the same results to rounding, sooner")
     run.add_argument("--workers", type=int, metavar="N", help="h2: training runs at once on one device (default: 1); memory and time are measured alone")

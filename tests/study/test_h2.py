@@ -16,38 +16,20 @@ from rich.console import Console
 
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.base.records import RunWriter, problems, read_study
-from flashoptim_nb.study.h2 import presets as h2scales
 from flashoptim_nb.study.h2.experiments import SurrogateStudy, dry_run, stages
 from flashoptim_nb.study.h2.presets import SCALES, narrow
 from flashoptim_nb.cli.main import main
 from flashoptim_nb.study.loop import Interrupted
 
 COMMON = """
-import torch
-from flashoptim_nb.surrogates.policies import PoolPolicy
-from flashoptim_nb.study.h2.presets import LAPTOP, LOADERS, Solve
-from flashoptim_nb.surrogates.domains.toy.domain import Toy, ToyBatch, toy_answer
-
-class Pool:
-    "The row of a pool with the highest first target."
-    name, domain, unit, instances, device = "pool", "toy", "u", 2, torch.device("cpu")
-    def __init__(self, predict): self.predict, self.rows = predict, torch.randn(2, 30, 8, generator=torch.Generator().manual_seed(0))
-    def policy(self, width): return PoolPolicy(torch.eye(2), self.rows[0], width)
-    def random(self, instance, n, generator): return torch.randint(30, (n,), generator=generator)
-    def predicted(self, instance, x): return self.predict(ToyBatch(self.rows[instance][x], torch.zeros(len(x), 2)))[:, 0]
-    def objective(self, instance, x): return toy_answer(self.rows[instance][x])[:, 0].double().clamp(min=0)
-    def features(self, instance, x): return self.rows[instance][x]
-    def describe(self, instance, x, i): return f"row {int(x[i])}"
-
-class Solvable(Toy):
-    def problems(self, predict): return [Pool(predict)]
-
-def load_solvable(scale, **limits): return Solvable(**limits)
+from dataclasses import replace
+from flashoptim_nb.study.h2.presets import LAPTOP
+from flashoptim_nb.surrogates.plans import Solve
+from flashoptim_nb.surrogates.registry import domains
 
 part = LAPTOP.parts["molecules"].replace(configs=("fp32", "flash", "mixed_fp16"), searched=("flash",), tries=3, batches=(16,), timed=2, limits=dict(rows=160), budget=1 << 20, labels=(),
                                          solve=Solve(runs=2, methods=("reinforce",), steps=2, batch=8, most=3), solved=("fp32", "flash"))
 SCALE = LAPTOP.replace(parts={"toy": part}, seeds=(0, 1), checkpoints=3)
-LOADERS["toy"] = (__name__, "load_solvable")
 """
 DRIVER = COMMON + """
 import sys
@@ -61,8 +43,15 @@ exec(COMMON)
 TIMED = {"seconds", "cold", "started", "command", "commit", "ms", "samples_per_s", "mean_samples_per_s", "settling", "steps"}
 
 
-@pytest.fixture(autouse=True)
-def solvable(monkeypatch): monkeypatch.setitem(h2scales.LOADERS, "toy", (__name__, "load_solvable"))
+TOY = domains()["toy"]  # noqa: F821 - of COMMON
+
+
+@pytest.fixture
+def lacking(monkeypatch):
+    "Takes the toy domain's data away, and gives them back."
+    def load(preset, **_): raise UserError("the package of the data is not installed; install it")
+    def take(away): monkeypatch.setitem(domains(), "toy", replace(TOY, load=load) if away else TOY)  # noqa: F821
+    return take
 
 
 def study(out, scale=SCALE, **options):  # noqa: F821 - of COMMON
@@ -137,7 +126,6 @@ def test_killed_at_a_random_moment_it_goes_on_as_if_nothing_had_happened(number,
 def test_workers_make_the_same_training_runs(whole, tmp_path):
     scale = SCALE.replace(parts={"toy": SCALE.parts["toy"].replace(solve=None)})  # noqa: F821
     alone, together = tmp_path / "alone", tmp_path / "together"
-    h2scales.LOADERS["toy"] = ("flashoptim_nb.surrogates.domains.toy.domain", "load_toy")  # which other processes can import
     assert study(alone, scale, arms=["train"]).run() == 0 and study(together, scale, arms=["train"], workers=2).run() == 0
     a, b = content(alone), content(together)
     assert a.keys() == b.keys() and len(a) == 7
@@ -171,12 +159,11 @@ def test_what_breaks_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
     assert (ended["toy-train-flash-s0"], ended["toy-train-flash-s1"]) == ("finished", "oom")  # what did not fit is a finding
 
 
-def test_a_domain_without_its_data_is_a_record_that_says_so(tmp_path, monkeypatch):
-    def missing(scale, **limits): raise UserError("the rows are not here; put them there")
-    monkeypatch.setitem(globals(), "load_solvable", missing)
+def test_a_domain_without_its_data_is_a_record_that_says_so(tmp_path, lacking):
+    lacking(True)
     assert study(tmp_path, configs=["fp32"]).run() == 0
     runs = read_study(tmp_path / "h2-laptop")
-    assert {(run.status, run.reason) for run in runs if run.id != "protocol"} == {("unavailable", "the rows are not here; put them there")}
+    assert {(run.status, run.reason) for run in runs if run.id != "protocol"} == {("unavailable", "the package of the data is not installed; install it")}
     assert [bad for run in runs for bad in problems(run.folder)] == []
     assert next(run for run in runs if run.id == "protocol").of("skip")
 
@@ -211,12 +198,10 @@ def records(out):
 def taught(monkeypatch):
     "A scale whose runs are taught by inexpensive labels, and what says whether their solver is installed."
     solver = dict(installed=False)
-    class Taught(Toy):  # noqa: F821 - of COMMON
-        def label_ways(self):
-            if not solver["installed"]: raise UserError("the solver was not found; look in [/opt/solver]")
-            return dict(full=[self], cheap_then_fine=[self, self]), dict(full=2.0, cheap_then_fine=1.0), "a solver"
-    monkeypatch.setitem(globals(), "load_taught", lambda scale, **limits: Taught(**limits))
-    monkeypatch.setitem(h2scales.LOADERS, "toy", (__name__, "load_taught"))
+    def label_ways(domain):
+        if not solver["installed"]: raise UserError("the solver was not found; look in [/opt/solver]")
+        return dict(full=[domain], cheap_then_fine=[domain, domain]), dict(full=2.0, cheap_then_fine=1.0), "a solver"
+    monkeypatch.setitem(domains(), "toy", replace(TOY, label_ways=label_ways))  # noqa: F821
     part = SCALE.parts["toy"].replace(labels=("fp32",), solve=None)  # noqa: F821
     return SCALE.replace(parts={"toy": part}, seeds=(0,)), solver  # noqa: F821
 
@@ -310,30 +295,25 @@ def test_a_refused_request_changes_nothing(tmp_path):
     assert records(tmp_path) == files
 
 
-def test_data_that_come_and_go_end_nothing(tmp_path, monkeypatch):
+def test_data_that_come_and_go_end_nothing(tmp_path, lacking):
     wanted = dict(arms=["train", "speed"], configs=["fp32"])
-    def lacking(scale, **limits): raise UserError("the package of the data is not installed")
-    monkeypatch.setitem(globals(), "load_lacking", lacking)
-    def have(yes): monkeypatch.setitem(h2scales.LOADERS, "toy", (__name__, "load_solvable" if yes else "load_lacking"))
-    have(False)
+    lacking(True)
     assert study(tmp_path, **wanted).run() == 0 and set(statuses(tmp_path).values()) == {"unavailable", "finished"}
     files = records(tmp_path)
     assert study(tmp_path, **wanted).run() == 0 and records(tmp_path) == files
-    have(True)
+    lacking(False)
     assert study(tmp_path, **wanted).run() == 0 and set(statuses(tmp_path).values()) == {"finished"}
-    have(False)  # what was made stays made
+    lacking(True)  # what was made stays made
     assert study(tmp_path, **wanted).run() == 0 and set(statuses(tmp_path).values()) == {"finished"}
 
 
-def test_an_interrupted_run_waits_for_its_data(tmp_path, monkeypatch):
+def test_an_interrupted_run_waits_for_its_data(tmp_path, lacking):
     wanted, left = dict(arms=["train"], configs=["fp32"]), iter([False] * 4 + [True] * 9)
     with pytest.raises(Interrupted): study(tmp_path, **wanted, stopped=lambda: next(left)).run()
-    def lacking(scale, **limits): raise UserError("the package of the data is not installed")
-    monkeypatch.setitem(globals(), "load_lacking", lacking)
-    monkeypatch.setitem(h2scales.LOADERS, "toy", (__name__, "load_lacking"))
+    lacking(True)
     assert study(tmp_path, **wanted).run() == 1
     assert list((tmp_path / "h2-laptop").glob("*/checkpoint.safetensors")), "it is still there to go on from"
-    monkeypatch.setitem(h2scales.LOADERS, "toy", (__name__, "load_solvable"))
+    lacking(False)
     assert study(tmp_path, **wanted).run() == 0
     assert set(statuses(tmp_path).values()) == {"finished"} and not list(tmp_path.rglob("checkpoint*"))
 
@@ -361,8 +341,7 @@ def test_conditions_and_seeds_are_never_cut():
 
 
 def test_an_enforced_checkpoint_holds_the_study_until_it_is_confirmed(tmp_path, monkeypatch):
-    monkeypatch.setitem(h2scales.LOADERS, "molecules", (__name__, "load_solvable"))
-    monkeypatch.setattr(h2scales, "PLACED", ())
+    monkeypatch.setitem(domains(), "molecules", replace(TOY, name="molecules"))  # noqa: F821
     part = SCALE.parts["toy"].replace(configs=("fp32", "mixed_fp16"), solve=None, searched=())  # noqa: F821 - the toy's errors are no molecule's, so CA is not measured
     scale = SCALE.replace(parts={"molecules": part}, enforced=True)  # noqa: F821
     def stands(): return next(run for run in read_study(tmp_path / "h2-laptop") if run.id == "protocol")

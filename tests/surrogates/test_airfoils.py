@@ -12,7 +12,8 @@ from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.surrogates.domains.aerodynamics import airfoils as A
 from flashoptim_nb.surrogates.domains.aerodynamics import solvers as S
 from flashoptim_nb.surrogates.domains.aerodynamics.polars import drag_floor, load_table, same_shapes, select, split_airfoils
-from flashoptim_nb.surrogates.domains.aerodynamics.domain import cheap_labels, load_aerodynamics
+from flashoptim_nb.surrogates.domains.aerodynamics.domain import load_aerodynamics
+from flashoptim_nb.surrogates.domains.aerodynamics.labels import cheap_labels
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("gcc", "cc", "clang"))), reason="no C compiler: XFOIL's stub cannot be built")
 

@@ -24,7 +24,7 @@ from ...base.errors import UserError, choose
 from ...base.machine import safe_path
 from ...base.records import RecordError, RunWriter, read_study
 from .run import Epochs, Held, SurrogateSpec, keep_search, labels as label_rows, speed as speed_rows, surrogate_spec, task_of
-from .presets import ARMS, CONDITIONS, SurrogateScale, load_domain, narrow
+from .presets import ARMS, SurrogateScale, narrow
 from ..journal import Journal
 from ..run import end_at_once, header as header_of, is_done, recorded
 from ..stages import rates
@@ -33,6 +33,8 @@ from ..evidence import Evidence
 from .criteria import DOMAINS, H2, PRIMARY
 from ..table import evidence_table
 from ...surrogates.largest import largest as largest_of
+from ...surrogates.plans import CONDITIONS
+from ...surrogates.registry import find_domain
 from ..loop import CHECKPOINT, Interrupted, Paused, fit
 
 # %% ../../../nbs/study/h2/06_experiments.ipynb #6a80c006
@@ -120,7 +122,7 @@ def domain(self: SurrogateStudy, role: str):
     "The domain with its data, loaded once; or the words that say why it cannot be had."
     if role not in self.loaded:
         part, begin = self.scale.parts[role], time.perf_counter()
-        try: self.loaded[role] = load_domain(role, part.load, part.limits, self.device, self.folder)
+        try: self.loaded[role] = find_domain(role).load(part.load, device=self.device, cache=self.folder, **part.limits)
         except (UserError, ImportError) as error: self.loaded[role] = f"{error}"
         else: self.say(f"  {role}: loaded in {time.perf_counter() - begin:.1f} s")
     return self.loaded[role]
