@@ -167,19 +167,18 @@ def decided_runs(
     return sorted({name for e in entries if e["kind"] != "overall" and e["status"] in ("met", "not met", "inconclusive") for name in e["records"]})
 
 def _in_words(whole: dict, entries: list[dict]) -> str:
-    "What decides, as statements with the places where they hold, instead of numbers; the judge's reason where nothing does."
-    if not whole["decided_by"]: return whole["reason"]
+    "What decides, as statements with the places where they hold; how much is open where nothing does."
+    if not whole["decided_by"]: return next(iter(re.findall(r"\d+ of \d+ criteria are undecided", whole["reason"])), whole["reason"])
     said = []
     for e in (e for e in entries if e["id"] in whole["decided_by"]):
         places = list(dict.fromkeys(e["parts"][i]["at"] for i in e["carry"] if e["kind"] != "success" and e["status"] == "met"))
         said.append(f"{e['statement'].rstrip('.')} ({e['id']}: {', '.join(places) or e['status']})")
-    rests = re.sub(r" \([^()]*\)", "", whole["reason"].partition("; this rests on ")[2])
-    return ". ".join(said) + (f". This rests on {rests}" if rests else "")
+    return ". ".join(said)
 
 def verdict_banner(
     runs: Iterable[Run] | None = None,
     hypothesis: Hypothesis = H1,
-    numbers: bool = True,  # False: what decides is told as statements
+    brief: bool = False,  # only what decides, in words; the provenance stands elsewhere on the page
 ) -> Rendered:
     "The verdict on each side, the headline first, with what decides it and the provenance of all runs."
     runs = _runs(runs, hypothesis)
@@ -187,13 +186,13 @@ def verdict_banner(
     for whole in (e for e in entries if e["kind"] == "overall"):
         mine, said = [e for e in entries if e["side"] == whole["side"]], side_text(whole)
         head = (said if _stack(whole) else said.replace("against", "Against", 1)) + (" (the headline)" if whole["headline"] else "")
-        reason = whole["reason"] if numbers else _in_words(whole, mine)
+        reason = _in_words(whole, mine) if brief else whole["reason"]
         reason = reason[:1].upper() + reason[1:]
         mark = attributes(dict(verdict=whole["id"], against=whole["against"], stack=_stack(whole), status=whole["status"], runs=decided_runs(mine) or None))
         html = f'<div class="verdict {tone(whole["status"])}"{mark}><p><strong>{escape(head)}: {escape(whole["status"])}</strong></p><p>{escape(reason)}.</p></div>'
         parts.append(Rendered(html, f"- **{head}: {whole['status']}**. {reason}."))
     whole = Rendered("\n".join(p.html for p in parts), "\n".join(p.markdown for p in parts))
-    return whole + provenance_note(runs)
+    return whole if brief else whole + provenance_note(runs)
 
 # %% ../../nbs/report/02_tables.ipynb #0038ad8e
 def measured_saving(

@@ -117,8 +117,22 @@ def test_readme_is_in_sync():
     assert (REPO / "README.md").read_text() == render_readme(), "rewrite it: report.readme.write_readme()"
 
 
-def test_the_tree_in_the_readme_is_whole():
-    assert set(top_level(REPO)) - {"LICENSE"} <= set(ROLES), "give new files at the top of the repository a role in report.readme"
+def test_the_readme_is_read_in_two_screens():
+    text = (REPO / "README.md").read_text()
+    assert len(text.encode()) <= 8192, "what does not fit has a page in the book"
+    links = re.findall(r"\]\((?!https?:)([^)#\s]+)\)", text)
+    assert len(links) > 10 and not [link for link in links if not (REPO / link).exists()]
+
+
+def test_links_between_notebooks_lead_somewhere():
+    for path in (REPO / "nbs").rglob("*.ipynb"):
+        prose = "".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown")
+        dead = [link for link in re.findall(r"\]\((?!https?:)([^)#\s]+\.ipynb)", prose) if not (path.parent / link).exists()]
+        assert not dead, f"{path.relative_to(REPO)} links to {dead}"
+
+
+def test_the_tree_of_the_repository_is_whole():
+    assert set(top_level(REPO)) <= set(ROLES), "give new files at the top of the repository a role in report.readme"
 
 
 def test_pages_are_dressed(built):
