@@ -87,7 +87,7 @@ def bench_domain(
         for chosen in measured.get(option, ()): choose(option.removesuffix("s"), chosen, known)
     where = pick_device(device)
     if where.type != "cuda" and domain is None:
-        raise UserError(f"the training steps of all {name} want a GPU, and the device is {where}: on a CPU they take most of an hour; leave --{name} out here")
+        raise UserError(f"the training steps of all {name} want a GPU, and the device is {where}: on a CPU they take most of an hour; leave that benchmark out here")
     domain = domain or benchmark.load(where, **measured)
     settings = {option: list(v) if isinstance(v, tuple) else v for option, v in measured.items()}
     with _recorded(out, where, benchmark.run, name, settings, domain.data_hash) as writer:
@@ -113,7 +113,7 @@ def bench_largest(
     "Searches for the largest DimeNet++ within a budget, one record a configuration; returns the study's folder."
     for config in (configs := [*configs]): choose("configuration", config, SURROGATE_CONFIGS)
     where, recipe = pick_device(device), SURROGATE_RECIPE.replace(epochs=1, batch=batch)
-    if domain is None and where.type != "cuda": raise UserError(f"a search up to {budget / 2**30:g} GiB wants a GPU, and the device is {where}; leave --largest out here")
+    if domain is None and where.type != "cuda": raise UserError(f"a search up to {budget / 2**30:g} GiB wants a GPU, and the device is {where}; leave `bench capacity` out here")
     spec = find_domain("molecules")
     domain = domain or spec.load("gpu", device=where, **spec.plans["gpu"].limits)
     for config in configs:

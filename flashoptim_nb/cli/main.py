@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
 
 import argparse
 import json
+import math
 import signal
 import sys
 from collections import defaultdict
@@ -138,22 +139,24 @@ def _book(args) -> int:
     return serve(out, args.port) if args.serve else 0
 
 # %% ../../nbs/cli/02_main.ipynb #df423cf7
+def _benchmark(args) -> str:
+    "Which benchmark is asked for, by its name or by the option that stood for it before; raises `UserError` for options of another."
+    asked = dict.fromkeys(filter(None, (args.benchmark, args.molecules and "dimenet", args.largest and "capacity")))
+    if len(asked) > 1: raise UserError(f"{' and '.join(asked)} are two benchmarks; ask for one at a time")
+    name = next(iter(asked), "optimizers")
+    if (args.tensors or args.optimizers) and name != "optimizers": raise UserError(f"--tensors and --optimizers belong to `bench optimizers`; leave them out with {name}")
+    if args.blocks and name != "dimenet" or args.precisions and name == "optimizers":
+        raise UserError(f"--blocks belongs to `bench dimenet`, --precisions to that and to `bench capacity`; leave them out with {name}")
+    return name
+
 def _bench(args) -> int:
     from flashoptim_nb.base.machine import repo_root
-    from flashoptim_nb.base.errors import UserError
     from flashoptim_nb.cli.bench import bench, bench_domain, bench_largest
-    if args.blocks and not args.molecules or args.precisions and not (args.molecules or args.largest): raise UserError("--blocks belongs to --molecules, --precisions to --molecules or --largest")
-    if args.molecules and args.largest: raise UserError("--molecules and --largest are two benchmarks; ask for one at a time")
-    if (args.works or args.optimizers) and (args.molecules or args.largest): raise UserError("--works and --optimizers belong to the optimizers' steps; leave them out with --molecules and --largest")
-    if args.molecules:
-        chosen = {key: tuple(value) for key, value in (("implementations", args.blocks), ("precisions", args.precisions)) if value}
-        print(f"recorded in {bench_domain('molecules', args.out or repo_root() / 'runs', device=args.device, steps=args.times, **chosen)}")
-        return 0
-    if args.largest:
-        print(f"recorded in {bench_largest(args.out or repo_root() / 'runs', device=args.device, **(dict(configs=args.precisions) if args.precisions else {}))}")
-        return 0
-    chosen = {key: value for key, value in (("works", args.works), ("names", args.optimizers)) if value}
-    folder = bench(args.out or repo_root() / "runs", device=args.device, times=args.times, **chosen)
+    name, out = _benchmark(args), args.out or repo_root() / "runs"
+    def given(**options): return {key: tuple(value) for key, value in options.items() if value}
+    if name == "dimenet": folder = bench_domain("molecules", out, device=args.device, steps=args.times, **given(implementations=args.blocks, precisions=args.precisions))
+    elif name == "capacity": folder = bench_largest(out, device=args.device, **given(configs=args.precisions))
+    else: folder = bench(out, device=args.device, times=args.times, **given(works=args.tensors, names=args.optimizers))
     print(f"recorded in {folder}")
     return 0
 
@@ -164,10 +167,10 @@ def _quality(args) -> int:
     from flashoptim_nb.study.h1.criteria import OPTIMIZER_MARGIN_NATS
     from flashoptim_nb.report.optimizers import format_gaps
     chosen = dict(configs=args.configs) if args.configs else {}
-    folder = quality(args.out or repo_root() / "runs", scale=args.scale, device=args.device, seeds=args.seeds, schedule=args.recipe, steps=args.steps, minutes=args.minutes, **chosen)
+    folder = quality(args.out or repo_root() / "runs", scale=args.scale, device=args.device, seeds=args.seeds, schedule=args.schedule, steps=args.steps, minutes=args.minutes, **chosen)
     runs = read_study(folder)
     for text in sorted({row["set"] for run in runs for row in run.of("eval") if "tracked" not in row["set"]}):
-        for _, gap in format_gaps(text, OPTIMIZER_MARGIN_NATS, runs, SCHEDULES[args.recipe]["role"]).iterrows():
+        for _, gap in format_gaps(text, OPTIMIZER_MARGIN_NATS, runs, SCHEDULES[args.schedule]["role"]).iterrows():
             print(f"  {gap['what']}, {text}: {gap['value']:+.4f} nats a token over {gap['n']} pair{'s' * (gap['n'] != 1)}, {gap['says']} at a margin of {OPTIMIZER_MARGIN_NATS}")
     print(f"recorded in {folder}; next: flashoptim-nb book --records {folder.parent}")
     return 0
@@ -257,79 +260,154 @@ def _folder(text: str) -> Path:
     if not text.strip(): raise argparse.ArgumentTypeError("an empty name; leave it out, or name a folder")
     return Path(text)
 
-def _parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser("flashoptim-nb", description="Does FlashOptim lower the cost of training, and make larger surrogates fit? Run the protocol, judge its records, read the book.",
-                                  epilog="A first tour: `doctor`, then `run h1 --scale laptop`, `verdict h1`, `book --serve`.")
-    top.add_argument("--version", action="version", version=__version__)
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    def command(name, function, **words):
-        parser = commands.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter, **words)
-        parser.set_defaults(function=function)
-        return parser
+class _Parser(argparse.ArgumentParser):
+    "A parser whose help ends with names from tables, read when help is shown: the modules that hold them take seconds to load."
+    def __init__(self, *args, names=lambda: "", **words):
+        super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **words)
+        self.names = names
 
+    def format_help(self) -> str:
+        told, self.epilog = self.epilog, "\n\n".join(filter(None, (self.epilog, self.names())))
+        try: return super().format_help()
+        finally: self.epilog = told
+
+def _listed(title: str, lines: dict[str, str]) -> str:
+    "Names with what they stand for, under a title."
+    return "\n".join([f"{title}:", *(f"  {name:{max(map(len, lines))}}  {line}" for name, line in lines.items())])
+
+def _where(parser, device: str | None = "auto", default=None, what="studies"):
+    "The options of a command that measures: on which device, and where its records go."
+    said = "auto" if device else "what the preset says"
+    parser.add_argument("--device", default=default or device, help=f"auto, cpu, cuda or cuda:N (default: {said})")
+    parser.add_argument("--out", type=_folder, default=default, help=f"where {what} are kept (default: runs/ of the checkout)")
+
+def _preset(parser, help: str, **words): parser.add_argument("--preset", "--scale", dest="scale", help=help, **words)
+
+# %% ../../nbs/cli/02_main.ipynb #5c6d2f91
+def _run_parser(command):
     run = command("run", _run, help="run a hypothesis' protocol and record it", description="""Runs the protocol and appends to its records.
 Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the CPU the result is the same bit for bit.""",
-        epilog="examples:\n  flashoptim-nb run h1 --scale laptop            minutes on two CPU cores; never evidence\n"
-               "  flashoptim-nb run h1 --scale gpu --dry-run     what it would run, how long, for how much\n"
-               "  FLASHOPTIM_DATA=/data flashoptim-nb run h1 --scale gpu --sizes 124M\n"
-               "  flashoptim-nb run h2 --scale laptop --domains aerodynamics\n"
-               "  flashoptim-nb run h2 --scale gpu --workers 8 --minutes 9     as much as fits into nine minutes")
+        epilog="examples:\n  flashoptim-nb run h1 --preset laptop            minutes on two CPU cores; never evidence\n"
+               "  flashoptim-nb run h1 --preset gpu --dry-run     what it would run, how long, for how much\n"
+               "  FLASHOPTIM_DATA=/data flashoptim-nb run h1 --preset gpu --sizes 124M\n"
+               "  flashoptim-nb run h2 --preset laptop --domains aerodynamics\n"
+               "  flashoptim-nb run h2 --preset gpu --workers 8 --minutes 9     as much as fits into nine minutes")
     run.add_argument("hypothesis", help="h1: the cost of training language models; h2: larger surrogates in reduced precision")
-    run.add_argument("--scale", required=True, metavar="{laptop,gpu,full}", help="minutes on a CPU; minutes of training, and as much again of searches, on one GPU; the protocol itself")
-    run.add_argument("--sizes", nargs="+", metavar="SIZE", help="h1: only these sizes of the protocol (default: all of the scale's)")
-    run.add_argument("--configs", nargs="+", metavar="NAME", help="only these configurations (default: all of the scale's)")
+    _preset(run, "minutes on a CPU; minutes of training, and as much again of searches, on one GPU; the protocol itself", required=True, metavar="{laptop,gpu,full}")
+    run.add_argument("--sizes", nargs="+", metavar="SIZE", help="h1: only these sizes of the protocol (default: all of the preset's)")
+    run.add_argument("--configs", nargs="+", metavar="NAME", help="only these configurations (default: all of the preset's)")
     run.add_argument("--domains", nargs="+", metavar="NAME", help="h2: only these domains (default: all, which --dry-run lists)")
-    run.add_argument("--arms", nargs="+", metavar="ARM", help="h2: only these of train, speed, largest, labels (default: all)")
+    run.add_argument("--experiments", "--arms", dest="arms", nargs="+", metavar="NAME", help="h2: only these of train, speed, largest, labels (default: all)")
     run.add_argument("--graphs", action="store_true", default=None, help="h2: replay training steps from CUDA graphs where they can be; the same results to rounding, sooner")
     run.add_argument("--workers", type=int, metavar="N", help="h2: training runs at once on one device (default: 1); memory and time are measured alone")
     run.add_argument("--minutes", type=float, metavar="M", help="h2: stop after so many minutes, to be gone on with by the same command")
-    run.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: what the scale says)")
-    run.add_argument("--out", type=_folder, help="where studies are kept (default: runs/ of the checkout)")
+    _where(run, device=None)
     run.add_argument("--confirm", nargs="+", default=[], metavar="CHECKPOINT", help="let a study go on that this checkpoint paused, having looked into its reason")
-    run.add_argument("--dry-run", action="store_true", help="print the scale's configuration and what it would run (h1: with projected time and cost); run nothing")
+    run.add_argument("--dry-run", action="store_true", help="print the preset's configuration and what it would run (h1: with projected time and cost); run nothing")
 
+# %% ../../nbs/cli/02_main.ipynb #5c6d2f92
+_RECORDS = dict(nargs="+", default=[], metavar="FOLDER", help="folders of studies, or studies (default: data/records, overlaid by runs/)")
+
+def _verdict_parser(command):
     verdict = command("verdict", _verdict, help="judge the records", description="Judges every criterion from the records: h1 against `baseline` and `baseline_strong`, h2 for mixed_bf16 and for flash against fp32.")
     verdict.add_argument("hypothesis", help="h1 or h2")
     verdict.add_argument("--statements", action="store_true", help="say under each criterion what it asks, in words")
     verdict.add_argument("--json", action="store_true", help="a list: id, statement, status, value, threshold, interval, scale, records")
-    verdict.add_argument("--scale", help="judge the records of one scale only (default: each criterion from the largest scale that measured it)")
-    verdict.add_argument("--records", nargs="+", default=[], metavar="FOLDER", help="folders of studies, or studies (default: data/records, overlaid by runs/)")
+    _preset(verdict, "judge the records of one preset only (default: each criterion from the largest that measured it)")
+    verdict.add_argument("--records", **_RECORDS)
 
+def _book_parser(command):
     book = command("book", _book, help="build the book from the records", description="Executes the chapters over the records and builds the site; offline.")
     book.add_argument("--serve", action="store_true", help="serve it on this machine when it is built")
     book.add_argument("--port", type=int, default=8000, help="with --serve (default: 8000; 0: any that is free)")
     book.add_argument("--out", type=_folder, help="where the site goes (default: _book/ of the checkout)")
-    book.add_argument("--records", nargs="+", default=[], metavar="FOLDER", help="folders of studies, or studies (default: data/records, overlaid by runs/)")
+    book.add_argument("--records", **_RECORDS)
 
+def _check_parser(command):
     check = command("check", _check, help="verify records", description="Refuses records that miss their origin, are damaged, or whose decisions do not replay; says why.")
     check.add_argument("folders", nargs="*", metavar="FOLDER", help="folders of studies or runs (default: data/records and runs/)")
 
-    bench = command("bench", _bench, help="time the optimizers' steps", description="Times the step of this package's optimizers and of the peers that are installed, on the tensors of two GPTs and on many small ones.",
-                    epilog="examples:\n  flashoptim-nb bench                                              all, on this machine's best device\n"
-                           "  flashoptim-nb bench --works small --optimizers FlashAdamW \"torch AdamW (fused)\"")
-    bench.add_argument("--works", nargs="+", metavar="SET", help="only these tensor sets: 124M, 1.3B, small, tiny (default: the first three)")
-    bench.add_argument("--optimizers", nargs="+", metavar="NAME", help="only these (default: all)")
-    bench.add_argument("--molecules", action="store_true", help="instead: DimeNet++'s training step, PyG's blocks beside this package's (wants a GPU; --works and --optimizers do not apply)")
-    bench.add_argument("--largest", action="store_true", help="instead: the largest DimeNet++ that trains at batch 512 within 24 GiB (wants a GPU)")
-    bench.add_argument("--blocks", nargs="+", metavar="NAME", help="--molecules: only these of pyg, triplets, fused, fused_checkpointing (default: all)")
-    bench.add_argument("--precisions", nargs="+", metavar="NAME", help="--molecules: only these of fp32, tf32, mixed_bf16, flash (default: all); --largest: these configurations (default: fp32 mixed_bf16 flash flash_fused)")
-    bench.add_argument("--times", type=int, default=20, help="timed steps behind each median")
-    bench.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    bench.add_argument("--out", type=_folder, help="where records are kept (default: runs/ of the checkout)")
-
-    quality = command("quality", _quality, help="compare optimizers on whole training runs", description="Trains GPTs with the same data in the same order by AdamW and Lion, and by the same rules in FlashOptim's formats.",
-                      epilog="examples:\n  flashoptim-nb quality --scale laptop\n  flashoptim-nb quality --scale gpu --seeds 0 1 2 3 --configs adamw flash_adamw")
-    quality.add_argument("--scale", required=True, choices=("laptop", "gpu"))
-    quality.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="0 or more each (default: 0 1 2)")
-    quality.add_argument("--configs", nargs="+", metavar="NAME", help="only these: adamw, adamw_foreach, adamw_stream16, flash_adamw, flash_adamw_linear, flash_adamw_states, flash_adamw_fp32_states, flash_adamw_norms32, flash_adamw_release, lion, flash_lion (default: all)")
-    quality.add_argument("--recipe", choices=("gentle", "steep"), default="gentle", help="gentle: half the usual rate after a long warm-up, so that two runs of a seed stay together; steep: the pilot's")
-    quality.add_argument("--steps", type=int, help="optimizer steps (default: the scale's)")
-    quality.add_argument("--minutes", type=float, metavar="M", help="stop after so many minutes, to be gone on with by the same command")
-    quality.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    quality.add_argument("--out", type=_folder, help="where studies are kept (default: runs/ of the checkout)")
-
+def _doctor_parser(command):
     doctor = command("doctor", _doctor, help="what this machine can do", description="What this machine can do, and why (not).")
     doctor.add_argument("--json", action="store_true")
+
+# %% ../../nbs/cli/02_main.ipynb #5c6d2f93
+def _timed_names() -> str:
+    from flashoptim_nb.cli.bench import TENSOR_SETS
+    from flashoptim_nb.train.optimizers import TIMED
+    sets = {name: f"{sum(map(math.prod, shapes)):,} parameters in {len(shapes)} tensors" for name, shapes in TENSOR_SETS.items()}
+    return _listed("tensor sets", sets) + "\n\n" + _listed("optimizers", {name: row.path for name, row in TIMED.items()})
+
+def _dimenet_names() -> str:
+    from flashoptim_nb.surrogates.registry import find_domain
+    known = find_domain("molecules").benchmark.choices
+    return f"blocks: {', '.join(known['implementations'])}\nprecisions: {', '.join(known['precisions'])}"
+
+def _capacity_names() -> str:
+    from flashoptim_nb.cli.bench import LARGEST
+    from flashoptim_nb.train.config import SURROGATE_CONFIGS
+    return f"configurations: {', '.join(SURROGATE_CONFIGS)}\nby default: {', '.join(LARGEST)}"
+
+# %% ../../nbs/cli/02_main.ipynb #5c6d2f94
+_BENCHMARKS = {  # what each times, and its names
+    "optimizers": ("a step of this package's optimizers and of the peers that are installed, on the tensors of two GPTs and on many small ones", _timed_names),
+    "dimenet": ("a training step of DimeNet++, PyG's blocks beside this package's (wants a GPU)", _dimenet_names),
+    "capacity": ("the largest DimeNet++ that trains at batch 512 within 24 GiB (wants a GPU)", _capacity_names),
+}
+_BENCH_OPTIONS = {  # of which benchmarks, and its help
+    ("--tensors", "--works"): ("optimizers", dict(dest="tensors", nargs="+", metavar="SET", help="only these tensor sets (default: 124M, 1.3B, small)")),
+    ("--optimizers",): ("optimizers", dict(nargs="+", metavar="NAME", help="only these (default: all)")),
+    ("--blocks",): ("dimenet", dict(nargs="+", metavar="NAME", help="only these (default: all)")),
+    ("--precisions", "--configs"): ("dimenet capacity", dict(dest="precisions", nargs="+", metavar="NAME", help="only these")),
+    ("--times",): ("optimizers dimenet", dict(type=int, metavar="N", help="timed steps behind each median (default: 20)")),
+}
+
+def _bench_parser(command):
+    bench = command("bench", _bench, help="time the optimizers' steps", description="Times a benchmark beside its peers, in one run, and keeps a record. Without a name: the optimizers.",
+                    epilog="examples:\n  flashoptim-nb bench                                   the optimizers, on this machine's best device\n"
+                           "  flashoptim-nb bench optimizers --tensors small --optimizers FlashAdamW \"torch AdamW (fused)\"\n"
+                           "  flashoptim-nb bench dimenet --blocks pyg fused\n  flashoptim-nb bench capacity --configs fp32 flash")
+    for names, (_, words) in _BENCH_OPTIONS.items(): bench.add_argument(*names, **words | dict(help=argparse.SUPPRESS, default=20 if "--times" in names else None))
+    for name in "--molecules", "--largest": bench.add_argument(name, action="store_true", help=argparse.SUPPRESS)  # the names' forerunners
+    _where(bench, what="records")
+    known = bench.add_subparsers(dest="benchmark", metavar="BENCHMARK")
+    for name, (what, listed) in _BENCHMARKS.items():
+        one = known.add_parser(name, help=what, description=f"Times {what}." if name != "capacity" else f"Searches for {what}.", names=listed)
+        for names, (of, words) in _BENCH_OPTIONS.items():
+            if name in of.split(): one.add_argument(*names, **words, default=argparse.SUPPRESS)
+        _where(one, what="records", default=argparse.SUPPRESS)
+
+# %% ../../nbs/cli/02_main.ipynb #5c6d2f95
+def _quality_names() -> str:
+    from flashoptim_nb.cli.quality import PARTS, SCHEDULES
+    from flashoptim_nb.train.optimizers import OPTIMIZER_CONFIGS, OPTIMIZERS
+    presets = {name: f"GPT of {part.size}, {part.recipe.steps} steps of {part.recipe.batch} sequences" for name, part in PARTS.items()}
+    return "\n\n".join((_listed("presets", presets), _listed("schedules", {name: one["help"] for name, one in SCHEDULES.items()}),
+                        _listed("configurations", {name: OPTIMIZERS[name].help for name in OPTIMIZER_CONFIGS})))
+
+def _quality_parser(command):
+    quality = command("quality", _quality, help="compare optimizers on whole training runs", names=_quality_names,
+                      description="Trains GPTs with the same data in the same order by AdamW and Lion, and by the same rules in FlashOptim's formats.",
+                      epilog="examples:\n  flashoptim-nb quality --preset laptop\n  flashoptim-nb quality --preset gpu --seeds 0 1 2 3 --configs adamw flash_adamw")
+    _preset(quality, "how large a GPT, and for how long", required=True, metavar="NAME")
+    quality.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="0 or more each (default: 0 1 2)")
+    quality.add_argument("--configs", nargs="+", metavar="NAME", help="only these (default: all)")
+    quality.add_argument("--schedule", "--recipe", dest="schedule", default="gentle", metavar="NAME", help="of the learning rate (default: gentle)")
+    quality.add_argument("--steps", type=int, help="optimizer steps (default: the preset's)")
+    quality.add_argument("--minutes", type=float, metavar="M", help="stop after so many minutes, to be gone on with by the same command")
+    _where(quality)
+
+# %% ../../nbs/cli/02_main.ipynb #5c6d2f97
+def _parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser("flashoptim-nb", epilog="A first tour: `doctor`, then `run h1 --preset laptop`, `verdict h1`, `book --serve`.",
+        description="Does FlashOptim lower the cost of training, and make larger surrogates fit? Run the protocol, judge its records, read the book.")
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    def command(name, function, **words):
+        parser = commands.add_parser(name, **words)
+        parser.set_defaults(function=function)
+        return parser
+    for add in _run_parser, _verdict_parser, _book_parser, _check_parser, _bench_parser, _quality_parser, _doctor_parser: add(command)
     return top
 
 # %% ../../nbs/cli/02_main.ipynb #00d1b2c7

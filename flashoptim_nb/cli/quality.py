@@ -64,14 +64,14 @@ def quality(
     tell=print,
 ) -> Path:
     "Trains each configuration with each seed, the seeds one after the other, so that what is cut off by time is whole pairs; returns the study's folder."
-    choose("scale", scale, PARTS)
+    choose("preset", scale, PARTS)
     choose("schedule", schedule, SCHEDULES)
     seeds = [*seeds]
     if steps is not None and steps < 1 or minutes is not None and not minutes > 0 or any(not 0 <= seed < 2**32 for seed in seeds):
         raise UserError(f"steps {steps}, minutes {minutes}, seeds {seeds}: steps are 1 or more, minutes above 0, seeds from 0 to {2**32 - 1}")
     for config in (configs := [*configs]): choose("configuration", config, OPTIMIZER_CONFIGS)
     where, whole = pick_device(device), SCALES[scale]
-    if whole.device == "cuda" and where.type != "cuda": raise UserError(f"scale {scale!r} is trained on a GPU, and there is none here; rehearse with --scale laptop")
+    if whole.device == "cuda" and where.type != "cuda": raise UserError(f"scale {scale!r} is trained on a GPU, and there is none here; rehearse with --preset laptop")
     origin, end = provenance(where), time.monotonic() + 60 * (minutes or 1e9)
     corpus = load_corpus(whole.replace(eval_sets=whole.eval_sets[:1] + (("c4", 65_536),) if scale == "gpu" else whole.eval_sets[:1]))
     folder = Path(out) / study_name("quality", scale, origin["device"], origin["device_kind"])

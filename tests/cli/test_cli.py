@@ -62,7 +62,7 @@ def answered(capsys, *words):
     return status, capsys.readouterr().err
 
 
-WRITES = dict(run="run h1 --scale laptop", dry="run h1 --scale laptop --dry-run", h2="run h2 --scale laptop", quality="quality --scale laptop", bench="bench --works tiny --times 1", book="book")
+WRITES = dict(run="run h1 --scale laptop", dry="run h1 --preset laptop --dry-run", h2="run h2 --scale laptop", quality="quality --scale laptop", bench="bench optimizers --tensors tiny --times 1", book="book")
 
 
 @pytest.mark.parametrize("out, told", [("file", "cannot write to"), ("file/deeper", "cannot write to"), ("studies/h1-laptop", "within the records"), ("studies/h1-laptop/protocol/new", "within the records"), ("", "empty name")])
@@ -78,7 +78,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_first(name, out, told, pla
     ("quality --scale laptop --seeds -1", "seeds from 0"), (f"quality --scale laptop --seeds 0 {2**70}", "seeds from 0"),
     ("quality --scale laptop --minutes nan", "minutes above 0"), ("quality --scale laptop --configs adam", "did you mean"),
     ("bench --times 0", "at least 1"), ("bench --works 125M", "unknown tensor set"), ("bench --molecules --largest", "one at a time"),
-    ("bench --molecules --works small", "leave them out"), ("bench --molecules --blocks pig", "unknown implementation"), ("bench --molecules --precisions fp64", "unknown precision"),
+    ("bench --molecules --works small", "leave them out"), ("bench --largest dimenet", "one at a time"), ("bench capacity --configs fp7", "unknown configuration"), ("quality --preset huge", "unknown preset"), ("quality --scale laptop --recipe harsh", "unknown schedule"), ("bench --molecules --blocks pig", "unknown implementation"), ("bench --molecules --precisions fp64", "unknown precision"),
     ("run h2 --scale laptop --workers 0", "at least 1"), ("run h2 --scale laptop --minutes 0", "more than 0"), ("run h2 --scale laptop --arms tests", "unknown arm"),
     ("run h2 --scale laptop --domains molecule", "did you mean"), ("run h1 --scale laptop --device cuda:99999", "choose one of: auto"), ("run h1 --scale gpu --device cpu --dry-run", "is measured on a GPU"),
     ("run h1 --scale laptop --device xpu --dry-run", "choose one of: auto"), ("run h2 --scale gpu --device cpu --dry-run", "is measured on a GPU"),
