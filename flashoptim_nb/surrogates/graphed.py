@@ -43,7 +43,7 @@ class GraphedTask(SurrogateTask):
 
     def micros(self, n: int) -> list: return [padded(self.domain, batch, self.config) for batch in super().micros(n)]
 
-    def learn(self, micros: list) -> tuple[torch.Tensor, torch.Tensor]:
+    def train_batch(self, micros: list) -> tuple[torch.Tensor, torch.Tensor]:
         "One optimizer step; from the fourth of its shapes on, a replay."
         given = [t for batch in micros for t in parts_of(batch)]
         shapes = (tuple((t.shape, t.dtype) for t in given), *map(is_vouched, micros))  # a graph without checks replays no batch that wants them
@@ -59,7 +59,7 @@ class GraphedTask(SurrogateTask):
     def _aside(self, micros):
         "An ordinary step on a stream of its own, as captures ask for beforehand."
         self.side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.side): out = super().learn(micros)
+        with torch.cuda.stream(self.side): out = super().train_batch(micros)
         torch.cuda.current_stream(self.device).wait_stream(self.side)
         return out
 
@@ -67,7 +67,7 @@ class GraphedTask(SurrogateTask):
         "The graph of a step, the tensors that it reads and those that it writes."
         held = [_cloned(batch.to(self.device)) for batch in micros]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.side): out = super().learn(held)
+        with torch.cuda.graph(graph, stream=self.side): out = super().train_batch(held)
         return graph, [t for batch in held for t in parts_of(batch)], out
 
     def load_state_dict(self, state: dict):

@@ -77,10 +77,10 @@ def try_width(
     task = SurrogateTask(domain, config, recipe, width=width, seed=seed, device=device, trial=True)
     micros = [batch.to(device) for batch in batches]
     if device.type != "cuda":
-        return dict(parameters=task.parameters, peak=memory_by_class(lambda: task.learn(micros), model=task.model, optimizer=task.optimizer, device=device, inputs=micros)["peak"])
+        return dict(parameters=task.parameters, peak=memory_by_class(lambda: task.train_batch(micros), model=task.model, optimizer=task.optimizer, device=device, inputs=micros)["peak"])
     torch.cuda.empty_cache()  # what drawing the weights took for a moment
     torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(2): task.learn(micros)
+    for _ in range(2): task.train_batch(micros)
     torch.cuda.synchronize(device)
     return dict(parameters=task.parameters, peak=torch.cuda.max_memory_reserved(device), allocated=torch.cuda.max_memory_allocated(device))
 

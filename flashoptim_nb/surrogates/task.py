@@ -104,7 +104,7 @@ class SurrogateTask:
         self.release = enable_gradient_release(self.model, self.optimizer) if config.release else None
         self.scale = LossScale(config, self.device)
         self.mean, self.std = domain.mean.to(self.device), domain.std.to(self.device)
-        self.shadow = [w.clone() for w in self.weights()] if recipe.ema else None
+        self.ema_weights = [w.clone() for w in self.weights()] if recipe.ema else None
         self.skipped, self._order = 0, (-1, None)
 
 # %% ../../nbs/surrogates/01_task.ipynb #6a30c00e
@@ -116,7 +116,7 @@ def weights(self: SurrogateTask) -> list[torch.Tensor]:
     return [decode(p, rho) if rho is not None else p.float() for p, rho in found]
 
 @patch
-def which(self: SurrogateTask, n: int) -> np.ndarray:
+def batch_indices(self: SurrogateTask, n: int) -> np.ndarray:
     "Numbers of the rows that step `n` (from 1) trains on: a pure function of seed and step."
     def row(k):
         epoch, at = divmod(k, self.rows)
@@ -133,7 +133,7 @@ def epoch_of(self: SurrogateTask, n: int) -> int:
 @patch
 def micros(self: SurrogateTask, n: int) -> list:
     "The step's micro-batches, on the device."
-    return [self.domain.batch("train", part).to(self.device) for part in np.array_split(self.which(n), self.config.accumulate)]
+    return [self.domain.batch("train", part).to(self.device) for part in np.array_split(self.batch_indices(n), self.config.accumulate)]
 
 @patch
 def error(self: SurrogateTask, batch) -> torch.Tensor:
@@ -142,7 +142,7 @@ def error(self: SurrogateTask, batch) -> torch.Tensor:
     return nn.functional.mse_loss(self.model(batch).float(), wanted)
 
 @patch
-def learn(self: SurrogateTask, micros: list) -> tuple[torch.Tensor, torch.Tensor]:
+def train_batch(self: SurrogateTask, micros: list) -> tuple[torch.Tensor, torch.Tensor]:
     "One optimizer step on micro-batches: the loss before it and the gradient's norm, both on the device."
     total, rows = torch.zeros((), device=self.device), sum(len(batch.y) for batch in micros)
     with tf32(self.config.tf32):
@@ -168,13 +168,13 @@ def set_lr(self: SurrogateTask, n: int) -> float:
 @torch.no_grad()
 def average(self: SurrogateTask, n: int):
     "Moves the mean of the weights, every few steps."
-    if self.shadow is not None and n % self.recipe.ema_every == 0: torch._foreach_lerp_(self.shadow, self.weights(), 1 - self.recipe.decay_at(n))
+    if self.ema_weights is not None and n % self.recipe.ema_every == 0: torch._foreach_lerp_(self.ema_weights, self.weights(), 1 - self.recipe.decay_at(n))
 
 @patch
 def step(self: SurrogateTask, n: int) -> dict:
     "Optimizer step `n` (from 1): loss before it (standardized units), gradient norm, learning rate, rows, loss scale; whether it was skipped, or partial."
     lr, scale = self.set_lr(n), self.scale.value
-    loss, norm = (t.item() for t in self.learn(self.micros(n)))
+    loss, norm = (t.item() for t in self.train_batch(self.micros(n)))
     bad, released = not math.isfinite(norm), self.release is not None
     self.skipped += bad
     self.average(n)
@@ -208,10 +208,10 @@ def surrogate(
 ) -> Surrogate:
     "A frozen copy of the network as it is now."
     whole = choose("precision", precision, {"own": False, "fp32": True})
-    if ema and self.shadow is None: raise UserError("no mean of the weights is kept by this recipe (ema=0); leave `ema` out")
+    if ema and self.ema_weights is None: raise UserError("no mean of the weights is kept by this recipe (ema=0); leave `ema` out")
     narrow = whole and self.wide is not None
     model = copy.deepcopy(self.wide).to(self.device) if narrow else copy.deepcopy(self.model)
-    weights = self.weights() if ema is False or self.shadow is None else self.shadow
+    weights = self.weights() if ema is False or self.ema_weights is None else self.ema_weights
     for p, w in zip(model.parameters(), weights, strict=True): p.copy_(w)
     if narrow:  # buffers that stayed in fp32 may have been learned; narrowed ones are taken from before
         for mine, its in zip(model.buffers(), self.model.buffers(), strict=True):
@@ -249,7 +249,7 @@ def predict(self: SurrogateTask, batch) -> torch.Tensor:  # (n, targets), in uni
 @patch
 def state_dict(self: SurrogateTask) -> dict:
     "Weights, their mean, optimizer, loss scale, and what gradient release remembers."
-    return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), shadow=self.shadow, scale=self.scale.state_dict(), skipped=self.skipped)
+    return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), shadow=self.ema_weights, scale=self.scale.state_dict(), skipped=self.skipped)
 
 @patch
 def load_state_dict(self: SurrogateTask, state: dict):
@@ -258,8 +258,8 @@ def load_state_dict(self: SurrogateTask, state: dict):
     self.optimizer.load_state_dict(state["optimizer"])
     self.scale.load_state_dict(state["scale"])
     self.skipped = state["skipped"]
-    if self.shadow is not None:
-        for mine, its in zip(self.shadow, state["shadow"], strict=True): mine.copy_(its)
+    if self.ema_weights is not None:
+        for mine, its in zip(self.ema_weights, state["shadow"], strict=True): mine.copy_(its)
     if self.release and state.get("clip") is not None: self.release.clip = state["clip"].to(self.device)
 
 # %% ../../nbs/surrogates/01_task.ipynb #6a30c020
@@ -272,4 +272,4 @@ def begin_from(
     "Takes over the other's weights and their mean."
     for p, w in zip(self.model.parameters(), other.weights(), strict=True): p.copy_(w)
     for mine, its in zip(self.model.buffers(), other.model.buffers(), strict=True): mine.copy_(its)
-    if self.shadow is not None: self.shadow = [w.clone() for w in (other.shadow or other.weights())]
+    if self.ema_weights is not None: self.ema_weights = [w.clone() for w in (other.ema_weights or other.weights())]

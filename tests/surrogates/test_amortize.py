@@ -11,7 +11,7 @@ from flashoptim_nb.surrogates.policies import BoxPolicy, PoolPolicy, SubsetPolic
 from flashoptim_nb.surrogates.problem import frozen, verify
 from flashoptim_nb.surrogates.reinforce import propose, reinforce, reinforce_loss, train_reinforce
 from flashoptim_nb.surrogates.solutions import shared_out, solve
-from flashoptim_nb.surrogates.domains.toy.problem import Toy, toy, toy_surrogate
+from flashoptim_nb.surrogates.domains.toy.problem import ToyProblem, toy, toy_surrogate
 
 KINDS = ["pool", "box", "subset"]
 
@@ -95,7 +95,7 @@ def test_gflownet_samples_in_proportion_to_reward():
 
 def test_log_z_of_an_instance_that_was_never_drawn_is_unknown():
     "More instances than steps: what was not visited has no log Z, and nothing breaks."
-    problem = Toy("pool", instances=12)
+    problem = ToyProblem("pool", instances=12)
     _, log_z, rows = train_gflownet(problem, seed=0, steps=2, spread=3, batch=12)
     assert 3 <= log_z.isfinite().sum() <= 6 and all(math.isfinite(r["loss"]) for r in rows)
 
@@ -104,17 +104,17 @@ def test_log_z_of_an_instance_that_was_never_drawn_is_unknown():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_optimizing_changes_nothing_in_the_surrogate(kind):
-    net = toy_surrogate(Toy(kind))
+    net = toy_surrogate(ToyProblem(kind))
     net.zero_grad(set_to_none=True)
     net.train()  # as it is left by training: its normalization would take in whatever passes
-    problem, before = Toy(kind, frozen(net)), {k: v.clone() for k, v in net.state_dict().items()}
+    problem, before = ToyProblem(kind, frozen(net)), {k: v.clone() for k, v in net.state_dict().items()}
     list(solve([problem], ["reinforce", "gflownet"], runs=2, steps=5, batch=16, most=3))
     if _has_botorch(): list(solve([problem], ["bayes"], runs=1, most=6, settings={"bayes": {"samples": 20}}))
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters()) and all(m.training for m in net.modules())
 
 
-class Faulty(Toy):
+class Faulty(ToyProblem):
     "A surrogate that gives no number for some of the candidates, or for all."
     share = 0.3
     def predicted(self, t, x):
@@ -148,14 +148,14 @@ def test_a_surrogate_without_any_score_still_gives_an_outcome(optimize):
 
 def test_predicted_and_true_are_kept_apart(rng_seed):
     "The surrogate picks what is evaluated; the true score picks the answer; infeasible and failed verifications count as 0."
-    class Lying(Toy):
+    class Lying(ToyProblem):
         def predicted(self, t, x): return 1 - super().objective(t, x).float() + 2
         def objective(self, t, x):
             true = super().objective(t, x)
             return torch.where(torch.arange(len(x)) == 0, torch.nan, torch.where(torch.arange(len(x)) == 1, 0.0, true))
     problem = Lying("pool")
     found = verify(problem, 0, problem.enumerate(), "x", most=6)
-    honest = Toy("pool").objective(0, problem.enumerate()).sort().values[:6]  # the six worst are what this surrogate likes best
+    honest = ToyProblem("pool").objective(0, problem.enumerate()).sort().values[:6]  # the six worst are what this surrogate likes best
     assert found.objective == pytest.approx(honest[-1].item()) and found.infeasible == 2 and found.evaluations == 6
     assert found.predicted == pytest.approx(3 - found.objective, abs=1e-5)
     assert found.fooled == pytest.approx(((3 - honest).sum() - honest[2:].sum()).item() / 6, abs=1e-5)
@@ -163,7 +163,7 @@ def test_predicted_and_true_are_kept_apart(rng_seed):
 
 
 def test_no_candidate_is_evaluated_twice():
-    problem = Toy("pool")
+    problem = ToyProblem("pool")
     asked = []
     original = problem.objective
     problem.objective = lambda t, x: asked.append(x) or original(t, x)
@@ -173,7 +173,7 @@ def test_no_candidate_is_evaluated_twice():
 
 
 def test_long_curves_are_thinned_to_fifty_points_and_keep_both_ends():
-    problem = Toy("box")
+    problem = ToyProblem("box")
     found = verify(problem, 0, torch.rand(400, 2), "x", most=300)
     assert len(found.curve) == 50 and found.curve[-1] == found.objective and found.evaluations == 300
 
@@ -216,7 +216,7 @@ needs_botorch = pytest.mark.skipif(not _has_botorch(), reason="botorch is not in
 def test_bayes_finds_a_known_optimum_that_the_surrogate_denies():
     "The surrogate sees nothing at all: what is found, the residual process found."
     from flashoptim_nb.surrogates.bayes import bayes
-    class Blind(Toy):
+    class Blind(ToyProblem):
         def predicted(self, t, x): return torch.zeros(len(x))
     found = bayes(Blind("box", instances=2), seed=0, most=30)
     assert all(f.objective > 0.9 for f in found)
@@ -229,7 +229,7 @@ def test_bayes_spends_its_budget_on_different_candidates_and_takes_a_policys():
     policy, _ = train_reinforce(problem, seed=0, steps=40)
     found = bayes(problem, 0, instances=[2], policy=policy, samples=60, most=8)[0]
     assert found.evaluations == 8 and found.proposed == 60 and found.objective > 0.9
-    assert bayes(Toy("pool"), 0, instances=[0], most=40)[0].evaluations <= 24
+    assert bayes(ToyProblem("pool"), 0, instances=[0], most=40)[0].evaluations <= 24
 
 
 @needs_botorch
@@ -255,7 +255,7 @@ def test_policies_start_uniform_and_of_one_seed():
 @pytest.mark.cuda
 @pytest.mark.parametrize("kind", KINDS)
 def test_policies_and_problems_live_on_the_gpu(kind):
-    problem = Toy(kind, device="cuda")
+    problem = ToyProblem(kind, device="cuda")
     methods = ["reinforce", "gflownet"] + (["bayes"] if _has_botorch() else [])
     rows = list(solve([problem], methods, runs=2, steps=60, most=8))
     assert all(r["objective"] > 0.7 for r in rows)

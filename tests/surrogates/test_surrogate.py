@@ -25,7 +25,7 @@ def task(name, seed, device="cpu", domain=None, **recipe):
     return SurrogateTask(domain or Toy(seed=seed), CONFIGS[name], SURROGATE_RECIPE.replace(**dict(epochs=4, batch=32, lr=1e-2) | recipe), seed=seed, device=device)
 
 
-def state(one): return [*one.weights(), *(one.shadow or [])]
+def state(one): return [*one.weights(), *(one.ema_weights or [])]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -43,10 +43,10 @@ def test_a_task_goes_on_bit_for_bit(name, seed, device, tmp_path):
 
 def test_the_order_is_a_function_of_seed_and_step_alone(seed):
     one, other = task("fp32", seed), task("flash_2x", seed)
-    epoch = np.concatenate([one.which(n) for n in range(1, 11)])
+    epoch = np.concatenate([one.batch_indices(n) for n in range(1, 11)])
     assert sorted(epoch) == list(range(320))
-    assert all((one.which(n) == other.which(n)).all() for n in (25, 3, 11))
-    assert (one.which(1) != task("fp32", seed + 1, domain=one.domain).which(1)).any()
+    assert all((one.batch_indices(n) == other.batch_indices(n)).all() for n in (25, 3, 11))
+    assert (one.batch_indices(1) != task("fp32", seed + 1, domain=one.domain).batch_indices(1)).any()
 
 
 @pytest.mark.parametrize("parts", [2, 3, 5])
@@ -74,8 +74,8 @@ def test_the_mean_is_of_the_fp32_weights(seed, device):
             if n % 2 == 0:
                 keep = one.recipe.decay_at(n)
                 mean = [keep * m + (1 - keep) * w for m, w in zip(mean, one.weights())]
-        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(mean, one.shadow, strict=True))
-        assert one.shadow[0].dtype == torch.float32
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(mean, one.ema_weights, strict=True))
+        assert one.ema_weights[0].dtype == torch.float32
 
 
 def test_without_a_mean_the_weights_are_evaluated(seed):

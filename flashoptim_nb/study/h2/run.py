@@ -110,7 +110,7 @@ class Epochs(Callback):
     def load_state_dict(self, state): self.state = dict(state)
 
 def _errors(task, split, epoch, precision, ema, limit=None) -> Iterator[tuple[str, dict]]:
-    averaged = task.shadow is not None if ema is None else ema
+    averaged = task.ema_weights is not None if ema is None else ema
     for row in task.evaluate(split, precision, averaged, limit): yield "eval", dict(set=split, precision=precision, ema=averaged, epoch=epoch) | row
 
 # %% ../../../nbs/study/h2/05_run.ipynb #6a70c009
@@ -127,7 +127,7 @@ class Held(Callback):
 
     def finish(self):
         task = self.task
-        for ema in (True, False) if task.shadow is not None else (False,):
+        for ema in (True, False) if task.ema_weights is not None else (False,):
             for precision in ("own", "fp32"): yield from _errors(task, "test", task.epoch_of(task.steps), precision, ema)
         if self.solve: yield from solutions(task, self.solve, self.role, self.check)
 
@@ -165,15 +165,15 @@ def measured(
     task = task_of(spec, domain, device, batch=batch, ema=0)
     worst = [part.to(device) for part in worst_batches(domain, batch, spec.precision)]
     told = dict(batch=batch, parameters=task.parameters)
-    yield "memory", memory_by_class(lambda: task.learn(worst), model=task.model, optimizer=task.optimizer, device=device, inputs=worst, **told)
+    yield "memory", memory_by_class(lambda: task.train_batch(worst), model=task.model, optimizer=task.optimizer, device=device, inputs=worst, **told)
     worst = None
     typical = min(4, timed)  # ordinary batches, timed in turn
     batches, watch = [task.micros(n + 1) for n in range(typical)], Stopwatch(device)
-    for n in range(max(COLD_STEPS, typical)): task.learn(batches[n % typical])  # each shape once
+    for n in range(max(COLD_STEPS, typical)): task.train_batch(batches[n % typical])  # each shape once
     for n in range(timed):
-        with watch: task.learn(batches[n % typical])
+        with watch: task.train_batch(batches[n % typical])
     for n in range(more_of(watch, device)):
-        with watch: task.learn(batches[n % typical])
+        with watch: task.train_batch(batches[n % typical])
     row = throughput(watch.drain(), batch)
     told |= dict(steps=row["steps"], settling=row["settling"]) | {name: sum(len(getattr(part, field)) for micros in batches for part in micros) / typical
                                                                    for name, field in dict(edges="source", triplets="kj").items() if getattr(batches[0][0], field, None) is not None}
@@ -184,11 +184,11 @@ def graphed(spec: SurrogateSpec, domain: Domain, device: torch.device, batch: in
     try:
         task = GraphedTask(domain, spec.precision, spec.recipe.replace(batch=batch, ema=0), width=spec.width, seed=spec.seed, device=device)
         batches, watch = [task.micros(1)], Stopwatch(device)
-        for _ in range(WARM + COLD_STEPS): task.learn(batches[0])
+        for _ in range(WARM + COLD_STEPS): task.train_batch(batches[0])
         for _ in range(timed):
-            with watch: task.learn(batches[0])
+            with watch: task.train_batch(batches[0])
         for _ in range(more_of(watch, device)):
-            with watch: task.learn(batches[0])
+            with watch: task.train_batch(batches[0])
         row = throughput(watch.drain(), batch)
         yield "graphed", dict(batch=batch, parameters=task.parameters, ms=1000 * row["seconds_per_step"], samples_per_s=row["tokens_per_s"], steps=row["steps"])
     except UserError as error: yield "graphed", dict(batch=batch, reason=str(error))
@@ -246,4 +246,4 @@ def labels(
                 task.step(n)
                 check()
         for row in errors(task.surrogate(), "test"):
-            yield "eval", dict(set="test", precision="own", ema=task.shadow is not None, recipe=name, cost=cost[name], rows=[turn.size("train") for turn in turns], steps=steps, labels=told) | row
+            yield "eval", dict(set="test", precision="own", ema=task.ema_weights is not None, recipe=name, cost=cost[name], rows=[turn.size("train") for turn in turns], steps=steps, labels=told) | row
