@@ -6,42 +6,52 @@
 __all__ = ['FlashAdam', 'FlashAdamW']
 
 # %% ../../nbs/optim/10_adam.ipynb #d8af92f9
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 
 from ..base.errors import is_number
 from .adamw_kernel import AdamWScalars, adamw_fused, adamw_reference
-from .multi_tensor import Operands
 from .base import FlashOptimizer
 from .buckets import ParamBucket, OptionError
 from .gradients import GradScaling
-from .state_dict import StateError  # noqa: F401 - that module gives the class saving and loading
+
 
 # %% ../../nbs/optim/10_adam.ipynb #968bf0b2
 class FlashAdam(FlashOptimizer):
     "Adam (arXiv 1412.6980), its weight decay part of the gradient, on split weights and companded 8-bit moments (arXiv 2602.23349); raises `OptionError` for arguments that cannot work."
 
     moments = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
-    decoupled = False  # whether weight decay shrinks the weights instead
+    decoupled = False
 
     def __init__(
         self,
         params: Iterable,  # parameters or groups: bf16, fp16 or fp32, any shapes, CPU or CUDA
         lr: float | torch.Tensor = 1e-3,  # learning rate; a tensor is read at each step, where it lies
-        betas: tuple[float, float] = (0.9, 0.999),  # decay rates of the moments
-        eps: float = 1e-8,  # added to the root of the second moment
-        weight_decay: float = 0.0,  # times the weights, added to the gradient
+        betas: tuple[float, float] = (0.9, 0.999),  # decay rates of the two moments, as in the paper
+        eps: float = 1e-8,  # added to the root of the second moment, so that nothing is divided by zero
+        weight_decay: float = 0.0,  # times the weights, added to the gradient; none, as in torch.optim
         amsgrad: bool = False,  # not available: a third moment
         *,
-        maximize: bool = False,  # ascend
+        maximize: bool = False,  # ascend instead of descend
         foreach: bool | None = None,  # accepted for torch.optim's sake: tensors always go together
         capturable: bool = False,  # accepted for torch.optim's sake: the step never waits for the GPU
         differentiable: bool = False,  # not available
-        **options,  # quantize, compress_state_dict, master_weight_bits, fused, check_numerics, max_norm, skip_nonfinite, companded
+        quantize: bool = True,  # moments take a byte a value, not four: what the paper is about
+        compress_state_dict: bool = True,  # state dicts have these bytes; False: fp32, for torch.optim to read
+        master_weight_bits: int | None = 24,  # 24 trains as fp32 in 3 bytes a weight; 32: exact; None: no masters
+        fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
+        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; off, for it waits for the GPU
+        decouple_lr: bool = False,  # of the class with a W: here weight decay is part of the gradient
+        max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
+        skip_nonfinite: bool | None = None,  # leave out a step with NaN or infinity; None: where the norm is formed anyway
+        companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
     ):
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize, foreach=foreach, capturable=capturable, differentiable=differentiable)
-        super().__init__(params, defaults, **options)
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize,
+                        foreach=foreach, capturable=capturable, differentiable=differentiable)
+        super().__init__(params, defaults, quantize=quantize, compress_state_dict=compress_state_dict,
+                         master_weight_bits=master_weight_bits, fused=fused, check_numerics=check_numerics,
+                         decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded)
 
     def _check_group(self, group: dict):
         "Raises `OptionError` for options of a group that cannot work."
@@ -56,25 +66,50 @@ class FlashAdam(FlashOptimizer):
         "What is the same for every value of a step."
         return AdamWScalars(group["lr"], *group["betas"], group["eps"], **self._decays(group), maximize=group["maximize"], companded=self.companded)
 
-    def update(
+    def _update(
         self,
-        operands: Sequence[Operands],  # of the same dtypes and device
+        bucket: ParamBucket,  # with the gradients of this step
         group: dict,  # whose options apply
         t: float,  # the step's number, from 1
         multiplier: torch.Tensor | None,  # 0-d factor of every gradient
     ):
-        "One step of some parameters in plain PyTorch, in place."
-        adamw_reference(operands, self._scalars(group), t, multiplier)
+        "A bucket's step in plain PyTorch, in place."
+        adamw_reference(bucket.with_grads(), self._scalars(group), t, multiplier)
 
-    def _update_fused(self, bucket: ParamBucket, group: dict, c: GradScaling):
+    def _update_fused(self, bucket: ParamBucket, group: dict, scaling: GradScaling):
         "The same in one launch, which counts the step where its counter lies."
-        adamw_fused(bucket.tensors, bucket.grad_pointers, self._scalars(group), bucket.step, c.multiplier, c.skip)
+        adamw_fused(bucket.tensors, bucket.grad_pointers, self._scalars(group), bucket.step, scaling.multiplier, scaling.skip)
 
-
+# %% ../../nbs/optim/10_adam.ipynb #a6cbeafe
 class FlashAdamW(FlashAdam):
     "AdamW (arXiv 1711.05101), with `FlashAdam`'s arguments and formats: weight decay shrinks the weights by 1 - lr * weight_decay, or with `decouple_lr` by 1 - weight_decay * lr / initial lr."
 
     decoupled = True
 
-    def __init__(self, params: Iterable, lr: float | torch.Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False, **rest):
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **rest)
+    def __init__(
+        self,
+        params: Iterable,  # parameters or groups: bf16, fp16 or fp32, any shapes, CPU or CUDA
+        lr: float | torch.Tensor = 1e-3,  # learning rate; a tensor is read at each step, where it lies
+        betas: tuple[float, float] = (0.9, 0.999),  # decay rates of the two moments, as in the paper
+        eps: float = 1e-8,  # added to the root of the second moment, so that nothing is divided by zero
+        weight_decay: float = 1e-2,  # share of the weights that is taken off, times lr; 0.01, as in torch.optim
+        amsgrad: bool = False,  # not available: a third moment
+        *,
+        maximize: bool = False,  # ascend instead of descend
+        foreach: bool | None = None,  # accepted for torch.optim's sake: tensors always go together
+        capturable: bool = False,  # accepted for torch.optim's sake: the step never waits for the GPU
+        differentiable: bool = False,  # not available
+        quantize: bool = True,  # moments take a byte a value, not four: what the paper is about
+        compress_state_dict: bool = True,  # state dicts have these bytes; False: fp32, for torch.optim to read
+        master_weight_bits: int | None = 24,  # 24 trains as fp32 in 3 bytes a weight; 32: exact; None: no masters
+        fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
+        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; off, for it waits for the GPU
+        decouple_lr: bool = False,  # weight decay as at the first lr, whatever a scheduler does; off, as in torch.optim
+        max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
+        skip_nonfinite: bool | None = None,  # leave out a step with NaN or infinity; None: where the norm is formed anyway
+        companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
+    ):
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable,
+                         differentiable=differentiable, quantize=quantize, compress_state_dict=compress_state_dict,
+                         master_weight_bits=master_weight_bits, fused=fused, check_numerics=check_numerics,
+                         decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded)

@@ -12,9 +12,8 @@ from math import log, sqrt
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
+from .backend import tl, triton
 from .codec import _code_m, _code_root, decode_m, decode_root, dequantize_m, dequantize_v, encode_m, encode_root, reciprocal, root
 from .multi_tensor import (BLOCK, TYPES, WARPS, GradPointers, TensorList, Operands, address, load, in_chunks, bounds_mask, launch, load_weights, block_range, device_guard, store,
                                         read_weights, store_weights, block_offsets, write_weights)

@@ -6,8 +6,9 @@
 __all__ = ['OPTIMIZERS', 'OptionError', 'ParametersError', 'GradientError', 'as_param_list', 'check_parameter', 'check_gradient',
            'has_memory', 'error_bit_width', 'CastError', 'stash_cast_error', 'first_error_bits', 'new_state',
            'state_kinds', 'check_states', 'own_states', 'split_by_step', 'values_in_a_row', 'overlaps_itself',
-           'overlapping', 'check_options', 'check_parameters', 'untangle', 'state_operands', 'ParamBucket', 'identical',
-           'Layout', 'current_gradients', 'CachedStep', 'cached_buckets', 'build_buckets']
+           'overlapping', 'check_options', 'check_parameters', 'untangle', 'state_operands', 'read_state',
+           'write_state', 'ParamBucket', 'identical', 'Layout', 'current_gradients', 'CachedStep', 'cached_buckets',
+           'build_buckets']
 
 # %% ../../nbs/optim/07_buckets.ipynb #dbef7b01
 import warnings
@@ -23,9 +24,10 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from ..base.errors import UserError, is_number
-from .codec import GROUP
+from .backend import HAS_TRITON, INTERPRETED
+from .codec import GROUP, codec_of
 from .multi_tensor import TYPES, GradPointers, TensorList, Operands
-from .split import MAX_CODE, CODE_DTYPE, INTERPRETED, HALF_FORMATS, compute_ecc_bits
+from .split import CODE_DTYPE, HALF_FORMATS, MAX_CODE, compute_ecc_bits
 from .shards import held, like, local, scale_count, scales_like
 
 try: from torch._C._dynamo.guards import TensorGuards  # what torch.compile looks at its inputs with: one call for all
@@ -187,7 +189,7 @@ def new_state(
     for key, code in opt._moments_of(group).items():
         if opt.quantize: state |= {f"{key}::quantized": zeros(code), f"{key}::scales": scales_like(p, torch.zeros(scale_count(p), dtype=torch.float16, device=p.device))}
         else: state[key] = zeros(torch.float32)
-    return state
+    return state | {key: torch.zeros(shape, device=p.device) for key, shape in opt._state_shapes(p).items()}
 
 # %% ../../nbs/optim/07_buckets.ipynb #91b4d0e7
 def state_kinds(
@@ -200,13 +202,14 @@ def state_kinds(
     kinds = {"error_bits": CODE_DTYPE[bits]} if bits else {}
     for key, code in opt._moments_of(group).items():
         kinds |= {f"{key}::quantized": code, f"{key}::scales": torch.float16} if opt.quantize else {key: torch.float32}
-    return kinds
+    return kinds | dict.fromkeys(opt._state_shapes(p), torch.float32)
 
 
-def _fits(t, p, dtype, scales):
+def _fits(t, p, dtype, scales, shape=None):
     "Whether a state's tensor has this dtype and is where its parameter is, in its shape or, for scales, with one for each group."
     if not isinstance(t, torch.Tensor) or isinstance(t, DTensor) != isinstance(p, DTensor): return False
     if (t.dtype, t.device, t.layout) != (dtype, p.device, torch.strided) or not has_memory(local(t.detach())): return False
+    if shape is not None: return t.shape == torch.Size(shape)
     if scales: return local(t).ndim == 1 and local(t).numel() == scale_count(p)
     return t.shape == p.shape and local(t).shape == local(p).shape
 
@@ -225,10 +228,12 @@ def check_states(
 ):
     "Raises `OptionError` where a parameter is no longer what its state was made for, or what somebody put into a state does not fit."
     for p in params:
+        if opt._update_one is not None and isinstance(p, DTensor):
+            raise OptionError(f"a sharded parameter of shape {tuple(p.shape)}: {type(opt).__name__} steps whole parameters in their shapes, of which a rank has a part; train it without FSDP2")
         if not isinstance(state := opt.state.get(p) or {}, dict):
             raise OptionError(f"the state of a parameter of shape {tuple(p.shape)} is a {type(state).__name__}: a dict is needed, an empty one to start anew")
-        kinds = state_kinds(opt, group, p)
-        wrong = [k for k, kind in kinds.items() if k in state and not _fits(state[k], p, kind, k.endswith("::scales"))]
+        kinds, shapes = state_kinds(opt, group, p), opt._state_shapes(p)
+        wrong = [k for k, kind in kinds.items() if k in state and not _fits(state[k], p, kind, k.endswith("::scales"), shapes.get(k))]
         if "error_bits" in state and (p.dtype not in HALF_FORMATS or p.dtype != opt._made_for.get(p, p.dtype)): wrong.append("error_bits")
         if wrong:
             t = state[wrong[0]]
@@ -407,12 +412,41 @@ def state_operands(
 ) -> list[torch.Tensor | None]:  # error bits, moments, scales: the operands after parameter and gradient
     "A parameter's states in the order of `Operands` after parameter and gradient, flat; None for what is not kept."
     state, moments = opt.state[p], list(opt._moments_of(group))
+    error_bits = local(state["error_bits"]).view(-1) if error_bit_width(p.dtype, opt.master_weight_bits) else None
+    if opt._update_one is not None: return [error_bits]  # the moments are read one parameter at a time
     names = [*moments, *[None] * (2 - len(moments))]
     codes = [state[f"{k}::quantized" if opt.quantize else k] if k else None for k in names]
     groups = -(-local(p).numel() // GROUP)  # a shard may keep more scales than it has groups
     scales = [state[f"{k}::scales"] if k and opt.quantize else None for k in names]
-    error_bits = state["error_bits"] if error_bit_width(p.dtype, opt.master_weight_bits) else None
-    return [*(t if t is None else local(t).view(-1) for t in (error_bits, *codes)), *(t if t is None else local(t)[:groups] for t in scales)]
+    return [error_bits, *(t if t is None else local(t).view(-1) for t in codes), *(t if t is None else local(t)[:groups] for t in scales)]
+
+# %% ../../nbs/optim/07_buckets.ipynb #c0d3e64e
+def read_state(
+    opt,  # a FlashOptimizer
+    group: dict,  # the parameter's
+    p: torch.Tensor,  # a parameter with a state that is its own
+) -> dict[str, torch.Tensor]:  # fp32: moments in the parameter's shape, other states in theirs
+    "A parameter's states as an optimizer's `_update_one` changes them."
+    kept, moments = opt.state[p], opt._moments_of(group)
+    other = {key: kept[key] for key in opt._state_shapes(p)}
+    if not opt.quantize: return {key: kept[key] for key in moments} | other
+    return {key: codec_of(code)[1](kept[f"{key}::quantized"], kept[f"{key}::scales"], opt.companded) for key, code in moments.items()} | other
+
+
+def write_state(
+    opt,  # a FlashOptimizer
+    group: dict,  # the parameter's
+    p: torch.Tensor,  # the parameter
+    state: dict[str, torch.Tensor],  # of `read_state`, changed in place or replaced
+):
+    "Puts stepped states back into the form they are kept in."
+    kept, moments = opt.state[p], opt._moments_of(group) if opt.quantize else {}
+    for key, code in moments.items():
+        codes, scales = codec_of(code)[0](state[key], opt.companded)
+        kept[f"{key}::quantized"].copy_(codes)
+        kept[f"{key}::scales"].copy_(scales)
+    for key in state.keys() - moments.keys():
+        if state[key] is not kept[key]: kept[key].copy_(state[key])
 
 # %% ../../nbs/optim/07_buckets.ipynb #5c18147e
 def _addresses(tensors): return tuple(map(torch.Tensor.data_ptr, tensors))
@@ -435,7 +469,7 @@ class ParamBucket:
         self.flat = [values_in_a_row(p) for p in self.local]  # views, or copies of what is strided
         self.copies = [(p, x) for p, x in zip(self.local, self.flat) if x.data_ptr() != p.data_ptr() and p.numel()]
         self.ready = all(g.is_contiguous() and not g.is_neg() and g.dtype in TYPES for g in grads)  # the gradients, as they are
-        self.on_gpu = opt.fused and (self.device.type == "cuda" or bool(INTERPRETED))
+        self.on_gpu = opt.fused and HAS_TRITON and opt._update_fused is not None and (self.device.type == "cuda" or bool(INTERPRETED))
         self.moments = opt._moments_of(group)
         self.taken, self.empty = {at for p in self.local if (at := p.data_ptr())}, sum(not p.numel() for p in self.local)
         self.apart = True  # whether no gradient is a parameter's own memory

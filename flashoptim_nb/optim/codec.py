@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'SCALE_MAX', 'SCALE_MIN', 'HALF_MAX', 'HALF_MIN', 'quantize_m', 'dequantize_m', 'm_error_bound', 'quantize_v',
-           'dequantize_v', 'v_error_bound', 'reciprocal', 'root', 'fma_saturated', 'nearest_scale', 'encode_m',
-           'decode_m', 'encode_root', 'decode_root']
+           'dequantize_v', 'codec_of', 'v_error_bound', 'reciprocal', 'root', 'fma_saturated', 'nearest_scale',
+           'encode_m', 'decode_m', 'encode_root', 'decode_root']
 
 # %% ../../nbs/optim/01_codec.ipynb #3fb480a3
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
-from .split import INTERPRETED, ROUND, round_narrow
+from .backend import INTERPRETED, tl, triton
+from .split import ROUND, round_narrow
 
 GROUP = 32  # values that share one scale
 SCALE_MAX = 65504.0  # largest fp16: states and their roots saturate here
@@ -109,6 +108,11 @@ def dequantize_v(
     "The non-negative state that `quantize_v` kept."
     r = _groups(code).float().mul_(scale.float()[:, None] * (1 / 255))
     return _ungroup(r.square_() if companded else r, code.shape)
+
+
+def codec_of(code: torch.dtype):
+    "Encoder and decoder of a state whose codes have this dtype: int8 is signed, uint8 is 0 or more."
+    return (quantize_m, dequantize_m) if code == torch.int8 else (quantize_v, dequantize_v)
 
 # %% ../../nbs/optim/01_codec.ipynb #c44a8fad
 def v_error_bound(

@@ -6,35 +6,34 @@
 __all__ = ['FlashSGD', 'FlashSGDW', 'FlashLion']
 
 # %% ../../nbs/optim/11_momentum.ipynb #c48be4d0
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 
 from ..base.errors import is_number
-from .multi_tensor import Operands
 from .momentum_kernel import MomentumScalars, momentum_fused, momentum_reference
 from .base import FlashOptimizer
 from .buckets import ParamBucket, OptionError
 from .gradients import GradScaling
-from .state_dict import StateError  # noqa: F401 - that module gives the class saving and loading
+
 
 # %% ../../nbs/optim/11_momentum.ipynb #ccb41b59
 class _Momentum(FlashOptimizer):
     "What SGD and Lion share: one step by `optim.momentum_kernel`."
 
-    def update(
+    def _update(
         self,
-        operands: Sequence[Operands],  # of the same dtypes and device
+        bucket: ParamBucket,  # with the gradients of this step
         group: dict,  # whose options apply
         t: float,  # the step's number, from 1
         multiplier: torch.Tensor | None,  # 0-d factor of every gradient
     ):
-        "One step of some parameters in plain PyTorch, in place."
-        momentum_reference(operands, self._scalars(group), t, multiplier)
+        "A bucket's step in plain PyTorch, in place."
+        momentum_reference(bucket.with_grads(), self._scalars(group), t, multiplier)
 
-    def _update_fused(self, bucket: ParamBucket, group: dict, c: GradScaling):
+    def _update_fused(self, bucket: ParamBucket, group: dict, scaling: GradScaling):
         "The same in one launch, which counts the step where its counter lies."
-        momentum_fused(bucket.tensors, bucket.grad_pointers, self._scalars(group), bucket.step, c.multiplier, c.skip)
+        momentum_fused(bucket.tensors, bucket.grad_pointers, self._scalars(group), bucket.step, scaling.multiplier, scaling.skip)
 
 # %% ../../nbs/optim/11_momentum.ipynb #dca87874
 class FlashSGD(_Momentum):
@@ -47,18 +46,29 @@ class FlashSGD(_Momentum):
         self,
         params: Iterable,  # parameters or groups: bf16, fp16 or fp32, any shapes, CPU or CUDA
         lr: float | torch.Tensor = 1e-3,  # learning rate; a tensor is read at each step, where it lies
-        momentum: float = 0.0,  # share of the momentum that stays
+        momentum: float = 0.0,  # share of the momentum that stays; none is kept at 0, as in torch.optim
         dampening: float = 0.0,  # of the gradient on its way into the momentum, but for the first step
         weight_decay: float = 0.0,  # times the weights, added to the gradient
         nesterov: bool = False,  # look ahead; wants momentum and no dampening
         *,
-        maximize: bool = False,  # ascend
+        maximize: bool = False,  # ascend instead of descend
         foreach: bool | None = None,  # accepted for torch.optim's sake: tensors always go together
         differentiable: bool = False,  # not available
-        **options,  # quantize, compress_state_dict, master_weight_bits, fused, check_numerics, max_norm, skip_nonfinite, companded
+        quantize: bool = True,  # moments take a byte a value, not four: what the paper is about
+        compress_state_dict: bool = True,  # state dicts have these bytes; False: fp32, for torch.optim to read
+        master_weight_bits: int | None = 24,  # 24 trains as fp32 in 3 bytes a weight; 32: exact; None: no masters
+        fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
+        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; off, for it waits for the GPU
+        decouple_lr: bool = False,  # of the class with a W: here weight decay is part of the gradient
+        max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
+        skip_nonfinite: bool | None = None,  # leave out a step with NaN or infinity; None: where the norm is formed anyway
+        companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
     ):
-        super().__init__(params, dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize,
-                                      foreach=foreach, differentiable=differentiable), **options)
+        defaults = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize,
+                        foreach=foreach, differentiable=differentiable)
+        super().__init__(params, defaults, quantize=quantize, compress_state_dict=compress_state_dict,
+                         master_weight_bits=master_weight_bits, fused=fused, check_numerics=check_numerics,
+                         decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded)
 
     def _check_group(self, group: dict):
         "Raises `OptionError` for options of a group that cannot work."
@@ -76,10 +86,38 @@ class FlashSGD(_Momentum):
         return MomentumScalars(group["lr"], "sgd", group["momentum"], 1.0 - group["dampening"], nesterov=group["nesterov"], **self._decays(group),
                                maximize=group["maximize"], companded=self.companded)
 
-
+# %% ../../nbs/optim/11_momentum.ipynb #dd68755d
 class FlashSGDW(FlashSGD):
     "SGD whose weight decay shrinks the weights by 1 - lr * weight_decay, or with `decouple_lr` by 1 - weight_decay * lr / initial lr."
+
     decoupled = True
+
+    def __init__(
+        self,
+        params: Iterable,  # parameters or groups: bf16, fp16 or fp32, any shapes, CPU or CUDA
+        lr: float | torch.Tensor = 1e-3,  # learning rate; a tensor is read at each step, where it lies
+        momentum: float = 0.0,  # share of the momentum that stays; none is kept at 0, as in torch.optim
+        dampening: float = 0.0,  # of the gradient on its way into the momentum, but for the first step
+        weight_decay: float = 0.0,  # share of the weights that is taken off, times lr
+        nesterov: bool = False,  # look ahead; wants momentum and no dampening
+        *,
+        maximize: bool = False,  # ascend instead of descend
+        foreach: bool | None = None,  # accepted for torch.optim's sake: tensors always go together
+        differentiable: bool = False,  # not available
+        quantize: bool = True,  # moments take a byte a value, not four: what the paper is about
+        compress_state_dict: bool = True,  # state dicts have these bytes; False: fp32, for torch.optim to read
+        master_weight_bits: int | None = 24,  # 24 trains as fp32 in 3 bytes a weight; 32: exact; None: no masters
+        fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
+        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; off, for it waits for the GPU
+        decouple_lr: bool = False,  # weight decay as at the first lr, whatever a scheduler does; off, as in torch.optim
+        max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
+        skip_nonfinite: bool | None = None,  # leave out a step with NaN or infinity; None: where the norm is formed anyway
+        companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
+    ):
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach,
+                         differentiable=differentiable, quantize=quantize, compress_state_dict=compress_state_dict,
+                         master_weight_bits=master_weight_bits, fused=fused, check_numerics=check_numerics,
+                         decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded)
 
 # %% ../../nbs/optim/11_momentum.ipynb #76df1d83
 class FlashLion(_Momentum):
@@ -95,9 +133,20 @@ class FlashLion(_Momentum):
         weight_decay: float = 0.0,  # times lr, unless decouple_lr
         *,
         maximize: bool = False,  # ascend
-        **options,  # quantize, compress_state_dict, master_weight_bits, fused, check_numerics, decouple_lr, max_norm, skip_nonfinite, companded
+        quantize: bool = True,  # moments take a byte a value, not four: what the paper is about
+        compress_state_dict: bool = True,  # state dicts have these bytes; False: fp32, for torch.optim to read
+        master_weight_bits: int | None = 24,  # 24 trains as fp32 in 3 bytes a weight; 32: exact; None: no masters
+        fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
+        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; off, for it waits for the GPU
+        decouple_lr: bool = False,  # weight decay as at the first lr, whatever a scheduler does; off, as in torch.optim
+        max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
+        skip_nonfinite: bool | None = None,  # leave out a step with NaN or infinity; None: where the norm is formed anyway
+        companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
     ):
-        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize), **options)
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize),
+                         quantize=quantize, compress_state_dict=compress_state_dict,
+                         master_weight_bits=master_weight_bits, fused=fused, check_numerics=check_numerics,
+                         decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded)
 
     def _check_group(self, group: dict):
         "Raises `OptionError` for options of a group that cannot work."

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
+from .backend import tl, triton
 from .codec import _code_m, decode_m, dequantize_m, encode_m
 from .multi_tensor import (BLOCK, TYPES, WARPS, GradPointers, TensorList, Operands, address, load, in_chunks, bounds_mask, launch, load_weights, block_range, device_guard, store,
                                         read_weights, store_weights, block_offsets, write_weights)

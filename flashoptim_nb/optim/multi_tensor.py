@@ -15,11 +15,9 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-from fastcore.basics import patch
-import triton
-import triton.language as tl
 
-from .split import CODE_DTYPE, HALF_FORMATS, INTERPRETED, decode, decode_tile, _code as split_code, encode_tile, round_narrow, widen
+from .backend import INTERPRETED, tl, triton
+from .split import CODE_DTYPE, HALF_FORMATS, decode, decode_tile, _code as split_code, encode_tile, round_narrow, widen
 from .codec import GROUP
 
 # %% ../../nbs/optim/02_multi_tensor.ipynb #0057d261
@@ -186,6 +184,23 @@ class TensorList:
         elif len(self.known) >= 8: del self.known[next(iter(self.known))]
         self.known[at] = found
         return found
+
+    def step_scalars(
+        self,
+        step: torch.Tensor,  # 0-d fp32 on the device: steps taken so far, advanced here
+        lr: float | torch.Tensor,  # learning rate; a tensor on the device is read there
+        weight_decay: float = 0.0,  # of the weights, times lr
+        logs: tuple[float, ...] = (-1e9, 0.0, -1e9, 0.0),  # ln beta1 and ln beta2 in two parts each; these: no corrections
+        multiplier: torch.Tensor | None = None,  # 0-d fp32 on the device: factor of every gradient
+        skip: torch.Tensor | None = None,  # 0-d fp32 on the device: nonzero leaves everything as it is
+    ) -> torch.Tensor:  # fp32 (8,) on the device
+        "The numbers of a step over these tensors, formed on their device."
+        there = isinstance(lr, torch.Tensor) and lr.device == self.device
+        with device_guard(self.device):
+            launch(step_scalars_kernel, 1, (self.numbers, step, self.numbers if multiplier is None else multiplier, self.numbers if skip is None else skip,
+                                     lr.float() if there else float(lr), float(weight_decay), *logs),
+                   dict(SCALED=multiplier is not None, SKIPS=skip is not None, LR_TENSOR=there), num_warps=1)
+        return self.numbers
 
 # %% ../../nbs/optim/02_multi_tensor.ipynb #77a2c0de
 _BINARIES = {}
@@ -361,22 +376,3 @@ def step_scalars_kernel(
     tl.store(step_scalars + 4, (1.0 - rate * weight_decay).to(tl.float32))
     tl.store(step_scalars + 5, rate.to(tl.float32))
     tl.store(step_scalars + 6, tl.where(taken == 1.0, 1.0, 0.0))
-
-# %% ../../nbs/optim/02_multi_tensor.ipynb #60569c4a
-@patch
-def step_scalars(
-    self: TensorList,
-    step: torch.Tensor,  # 0-d fp32 on the device: steps taken so far, advanced here
-    lr: float | torch.Tensor,  # learning rate; a tensor on the device is read there
-    weight_decay: float = 0.0,  # of the weights, times lr
-    logs: tuple[float, ...] = (-1e9, 0.0, -1e9, 0.0),  # ln beta1 and ln beta2 in two parts each; these: no corrections
-    multiplier: torch.Tensor | None = None,  # 0-d fp32 on the device: factor of every gradient
-    skip: torch.Tensor | None = None,  # 0-d fp32 on the device: nonzero leaves everything as it is
-) -> torch.Tensor:  # fp32 (8,) on the device
-    "The numbers of a step over these tensors, formed on their device."
-    there = isinstance(lr, torch.Tensor) and lr.device == self.device
-    with device_guard(self.device):
-        launch(step_scalars_kernel, 1, (self.numbers, step, self.numbers if multiplier is None else multiplier, self.numbers if skip is None else skip,
-                                 lr.float() if there else float(lr), float(weight_decay), *logs),
-               dict(SCALED=multiplier is not None, SKIPS=skip is not None, LR_TENSOR=there), num_warps=1)
-    return self.numbers

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from fastcore.basics import patch
 from torch import nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import _engine_run_backward, increment_version
@@ -22,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..base.errors import UserError
-from .base import FlashOptimizer, _apply
+from .base import FlashOptimizer
 from .gradients import GradScaling, grad_scaling, over_all, sharding, sum_of_squares
 from .shards import local, over_shards
 
@@ -41,6 +40,10 @@ def in_nested_backward() -> bool:
     return False
 
 # %% ../../nbs/optim/12_release.ipynb #78e201ff
+_SECOND = ("gradient release: a second backward pass over the same parameters before step(), whose gradients should have been added up, and the first were used already: "
+           "wrap all but the last in `with handle.accumulate():`, call step() after each, or freeze with requires_grad_(False) what a pass is not to train")
+
+
 class GradientReleaseHandle:
     "Gradient release on an optimizer, until `remove()`."
 
@@ -52,15 +55,15 @@ class GradientReleaseHandle:
     ):
         self.optimizer, self.grad_scaler, self.pre_step = optimizer, grad_scaler, pre_step
         self.active = True  # whether the next backward pass releases; False: gradients accumulate
-        self.squares: list[tuple] = []  # parameters released since the last step(), and the squares of their gradients
-        self.seen: dict[torch.Tensor, int] = {}  # the same parameters, and the backward pass that released each
-        self.groups: dict[torch.Tensor, dict] = {}  # each parameter's group, as this backward pass found them
-        self.units: dict = {}  # sharded parameters, and what gathers and reduces each (of FSDP2)
-        self.streams: set = set()  # on which hooks have stepped, and which nobody has waited for
-        self.task, self.mark, self.running = -1, 0, False  # the backward pass, squares before it, whether it has not ended
-        self.stepped, self.repeated = False, False  # whether the loop calls step(), and left it out
+        self._squares: list[tuple] = []  # parameters released since the last step(), and the squares of their gradients
+        self._seen: dict[torch.Tensor, int] = {}  # the same parameters, and the backward pass that released each
+        self._groups: dict[torch.Tensor, dict] = {}  # each parameter's group, as this backward pass found them
+        self._units: dict = {}  # sharded parameters, and what gathers and reduces each (of FSDP2)
+        self._streams: set = set()  # on which hooks have stepped, and which nobody has waited for
+        self._task, self._mark, self._running = -1, 0, False  # the backward pass, squares before it, whether it has not ended
+        self._stepped, self._repeated = False, False  # whether the loop calls step(), and left it out
         ours = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        self.hooks = [p.register_post_accumulate_grad_hook(self.arrived) for p in ours]
+        self._hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in ours]
 
     @property
     def clip(self) -> torch.Tensor | None:
@@ -79,203 +82,162 @@ class GradientReleaseHandle:
 
     def remove(self):
         "Back to ordinary steps."
-        for hook in self.hooks: hook.remove()
-        self.hooks, self.active = [], False
+        for hook in self._hooks: hook.remove()
+        self._hooks, self.active = [], False
         if self.optimizer.release is self: self.optimizer.release = self.clip = None  # and not a later handle
 
-# %% ../../nbs/optim/12_release.ipynb #a94e17f3
-@patch
-def arrived(
-    self: GradientReleaseHandle,
-    p: torch.Tensor,  # to whose gradient something has been added
-):
-    "What autograd calls, and FSDP2 after its reduction: releases the gradient, unless that cannot be right."
-    if not self.active: return
-    if self.optimizer._lent: raise ReleaseError("a released backward pass, which steps, while averages are in the weights' place: leave applied() before training goes on")
-    if (task := torch._C._current_graph_task_id()) != self.task: self.begin(task)
-    if (group := self.groups.get(p)) is None: return  # taken out of the optimizer
-    if getattr(self.units.get(p), "_post_forward_indices", ()): return  # micro-batches came without a reduction, the layer was called again, and there is more to come
-    if (before := self.seen.get(p)) == task:
-        raise ReleaseError(f"gradient release: the gradient of a parameter of shape {tuple(p.shape)} came in two parts in one backward pass, and the first has been stepped: "
-                           "train without release")
-    if before is not None:
-        if self.stepped: raise ReleaseError(_SECOND)
-        self.close(self.mark)  # a loop without step(): the backward pass before was a step
-        self.seen, self.repeated = {q: t for q, t in self.seen.items() if t == task}, True
-    self.seen[p] = task
-    self.release(p, group)
+    def _arrived(
+        self,
+        p: torch.Tensor,  # to whose gradient something has been added
+    ):
+        "What autograd calls, and FSDP2 after its reduction: releases the gradient, unless that cannot be right."
+        if not self.active: return
+        if self.optimizer._lent: raise ReleaseError("a released backward pass, which steps, while averages are in the weights' place: leave applied() before training goes on")
+        if (task := torch._C._current_graph_task_id()) != self._task: self._begin(task)
+        if (group := self._groups.get(p)) is None: return  # taken out of the optimizer
+        if getattr(self._units.get(p), "_post_forward_indices", ()): return  # micro-batches came without a reduction, the layer was called again, and there is more to come
+        if (before := self._seen.get(p)) == task:
+            raise ReleaseError(f"gradient release: the gradient of a parameter of shape {tuple(p.shape)} came in two parts in one backward pass, and the first has been stepped: "
+                               "train without release")
+        if before is not None:
+            if self._stepped: raise ReleaseError(_SECOND)
+            self._close(self._mark)  # a loop without step(): the backward pass before was a step
+            self._seen, self._repeated = {q: t for q, t in self._seen.items() if t == task}, True
+        self._seen[p] = task
+        self._release(p, group)
 
+    def _begin(self, task: int):
+        "Begins a backward pass."
+        if in_nested_backward():
+            raise ReleaseError("gradient release under reentrant checkpointing, where a layer that is used twice gets its gradient in parts: "
+                               "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False) (gradient_checkpointing_kwargs in Hugging Face's Trainer)")
+        self._forget_failed()
+        self._task, self._mark, self._running = task, len(self._squares), True
+        self._groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
+        torch.autograd.Variable._execution_engine.queue_callback(self._ended)
 
-_SECOND = ("gradient release: a second backward pass over the same parameters before step(), whose gradients should have been added up, and the first were used already: "
-           "wrap all but the last in `with handle.accumulate():`, call step() after each, or freeze with requires_grad_(False) what a pass is not to train")
+    def _ended(self):
+        "Ends a backward pass."
+        self._running = False
+        self._join()
 
+    def _join(self):
+        "The caller's stream goes on behind the hooks' steps: FSDP2 calls hooks on a stream of its own, and the next forward pass reads what they wrote."
+        while self._streams:
+            stream = self._streams.pop()
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
 
-@patch
-def begin(self: GradientReleaseHandle, task: int):
-    "Begins a backward pass."
-    if in_nested_backward():
-        raise ReleaseError("gradient release under reentrant checkpointing, where a layer that is used twice gets its gradient in parts: "
-                           "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False) (gradient_checkpointing_kwargs in Hugging Face's Trainer)")
-    self.forget_failed()
-    self.task, self.mark, self.running = task, len(self.squares), True
-    self.groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
-    torch.autograd.Variable._execution_engine.queue_callback(self.ended)
+    def _forget_failed(self):
+        "Lets go of what a backward pass left that did not come to its end."
+        if not self._running: return
+        self._seen = {p: t for p, t in self._seen.items() if t != self._task}
+        self._squares, self._running = self._squares[:self._mark], False
 
+    def _drop(self):
+        "What zero_grad() asks for; raises `ReleaseError` where the gradients to be dropped have been used."
+        self._forget_failed()
+        if self._stepped and self._seen:
+            raise ReleaseError("gradient release: zero_grad() after a backward pass, without step(): its gradients were used already. Call step() after each backward pass; "
+                               "where a pass is not to train these parameters, freeze them with requires_grad_(False) or wrap it in `with handle.accumulate():`")
 
-@patch
-def ended(self: GradientReleaseHandle):
-    "Ends a backward pass."
-    self.running = False
-    self.join()
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _release(
+        self,
+        p: torch.Tensor,  # whose gradient is complete
+        group: dict,  # its parameter group
+    ):
+        "Steps one parameter and frees its gradient."
+        if p.grad.requires_grad: raise ReleaseError("gradient release of a backward pass with create_graph=True: what it keeps for a second derivative would be changed by the step; train without release")
+        if self.pre_step is not None and not self._wanted(p, group): p.grad = None
+        if p.grad is None: return
+        opt, scale, grad = self.optimizer, self._scale(p.device), local(p.grad)
+        c = grad_scaling(sum_of_squares([grad]) if self._looks() else None, None, scale)
+        if c.norm is not None: self._squares.append((p, c.norm.square()))
+        if c.skip is not None and isinstance(p, DTensor) and not grad.numel(): c.skip = torch.ones_like(c.skip)  # an empty shard counts the steps of the others
+        if self.clip is not None and opt.max_norm is not None:
+            clip = self.clip.to(p.device)
+            c.multiplier = clip if c.multiplier is None else c.multiplier * clip
+        for bucket in opt._collect_one(p, group): opt._apply(bucket, group, c)
+        if p.device.type == "cuda": self._streams.add(torch.cuda.current_stream(p.device))
+        if not isinstance(p, DTensor): increment_version(p)  # kernels write unnoticed, and what is still to be differentiated may have kept the old values
+        p.grad = None
 
+    def _wanted(self, p: torch.Tensor, group: dict) -> bool:
+        "Whether `pre_step` lets the parameter be stepped."
+        if (answer := self.pre_step(p, group)) is None: raise ReleaseError("pre_step returned None: return True for the parameter to be stepped, or False to drop its gradient")
+        return bool(answer)
 
-@patch
-def join(self: GradientReleaseHandle):
-    "The caller's stream goes on behind the hooks' steps: FSDP2 calls hooks on a stream of its own, and the next forward pass reads what they wrote."
-    while self.streams:
-        stream = self.streams.pop()
-        torch.cuda.current_stream(stream.device).wait_stream(stream)
+    def _looks(self) -> bool:
+        "Whether the gradients' norm is formed."
+        return self.optimizer.skip_nonfinite or self.optimizer.max_norm is not None or self._scaled
 
+    @property
+    def _scaled(self) -> bool:
+        "Whether gradients carry a loss scale."
+        return self.grad_scaler is not None and self.grad_scaler.is_enabled()
 
-@patch
-def forget_failed(self: GradientReleaseHandle):
-    "Lets go of what a backward pass left that did not come to its end."
-    if not self.running: return
-    self.seen = {p: t for p, t in self.seen.items() if t != self.task}
-    self.squares, self.running = self.squares[:self.mark], False
+    def _scale(self, device: torch.device) -> torch.Tensor | None:
+        "The scaler's current loss scale, or None without one."
+        return self.grad_scaler.scale(torch.ones((), device=device)) if self._scaled else None
 
+    @torch.no_grad()
+    def _finish(self):
+        "Ends a step: keeps its norm, counts it if a gradient was not finite, readies the next clip coefficient."
+        self._join()
+        opt = self.optimizer
+        if not self._scaled and hasattr(opt, "found_inf"):  # which GradScaler sets while it calls step()
+            del opt.grad_scale, opt.found_inf
+            raise ReleaseError("gradient release with a GradScaler that it was not told of: gradients were used with the loss scale still on them; enable_gradient_release(..., grad_scaler=scaler)")
+        self._forget_failed()
+        for group in opt.param_groups:  # what only earlier micro-batches used has not been released yet
+            for p in group["params"]:
+                if p.grad is not None: self._release(p, group)
+        self._close(len(self._squares))
+        self._seen, self._stepped, repeated, self._repeated = {}, True, self._repeated, False
+        if repeated: raise ReleaseError(_SECOND)
 
-@patch
-def drop(self: GradientReleaseHandle):
-    "What zero_grad() asks for; raises `ReleaseError` where the gradients to be dropped have been used."
-    self.forget_failed()
-    if self.stepped and self.seen:
-        raise ReleaseError("gradient release: zero_grad() after a backward pass, without step(): its gradients were used already. Call step() after each backward pass; "
-                           "where a pass is not to train these parameters, freeze them with requires_grad_(False) or wrap it in `with handle.accumulate():`")
+    def _close(self, count: int):
+        "Ends a step of which the first `count` squares are."
+        done, self._squares, self._mark = self._squares[:count], self._squares[count:], 0
+        opt, shards = self.optimizer, self._shards()
+        if not done and not shards: return
+        c = self._judged(done)
+        opt.grad_norm = c.norm
+        opt.skipped_steps += (c.skip > 0)
+        if opt.max_norm is not None: self.clip = self._clip_after(c)
+        if shards: self._agree(shards)
+        if self._scaled: self._tell_scaler(c.skip)
 
-# %% ../../nbs/optim/12_release.ipynb #8bc1b45b
-@patch
-@torch.compiler.disable
-@torch.no_grad()
-def release(
-    self: GradientReleaseHandle,
-    p: torch.Tensor,  # whose gradient is complete
-    group: dict,  # its parameter group
-):
-    "Steps one parameter and frees its gradient."
-    if p.grad.requires_grad: raise ReleaseError("gradient release of a backward pass with create_graph=True: what it keeps for a second derivative would be changed by the step; train without release")
-    if self.pre_step is not None and not self.wanted(p, group): p.grad = None
-    if p.grad is None: return
-    opt, scale, grad = self.optimizer, self.scale(p.device), local(p.grad)
-    c = grad_scaling(sum_of_squares([grad]) if self.looks() else None, None, scale)
-    if c.norm is not None: self.squares.append((p, c.norm.square()))
-    if c.skip is not None and isinstance(p, DTensor) and not grad.numel(): c.skip = torch.ones_like(c.skip)  # an empty shard counts the steps of the others
-    if self.clip is not None and opt.max_norm is not None:
-        clip = self.clip.to(p.device)
-        c.multiplier = clip if c.multiplier is None else c.multiplier * clip
-    for bucket in opt._collect_one(p, group): _apply(opt, bucket, group, c)
-    if p.device.type == "cuda": self.streams.add(torch.cuda.current_stream(p.device))
-    if not isinstance(p, DTensor): increment_version(p)  # kernels write unnoticed, and what is still to be differentiated may have kept the old values
-    p.grad = None
+    def _shards(self) -> list[torch.Tensor]:
+        "Parameters that other ranks may have gradients of, where the norm is formed."
+        return [p for group in self.optimizer.param_groups for p in group["params"] if isinstance(p, DTensor)] if self._looks() else []
 
+    def _judged(self, squares: list[tuple]) -> GradScaling:
+        "Norm, clip coefficient and skip flag of a step with these squares."
+        return grad_scaling(over_all(squares, self.optimizer.skipped_steps.device, among=self._shards()), self.optimizer.max_norm)
 
-@patch
-def wanted(self: GradientReleaseHandle, p: torch.Tensor, group: dict) -> bool:
-    "Whether `pre_step` lets the parameter be stepped."
-    if (answer := self.pre_step(p, group)) is None: raise ReleaseError("pre_step returned None: return True for the parameter to be stepped, or False to drop its gradient")
-    return bool(answer)
+    def _clip_after(self, c: GradScaling) -> torch.Tensor:
+        "By what the step after one with this norm is clipped; one whose norm is not finite changes nothing."
+        return torch.where(c.skip > 0, torch.ones_like(c.multiplier) if self.clip is None else self.clip, c.multiplier)
 
+    def _coming(self) -> torch.Tensor | None:
+        "By what the next step is clipped, for a state dict: also where the last one was taken and no `step()` has ended it yet."
+        return self.clip if self.optimizer.max_norm is None or not self._squares else self._clip_after(self._judged(self._squares))
 
-@patch
-def looks(self: GradientReleaseHandle) -> bool:
-    "Whether the gradients' norm is formed."
-    return self.optimizer.skip_nonfinite or self.optimizer.max_norm is not None or self.scaled
+    def _agree(self, shards: list[torch.Tensor]):
+        "All shards of a parameter count alike: one that was left as it is, or is empty, counts what the others counted."
+        alike, state = {}, self.optimizer.state
+        for p in shards: alike.setdefault(sharding(p), []).append(p)
+        for params in alike.values():
+            zero = torch.zeros((), device=params[0].device)
+            own = [state[p]["step"] if p in state and "step" in state[p] else zero for p in params]
+            torch._foreach_copy_(own, list(over_shards(torch.stack(own), params[0], dist.ReduceOp.MAX).unbind()))
 
-
-@patch(as_prop=True)
-def scaled(self: GradientReleaseHandle) -> bool:
-    "Whether gradients carry a loss scale."
-    return self.grad_scaler is not None and self.grad_scaler.is_enabled()
-
-
-@patch
-def scale(self: GradientReleaseHandle, device: torch.device) -> torch.Tensor | None:
-    "The scaler's current loss scale, or None without one."
-    return self.grad_scaler.scale(torch.ones((), device=device)) if self.scaled else None
-
-# %% ../../nbs/optim/12_release.ipynb #361c8bdb
-@patch
-@torch.no_grad()
-def finish(self: GradientReleaseHandle):
-    "Ends a step: keeps its norm, counts it if a gradient was not finite, readies the next clip coefficient."
-    self.join()
-    opt = self.optimizer
-    if not self.scaled and hasattr(opt, "found_inf"):  # which GradScaler sets while it calls step()
-        del opt.grad_scale, opt.found_inf
-        raise ReleaseError("gradient release with a GradScaler that it was not told of: gradients were used with the loss scale still on them; enable_gradient_release(..., grad_scaler=scaler)")
-    self.forget_failed()
-    for group in opt.param_groups:  # what only earlier micro-batches used has not been released yet
-        for p in group["params"]:
-            if p.grad is not None: self.release(p, group)
-    self.close(len(self.squares))
-    self.seen, self.stepped, repeated, self.repeated = {}, True, self.repeated, False
-    if repeated: raise ReleaseError(_SECOND)
-
-
-@patch
-def close(self: GradientReleaseHandle, count: int):
-    "Ends a step of which the first `count` squares are."
-    done, self.squares, self.mark = self.squares[:count], self.squares[count:], 0
-    opt, shards = self.optimizer, self.shards()
-    if not done and not shards: return
-    c = self.judged(done)
-    opt.grad_norm = c.norm
-    opt.skipped_steps += (c.skip > 0)
-    if opt.max_norm is not None: self.clip = self.clip_after(c)
-    if shards: self.agree(shards)
-    if self.scaled: self._tell_scaler(c.skip)
-
-
-@patch
-def shards(self: GradientReleaseHandle) -> list[torch.Tensor]:
-    "Parameters that other ranks may have gradients of, where the norm is formed."
-    return [p for group in self.optimizer.param_groups for p in group["params"] if isinstance(p, DTensor)] if self.looks() else []
-
-
-@patch
-def judged(self: GradientReleaseHandle, squares: list[tuple]) -> GradScaling:
-    "Norm, clip coefficient and skip flag of a step with these squares."
-    return grad_scaling(over_all(squares, self.optimizer.skipped_steps.device, among=self.shards()), self.optimizer.max_norm)
-
-
-@patch
-def clip_after(self: GradientReleaseHandle, c: GradScaling) -> torch.Tensor:
-    "By what the step after one with this norm is clipped; one whose norm is not finite changes nothing."
-    return torch.where(c.skip > 0, torch.ones_like(c.multiplier) if self.clip is None else self.clip, c.multiplier)
-
-
-@patch
-def coming(self: GradientReleaseHandle) -> torch.Tensor | None:
-    "By what the next step is clipped, for a state dict: also where the last one was taken and no `step()` has ended it yet."
-    return self.clip if self.optimizer.max_norm is None or not self.squares else self.clip_after(self.judged(self.squares))
-
-
-@patch
-def agree(self: GradientReleaseHandle, shards: list[torch.Tensor]):
-    "All shards of a parameter count alike: one that was left as it is, or is empty, counts what the others counted."
-    alike, state = {}, self.optimizer.state
-    for p in shards: alike.setdefault(sharding(p), []).append(p)
-    for params in alike.values():
-        zero = torch.zeros((), device=params[0].device)
-        own = [state[p]["step"] if p in state and "step" in state[p] else zero for p in params]
-        torch._foreach_copy_(own, list(over_shards(torch.stack(own), params[0], dist.ReduceOp.MAX).unbind()))
-
-
-@patch
-def _tell_scaler(self: GradientReleaseHandle, found_inf: torch.Tensor):
-    "What GradScaler.unscale_ would have recorded, had there been gradients left to look at."
-    state = self.grad_scaler._per_optimizer_states[id(self.optimizer)]
-    state["found_inf_per_device"] = {found_inf.device: found_inf.reshape(1).float()}
+    def _tell_scaler(self, found_inf: torch.Tensor):
+        "What GradScaler.unscale_ would have recorded, had there been gradients left to look at."
+        state = self.grad_scaler._per_optimizer_states[id(self.optimizer)]
+        state["found_inf_per_device"] = {found_inf.device: found_inf.reshape(1).float()}
 
 # %% ../../nbs/optim/12_release.ipynb #55811bbe
 def enable_gradient_release(
@@ -295,8 +257,8 @@ def enable_gradient_release(
     if optimizer.release is not None: raise UserError("gradient release is enabled on this optimizer already: call remove() on its handle first")
     check_releasable(model, optimizer)
     optimizer.release = handle = GradientReleaseHandle(optimizer, grad_scaler, pre_step)
-    handle.units = _units(model)
-    if dist.is_available() and dist.is_initialized(): handle.hooks.append(model.register_forward_pre_hook(_outside_ddp))
+    handle._units = _units(model)
+    if dist.is_available() and dist.is_initialized(): handle._hooks.append(model.register_forward_pre_hook(_outside_ddp))
     return handle
 
 
@@ -324,7 +286,7 @@ def _check_wrapper(part: nn.Module):
 
 
 def _units(model):
-    "FSDP2's parameter groups by the parameters they hold. It keeps them to itself: where a version has none, `arrived` refuses what they would tell."
+    "FSDP2's parameter groups by the parameters they hold. It keeps them to itself: where a version has none, `_arrived` refuses what they would tell."
     states = [part._get_fsdp_state() for part in model.modules() if hasattr(part, "_get_fsdp_state")]
     units = [unit for state in states for unit in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]]
     return {x.sharded_param: unit for unit in units for x in getattr(unit, "fsdp_params", ())}

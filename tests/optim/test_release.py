@@ -316,7 +316,7 @@ def test_a_loop_without_step_takes_one_a_backward_pass(options):
         b(t).backward()
         c(t).backward(); s.step()
     assert equal(b, c)
-    assert len(handle.squares) <= len(list(b.parameters()))  # nothing piles up
+    assert len(handle._squares) <= len(list(b.parameters()))  # nothing piles up
 
 
 def test_gradients_that_are_no_backward_pass_of_the_parameters():
@@ -447,12 +447,12 @@ def test_the_caller_waits_for_every_stream_that_a_hook_stepped_on(monkeypatch):
     model = torch.nn.Linear(4, 4)
     handle = enable_gradient_release(model, FlashAdamW(model.parameters()))
     side = Stream()
-    handle.streams.add(side)
+    handle._streams.add(side)
     handle.join()
-    assert waited == [side] and not handle.streams
-    handle.streams.add(side)
+    assert waited == [side] and not handle._streams
+    handle._streams.add(side)
     model(torch.ones(2, 4)).sum().backward()
     assert waited == [side, side], "at the end of a backward pass"
-    handle.streams.add(side)
+    handle._streams.add(side)
     handle.optimizer.step()
     assert waited == [side] * 3, "and at a step"

@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from ....base.errors import UserError, check_indices, refuse_where
 from ....optim.multi_tensor import TYPES, device_guard
-from ....optim.split import INTERPRETED, round_narrow
+from ....optim.backend import INTERPRETED
+from ....optim.split import round_narrow
 
 # %% ../../../../nbs/surrogates/domains/molecules/02_triplets.ipynb #6d0c2006
 def zonal_harmonics(
