@@ -5,10 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from flashoptim_nb.optim import FlashAdamW, FlashLion, FlashSGD
+from every import MAKERS
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-MAKERS = {"FlashAdamW": FlashAdamW, "FlashLion": FlashLion, "FlashSGD": lambda p, **kw: FlashSGD(p, momentum=0.9, **kw)}
 
 
 def net(dtype=torch.bfloat16):

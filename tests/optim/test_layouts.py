@@ -10,10 +10,10 @@ from torch import nn
 
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.optim.split import INTERPRETED
-from flashoptim_nb.optim import FlashAdamW, FlashLion, FlashSGD, OptionError
+from flashoptim_nb.optim import FlashAdamW, FlashSGD, OptionError
+from every import MAKERS
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-MAKERS = {"FlashAdamW": FlashAdamW, "FlashLion": FlashLion, "FlashSGD": lambda p, **kw: FlashSGD(p, momentum=0.9, **kw)}
 CUTS = {"every other column": lambda b: b[:, ::2], "a column": lambda b: b[:, 3], "every other row": lambda b: b[::2], "transposed": lambda b: b.t(), "a window": lambda b: b[1:, 1:6], "rows": lambda b: b[3:7],
         "one value": lambda b: b[2, 5], "values apart": lambda b: b.view(-1)[1::7], "a row": lambda b: b[5], "no value": lambda b: b[:0], "channels last": lambda b: b.view(2, 5, 4, 10).permute(0, 3, 1, 2),
         "a diagonal": lambda b: b.diagonal(), "an odd offset": lambda b: b.view(-1)[7:107].view(10, 10), "one wide": lambda b: b[:, 2:3], "a square's transpose": lambda b: b[:10].t()}

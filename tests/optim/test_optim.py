@@ -16,6 +16,7 @@ from torch import nn
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.optim.split import decode
 from flashoptim_nb.optim.split import INTERPRETED
+from every import CLASSES
 from flashoptim_nb.optim import FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW, GradientError, NumericsError, OptionError, StateError, cast_model, enable_gradient_release
 from flashoptim_nb.optim.buckets import check_options
 
@@ -421,7 +422,7 @@ def test_what_is_no_state_dict(bad):
 INF, NAN = float("inf"), float("nan")
 
 
-@pytest.mark.parametrize("cls,options", [(cls, {name: x}) for cls in (FlashAdamW, FlashSGD, FlashLion) for name in ("lr", "weight_decay") for x in (INF, NAN, True, "0.1", None, torch.tensor(INF), torch.tensor(True), torch.ones(2))]
+@pytest.mark.parametrize("cls,options", [(cls, {name: x}) for cls in CLASSES for name in ("lr", "weight_decay") for x in (INF, NAN, True, "0.1", None, torch.tensor(INF), torch.tensor(True), torch.ones(2))]
                          + [(FlashAdamW, {"betas": b}) for b in ((True, 0.9), (0.9, False), (0.9, NAN), ("0.9", 0.9), 0.9)] + [(FlashLion, {"betas": b}) for b in ((True, 0.9), (0.9, NAN), (0.9, 1.1))]
                          + [(FlashAdamW, {"eps": x}) for x in (INF, NAN, True, "1e-8")] + [(FlashAdamW, {"max_norm": x}) for x in (INF, NAN, True, "1")]
                          + [(FlashSGD, {name: x}) for name in ("momentum", "dampening") for x in (INF, NAN, True)], ids=str)
@@ -521,7 +522,7 @@ def test_a_cast_model_can_be_pickled():
     assert torch.equal(*exact) and not torch.equal(exact[0], model[0].weight.float())
 
 
-@pytest.mark.parametrize("loads", [FlashAdam, FlashAdamW, FlashLion, FlashSGD])
+@pytest.mark.parametrize("loads", CLASSES)
 def test_adamaxs_state_is_refused(loads):
     "Its groups look like Adam's; its second moment has another name."
     _, adamax = stepped(lambda m: torch.optim.Adamax(m.parameters()))

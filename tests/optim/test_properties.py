@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 
 from flashoptim_nb.optim.codec import GROUP, dequantize_m, dequantize_v, m_error_bound, quantize_m, quantize_v, v_error_bound
 from flashoptim_nb.optim.split import HALF_FORMATS, MAX_CODE, decode, encode
-from flashoptim_nb.optim import FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW
+from every import MAKERS
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")
 settings.register_profile("here", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -75,8 +75,6 @@ def test_a_group_does_not_know_the_order_of_its_values(x, random):
         assert torch.equal(q[order], p) and torch.equal(s, u)
 
 
-MAKERS = {"FlashAdamW": FlashAdamW, "FlashAdam": FlashAdam, "FlashLion": FlashLion, "FlashSGD": lambda p, **kw: FlashSGD(p, momentum=0.9, **kw),
-          "FlashSGDW": lambda p, **kw: FlashSGDW(p, momentum=0.9, nesterov=True, **kw)}
 makers = st.sampled_from(list(MAKERS))
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 

@@ -13,10 +13,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from flashoptim_nb.optim.codec import dequantize_m, dequantize_v
 from flashoptim_nb.optim.split import decode
-from flashoptim_nb.optim import FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW, StateError, cast_model, enable_gradient_release
+from every import OPTIONS
+from flashoptim_nb.optim import FlashAdamW, FlashLion, FlashSGD, StateError, cast_model, enable_gradient_release
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-KINDS = {"AdamW": (FlashAdamW, {}), "Adam": (FlashAdam, {}), "SGD": (FlashSGD, dict(momentum=0.9)), "plain SGD": (FlashSGD, {}), "SGDW": (FlashSGDW, dict(momentum=0.9)), "Lion": (FlashLion, {})}
+KINDS = {cls.__name__.removeprefix("Flash"): (cls, options) for cls, options in OPTIONS.items()} | {"plain SGD": (FlashSGD, {})}
 TORCHS = {"AdamW": (torch.optim.AdamW, {}), "Adam": (torch.optim.Adam, {}), "SGD": (torch.optim.SGD, dict(momentum=0.9))}
 
 

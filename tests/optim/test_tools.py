@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from every import CLASSES, MAKERS
 from flashoptim_nb.optim import FlashAdamW, FlashLion, FlashSGD, FlashSGDW, cast_model
 
 KW = dict(lr=1e-2, weight_decay=0.1)
@@ -184,7 +185,7 @@ def test_options_dealt_out_to_ranks(monkeypatch):
 SCHEDULES = torch.optim.lr_scheduler
 
 
-@pytest.mark.parametrize("make", [FlashAdamW, FlashLion, FlashSGDW], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [cls for cls in CLASSES if cls.decoupled], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("schedule", [lambda o: SCHEDULES.ConstantLR(o, 1.0), lambda o: SCHEDULES.LinearLR(o, 0.1, 1.0, 20), lambda o: SCHEDULES.LambdaLR(o, lambda n: min(n / 20, 1.0)),
                                       lambda o: SCHEDULES.OneCycleLR(o, max_lr=1e-2, total_steps=60, cycle_momentum=False), lambda o: SCHEDULES.CyclicLR(o, 1e-4, 1e-2, 20, cycle_momentum=False)],
                          ids=["constant", "warm-up", "from zero", "one cycle", "cyclic"])
@@ -226,7 +227,7 @@ def test_decoupled_decay_of_older_states_and_later_groups():
     FlashAdamW([nn.Parameter(torch.ones(4))], lr=0.0, weight_decay=0.0, decouple_lr=True)
 
 
-@pytest.mark.parametrize("make", [FlashAdamW, FlashLion, lambda p, **kw: FlashSGD(p, momentum=0.9, **kw)], ids=["FlashAdamW", "FlashLion", "FlashSGD"])
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_a_compiled_step(make):
     from flashoptim_nb.base.machine import capabilities
     if not (able := capabilities()["compile"]).ok: pytest.skip(able.why)
