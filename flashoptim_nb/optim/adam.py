@@ -12,7 +12,7 @@ import torch
 
 from ..base.errors import is_number
 from .adamw_kernel import AdamWScalars, adamw_fused, adamw_reference
-from .base import FlashOptimizer
+from .base import FlashOptimizer, known_options
 from .buckets import ParamBucket, OptionError
 from .gradients import GradScaling
 
@@ -24,6 +24,7 @@ class FlashAdam(FlashOptimizer):
     moments = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
     decoupled = False
 
+    @known_options
     def __init__(
         self,
         params: Iterable,  # parameters or groups: bf16, fp16 or fp32, any shapes, CPU or CUDA
@@ -86,6 +87,7 @@ class FlashAdamW(FlashAdam):
 
     decoupled = True
 
+    @known_options
     def __init__(
         self,
         params: Iterable,  # parameters or groups: bf16, fp16 or fp32, any shapes, CPU or CUDA

@@ -12,7 +12,7 @@ import torch
 
 from ..base.errors import is_number
 from .momentum_kernel import MomentumScalars, momentum_fused, momentum_reference
-from .base import FlashOptimizer
+from .base import FlashOptimizer, known_options
 from .buckets import ParamBucket, OptionError
 from .gradients import GradScaling
 
@@ -42,6 +42,7 @@ class FlashSGD(_Momentum):
     moments = {"momentum_buffer": torch.int8}
     decoupled = False
 
+    @known_options
     def __init__(
         self,
         params: Iterable,  # parameters or groups: bf16, fp16 or fp32, any shapes, CPU or CUDA
@@ -92,6 +93,7 @@ class FlashSGDW(FlashSGD):
 
     decoupled = True
 
+    @known_options
     def __init__(
         self,
         params: Iterable,  # parameters or groups: bf16, fp16 or fp32, any shapes, CPU or CUDA
@@ -125,6 +127,7 @@ class FlashLion(_Momentum):
 
     moments = {"exp_avg": torch.int8}
 
+    @known_options
     def __init__(
         self,
         params: Iterable,  # parameters or groups: bf16, fp16 or fp32, any shapes, CPU or CUDA

@@ -448,7 +448,7 @@ def test_the_caller_waits_for_every_stream_that_a_hook_stepped_on(monkeypatch):
     handle = enable_gradient_release(model, FlashAdamW(model.parameters()))
     side = Stream()
     handle._streams.add(side)
-    handle.join()
+    handle._join()
     assert waited == [side] and not handle._streams
     handle._streams.add(side)
     model(torch.ones(2, 4)).sum().backward()
