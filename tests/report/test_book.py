@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import records_factory
 import torch
 import yaml
 
@@ -39,10 +40,8 @@ def notebook(path: Path, *cells: str):
     path.write_text(json.dumps(dict(cells=made, metadata=dict(kernelspec=dict(display_name="python3", language="python", name="python3")), nbformat=4, nbformat_minor=5)))
 
 
-def record(folder: Path, study: str, run: str, **header):
-    start = dict(run=run, hypothesis="h1", study=study, scale="laptop", config="baseline", seed=0, started="2026-11-22T10:00:00+00:00",
-                 device="a CPU", device_kind="cpu", package_version="0.1.0", commit="0123456789", libraries={"torch": "2.13"})
-    RunWriter(folder / study / run, start | header).end("finished")
+def record(folder: Path, study: str, run: str, **fields):
+    RunWriter(folder / study / run, records_factory.header(run, scale="laptop", study=study, device="a CPU", started="2026-11-22T10:00:00+00:00") | fields).end("finished")
 
 
 def small_book(folder: Path, status="no evidence at this scale") -> tuple[Path, Path]:

@@ -4,6 +4,7 @@ import os
 import random
 
 import pytest
+import records_factory
 import z3
 
 from flashoptim_nb.base.config import content_hash
@@ -33,9 +34,8 @@ def write(folder, config="fp32", seed=0, role="molecules", arm="train", *, scale
           epochs=2, losses=None, skipped=(), loss_scale=None, problems_=("one",), methods=("reinforce",), runs=4, fits=(), status="finished", reason="", recipe=None, batches=(64, 512), **header):
     "One run of hypothesis 2 on disk, with every header field that a record needs."
     settings = dict(config=config, role=role, parameters=parameters, recipe=dict(batch=64, epochs=epochs) | (recipe or {}))
-    header = dict(run=f"{scale}-{role}-{arm}-{config}-{device}-{seed}", hypothesis="h2", study=f"h2-{scale}", scale=scale, role=role, size="2x" if config.endswith("2x") else "1x", arm=arm,
-                  config=config, seed=seed, settings=settings, settings_hash=content_hash(settings), criteria_hash=H2.hash, package_version="0", commit="c", device=device,
-                  device_kind="cuda" if scale != "laptop" else "cpu", driver="d", libraries={"torch": "2"}, data_hash="data", started=f"2026-01-01T00:00:{seed:02}", command="test") | header
+    header = records_factory.header(f"{scale}-{role}-{arm}-{config}-{device}-{seed}", config, seed, hypothesis="h2", scale=scale, role=role, size="2x" if config.endswith("2x") else "1x", arm=arm,
+                                    device=device, settings=settings, criteria_hash=H2.hash) | header
     writer, noise = RunWriter(folder / header["run"], header=header), 1 + seed / 1000
     if arm == "train" and status in ("finished", "failed"):
         losses = losses or [1 / n for n in range(1, 41)]

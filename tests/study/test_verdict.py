@@ -6,10 +6,10 @@ import random
 import numpy as np
 import pandas as pd
 import pytest
+import records_factory
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from flashoptim_nb.base.config import content_hash
 from flashoptim_nb.base.records import RunWriter, problems, read_run, read_study
 from flashoptim_nb.study.h1.criteria import CRITERIA, CRITERIA_HASH, H1
 from flashoptim_nb.study.evidence import Evidence, evidence_table
@@ -28,10 +28,8 @@ def write(folder, config="baseline", seed=0, *, scale="gpu", role="1B", arm="bes
           steps=11, losses=None, skipped=(), sets=("wikitext103", "c4"), curve=True, seq=2048, batch=4, reason="", utilization=0.9, micro=None, recipe=None, **header):
     "One run on disk, with every header field that a record needs."
     settings = dict(config=config, role=role) | (dict(recipe=recipe) if recipe else {})
-    header = dict(run=f"{scale}-{role}-{arm}-{config}-{device}-{seed}", hypothesis="h1", study=f"h1-{scale}", scale=scale, role=role, size=role, arm=arm, config=config,
-                  seed=seed, settings=settings, settings_hash=content_hash(settings), criteria_hash=CRITERIA_HASH, package_version="0", commit="c", device=device,
-                  device_kind="cuda" if scale != "laptop" else "cpu", driver="d", libraries={"torch": "2"}, data_hash="data", started=f"2026-01-01T00:00:{seed:02}",
-                  command="test") | header
+    header = records_factory.header(f"{scale}-{role}-{arm}-{config}-{device}-{seed}", config, seed, scale=scale, role=role, arm=arm, device=device, settings=settings,
+                                    criteria_hash=CRITERIA_HASH) | header
     writer = RunWriter(folder / header["run"], header=header)
     if status in ("finished", "failed"):
         for n in range(1, steps + 1):
@@ -59,7 +57,7 @@ def pair(folder, seeds=3, roles=SIZES, arms=("best", "equal"), speed=1.3, saved=
 
 def journal(folder, peaks, role="1B", scale="gpu", device="GPU A", budget=135):
     "The study's journal: of each configuration the peaks at micro-batch 4, 8, ..., the last that fits chosen."
-    writer = RunWriter(folder / f"{scale}-protocol", header=dict(run="protocol", study=f"h1-{scale}", scale=scale, arm="protocol", config="protocol", device=device, device_kind="cuda"))
+    writer = RunWriter(folder / f"{scale}-protocol", header=records_factory.header("protocol", "protocol", scale=scale, arm="protocol", device=device, device_kind="cuda"))
     for config, found in peaks.items():
         tried = [dict(checkpointing="none", micro_batch=4 * 2**n, fits=peak <= budget, peak=peak, budget=budget) for n, peak in enumerate(found)]
         writer.append("search", role=role, config=config, micro=max((row["micro_batch"] for row in tried if row["fits"]), default=None), checkpointing="none", tried=tried)
