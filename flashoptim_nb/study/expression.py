@@ -10,7 +10,7 @@ __all__ = ['Lookup', 'Ends', 'Term', 'Q', 'Number', 'Arithmetic', 'Formula', 'Co
 # %% ../../nbs/study/01_expression.ipynb #ab38191c
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from enum import StrEnum
 from math import inf
 
@@ -32,20 +32,27 @@ class Term:
 @dataclass(frozen=True)
 class Q(Term):
     "A measured quantity."
-    name: str  # a row of the table of quantities
-    size: str | None = None  # protocol size, where the quantity has one
-    config: str | None = None  # None: the stack that is judged
-    set: str | None = None  # None: the primary held-out set
+    name: str  # a row of the hypothesis's table of quantities
+    at: str | None = None  # model size or domain, where the quantity has one
+    config: str | None = None  # None: the configuration that is judged
+    _: KW_ONLY
+    split: str | None = None  # held-out set; None: the primary one
+    batch: int | None = None  # None: the one that decides
+    target: str | None = None  # of a surrogate; None: the domain's first
+    weights: str | None = None  # "raw": the last ones; None: their average
+    precision: str | None = None  # of the evaluation; None: the configuration's own
+    problem: str | None = None  # None: all of the domain's
+    method: str | None = None  # sampler; None: the one that decides
 
     @property
-    def at(self) -> str:
+    def where(self) -> str:
         "Where it is measured, in words."
-        return ", ".join(filter(None, (self.size, self.config, self.set)))
+        return ", ".join(str(value) for value in list(vars(self).values())[1:] if value is not None)
 
     @property
     def key(self) -> str:
         "Its name in records and in logic."
-        return f"{self.name}[{self.at}]" if self.at else self.name
+        return f"{self.name}[{self.where}]" if self.where else self.name
 
 @dataclass(frozen=True)
 class Number(Term):
