@@ -62,6 +62,15 @@ def test_imports_only_what_its_slice_may(path):
         assert not beyond, f"the optimizer stands alone; {'.'.join(here)} imports {beyond}"
 
 
+ENGINE = ("statistics", "expression", "hypothesis", "evidence", "decisions", "consistency", "verdict")
+
+
+@pytest.mark.parametrize("name", ENGINE)
+def test_the_engine_that_judges_names_no_hypothesis(name):
+    wrong = [".".join(m) for m in imported(PACKAGE / "study" / f"{name}.py") if within(m, "study") and m[1:] and m[1] not in ENGINE]
+    assert not wrong, f"study.{name} imports {wrong}"
+
+
 DOMAINS = ("surrogates", "domains")
 
 

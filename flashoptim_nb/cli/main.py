@@ -57,8 +57,8 @@ class _Stop:
         print("\nstopping after this step; the same command goes on from there (once more stops at once)", file=sys.stderr)
 
 def _run(args) -> int:
-    from flashoptim_nb.study.decisions import checkpoints_of
-    for id in args.confirm: choose("checkpoint", id, checkpoints_of(args.hypothesis))
+    from flashoptim_nb.study.hypotheses import hypothesis_of
+    for id in args.confirm: hypothesis_of(args.hypothesis).checkpoint(id)
     return (_run_h2 if args.hypothesis == "h2" else _run_h1)(args)
 
 def _refuse(args, names: tuple[str, ...], why: str):
@@ -111,8 +111,8 @@ def _tell_unfinished(studies: list[Path]):
         if runs: print(visible(f"{study}: {len(runs)} of its runs did not end and are left out ({', '.join(runs[:3])}{', ...' * (len(runs) > 3)}); `flashoptim-nb check` says how to finish them"), file=sys.stderr)
 
 def _verdict(args) -> int:
+    from flashoptim_nb.study.hypotheses import HYPOTHESES
     from flashoptim_nb.study.presets import SCALES
-    from flashoptim_nb.study.h2.criteria import HYPOTHESES
     from flashoptim_nb.study.verdict import verdict
     from flashoptim_nb.report.render import load_runs
     from flashoptim_nb.report.tables import verdict_text
@@ -164,7 +164,7 @@ def _quality(args) -> int:
     from flashoptim_nb.base.machine import repo_root
     from flashoptim_nb.base.records import read_study
     from flashoptim_nb.cli.quality import SCHEDULES, quality
-    from flashoptim_nb.study.h1.criteria import OPTIMIZER_MARGIN_NATS
+    from flashoptim_nb.study.h1.quantities import OPTIMIZER_MARGIN_NATS
     from flashoptim_nb.report.optimizers import format_gaps
     chosen = dict(configs=args.configs) if args.configs else {}
     folder = quality(args.out or repo_root() / "runs", scale=args.scale, device=args.device, seeds=args.seeds, schedule=args.schedule, steps=args.steps, minutes=args.minutes, **chosen)
@@ -190,11 +190,14 @@ def _replayed(study: Path, runs_of) -> list[str]:
     "What does not replay in a study of good records, in words; `runs_of` reads a study."
     from flashoptim_nb.base.records import study_origin
     from flashoptim_nb.study.decisions import replay
-    runs, scale = [_standing(run) for run in runs_of(study)], study_origin(study).get("scale")
+    from flashoptim_nb.study.hypotheses import hypothesis_of
+    runs, origin = [_standing(run) for run in runs_of(study)], study_origin(study)
+    if not any(run.of("decision") for run in runs): return []
+    scale, hypothesis = origin.get("scale"), hypothesis_of(origin.get("hypothesis", "h1"))
     between = _deciding(runs, lambda row: row["checkpoint"] == "H1-CF")
     beside = [folder for folder in sorted(study.parent.iterdir()) if folder != study and scale and study_origin(folder).get("scale") == scale]
     others = _deciding([run for folder in beside for run in runs_of(folder)], lambda row: False)
-    taken = replay(_deciding(runs, lambda row: row["checkpoint"] != "H1-CF")) + replay(between + others)
+    taken = replay(_deciding(runs, lambda row: row["checkpoint"] != "H1-CF"), hypothesis) + replay(between + others, hypothesis)
     return [f"{study / one['run']}: {one['checkpoint']} does not replay: {one['difference']}" for one in taken if not one["agrees"]]
 
 def _without_journal(study: Path, runs: list) -> list[str]:
@@ -418,7 +421,7 @@ def main(
     args = _parser().parse_args(words)
     try:
         if getattr(args, "hypothesis", None):
-            from flashoptim_nb.study.h2.criteria import HYPOTHESES
+            from flashoptim_nb.study.hypotheses import HYPOTHESES
             choose("hypothesis", args.hypothesis, HYPOTHESES)
         if args.command not in ("verdict", "check"): _check_surroundings(args)
         from flashoptim_nb.base.machine import safe_path

@@ -14,10 +14,9 @@ import pandas as pd
 
 from ..base.errors import is_number
 from ..base.records import Run
-from ..study.h1.criteria import OPTIMIZER_MARGIN_NATS
-from ..study.evidence import BEGAN, Sorted
+from ..study.evidence import BEGAN, Sorted, short_reason
+from ..study.h1.quantities import OPTIMIZER_MARGIN_NATS, per_token
 from ..study.statistics import joined, paired_interval, seeds_needed, spread, tost
-from ..study.table import brief, per_token
 from .charts import titled
 from .rows import rows_of, show_rows
 from .render import Rendered, full_name, load_runs, sentence
@@ -117,8 +116,8 @@ def final_losses(
         row = next((row for row in reversed(run.of("eval")) if row.get("set") == held_out and row.get("step") == last), {})
         loss = per_token(row) if run.status == "finished" else float("nan")
         found[run.header.get("config"), run.header.get("seed")] = {key: run.header.get(key) for key in ("run", "study", "scale", "device", "config", "seed")} | dict(
-            set=held_out, step=last, loss=loss, name=full_name(run), status=run.status, reason=brief(run.reason),
-            ended="" if is_number(loss) else "no number" if run.status == "finished" else joined(run.status, brief(run.reason)))
+            set=held_out, step=last, loss=loss, name=full_name(run), status=run.status, reason=short_reason(run.reason),
+            ended="" if is_number(loss) else "no number" if run.status == "finished" else joined(run.status, short_reason(run.reason)))
     return pd.DataFrame(list(found.values()))
 
 
@@ -141,7 +140,7 @@ def format_gaps(
         s = spread(d)
         says = "equivalent" if test.equivalent else "not equivalent" if e.ends and (e.ends[0] > margin or e.ends[1] < -margin) else "inconclusive" if pairs.whole else "no result"
         found.append(dict(config=config, against=against, what=f"{config} against {against}", value=float("nan") if e.value is None else e.value, lo=e.lo, hi=e.hi, n=len(d), p=test.p, spread=s,
-                          effect=test.effect, power=test.power, needed=None if s is None else seeds_needed(s, margin), says=says, lost=pairs.note(), scale=both[0][0]["scale"], runs=sorted(pairs.records)))
+                          effect=test.effect, power=test.power, needed=None if s is None else seeds_needed(s, margin), says=says, lost=pairs.note, scale=both[0][0]["scale"], runs=sorted(pairs.records)))
     return pd.DataFrame(found)
 
 # %% ../../nbs/report/05_optimizers.ipynb #d2cb5767

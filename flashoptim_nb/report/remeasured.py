@@ -11,7 +11,8 @@ from collections.abc import Iterable
 import pandas as pd
 
 from ..base.records import Run, attempts
-from ..study.h2.criteria import DOMAINS, H2
+from ..study.h2.criteria import H2
+from ..study.h2.quantities import DOMAINS
 from ..study.verdict import side_text, value_text
 from .rows import rows_of, show_rows
 from .render import Rendered, full_name, load_runs, sentence

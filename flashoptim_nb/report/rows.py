@@ -14,11 +14,11 @@ from html import escape
 import pandas as pd
 
 from ..base.records import Run, frame
-from ..study.decisions import Decision, checkpoints_of, decide_against
-from ..study.h1.criteria import H1
+from ..study.decisions import Decision, decide_against
+from ..study.evidence import short_reason
 from ..study.expression import readable
-from ..study.h2.criteria import hypothesis_of
-from ..study.table import brief
+from ..study.h1.criteria import H1
+from ..study.hypotheses import hypothesis_of
 from .render import Rendered, cells, full_name, load_runs, provenance_note, table, sentence
 
 # %% ../../nbs/report/01_rows.ipynb #1b59ae6e
@@ -102,7 +102,7 @@ def show_decisions(
     if not rows.empty and ids: rows = rows[rows["checkpoint"].isin(ids)]
     if not rows.empty:
         recorded = [Decision(**{k: r[k] for k in ("checkpoint", "action", "enforced", "why", "values")}) for _, r in rows.iterrows()]
-        again = [decide_against(r, [run for run in runs if run.header["study"] == r["study"]], other) for _, r in rows.iterrows()]
+        again = [decide_against(r, [run for run in runs if run.header["study"] == r["study"]], hypothesis, other) for _, r in rows.iterrows()]
         rows = rows.assign(decided=list(map(_action, recorded)), reads=[_reads(d.why) for d in recorded],
                            otherwise=[_otherwise(first, second) for first, second in zip(recorded, again)])
         rows = rows.sort_values(["checkpoint", "scale", "run"]).drop_duplicates(["checkpoint", "scale", "decided", "why"])
@@ -114,7 +114,7 @@ def checkpoint_rules(
     hypothesis: str = "h1",
 ) -> Rendered:
     "When each checkpoint looks, its rules as they are evaluated, and what follows."
-    return table([{"checkpoint": c.id, "day": "always" if c.day is None else str(c.day), "when": c.stage, "rule": _reads(c.text), "then": c.then} for c in checkpoints_of(hypothesis).values()])
+    return table([{"checkpoint": c.id, "day": "always" if c.day is None else str(c.day), "when": c.stage, "rule": _reads(c.text), "then": c.then} for c in hypothesis_of(hypothesis).checkpoints.values()])
 
 # %% ../../nbs/report/01_rows.ipynb #93af9939
 def _worst(
@@ -155,7 +155,7 @@ def show_skips(
     "What was left out at each scale and why: data that was not there, and stacks that the machine cannot run."
     runs = load_runs() if runs is None else list(runs)
     rows = rows_of("skip", runs, every_scale=True)
-    ended = [{key: run.header.get(key) for key in _BESIDE} | dict(what=f"{run.header['config']} at {run.header.get('role')}", reason=f"{run.status}: {brief(run.reason)}")
+    ended = [{key: run.header.get(key) for key in _BESIDE} | dict(what=f"{run.header['config']} at {run.header.get('role')}", reason=f"{run.status}: {short_reason(run.reason)}")
              for run in runs if run.status in ("unavailable", "oom", "failed", "aborted")]
     both = pd.concat([rows, pd.DataFrame(ended)], ignore_index=True) if len(ended) + len(rows) else rows
     if not both.empty: both = both.drop_duplicates(["scale", "what", "reason"])

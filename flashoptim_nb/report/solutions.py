@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from ..base.records import Run
+from ..study.h2.quantities import METHODS
 from ..study.statistics import paired_interval
-from ..study.h2.criteria import METHODS
 from .charts import titled
 from .rows import named_runs, rows_of, show_rows
 from .render import Rendered, sentence
@@ -98,7 +98,7 @@ def solution_table(
         off = paired_interval(list(_seeds(mine.dropna(subset=["fooled"]), "fooled")["fooled"]), 0.90)
         found.append(dict(domain=mine["role"].iloc[0], problem=problem, method=method, config=config, unit=mine["unit"].iloc[0], objective=mine["objective"].mean(), best=mine["objective"].max(), predicted=mine["predicted"].mean(),
                           evaluations=mine["evaluations"].sum(), nothing=mine["infeasible"].sum(), solved=len(mine), seeds=mine["seed"].nunique(), seconds=mine["seconds"].mean(),
-                          fooled=off.value, fooled_lo=off.lo, fooled_hi=off.hi, lost=pairs.note("surrogates") if config != against else "", value=e and e.value, lo=e and e.lo, hi=e and e.hi, scale=mine["scale"].iloc[0],
+                          fooled=off.value, fooled_lo=off.lo, fooled_hi=off.hi, lost=pairs.note if config != against else "", value=e and e.value, lo=e and e.lo, hi=e and e.hi, scale=mine["scale"].iloc[0],
                           runs=sorted({*(mine["study"] + "/" + mine["run"]), *([] if e is None else old["study"] + "/" + old["run"])})))
     return pd.DataFrame(found)
 

@@ -16,9 +16,9 @@ import altair as alt
 import pandas as pd
 
 from ..base.records import Run
+from ..study.h2.quantities import DOMAINS, FITS
+from ..study.h2.rows import BATCHES, largest, oom_by_others
 from ..study.statistics import paired_ratio
-from ..study.h2.criteria import BATCHES, DOMAINS, FITS
-from ..study.h2.rows import crowded, largest
 from .charts import byte_unit, titled
 from .rows import named_runs, rows_of, show_rows, summarize
 from .render import Rendered, load_runs, sentence
@@ -82,7 +82,7 @@ OUTCOMES = ["fits", "does not fit", "not counted: others filled the device"]
 
 def outcomes(rows: pd.DataFrame) -> list[str]:
     "What each try came to."
-    return [OUTCOMES[0 if row["fits"] else 2 if crowded(row) else 1] for row in rows.to_dict("records")]
+    return [OUTCOMES[0 if row["fits"] else 2 if oom_by_others(row) else 1] for row in rows.to_dict("records")]
 
 def search_tries(
     rows: pd.DataFrame,  # from `search_rows`

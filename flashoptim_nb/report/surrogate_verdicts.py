@@ -13,9 +13,9 @@ import altair as alt
 import pandas as pd
 
 from ..base.records import Run
-from ..study.h2.evidence import diverged
-from ..study.h2.criteria import DOMAINS, H2
-from ..study.table import evidence_table
+from ..study.evidence import evidence_table
+from ..study.h2.criteria import H2
+from ..study.h2.quantities import DOMAINS, diverged
 from ..study.verdict import DECIDED, NOT_APPLICABLE, side_text, value_text
 from .charts import estimates, thin, titled
 from .rows import named_runs, rows_of, show_rows, summarize
@@ -35,8 +35,8 @@ def stability_rows(
     if epochs.empty: return epochs
     by = ["study", "run", "scale", "device", "role", "config", "seed"]
     rows = epochs.groupby(by, as_index=False, sort=False).agg(steps=("steps", "sum"), skipped=("skipped", "sum"), above=("scaled_above", "sum"), least=("least_scale", "min"), last=("loss_scale", "last"))
-    table = evidence_table(named_runs(epochs, runs))
-    grew = {row["run"]: diverged(row) for _, row in table.iterrows() if row["surrogate"]}
+    table = evidence_table(named_runs(epochs, runs), H2)
+    grew = {row["run"]: diverged(row) for _, row in table.iterrows()}
     scaled = rows["config"].str.contains("fp16")
     return in_order(rows.assign(diverged=[bool(grew.get(name)) for name in rows["run"]], above=(rows["above"] / rows["steps"]).where(scaled), least=rows["least"].where(scaled), last=rows["last"].where(scaled)))
 

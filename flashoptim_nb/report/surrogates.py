@@ -16,10 +16,9 @@ import pandas as pd
 
 from ..base.config import content_hash
 from ..base.records import Run
-from ..study.evidence import BEGAN, Sorted, positive
+from ..study.evidence import BEGAN, Sorted, positive, short_reason
+from ..study.h2.quantities import MARGIN_ERROR, MARGIN_LARGER, METHODS
 from ..study.statistics import paired_ratio
-from ..study.h2.criteria import MARGIN_ERROR, MARGIN_LARGER, METHODS
-from ..study.table import brief
 from .charts import titled
 from .rows import named_runs, rows_of, show_rows, summarize
 from .render import Rendered, full_name, load_runs, sentence
@@ -135,7 +134,7 @@ def surrogates_of(
     for run in sorted(runs, key=lambda run: str(run.header.get("started"))):
         where = dict(arm="train", scale=place["scale"], device=place["device"]) | (dict(role=domain) if domain else {})
         if run.status in BEGAN and where.items() <= run.header.items():
-            found[run.header["config"], (run.header["role"], *_key(run))] = dict(name=full_name(run), config=run.header["config"], seed=run.header["seed"], status=run.status, reason=brief(run.reason))
+            found[run.header["config"], (run.header["role"], *_key(run))] = dict(name=full_name(run), config=run.header["config"], seed=run.header["seed"], status=run.status, reason=short_reason(run.reason))
     return found
 
 def lost_pairs(
@@ -146,7 +145,7 @@ def lost_pairs(
 ) -> Sorted:
     "The pairs of two configurations, sorted by who has it."
     both = [(row, by[against, key]) for (name, key), row in by.items() if name == config and (against, key) in by]
-    return Sorted.of(both, lambda *pair: [row["status"] == "finished" and known(row) for row in pair])
+    return Sorted.of(both, lambda *pair: [row["status"] == "finished" and known(row) for row in pair], "surrogates")
 
 def error_table(
     domain: str,
@@ -169,7 +168,7 @@ def error_table(
         e = paired_ratio(new, old, 0.90, lost=len(pairs.lost)) if pairs.records and config != against else None
         unit = rows.loc[rows["target"] == target, "unit"].iloc[0]
         found.append(dict(config=config, target=target, unit=_unit(unit), mae=mine["mae"].mean(), rmse=mine["rmse"].mean(), held=mine["n"].max(), seeds=len(mine), what=f"{config}: {target}",
-                          value=e and e.value, lo=e and e.lo, hi=e and e.hi, n=e and e.n, threshold=MARGIN_ERROR, scale=rows["scale"].iloc[0], lost=pairs.note("surrogates") if config != against else "",
+                          value=e and e.value, lo=e and e.lo, hi=e and e.hi, n=e and e.n, threshold=MARGIN_ERROR, scale=rows["scale"].iloc[0], lost=pairs.note if config != against else "",
                           runs=sorted({*(mine["study"] + "/" + mine["run"]), *(pairs.records if config != against else ())})))
     return pd.DataFrame(found)
 

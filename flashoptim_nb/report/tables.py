@@ -16,11 +16,12 @@ from textwrap import wrap
 import pandas as pd
 
 from ..base.records import Run
-from ..study.h1.criteria import H1, QUANTITIES, REFERENCE_PPL, Criterion, Hypothesis
-from ..study.evidence import Evidence
+from ..study.evidence import Evidence, evidence_table, rank_devices
 from ..study.expression import quantities, readable
-from ..study.h2.criteria import criterion_of, hypothesis_of
-from ..study.table import evidence_table, places
+from ..study.h1.criteria import H1
+from ..study.h1.quantities import REFERENCE_PPL
+from ..study.hypotheses import criterion_of, hypothesis_of
+from ..study.hypothesis import Criterion, Hypothesis
 from ..study.verdict import side_text, value_text, verdict
 from .render import Rendered, attributes, full_name, load_runs, provenance_note, table
 
@@ -155,9 +156,10 @@ def show_rules(
     "The criteria as they are evaluated, and the quantities they speak of."
     criteria = [criterion_of(id) for id in ids]
     rules = table([{"criterion": Rendered(f"<strong>{c.id}</strong>", f"**{c.id}**"), "kind": c.kind, "holds if": _folded(c)} for c in criteria])
-    names = dict.fromkeys(q.name for c in criteria for q in quantities(c.formula))
-    def meaning(name): return Rendered(re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(QUANTITIES[name].meaning)), QUANTITIES[name].meaning)
-    return rules + table([{"quantity": Rendered(f"<code>{name}</code>", f"`{name}`"), "unit": QUANTITIES[name].unit, "meaning": meaning(name)} for name in names])
+    measures = {q.name: hypothesis_of(c.id).measures[q.name] for c in criteria for q in quantities(c.formula)}
+    def meaning(said): return Rendered(re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(said)), said)
+    return rules + table([{"quantity": Rendered(f"<code>{name}</code>", f"`{name}`"), "unit": measure.unit, "meaning": meaning(measure.meaning)}
+                          for name, measure in measures.items()])
 
 # %% ../../nbs/report/02_tables.ipynb #e453c46c
 def decided_runs(
@@ -212,10 +214,10 @@ def best_evidence_of(
     change: Callable[[pd.DataFrame], pd.DataFrame] = lambda table: table,  # of the table of runs, to ask what another statistic would give
 ) -> Evidence | None:
     "The evidence of the highest scale and of the device there that has most runs; None without runs."
-    table = evidence_table(load_runs() if runs is None else runs)
+    table = evidence_table(load_runs() if runs is None else runs, H1)
     if table.empty: return None
-    scale, device = places(table)[0]
-    return Evidence(change(table[(table.scale == scale) & (table.device == device)].copy()), against, scale=scale, device=device)
+    scale, device = rank_devices(table)[0]
+    return Evidence(change(table[(table.scale == scale) & (table.device == device)].copy()), H1, against, scale=scale, device=device)
 
 def runs_of(
     records: Iterable[str],  # names, as an estimate has them

@@ -15,14 +15,14 @@ from fastcore.basics import patch
 from rich.console import Console
 
 from ..base.records import Run, read_study, study_origin
+from .decisions import Decision, decide_from
+from .evidence import Evidence, evidence_table
+from .h1.criteria import H1
 from .h1.corpus import Corpus, load_corpus
 from .journal import Journal
-from .run import Spec, header, spec_of
 from .presets import Scale
+from .run import Spec, header, spec_of
 from .stages import Stage, narrow, rests_on
-from .decisions import Decision, decide_from
-from .evidence import Evidence
-from .table import evidence_table
 from ..lm.sizes import pad_vocab
 
 # %% ../../nbs/study/14_base.ipynb #1ab5c674
@@ -80,7 +80,8 @@ def decide(self: Study, stage: Stage) -> Decision:
     "A stage's decision on the runs that its checkpoint rests on, against `baseline`, whatever ran since; the one between platforms also looks at the studies beside."
     id, wanted = stage.checkpoint, rests_on(stage, self.whole)
     runs = read_study(self.folder) + (self.siblings() if id == "H1-CF" else [])
-    return decide_from(id, Evidence(evidence_table([run for run in runs if (run.header.get("role"), run.header.get("config")) in wanted]), scale=self.scale.name), self.scale.enforced)
+    runs = [run for run in runs if (run.header.get("role"), run.header.get("config")) in wanted]
+    return decide_from(id, Evidence(evidence_table(runs, H1), H1, scale=self.scale.name), self.scale.enforced)
 
 @patch
 def left_out(self: Study, stage: Stage) -> list[str]:

@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..base.config import Config
-from ..base.errors import UserError, choose
+from ..base.errors import UserError
 from ..base.machine import pick_device, provenance, repo_root
 from ..base.records import RowError, RunWriter, finite, only_writer, read_study, study_name, study_origin
-from .run import end_at_once, free, recorded
-from .decisions import checkpoints_of
+from .hypotheses import hypothesis_of
 from .loop import CHECKPOINT, Callback, Interrupted, Paused, same_origin
+from .run import end_at_once, free, recorded
 
 # %% ../../nbs/study/13_journal.ipynb #6a40c006
 def study_folder(
@@ -155,7 +155,7 @@ def waiting(self: Journal, ids: Iterable[str]) -> dict[str, str]:
     "Why each of these checkpoints waits to be confirmed; raises `UserError` for one that nothing waits for."
     waits = self.pauses() if (ids := [*ids]) else {}
     for id in ids:
-        choose("checkpoint", id, checkpoints_of(self.hypothesis))
+        hypothesis_of(self.hypothesis).checkpoint(id)
         if id not in waits: raise UserError(f"nothing waits for {id} to be confirmed; " + (f"what waits: {', '.join(waits)}" if waits else "leave --confirm out"))
     return {id: waits[id]["why"] for id in ids}
 

@@ -22,7 +22,7 @@ from ..base.records import ROWS, Run, RunWriter, complete, read_run
 from .h1.corpus import Corpus
 from .presets import Scale
 from ..lm.batches import Synthetic, Windows
-from .h2.criteria import HYPOTHESES
+from .hypotheses import HYPOTHESES
 from ..lm.attention import resolve_attention
 from ..measure.memory import free, largest_micro_batch, memory_by_class
 from ..measure.timing import Stopwatch, throughput, utilization

@@ -14,8 +14,7 @@ import pandas as pd
 
 from ..base.errors import choose
 from .presets import Scale
-from .decisions import checkpoint_quantities
-from .evidence import Evidence
+from .h1.criteria import H1
 from ..measure.cost import known_platforms
 from ..lm.plan import gpu_hours
 from ..lm.sizes import gpt_config
@@ -77,8 +76,8 @@ def rests_on(
     scale: Scale,  # the whole one
 ) -> list[tuple[str, str]]:
     "Role and configuration of the scale's runs that the stage's checkpoint is decided on."
-    wanted = {(q.size or stage.role, config) for q in checkpoint_quantities(stage.checkpoint)
-              for config in (Evidence.against, *(() if q.name in OF_BASELINE else (q.config or Evidence.stack,)))}
+    wanted = {(q.at or stage.role, config) for q in H1.checkpoint(stage.checkpoint).quantities
+              for config in (H1.references[0], *(() if q.name in OF_BASELINE else (q.config or H1.stack,)))}
     return sorted((role, config) for role, config in wanted if role in scale.parts and config in scale.parts[role].configs)
 
 # %% ../../nbs/study/12_stages.ipynb #c0d226a6

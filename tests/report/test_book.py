@@ -14,8 +14,7 @@ import yaml
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.base.machine import repo_root
 from flashoptim_nb.base.records import RunWriter, only_writer
-from flashoptim_nb.study.h1.criteria import CRITERIA
-from flashoptim_nb.study.decisions import CHECKPOINTS
+from flashoptim_nb.study.h1.criteria import CHECKPOINTS, CRITERIA
 from flashoptim_nb.report.book import BookError, book_toc, build_book, check_site, is_chapter, notebook_paths, run_scales
 from flashoptim_nb.report.notebooks import Job, execute_all, split_directives
 from flashoptim_nb.report.readme import ROLES, render_readme, top_level

@@ -2,9 +2,10 @@
 import pytest
 
 from flashoptim_nb.study import consistency
-from flashoptim_nb.study.consistency import AXIOMS, SUCCESSFUL, TYPICAL, Finding, ask, findings
+from flashoptim_nb.study.consistency import Finding
+from flashoptim_nb.study.expression import Q, All, Not, judge
+from flashoptim_nb.study.h1.consistency import AXIOMS, H1_LOGIC, TYPICAL, findings
 from flashoptim_nb.study.h1.criteria import CRITERIA, H1
-from flashoptim_nb.study.expression import All, Not, Q, judge
 from flashoptim_nb.study.statistics import exact
 
 
@@ -17,7 +18,7 @@ def typical_but(witness):
     def value(q):
         if q.key in witness: return witness[q.key]
         if q.name == "throughput_ratio":
-            return value(Q("steps_ratio", q.size)) / (1 - value(Q("cost_saving", q.size)))
+            return value(Q("steps_ratio", q.at)) / (1 - value(Q("cost_saving", q.at)))
         return TYPICAL[q.name]
     return lambda q: exact(value(q))
 
@@ -28,7 +29,7 @@ def test_all_is_decided_and_named_once(found):
 
 def test_success_is_possible_and_typical_values_are_one(found):
     assert found["success"].kind == found["clean success"].kind == "possible"
-    assert judge(SUCCESSFUL, typical_but({})).status == "met"
+    assert judge(H1_LOGIC.successful, typical_but({})).status == "met"
 
 
 def test_what_success_excludes_and_what_it_does_not(found):
@@ -40,7 +41,7 @@ def test_what_success_excludes_and_what_it_does_not(found):
 @pytest.mark.parametrize("id", ["H1-F2", "H1-F4", "H1-F7", "H1-F8", "H1-D2", "H1-D3", "H1-D6"])
 def test_witnesses_of_overlap(found, id):
     look = typical_but(found[f"success with {id}"].witness)
-    assert judge(SUCCESSFUL, look).status == "met"
+    assert judge(H1_LOGIC.successful, look).status == "met"
     assert judge(CRITERIA[id].formula, look).status == "met"
 
 
@@ -59,8 +60,8 @@ def test_throughput_fails_alone_only_where_steps_are_saved(found):
 
 def test_a_fifth_less_cost_is_a_quarter_more_throughput():
     equal_steps = All(Q("steps_ratio", "1B") >= 1, Q("steps_ratio", "1B") <= 1)
-    assert ask(equal_steps, Q("cost_saving", "1B") >= 0.20, Q("throughput_ratio", "1B") < 1.25).possible is False
-    assert ask(equal_steps, Q("cost_saving", "1B") < 0.20, Q("throughput_ratio", "1B") >= 1.25).possible is False
+    assert H1_LOGIC.ask(equal_steps, Q("cost_saving", "1B") >= 0.20, Q("throughput_ratio", "1B") < 1.25).possible is False
+    assert H1_LOGIC.ask(equal_steps, Q("cost_saving", "1B") < 0.20, Q("throughput_ratio", "1B") >= 1.25).possible is False
 
 
 def test_the_zone_between_failure_and_success(found):
@@ -89,13 +90,13 @@ def test_cd_alone_can_stop_what_would_succeed(found):
 
 
 def test_a_contradiction_is_seen():
-    assert ask(SUCCESSFUL, Not(CRITERIA["H1-S2"].formula)).possible is False
-    assert ask(*(axiom.formula for axiom in AXIOMS), Q("platform_gap", "1B") < 0).possible is False
+    assert H1_LOGIC.ask(H1_LOGIC.successful, Not(CRITERIA["H1-S2"].formula)).possible is False
+    assert H1_LOGIC.ask(*(axiom.formula for axiom in AXIOMS), Q("platform_gap", "1B") < 0).possible is False
 
 
 def test_running_out_of_time_is_no_proof(monkeypatch):
     import z3
     monkeypatch.setattr(z3.Solver, "check", lambda self, *a: z3.unknown)
-    assert ask(SUCCESSFUL).possible is None
-    assert all(not finding.proved and "not decided" in finding.claim for finding in consistency.can_succeed() + consistency.overlaps())
-    assert consistency.never_binding() == [] == consistency.implied()
+    assert H1_LOGIC.ask(H1_LOGIC.successful).possible is None
+    assert all(not finding.proved and "not decided" in finding.claim for finding in consistency.can_succeed(H1_LOGIC) + consistency.overlaps(H1_LOGIC))
+    assert consistency.never_binding(H1_LOGIC) == [] == consistency.implied(H1_LOGIC)

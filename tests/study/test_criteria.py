@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import z3
 
-from flashoptim_nb.study.h1.criteria import CRITERIA, CRITERIA_HASH, H1, QUANTITIES
+from flashoptim_nb.study.h1.criteria import CRITERIA, CRITERIA_HASH, H1
+from flashoptim_nb.study.h1.quantities import QUANTITIES
 from flashoptim_nb.study.expression import (All, Any, AnyTested, AtLeast, Count, EveryTested, Not, Q, Status, estimate_of, judge, leaves, quantities, text, to_z3)
 from flashoptim_nb.study.statistics import Estimate, exact, missing, opened
 

@@ -10,13 +10,15 @@ import z3
 from flashoptim_nb.base.config import content_hash
 from flashoptim_nb.base.records import RunWriter, problems, read_run, read_study
 from flashoptim_nb.cli.main import main
-from flashoptim_nb.study.h1.criteria import CRITERIA_HASH, H1
-from flashoptim_nb.study.decisions import SURROGATE_CHECKPOINTS, decide, decide_from, replay, still_holds
+from flashoptim_nb.study.decisions import decide, decide_from, replay, still_holds
 from flashoptim_nb.study.evidence import Evidence, evidence_table
-from flashoptim_nb.study.expression import All, Q, Status, judge, leaves, quantities, to_z3
+from flashoptim_nb.study.expression import Q, All, Status, judge, leaves, quantities, to_z3
+from flashoptim_nb.study.h1.criteria import CRITERIA_HASH, H1
+from flashoptim_nb.study.h2.consistency import H2_LOGIC, TYPICAL, findings
+from flashoptim_nb.study.h2.criteria import CHECKPOINTS, H2
+from flashoptim_nb.study.h2.quantities import DOMAINS
+from flashoptim_nb.study.hypotheses import HYPOTHESES, criterion_of
 from flashoptim_nb.study.statistics import Estimate, exact, missing
-from flashoptim_nb.study.h2.consistency import SECOND, SURROGATE_TYPICAL, surrogate_findings
-from flashoptim_nb.study.h2.criteria import DOMAINS, H2, HYPOTHESES, criterion_of
 from flashoptim_nb.study.verdict import _outcome, verdict
 
 IDS = [f"H2-{kind}{n}" for kind in "SFD" for n in range(1, 7)]
@@ -89,7 +91,7 @@ def test_every_id_once_and_hashes_apart():
 
 def everywhere(id, **changed):
     "The status when each quantity has its typical value, but for those changed (by name or key)."
-    def look(q): return exact(changed.get(q.key, changed.get(q.name, SURROGATE_TYPICAL[q.name])))
+    def look(q): return exact(changed.get(q.key, changed.get(q.name, TYPICAL[q.name])))
     return judge(criterion_of(id).formula, look).status
 
 
@@ -114,7 +116,7 @@ def test_falsified_memory_needs_both(saving, fits, status): assert everywhere("H
 
 
 def test_domains_and_tasks_are_counted():
-    bad = {d: {Q("error_ratio", d, set=t).key: 1.2 for t in DOMAINS[d]} for d in DOMAINS}
+    bad = {d: {Q("error_ratio", d, target=t).key: 1.2 for t in DOMAINS[d]} for d in DOMAINS}
     one, two, tasks = bad["aerodynamics"], bad["molecules"] | bad["combinatorial"], bad["aerodynamics"] | bad["molecules"]
     assert [everywhere(id, **one) for id in ("H2-S2", "H2-S6", "H2-F1", "H2-D1", "H2-D6")] == ["met", "met", "met", "not met", "not met"]
     assert [everywhere(id, **two) for id in ("H2-S2", "H2-S6", "H2-F1", "H2-D1", "H2-D6")] == ["not met", "not met", "met", "not met", "met"]
@@ -240,10 +242,10 @@ def test_precedence():
 
 def evidence(folder_or_runs, **place):
     runs = folder_or_runs if isinstance(folder_or_runs, list) else read_study(folder_or_runs)
-    return Evidence(evidence_table(runs), **dict(against="fp32", stack="mixed_bf16", scale="gpu", device="GPU A") | place)
+    return Evidence(evidence_table(runs, H2), H2, **dict(device="GPU A") | place)
 
 
-GAP = Q("error_ratio", "molecules", set="gap")
+GAP = Q("error_ratio", "molecules", target="gap")
 
 
 @pytest.mark.parametrize("apart", [dict(device="GPU B"), dict(data_hash="other"), dict(scale="full"), dict(recipe=dict(lr=1.0)), dict(epochs=3)])
@@ -275,7 +277,7 @@ def test_another_size_is_no_equal_model(tmp_path):
             write(tmp_path, "mixed_bf16", seed, arm=arm, parameters=1_500_000)
         write(tmp_path, "mixed_bf16_2x", seed, parameters=4_000_000)
     e = evidence(tmp_path)
-    for q in (GAP, Q("peak_saving", "molecules"), Q("larger_error_ratio", "molecules", set="gap")): assert e.estimate(q).value is None and "not comparable" in e.estimate(q).note
+    for q in (GAP, Q("peak_saving", "molecules"), Q("larger_error_ratio", "molecules", target="gap")): assert e.estimate(q).value is None and "not comparable" in e.estimate(q).note
 
 
 def test_batch_64_decides_and_512_is_reported(tmp_path):
@@ -284,7 +286,7 @@ def test_batch_64_decides_and_512_is_reported(tmp_path):
         write(tmp_path, "mixed_bf16", seed, arm="speed", peak=6e9)
     e = evidence(tmp_path)
     assert e.estimate(Q("peak_saving", "molecules")).value == pytest.approx(0.4)
-    assert e.estimate(Q("speed_ratio", "molecules", set="512")).value is None and "512" in e.estimate(Q("speed_ratio", "molecules", set="512")).note
+    assert e.estimate(Q("speed_ratio", "molecules", batch=512)).value is None and "512" in e.estimate(Q("speed_ratio", "molecules", batch=512)).note
 
 
 def test_out_of_memory_is_a_record_and_no_number(tmp_path):
@@ -299,7 +301,7 @@ def test_out_of_memory_is_a_record_and_no_number(tmp_path):
     e = evidence(runs)
     estimate = e.estimate(Q("peak_saving", "molecules"))
     assert estimate.value is None and "fp32: oom (tried to allocate 30 GiB)" in estimate.note and len(estimate.records) == 6
-    assert e.estimate(Q("larger_error_ratio", "molecules", set="gap")).value == pytest.approx(0.9) and len(evidence_table(runs)) == len(runs)
+    assert e.estimate(Q("larger_error_ratio", "molecules", target="gap")).value == pytest.approx(0.9) and len(evidence_table(runs, H2)) == len(runs)
 
 
 @pytest.mark.parametrize("new, old, ends, bound", [
@@ -335,8 +337,8 @@ def test_problems_samplers_and_the_best_tenth(tmp_path):
         write(tmp_path, "fp32", seed, problems_=("one", "two"), methods=("reinforce", "gflownet"))
         write(tmp_path, "mixed_bf16", seed, found=6.3, problems_=("two", "three"), methods=("reinforce", "bayes"))
     e = evidence(tmp_path)
-    assert [e.estimate(Q("solution_loss", "molecules", set=s)).value for s in ("one", "three", "bayes", "gflownet")] == [None] * 4
-    assert [e.estimate(Q(name, "molecules", set="two")).value for name in ("solution_loss", "top_solution_loss")] == pytest.approx([0.1, 0.1])
+    assert [e.estimate(Q("solution_loss", "molecules", **which)).value for which in (dict(problem="one"), dict(problem="three"), dict(method="bayes"), dict(method="gflownet"))] == [None] * 4
+    assert [e.estimate(Q(name, "molecules", problem="two")).value for name in ("solution_loss", "top_solution_loss")] == pytest.approx([0.1, 0.1])
 
 
 def test_a_solution_that_cannot_be_verified_scores_nothing(tmp_path):
@@ -431,7 +433,7 @@ def test_averaged_weights_decide_and_the_others_are_reported(tmp_path):
                 writer.append("eval", set="test", target="gap", unit="eV", mae=mae, rmse=mae, n=1, epoch=2, **how)
             writer.end("finished")
     e = evidence(tmp_path)
-    assert [e.estimate(Q("error_ratio", "molecules", set=s)).value for s in ("gap", "gap, raw", "gap, fp32")] == pytest.approx([1.1, 1.2, 1.3])
+    assert [e.estimate(Q("error_ratio", "molecules", target="gap", **how)).value for how in ({}, dict(weights="raw"), dict(precision="fp32"))] == pytest.approx([1.1, 1.2, 1.3])
 
 
 def test_the_loss_scale_is_fp16s(tmp_path):
@@ -487,13 +489,13 @@ def test_epochs_on_a_shared_device_tell_no_time(tmp_path, workers, value, told):
 # --- checkpoints
 
 FINE = {"reference_ratio[molecules, gap]": 1.0, "baseline_error[molecules, gap]": 0.04, "low_scale_share[molecules, mixed_fp16]": 0.0, "peak_saving[molecules]": 0.4,
-        "larger_error_ratio[molecules, gap]": 0.95, "top_solution_loss[molecules]": 0.0} | {q.key: 0.9 for q in quantities(SURROGATE_CHECKPOINTS["H2-CF"].rules[0].formula) if "ratio" in q.name} | {
+        "larger_error_ratio[molecules, gap]": 0.95, "top_solution_loss[molecules]": 0.0} | {q.key: 0.9 for q in quantities(CHECKPOINTS["H2-CF"].rules[0].formula) if "ratio" in q.name} | {
         f"{name}[{d}]": value for d in DOMAINS for name, value in (("collapsed_share", 0.0), ("peak_saving", 0.4), ("solution_loss", 0.0))}
 
 
 def test_good_values_go_on_and_unmeasured_ones_pause():
-    assert list(SURROGATE_CHECKPOINTS) == [f"H2-C{letter}" for letter in "ABCDEF"]
-    for id in SURROGATE_CHECKPOINTS: assert (decide(id, FINE).action, decide(id, {}).action) == ("continue", "pause")
+    assert list(CHECKPOINTS) == [f"H2-C{letter}" for letter in "ABCDEF"]
+    for id in CHECKPOINTS: assert (decide(H2.checkpoint(id), FINE).action, decide(H2.checkpoint(id), {}).action) == ("continue", "pause")
 
 
 @pytest.mark.parametrize("id, key, at, beyond", [
@@ -501,15 +503,15 @@ def test_good_values_go_on_and_unmeasured_ones_pause():
     ("H2-CC", "peak_saving[molecules]", 0.15, 0.149), ("H2-CD", "larger_error_ratio[molecules, gap]", 1.1, 1.101), ("H2-CE", "top_solution_loss[molecules]", 0.15, 0.151),
 ])
 def test_checkpoint_thresholds(id, key, at, beyond):
-    assert decide(id, FINE | {key: at}).action == "continue"
-    advised, enforced = (decide(id, FINE | {key: beyond}, enforced=full) for full in (False, True))
+    assert decide(H2.checkpoint(id), FINE | {key: at}).action == "continue"
+    advised, enforced = (decide(H2.checkpoint(id), FINE | {key: beyond}, enforced=full) for full in (False, True))
     assert advised.action == enforced.action == "abort" and key in advised.why and "would abort" in advised.words and "would" not in enforced.words
 
 
 def test_two_domains_that_fail_are_domain_specific():
     one = FINE | {"peak_saving[molecules]": 0.1}
-    assert [decide("H2-CF", values).action for values in (one, one | {"solution_loss[combinatorial]": 0.2})] == ["continue", "abort"]
-    assert "domain-specific" in decide("H2-CF", one | {"solution_loss[combinatorial]": 0.2}).why
+    assert [decide(H2.checkpoint("H2-CF"), values).action for values in (one, one | {"solution_loss[combinatorial]": 0.2})] == ["continue", "abort"]
+    assert "domain-specific" in decide(H2.checkpoint("H2-CF"), one | {"solution_loss[combinatorial]": 0.2}).why
 
 
 def test_the_baseline_is_held_against_what_fits_its_budget(tmp_path):
@@ -536,7 +538,7 @@ def decided(folder, alter=lambda row: row):
     origin = {key: value for key, value in read_run(next(folder.glob("*train-fp32*"))).header.items() if key not in ("kind", "role", "size")}
     settings = dict(arm="protocol", config="protocol")
     writer = RunWriter(folder / "protocol", header=origin | settings | dict(run="protocol", settings=settings, settings_hash=content_hash(settings)))
-    for id in SURROGATE_CHECKPOINTS: writer.append("decision", **alter(decide_from(id, e).row))
+    for id in CHECKPOINTS: writer.append("decision", **alter(decide_from(id, e).row))
     writer.end("finished")
     return {row["checkpoint"]: row for row in read_run(folder / "protocol").of("decision")}
 
@@ -544,16 +546,16 @@ def decided(folder, alter=lambda row: row):
 def test_decisions_replay_from_records(tmp_path):
     rows = decided(tmp_path)
     assert {id: row["action"] for id, row in rows.items()} == dict.fromkeys(rows, "continue") | {"H2-CD": "abort", "H2-CF": "abort"}
-    again = replay(read_study(tmp_path))
+    again = replay(read_study(tmp_path), H2)
     assert len(again) == 6 and all(row["agrees"] and not row["unchecked"] for row in again), again
     assert all(still_holds(row, evidence(tmp_path)) for row in rows.values())
     write(tmp_path, "mixed_bf16", 0, arm="speed", peak=9e9)
-    assert not still_holds(rows["H2-CC"], evidence(tmp_path)) and [row["checkpoint"] for row in replay(read_study(tmp_path)) if not row["agrees"]] == ["H2-CC", "H2-CF"]
+    assert not still_holds(rows["H2-CC"], evidence(tmp_path)) and [row["checkpoint"] for row in replay(read_study(tmp_path), H2) if not row["agrees"]] == ["H2-CC", "H2-CF"]
 
 
 def test_altered_decisions_are_found(tmp_path):
     decided(tmp_path, lambda row: row | dict(values={**row["values"], "peak_saving[molecules]": 0.9}) if row["checkpoint"] == "H2-CC" else row)
-    wrong, = (row for row in replay(read_study(tmp_path)) if not row["agrees"])
+    wrong, = (row for row in replay(read_study(tmp_path), H2) if not row["agrees"])
     assert wrong["checkpoint"] == "H2-CC" and "from the records" in wrong["difference"]
 
 
@@ -573,7 +575,7 @@ def test_check_and_verdict_on_the_command_line(tmp_path, capsys):
 # --- the prover
 
 @pytest.fixture(scope="module")
-def found(): return {finding.id: finding for finding in surrogate_findings()}
+def found(): return {finding.id: finding for finding in findings()}
 
 
 def test_findings(found):
@@ -582,7 +584,7 @@ def test_findings(found):
     assert {"H2-F5 = H2-D2", "H2-F6 = H2-D5", "H2-D3 -> H2-F3", "claim's number", "between the numbers", "falsification's number", "H2-S6 -> H2-S1"} <= set(found)
 
 
-@pytest.mark.parametrize("id", [c.id for c in SECOND.harmful])
+@pytest.mark.parametrize("id", [c.id for c in H2_LOGIC.harmful])
 def test_witnesses_are_judged_again(found, id):
-    look = lambda q: exact(found[f"success with {id}"].witness.get(q.key, SURROGATE_TYPICAL[q.name]))
-    assert judge(SECOND.successful, look).status == judge(criterion_of(id).formula, look).status == "met"
+    look = lambda q: exact(found[f"success with {id}"].witness.get(q.key, TYPICAL[q.name]))
+    assert judge(H2_LOGIC.successful, look).status == judge(criterion_of(id).formula, look).status == "met"

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,10 @@ from flashoptim_nb.base.records import RunWriter, problems, read_run, read_study
 from flashoptim_nb.study.h1.criteria import CRITERIA, CRITERIA_HASH, H1
 from flashoptim_nb.study.evidence import Evidence, evidence_table
 from flashoptim_nb.study.expression import Q
-from flashoptim_nb.study.verdict import _outcome, entry, verdict
+from flashoptim_nb.study.verdict import _outcome, entry
+from flashoptim_nb.study.verdict import verdict as verdict_on
+
+verdict = partial(verdict_on, hypothesis=H1)
 
 SIZES = ("1B", "7B", "13B")
 STATUSES = {"met", "not met", "inconclusive", "not measured", "no evidence at this scale"}
@@ -99,7 +103,7 @@ def test_measured_values_and_their_intervals(tmp_path):
 
 def test_headline_saving_is_time_times_steps(tmp_path):
     runs = pair(tmp_path, roles=("1B",), speed=1.25, gap=0.05)
-    e = Evidence(evidence_table(runs), "baseline")
+    e = Evidence(evidence_table(runs, H1), H1, "baseline")
     steps, saving, time = (e.estimate(Q(name, "1B")).value for name in ("steps_ratio", "cost_saving", "throughput_ratio"))
     assert steps == pytest.approx(1.055, abs=1e-3)  # .05 nats are half a step of eleven, ten to the target
     assert saving == pytest.approx(1 - steps / time, abs=1e-6)
@@ -160,13 +164,13 @@ def test_a_baseline_that_does_not_fit_leaves_no_number(tmp_path):
     part = by_id(verdict(runs))["H1-S1"]["parts"][1]
     assert (part["status"], part["value"]) == ("not measured", None)
     assert "baseline_strong: oom (tried to allocate 112 GiB)" in part["reason"] and len(part["records"]) == 6
-    assert len(evidence_table(runs)) == len(runs)
+    assert len(evidence_table(runs, H1)) == len(runs)
 
 
 def test_arms(tmp_path):
     pair(tmp_path, roles=("1B",), arms=("equal",), speed=2.0, saved=0.4)
     pair(tmp_path, roles=("1B",), arms=("best",), speed=1.3, saved=0.0)
-    e = Evidence(evidence_table(read_study(tmp_path)), "baseline")
+    e = Evidence(evidence_table(read_study(tmp_path), H1), H1, "baseline")
     assert e.estimate(Q("memory_saving", "1B")).value == pytest.approx(0.4)
     assert e.estimate(Q("throughput_ratio", "1B")).value == pytest.approx(1.3, rel=0.01)
 
@@ -176,7 +180,7 @@ def test_memory_is_compared_at_equal_shapes_only(tmp_path):
         for seed in range(3):
             write(tmp_path / name, "baseline", seed, arm="equal")
             write(tmp_path / name, "flashoptim_full", seed, arm="equal", **odd)
-        estimate = Evidence(evidence_table(read_study(tmp_path / name)), "baseline").estimate(Q("memory_saving", "1B"))
+        estimate = Evidence(evidence_table(read_study(tmp_path / name), H1), H1, "baseline").estimate(Q("memory_saving", "1B"))
         assert estimate.value is None and "not comparable" in estimate.note
 
 
@@ -212,9 +216,9 @@ def test_success_leaves_nothing_open(tmp_path):
 
 def test_the_largest_gap_of_three_devices(tmp_path):
     for device, speed in (("GPU A", 1.3), ("GPU B", 1.33), ("GPU C", 2.0)): pair(tmp_path, roles=("1B",), speed=speed, device=device)
-    table = evidence_table(read_study(tmp_path))
-    a, c = (Evidence(table, "baseline", device=device).estimate(Q("cost_saving", "1B")) for device in ("GPU A", "GPU C"))
-    gap = Evidence(table, "baseline", device="GPU A").estimate(Q("platform_gap", "1B"))
+    table = evidence_table(read_study(tmp_path), H1)
+    a, c = (Evidence(table, H1, "baseline", device=device).estimate(Q("cost_saving", "1B")) for device in ("GPU A", "GPU C"))
+    gap = Evidence(table, H1, "baseline", device="GPU A").estimate(Q("platform_gap", "1B"))
     assert gap.value == pytest.approx(c.value - a.value) and (gap.lo, gap.hi) == pytest.approx((c.lo - a.hi, c.hi - a.lo))
 
 
@@ -461,14 +465,14 @@ def test_an_earlier_evaluation_is_not_taken_for_a_lost_one(tmp_path):
                 writer = RunWriter(run.folder)
                 for name in ("wikitext103", "c4"): writer.append("eval", step=11, set=name, nll=float("nan"), tokens=1000)
                 writer.end("finished")
-    e = Evidence(evidence_table(read_study(tmp_path)), "baseline_strong", device="GPU A")
-    for q in (Q("quality_gap", "1B"), Q("quality_gap", "1B", set="c4"), Q("steps_ratio", "1B"), Q("cost_saving", "1B")):
+    e = Evidence(evidence_table(read_study(tmp_path), H1), H1, "baseline_strong", device="GPU A")
+    for q in (Q("quality_gap", "1B"), Q("quality_gap", "1B", split="c4"), Q("steps_ratio", "1B"), Q("cost_saving", "1B")):
         assert e.estimate(q).n == 3 and "seed 3, no number" in e.estimate(q).note, q
     assert e.estimate(Q("throughput_ratio", "1B")).n == 4  # its speed was measured
 
 
 def test_a_target_that_is_not_reached_is_a_bound(tmp_path):
-    e = Evidence(evidence_table(pair(tmp_path, roles=("1B",), gap=5.0)), "baseline", device="GPU A")
+    e = Evidence(evidence_table(pair(tmp_path, roles=("1B",), gap=5.0), H1), H1, "baseline", device="GPU A")
     steps, saving = e.estimate(Q("steps_ratio", "1B")), e.estimate(Q("cost_saving", "1B"))
     assert (steps.value, steps.bound, saving.bound) == (pytest.approx(1.2), "at least", "at most") and "had not reached" in steps.note  # after 11 steps of 10, one more at the least
 
@@ -496,7 +500,7 @@ BETTER = {"success": ("not met", "inconclusive", "met"), "failure": ("met", "inc
 
 def standing(table):
     "How far each criterion is on the side of the claim."
-    side, evidences = H1.sides[0], [Evidence(table, "baseline_strong", device="GPU A")]
+    side, evidences = H1.sides[0], [Evidence(table, H1, "baseline_strong", device="GPU A")]
     found = [entry(c, evidences, side) for c in H1.criteria]
     return {e["id"]: BETTER[e["kind"]].index("inconclusive" if e["status"] == "not measured" else e["status"]) for e in found}
 
@@ -512,7 +516,7 @@ def damage(row, how):
 def four(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
-        return evidence_table(pair(tmp_path_factory.mktemp("four"), seeds=4, roles=("124M", *SIZES), references=("baseline_strong",)))
+        return evidence_table(pair(tmp_path_factory.mktemp("four"), seeds=4, roles=("124M", *SIZES), references=("baseline_strong",)), H1)
 
 
 @settings(deadline=None, max_examples=25, phases=[Phase.explicit, Phase.reuse, Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])

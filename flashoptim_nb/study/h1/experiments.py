@@ -19,6 +19,7 @@ from ..presets import MAIN
 from ..stages import CB_SHARE, LARGER, Stage, stages, stand_ins
 from ..base import Study
 from ..decisions import Instability, Monitor, decide_early
+from .criteria import H1
 from ...measure.memory import device_memory
 from ...lm.prerequisites import PREREQUISITES
 from ...lm.sharded import RanksFailed
@@ -87,14 +88,14 @@ def perform(self: Study, spec: Spec):
 @patch
 def callbacks(self: Study, spec: Spec, task, found: dict) -> list[Callback]:
     recipe, speed = spec.recipe, pace(found)
-    monitor = Monitor(steps=recipe.steps, enforced=self.scale.enforced, device_bytes=device_memory(self.device) if self.device.type == "cuda" else None,
+    monitor = Monitor(H1.monitor, steps=recipe.steps, enforced=self.scale.enforced, device_bytes=device_memory(self.device) if self.device.type == "cuda" else None,
                       projected_seconds=recipe.steps * recipe.batch * recipe.seq / speed if speed else None)
     baseline = recorded(self.folder / spec.replace(config="baseline").id) if spec.config != "baseline" else None
     losses = {row["step"]: row["loss"] for row in baseline.of("step")} if baseline else None
     looks = [Evaluation(task, self.corpus.track, self.scale.parts[spec.role].track_every, recipe.steps, self.corpus.evals), Speed(task), Watch(monitor, Instability(losses))]
     if (spec.role, spec.config, spec.seed) == ("1B", "flashoptim_full", self.scale.seeds[0]) and losses:
         at = max(COLD_STEPS + 1, self.scale.parts[spec.role].track_every + 1, round(CB_SHARE * recipe.steps))
-        looks.append(Gate(at, lambda: [("decision", asdict(decide_early(read_run(self.folder / spec.id), baseline, at, self.scale.enforced)))]))
+        looks.append(Gate(at, lambda: [("decision", asdict(decide_early(H1.checkpoint("H1-CB"), read_run(self.folder / spec.id), baseline, at, self.scale.enforced)))]))
     return looks
 
 # %% ../../../nbs/study/h1/03_experiments.ipynb #05bca4b5

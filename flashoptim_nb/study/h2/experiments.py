@@ -23,15 +23,15 @@ from ...base.config import content_hash
 from ...base.errors import UserError, choose
 from ...base.machine import safe_path
 from ...base.records import RecordError, RunWriter, read_study
-from .run import Epochs, Held, SurrogateSpec, keep_search, labels as label_rows, speed as speed_rows, surrogate_spec, task_of
+from ..decisions import Decision, decide_from
+from ..evidence import Evidence, evidence_table
+from .criteria import H2
 from .presets import ARMS, SurrogateScale, narrow
+from .quantities import DOMAINS, PRIMARY
+from .run import Epochs, Held, SurrogateSpec, keep_search, labels as label_rows, speed as speed_rows, surrogate_spec, task_of
 from ..journal import Journal
 from ..run import end_at_once, header as header_of, is_done, recorded
 from ..stages import rates
-from ..decisions import Decision, decide_from
-from ..evidence import Evidence
-from .criteria import DOMAINS, H2, PRIMARY
-from ..table import evidence_table
 from ...surrogates.largest import largest as largest_of
 from ...surrogates.plans import CONDITIONS
 from ...surrogates.registry import find_domain
@@ -172,7 +172,7 @@ def decide(self: SurrogateStudy, stage: Stage) -> Decision:
     wanted = rests_on(stage.checkpoint, self.whole)
     if stage.checkpoint == "H2-CF": wanted = [(role, arm, config) for role in DOMAINS for arm in ARMS for config in ("fp32", H2.stack, f"{H2.stack}_2x")]
     runs = [run for run in read_study(self.folder) if tuple(map(run.header.get, ("role", "arm", "config"))) in wanted]
-    return decide_from(stage.checkpoint, Evidence(evidence_table(runs), against=H2.headline, stack=H2.stack, scale=self.scale.name), self.scale.enforced)
+    return decide_from(stage.checkpoint, Evidence(evidence_table(runs, H2), H2, scale=self.scale.name), self.scale.enforced)
 
 @patch
 def left_out(self: SurrogateStudy, stage: Stage) -> list[str]:
