@@ -10,6 +10,7 @@ __all__ = ['ROWS', 'OPTIMIZERS', 'OPTIMIZER_CONFIGS', 'BASELINE_OF', 'TIMED', 'C
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -67,45 +68,51 @@ class OptimizerRow:
 _ADAMW = dict(rule="adamw", rates=dict(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1))
 _ADAM = dict(rule="adam", rates=dict(lr=1e-4, betas=(0.9, 0.95)))
 _SGD = dict(rule="sgd", rates=dict(lr=1e-2, momentum=0.9, weight_decay=0.1))
-_LION = dict(rule="lion", rates=dict(lr=1e-5, betas=(0.9, 0.99), weight_decay=0.1), lr_factor=0.15, decay_factor=3.0, betas=(0.9, 0.99))
-_OURS, _SPLIT = "flashoptim_nb.optim", dict(weights="split24", states="int8")
-_AS_FLASH_ADAMW = dict(optimizer="flash_adamw")
+_LION = dict(rule="lion", rates=dict(lr=1e-5, betas=(0.9, 0.99), weight_decay=0.1),
+             lr_factor=0.15, decay_factor=3.0, betas=(0.9, 0.99))
+_SPLIT = dict(weights="split24", states="int8")
+_flash_adamw = partial(OptimizerRow, path="flashoptim_nb.optim.FlashAdamW", **_ADAMW)
+_torch_adamw = partial(OptimizerRow, path="torch.optim.AdamW", dtype=torch.float32, **_ADAMW)
+_flash_lion = partial(OptimizerRow, path="flashoptim_nb.optim.FlashLion", **_LION)
+
+def _formats(optimizer, **changes): return dict(optimizer=optimizer) | changes  # of a row that bears another name
 
 ROWS = (
     # AdamW in this package's formats
-    OptimizerRow(name="flash_adamw", path=f"{_OURS}.FlashAdamW", **_ADAMW, label="FlashAdamW", formats=_SPLIT,
+    _flash_adamw(name="flash_adamw", label="FlashAdamW", formats=_SPLIT,
                  baselines=("adamw", "adamw_stream16"), colour="#d55e00", help="split weights, 8-bit states"),
-    OptimizerRow(name="flash_adamw_linear", path=f"{_OURS}.FlashAdamW", **_ADAMW, formats=_AS_FLASH_ADAMW | _SPLIT | dict(states="int8_linear"),
+    _flash_adamw(name="flash_adamw_linear", formats=_formats("flash_adamw", weights="split24", states="int8_linear"),
                  baselines=("adamw", "flash_adamw"), colour="#0072b2", help="its states not companded"),
-    OptimizerRow(name="flash_adamw_states", path=f"{_OURS}.FlashAdamW", **_ADAMW, formats=_AS_FLASH_ADAMW | dict(states="int8"),
+    _flash_adamw(name="flash_adamw_states", formats=_formats("flash_adamw", states="int8"),
                  baselines=("adamw",), colour="#8c6d31", help="8-bit states alone"),
-    OptimizerRow(name="flash_adamw_fp32_states", path=f"{_OURS}.FlashAdamW", **_ADAMW, formats=_AS_FLASH_ADAMW | dict(weights="split24"),
+    _flash_adamw(name="flash_adamw_fp32_states", formats=_formats("flash_adamw", weights="split24"),
                  baselines=("adamw", "adamw_stream16"), colour="#009e73", help="split weights alone"),
-    OptimizerRow(name="flash_adamw_norms32", path=f"{_OURS}.FlashAdamW", **_ADAMW, formats=_AS_FLASH_ADAMW | dict(weights="split24_norms32", states="int8"),
+    _flash_adamw(name="flash_adamw_norms32", formats=_formats("flash_adamw", weights="split24_norms32", states="int8"),
                  baselines=("adamw", "flash_adamw"), colour="#3182bd", help="weights of normalizations in fp32"),
-    OptimizerRow(name="flash_adamw_release", path=f"{_OURS}.FlashAdamW", **_ADAMW, formats=_AS_FLASH_ADAMW | _SPLIT | dict(release=True),
+    _flash_adamw(name="flash_adamw_release", formats=_formats("flash_adamw", **_SPLIT, release=True),
                  baselines=("flash_adamw",), colour="#e69f00", help="gradients freed in the backward pass"),
-    OptimizerRow(name="flash_adamw_masters32", path=f"{_OURS}.FlashAdamW", **_ADAMW, label="FlashAdamW (32-bit masters)", options=dict(master_weight_bits=32)),
-    OptimizerRow(name="flash_adamw_fp16", path=f"{_OURS}.FlashAdamW", **_ADAMW, label="FlashAdamW (fp16)", dtype=torch.float16),
-    OptimizerRow(name="flash_adam", path=f"{_OURS}.FlashAdam", **_ADAM, label="FlashAdam"),
+    _flash_adamw(name="flash_adamw_masters32", label="FlashAdamW (32-bit masters)", options=dict(master_weight_bits=32)),
+    _flash_adamw(name="flash_adamw_fp16", label="FlashAdamW (fp16)", dtype=torch.float16),
+    OptimizerRow(name="flash_adam", path="flashoptim_nb.optim.FlashAdam", **_ADAM, label="FlashAdam"),
     # AdamW by others
-    OptimizerRow(name="adamw_for_loop", path="torch.optim.AdamW", **_ADAMW, label="torch AdamW (for-loop)", options=dict(foreach=False), dtype=torch.float32),
-    OptimizerRow(name="adamw_foreach", path="torch.optim.AdamW", **_ADAMW, label="torch AdamW (foreach)", options=dict(foreach=True), dtype=torch.float32,
-                 formats=dict(optimizer="adamw", fused=False), baselines=("adamw",), colour="#31a354", help="the control: what rounding alone does"),
-    OptimizerRow(name="adamw", path="torch.optim.AdamW", **_ADAMW, label="torch AdamW (fused)", options=dict(fused=True), dtype=torch.float32,
+    _torch_adamw(name="adamw_for_loop", label="torch AdamW (for-loop)", options=dict(foreach=False)),
+    _torch_adamw(name="adamw_foreach", label="torch AdamW (foreach)", options=dict(foreach=True),
+                 formats=_formats("adamw", fused=False), baselines=("adamw",),
+                 colour="#31a354", help="the control: what rounding alone does"),
+    _torch_adamw(name="adamw", label="torch AdamW (fused)", options=dict(fused=True),
                  formats={}, colour="#7f7f7f", help="torch's, over fp32 weights"),
-    OptimizerRow(name="adamw_stream16", path="torch.optim.AdamW", **_ADAMW, formats=dict(optimizer="adamw", weights="fp32_stream16"),
+    _torch_adamw(name="adamw_stream16", formats=_formats("adamw", weights="fp32_stream16"),
                  baselines=("adamw",), colour="#cc79a7", help="bf16 between the layers alone"),
-    OptimizerRow(name="adamw_bf16", path="torch.optim.AdamW", **_ADAMW, label="torch AdamW (fused, bf16)", options=dict(fused=True)),
+    _torch_adamw(name="adamw_bf16", label="torch AdamW (fused, bf16)", options=dict(fused=True), dtype=torch.bfloat16),
     OptimizerRow(name="flashoptim_adamw", path="flashoptim.FlashAdamW", **_ADAMW, label="flashoptim AdamW"),
     OptimizerRow(name="bitsandbytes_adamw", path="bitsandbytes.optim.AdamW8bit", **_ADAMW, label="bitsandbytes AdamW8bit"),
     OptimizerRow(name="torchao_adamw", path="torchao.optim.AdamW8bit", **_ADAMW, label="torchao AdamW8bit"),
     # one moment
-    OptimizerRow(name="flash_sgd", path=f"{_OURS}.FlashSGD", **_SGD, label="FlashSGD"),
+    OptimizerRow(name="flash_sgd", path="flashoptim_nb.optim.FlashSGD", **_SGD, label="FlashSGD"),
     OptimizerRow(name="sgd", path="torch.optim.SGD", **_SGD, label="torch SGD (fused)", options=dict(fused=True), dtype=torch.float32),
     OptimizerRow(name="flashoptim_sgd", path="flashoptim.FlashSGD", **_SGD, label="flashoptim SGD"),
-    OptimizerRow(name="lion", path=f"{_OURS}.FlashLion", **_LION, formats=dict(optimizer="flash_lion"), colour="#56b4e9", help="over fp32 weights and states"),
-    OptimizerRow(name="flash_lion", path=f"{_OURS}.FlashLion", **_LION, label="FlashLion", formats=_SPLIT,
+    _flash_lion(name="lion", formats=_formats("flash_lion"), colour="#56b4e9", help="over fp32 weights and states"),
+    _flash_lion(name="flash_lion", label="FlashLion", formats=_SPLIT,
                  baselines=("lion",), colour="#009e73", help="split weights, 8-bit states"),
     OptimizerRow(name="flashoptim_lion", path="flashoptim.FlashLion", **_LION, label="flashoptim Lion"),
     OptimizerRow(name="bitsandbytes_lion", path="bitsandbytes.optim.Lion8bit", **_LION, label="bitsandbytes Lion8bit"),
