@@ -55,11 +55,17 @@ class AveragedMasters:
         model: nn.Module,  # whose parameters it steps, sharded already if they will be
         decay: float | None = 0.999,  # of the exponential average, which begins at the first update; None: the mean of all updates
     ):
-        if decay is not None and not is_number(decay, 0, 1): raise OptionError(f"decay={decay!r}: a number from 0 to 1 is needed, or None for a uniform average")
+        if decay is not None and not is_number(decay, 0, 1): raise OptionError(f"decay={decay!r}: a number from 0 to "
+                                                                               "1 is needed, or None for a uniform "
+                                                                               "average")
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.optimizer, self.model, self.decay, self.updates = optimizer, model, decay, 0
         self.params = {name: p for name, p in model.named_parameters() if id(p) in stepped}
-        if strange := len(stepped) - len(self.params): raise OptionError(f"{strange} of the optimizer's {len(stepped)} parameters are not the model's: give the model that it steps, as it is now (fully_shard makes new parameters)")
+        if strange := len(stepped) - len(self.params): raise OptionError(f"{strange} of the optimizer's "
+                                                                         f"{len(stepped)} parameters are not the "
+                                                                         "model's: give the model that it steps, as "
+                                                                         "it is now (fully_shard makes new "
+                                                                         "parameters)")
         self.chunks = [(chunk, torch.zeros(sum(local(self.params[n]).numel() for n in chunk), device=self.params[chunk[0]].device)) for chunk in _chunks(self.params)]
         self.average = {}  # name -> fp32, this rank's part of a parameter
         for chunk, flat in self.chunks:
@@ -72,9 +78,12 @@ class AveragedMasters:
         self._at_home()
         known, made_for = {id(p) for p in self.params.values()}, self.optimizer._made_for
         if strange := [p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in known]:
-            raise OptionError(f"{len(strange)} parameters came to the optimizer after the average was made, such as one of shape {tuple(strange[0].shape)}: make a new AveragedMasters")
+            raise OptionError(f"{len(strange)} parameters came to the optimizer after the average was made, such as "
+                              f"one of shape {tuple(strange[0].shape)}: make a new AveragedMasters")
         if changed := [name for name, p in self.params.items() if made_for.get(p, p.dtype) != p.dtype]:
-            raise OptionError(f"{changed[0]} is {self.params[changed[0]].dtype} now and its master was made for {made_for[self.params[changed[0]]]}: take the average before such a change, make optimizer and average anew after it")
+            raise OptionError(f"{changed[0]} is {self.params[changed[0]].dtype} now and its master was made for "
+                              f"{made_for[self.params[changed[0]]]}: take the average before such a change, make "
+                              "optimizer and average anew after it")
         weight = 1 / (self.updates + 1) if self.decay is None or not self.updates else 1 - self.decay
         for chunk, flat in self.chunks: flat.lerp_(_masters(self.optimizer, [self.params[name] for name in chunk]), weight)
         self.updates += 1
@@ -89,7 +98,8 @@ class AveragedMasters:
         updates, average = (state_dict.get(key) if isinstance(state_dict, Mapping) else None for key in ("updates", "average"))
         if not isinstance(updates, int) or not isinstance(average, Mapping): raise StateError("no `updates` and `average`: give what AveragedMasters.state_dict() returned")
         wrong = [n for n in average.keys() ^ self.params.keys()] or [n for n, p in self.params.items() if average[n].shape != p.shape or held(p, average[n]) is None]
-        if wrong: raise StateError(f"{len(wrong)} averages differ from the model's parameters in name, shape or sharding: {', '.join(sorted(wrong)[:5])}")
+        if wrong: raise StateError(f"{len(wrong)} averages differ from the model's parameters in name, shape or "
+                                   f"sharding: {', '.join(sorted(wrong)[:5])}")
         for name, p in self.params.items(): self.average[name].copy_(held(p, average[name]))
         self.updates = updates
 
@@ -119,7 +129,8 @@ class AveragedMasters:
     @torch.no_grad()
     def _put(self, weights):
         for part in self.model.modules():
-            if isinstance(part, FSDPModule): part.reshard()  # what a forward pass left gathered has the weights of before
+            # what a forward pass left gathered has the weights of before
+            if isinstance(part, FSDPModule): part.reshard()
         for name, p in self.params.items(): local(p).copy_(encode(weights[name], p.dtype)[0] if p.dtype in HALF_FORMATS and weights[name].dtype == torch.float32 else weights[name])
 
     def _any(self):
@@ -129,4 +140,5 @@ class AveragedMasters:
     def _at_home(self):
         if self.optimizer._lent: raise UserError("averages are in the weights' place already: leave applied() first")
 
-    def _refuse(self, *_): raise UserError("a step while the average is in the model's place: leave applied() before training goes on")
+    def _refuse(self, *_): raise UserError("a step while the average is in the model's place: leave applied() before "
+                                           "training goes on")

@@ -19,11 +19,13 @@ except ImportError:
     triton = SimpleNamespace(jit=lambda kernel=None, **options: kernel or (lambda k: k), JITFunction=object)
     tl = SimpleNamespace(constexpr=lambda x: x, dtype=str, bfloat16="bfloat16", float16="float16", float32="float32")
 
-INTERPRETED = tl.constexpr(HAS_TRITON and bool(triton.knobs.runtime.interpret))  # fixed when kernels are defined, as Triton does
+# fixed when kernels are defined, as Triton does
+INTERPRETED = tl.constexpr(HAS_TRITON and bool(triton.knobs.runtime.interpret))
 
 # %% ../../nbs/optim/16_backend.ipynb #bbddefe6
 @cache
 def warn_without_triton():
     "Says once in a process that steps go through plain PyTorch."
-    warnings.warn("Triton is not installed: Flash optimizers step in plain PyTorch, with the same result, and on a GPU more slowly; "
+    warnings.warn("Triton is not installed: Flash optimizers step in plain PyTorch, with the same result, and on a "
+                  "GPU more slowly; "
                   "pip install triton where it is available, or give fused=False", stacklevel=3)

@@ -57,12 +57,15 @@ def check_option(
     "Raises `OptionError` for a value that an option of the whole optimizer cannot have."
     if name == "master_weight_bits":
         if x is not None and (not isinstance(x, int) or x not in (24, 32)):
-            raise OptionError(f"master_weight_bits={x!r}: choose 24 (a 16-bit weight and 8 bits beside it), 32, or None (no master weights)")
+            raise OptionError(f"master_weight_bits={x!r}: choose 24 (a 16-bit weight and 8 bits beside it), 32, or "
+                              "None (no master weights)")
     elif name == "max_norm":
         if x is not None and not (is_number(x) and x > 0):
-            raise OptionError(f"max_norm={x!r}: a positive finite limit of the gradient norm, or None for no clipping (skip_nonfinite=True forms the norm without it)")
+            raise OptionError(f"max_norm={x!r}: a positive finite limit of the gradient norm, or None for no "
+                              "clipping (skip_nonfinite=True forms the norm without it)")
     elif name == "skip_nonfinite":
-        if x is not None and not isinstance(x, bool): raise OptionError(f"skip_nonfinite={x!r}: True, False, or None to skip where the norm is formed anyway")
+        if x is not None and not isinstance(x, bool): raise OptionError(f"skip_nonfinite={x!r}: True, False, or None "
+                                                                        "to skip where the norm is formed anyway")
     elif not isinstance(x, bool) and not (name == "fused" and x is None): raise OptionError(f"{name}={x!r}: True or False is needed")
 
 
@@ -111,8 +114,10 @@ class FlashOptimizer(Optimizer):
         skip_nonfinite: bool | None = None,  # leave out a step with NaN or infinity; None: where the norm is formed anyway
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
     ):
-        if isinstance(params, torch.nn.Module): raise ParametersError(f"a whole {type(params).__name__}: give its parameters, model.parameters()")
-        if not (params := as_param_list(params)): raise OptionError("no parameters: one at least is needed; was model.parameters() used up before?")
+        if isinstance(params, torch.nn.Module): raise ParametersError(f"a whole {type(params).__name__}: give its "
+                                                                      "parameters, model.parameters()")
+        if not (params := as_param_list(params)): raise OptionError("no parameters: one at least is needed; was "
+                                                                    "model.parameters() used up before?")
         given = dict(quantize=quantize, compress_state_dict=compress_state_dict, master_weight_bits=master_weight_bits, fused=fused,
                      check_numerics=check_numerics, decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded)
         self.__dict__ |= given | dict(_cached={})  # buckets of the last step, see `optim.buckets`
@@ -132,15 +137,21 @@ class FlashOptimizer(Optimizer):
         if name in self.options:
             check_option(name, x)
             if name in FORMATS and x != getattr(self, name):
-                raise OptionError(f"{name}={x!r} of an optimizer that was made with {getattr(self, name)!r}: make a new optimizer with it, and load this one's state_dict() into that")
+                raise OptionError(f"{name}={x!r} of an optimizer that was made with {getattr(self, name)!r}: make a "
+                                  "new optimizer with it, and load this one's state_dict() into that")
             if name == "fused": self.invalidate()
-            if x is None and name in ("fused", "skip_nonfinite"): x = name == "fused" or self.max_norm is not None  # "as you think best": the norm tells, where it is formed anyway
+            # "as you think best": the norm tells, where it is formed anyway
+            if x is None and name in ("fused", "skip_nonfinite"): x = name == "fused" or self.max_norm is not None
         super().__setattr__(name, x)
 
     def add_param_group(self, param_group: dict):
         "As in torch.optim, after checking the parameters; remembers the group's lr for `decouple_lr`."
-        if not isinstance(param_group, dict): raise ParametersError(f"a {type(param_group).__name__} in place of a group: a dict is needed, dict(params=model.parameters(), lr=...)")
-        if "params" not in param_group: raise ParametersError(f"a group without params (it has {', '.join(map(str, param_group)) or 'nothing'}): add them, dict(params=model.parameters(), lr=...)")
+        if not isinstance(param_group, dict): raise ParametersError(f"a {type(param_group).__name__} in place of a "
+                                                                    "group: a dict is needed, "
+                                                                    "dict(params=model.parameters(), lr=...)")
+        if "params" not in param_group: raise ParametersError("a group without params (it has "
+                                                              f"{', '.join(map(str, param_group)) or 'nothing'}): "
+                                                              "add them, dict(params=model.parameters(), lr=...)")
         given = param_group["params"]
         self._check_shared(param_group)
         param_group["params"] = [given] if isinstance(given, torch.Tensor) else as_param_list(given)
@@ -151,21 +162,29 @@ class FlashOptimizer(Optimizer):
         try: self._check_group(group)
         except OptionError: self.param_groups.pop(); raise
         group["state_format"] = self._state_format(group)
-        if self.decouple_lr and not self.decoupled: raise OptionError(f"decouple_lr=True: {type(self).__name__} has its weight decay in the gradient; use the class with a W")
+        if self.decouple_lr and not self.decoupled: raise OptionError(f"decouple_lr=True: {type(self).__name__} has "
+                                                                      "its weight decay in the gradient; use the "
+                                                                      "class with a W")
         if self.decouple_lr: self._keep_lr(group)
 
     def _check_shared(self, group: dict):
         "Raises `OptionError` for options of the whole optimizer in a group, unless they repeat what it has (torch's ZeroRedundancyOptimizer hands all to the groups)."
         own = {name: getattr(self, name) for name in self.options if name in group and name != "fused"}
-        if group.get("skip_nonfinite", False) is None: own["skip_nonfinite"] = None  # as it was given, before max_norm settled it
+        # as it was given, before max_norm settled it
+        if group.get("skip_nonfinite", False) is None: own["skip_nonfinite"] = None
         if other := [name for name, value in own.items() if group[name] != value]:
-            raise OptionError(f"{', '.join(other)} in a group: an option of the whole optimizer, to be given beside the groups")
+            raise OptionError(f"{', '.join(other)} in a group: an option of the whole optimizer, to be given beside "
+                              "the groups")
         if group.get("compress_state_dict") is False:
-            raise OptionError("compress_state_dict=False through a wrapper that hands options to groups: such a wrapper puts states back as they were written, and a step needs them as they are kept; leave it out")
+            raise OptionError("compress_state_dict=False through a wrapper that hands options to groups: such a "
+                              "wrapper puts states back as they were written, and a step needs them as they are "
+                              "kept; leave it out")
         apart = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
         if apart and any(group.get(name) for name in ("max_norm", "skip_nonfinite")):
-            raise OptionError("max_norm or skip_nonfinite through a wrapper that deals parameters out to ranks: each rank would see the norm of its own share alone; "
-                              "leave both out, and call torch.nn.utils.clip_grad_norm_(model.parameters(), ...) before step()")
+            raise OptionError("max_norm or skip_nonfinite through a wrapper that deals parameters out to ranks: each "
+                              "rank would see the norm of its own share alone; "
+                              "leave both out, and call torch.nn.utils.clip_grad_norm_(model.parameters(), ...) "
+                              "before step()")
 
     def _keep_lr(self, group: dict):
         "Keeps the lr at which `decouple_lr` takes weight decay as it is given: the constructor's, under a key that no scheduler writes."
@@ -207,10 +226,12 @@ class FlashOptimizer(Optimizer):
         "A group's weight decay: of the weights, times lr, or coupled with the gradient."
         if not self.decoupled: return dict(weight_decay=0.0, l2=group["weight_decay"])
         if not self.decouple_lr: return dict(weight_decay=group["weight_decay"], l2=0.0)
-        lr = group.get("reference_lr", group.get("initial_lr"))  # the second of an optimizer that an earlier version pickled
+        # the second of an optimizer that an earlier version pickled
+        lr = group.get("reference_lr", group.get("initial_lr"))
         if lr: return dict(weight_decay=group["weight_decay"] / lr, l2=0.0)
         if not float(group["weight_decay"]): return dict(weight_decay=0.0, l2=0.0)
-        raise OptionError("decouple_lr=True with lr=0: weight decay is relative to the lr that a group was made with; give its largest lr and let a scheduler warm up, or weight_decay=0")
+        raise OptionError("decouple_lr=True with lr=0: weight decay is relative to the lr that a group was made "
+                          "with; give its largest lr and let a scheduler warm up, or weight_decay=0")
 
     def _state_format(self, group: dict) -> str:
         "What the tensors of a group's states are, to go with them in a state dict: `companded-24-bfloat16` says coding, master weights' width and the weights' dtypes."
@@ -230,13 +251,15 @@ class FlashOptimizer(Optimizer):
         if self.release is not None and self.release.active:
             self.release._finish()
             return loss
-        if self._next_clip is not None and self.release is None: self._next_clip = None  # of a step that is no longer the one before
+        # of a step that is no longer the one before
+        if self._next_clip is not None and self.release is None: self._next_clip = None
         work = self._collect()
         scaling = compute_grad_scaling(self, [bucket for _, bucket in work])
         for group, bucket in work: self._apply(bucket, group, scaling[bucket.device])
         return loss
 
-    _watched_step = torch.compiler.disable(Optimizer.profile_hook_step(_step))  # torch's: with hooks, inside a range of the profiler
+    # torch's: with hooks, inside a range of the profiler
+    _watched_step = torch.compiler.disable(Optimizer.profile_hook_step(_step))
 
     def step(
         self,
@@ -244,7 +267,8 @@ class FlashOptimizer(Optimizer):
     ):
         "Takes one step with the gradients at hand; returns the closure's loss. Gradients are left as they are."
         hooks = _global_optimizer_pre_hooks, self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks, _global_optimizer_post_hooks
-        watched = torch.compiler.is_dynamo_compiling() or any(hooks) or torch.autograd._profiler_enabled()  # inside a compiled training step it is what it is outside
+        # inside a compiled training step it is what it is outside
+        watched = torch.compiler.is_dynamo_compiling() or any(hooks) or torch.autograd._profiler_enabled()
         return (self._watched_step if watched else self._step)(closure)
 
     step.hooked = True  # torch need not wrap it: what it does for who watches a step costs the host a third of the step
@@ -259,7 +283,8 @@ class FlashOptimizer(Optimizer):
         "Takes one step of a single parameter (what gradient release does); `max_norm` does not apply."
         if p.grad is None: return
         if group is None: group = next((g for g in self.param_groups if any(q is p for q in g["params"])), None)
-        if group is None: raise OptionError(f"a parameter of shape {tuple(p.shape)} that this optimizer does not step: add it with add_param_group")
+        if group is None: raise OptionError(f"a parameter of shape {tuple(p.shape)} that this optimizer does not "
+                                            "step: add it with add_param_group")
         for bucket in self._collect_one(p, group):
             scaling = compute_grad_scaling(self, [bucket], clip=False)[bucket.device]
             self._apply(bucket, group, GradScaling(multiplier if scaling.multiplier is None else scaling.multiplier, scaling.skip))
@@ -342,8 +367,10 @@ class FlashOptimizer(Optimizer):
                 if p not in self._largest: self._largest[p] = float(p.detach().abs().max()) if p.numel() else 0.0
                 largest, bits = self._largest[p], error_bit_width(p.dtype, self.master_weight_bits)
                 if largest and 0 < float(group["lr"]) < (least := min_step(largest, p.dtype, bits) / 2):
-                    raise NumericsError(f"lr={float(group['lr']):.3g} cannot change weights of size {largest:.3g} in {p.dtype} with master_weight_bits={self.master_weight_bits}: "
-                                        f"at least {least:.3g} is needed; raise lr or master_weight_bits, or set check_numerics=False")
+                    raise NumericsError(f"lr={float(group['lr']):.3g} cannot change weights of size {largest:.3g} in "
+                                        f"{p.dtype} with master_weight_bits={self.master_weight_bits}: "
+                                        f"at least {least:.3g} is needed; raise lr or master_weight_bits, or set "
+                                        "check_numerics=False")
 
     def bytes_per_parameter(self) -> dict[str, float]:
         "Resident bytes of each class, over the number of values optimized: weights, gradients, masters, states, scales, and total."

@@ -53,8 +53,11 @@ def as_param_list(
     "What was given, as a list; raises `ParametersError` for what is no collection of parameters or groups."
     if isinstance(given, (torch.Tensor, str, Mapping)) or not isinstance(given, Iterable):
         said = repr(given) if given is None or isinstance(given, (str, Real)) else f"a {type(given).__name__}"
-        raise ParametersError(f"params={said}: tensors in a list are needed, as model.parameters() gives them, or groups in a list, [dict(params=..., lr=...), ...]")
-    if isinstance(given, (set, frozenset)): raise ParametersError("parameters in a set: a list is needed, for in a set their order, by which states are saved, changes from run to run")
+        raise ParametersError(f"params={said}: tensors in a list are needed, as model.parameters() gives them, or "
+                              "groups in a list, [dict(params=..., lr=...), ...]")
+    if isinstance(given, (set, frozenset)): raise ParametersError("parameters in a set: a list is needed, for in a "
+                                                                  "set their order, by which states are saved, "
+                                                                  "changes from run to run")
     return list(given)
 
 # %% ../../nbs/optim/07_buckets.ipynb #ab621f64
@@ -62,14 +65,20 @@ def check_parameter(
     p: torch.Tensor,  # as given to the optimizer
 ):
     "Raises `OptionError` for a parameter that no Flash optimizer can step."
-    if not isinstance(p, torch.Tensor): raise ParametersError(f"a {type(p).__name__} among the parameters: tensors are needed, as model.parameters() gives them")
+    if not isinstance(p, torch.Tensor): raise ParametersError(f"a {type(p).__name__} among the parameters: tensors "
+                                                              "are needed, as model.parameters() gives them")
     if type(p).__name__ == "FlatParameter" or getattr(p, "_is_flat_param", False):
-        raise OptionError("an FSDP1 parameter: FSDP1 flattens parameters and shards states itself; use FSDP2 (torch.distributed.fsdp.fully_shard)")
+        raise OptionError("an FSDP1 parameter: FSDP1 flattens parameters and shards states itself; use FSDP2 "
+                          "(torch.distributed.fsdp.fully_shard)")
     if p.dtype not in (torch.float32, *HALF_FORMATS):
-        raise OptionError(f"a parameter of dtype {p.dtype}: bf16, fp16 and fp32 can be optimized; convert the model with cast_model(model) or model.float()")
-    if p.layout != torch.strided: raise OptionError(f"a parameter of layout {p.layout}: a dense one is needed, p.to_dense()")
-    if not (p.is_leaf or p.retains_grad): raise OptionError("a parameter that is computed from other tensors: give those, which gradients are collected in")
-    if isinstance(p, DTensor): _cast_error(p)  # looked up by its place, which FSDP2 gives to another tensor while it computes
+        raise OptionError(f"a parameter of dtype {p.dtype}: bf16, fp16 and fp32 can be optimized; convert the model "
+                          "with cast_model(model) or model.float()")
+    if p.layout != torch.strided: raise OptionError(f"a parameter of layout {p.layout}: a dense one is needed, "
+                                                    "p.to_dense()")
+    if not (p.is_leaf or p.retains_grad): raise OptionError("a parameter that is computed from other tensors: give "
+                                                            "those, which gradients are collected in")
+    # looked up by its place, which FSDP2 gives to another tensor while it computes
+    if isinstance(p, DTensor): _cast_error(p)
 
 
 def check_gradient(
@@ -78,15 +87,22 @@ def check_gradient(
     "Raises `GradientError` for a gradient that cannot be used."
     g = p.grad
     if g.layout != torch.strided:
-        raise GradientError(f"a sparse gradient ({g.layout}) of a parameter of shape {tuple(p.shape)}: use sparse=False in nn.Embedding, or torch.optim.SparseAdam for that parameter")
+        raise GradientError(f"a sparse gradient ({g.layout}) of a parameter of shape {tuple(p.shape)}: use "
+                            "sparse=False in nn.Embedding, or torch.optim.SparseAdam for that parameter")
     if not g.is_floating_point():
         raise GradientError(f"a gradient of dtype {g.dtype}: real floating point is needed")
     if g.shape != p.shape:  # torch looks when a gradient is set, not when the parameter's data are
-        raise GradientError(f"a gradient of shape {tuple(g.shape)} of a parameter of shape {tuple(p.shape)}: call zero_grad() after changing a parameter's shape")
-    if g.device != p.device: raise GradientError(f"a gradient on {g.device} of a parameter on {p.device}: call zero_grad() after moving a model")
+        raise GradientError(f"a gradient of shape {tuple(g.shape)} of a parameter of shape {tuple(p.shape)}: call "
+                            "zero_grad() after changing a parameter's shape")
+    if g.device != p.device: raise GradientError(f"a gradient on {g.device} of a parameter on {p.device}: call "
+                                                 "zero_grad() after moving a model")
     for t, what in (p, "parameter"), (g, "gradient"):
-        if not has_memory(local(t.detach())): raise GradientError(f"a {what} of shape {tuple(p.shape)} without values: it is on the meta device, or its memory was freed")
-    if _placed(g) != _placed(p): raise GradientError(f"a gradient with the placements {_placed(g)} of a parameter with {_placed(p)}: both must be sharded alike, p.grad.redistribute(placements=p.placements)")
+        if not has_memory(local(t.detach())): raise GradientError(f"a {what} of shape {tuple(p.shape)} without "
+                                                                  "values: it is on the meta device, or its memory "
+                                                                  "was freed")
+    if _placed(g) != _placed(p): raise GradientError(f"a gradient with the placements {_placed(g)} of a parameter "
+                                                     f"with {_placed(p)}: both must be sharded alike, "
+                                                     "p.grad.redistribute(placements=p.placements)")
 
 
 def has_memory(t: torch.Tensor) -> bool:
@@ -169,7 +185,9 @@ def first_error_bits(
     if not keep: kept.drop()
     if not bits or kept.dtype != p.dtype or kept.error_bits.shape != p.shape: return None
     error_bits, fold = held(p, kept.error_bits), held(p, kept.fold)
-    if error_bits is None: warnings.warn(f"{kept.name} was sharded again after the cast: its masters begin at its 16-bit weights, not at the fp32 ones. Cast the model before parallelize_module and fully_shard")
+    if error_bits is None: warnings.warn(f"{kept.name} was sharded again after the cast: its masters begin at its "
+                                         "16-bit weights, not at the fp32 ones. Cast the model before "
+                                         "parallelize_module and fully_shard")
     device = local(p).device
     if error_bits is None or not torch.equal(fold.to(device), _fold(p)): return None
     return like(p, error_bits.to(device) if bits == 8 else (error_bits.to(device).double() * (MAX_CODE[16] / MAX_CODE[8])).round().to(CODE_DTYPE[16]))
@@ -229,19 +247,25 @@ def check_states(
     "Raises `OptionError` where a parameter is no longer what its state was made for, or what somebody put into a state does not fit."
     for p in params:
         if opt._update_one is not None and isinstance(p, DTensor):
-            raise OptionError(f"a sharded parameter of shape {tuple(p.shape)}: {type(opt).__name__} steps whole parameters in their shapes, of which a rank has a part; train it without FSDP2")
+            raise OptionError(f"a sharded parameter of shape {tuple(p.shape)}: {type(opt).__name__} steps whole "
+                              "parameters in their shapes, of which a rank has a part; train it without FSDP2")
         if not isinstance(state := opt.state.get(p) or {}, dict):
-            raise OptionError(f"the state of a parameter of shape {tuple(p.shape)} is a {type(state).__name__}: a dict is needed, an empty one to start anew")
+            raise OptionError(f"the state of a parameter of shape {tuple(p.shape)} is a {type(state).__name__}: a "
+                              "dict is needed, an empty one to start anew")
         kinds, shapes = state_kinds(opt, group, p), opt._state_shapes(p)
         wrong = [k for k, kind in kinds.items() if k in state and not _fits(state[k], p, kind, k.endswith("::scales"), shapes.get(k))]
         if "error_bits" in state and (p.dtype not in HALF_FORMATS or p.dtype != opt._made_for.get(p, p.dtype)): wrong.append("error_bits")
         if wrong:
             t = state[wrong[0]]
             found = f"{t.dtype} of shape {tuple(t.shape)} on {t.device}" if isinstance(t, torch.Tensor) else f"a {type(t).__name__}"
-            raise OptionError(f"a parameter of shape {tuple(p.shape)} and dtype {p.dtype} on {p.device}, whose state was made for another shape or dtype, or on another device: "
+            raise OptionError(f"a parameter of shape {tuple(p.shape)} and dtype {p.dtype} on {p.device}, whose state "
+                              "was made for another shape or dtype, or on another device: "
                               f"{wrong[0]} is {found}{f', where {kinds[wrong[0]]} is needed' if wrong[0] in kinds else ''}. "
-                              "After such a change of the model, make the optimizer anew; after a move, optimizer.load_state_dict(optimizer.state_dict()) takes the states along")
-        if not _counts(t := state.get("step", 0)): raise OptionError(f"the step of a parameter of shape {tuple(p.shape)} is {t!r}: a number of steps, 0 or more, is needed, in a tensor of one value")
+                              "After such a change of the model, make the optimizer anew; after a move, "
+                              "optimizer.load_state_dict(optimizer.state_dict()) takes the states along")
+        if not _counts(t := state.get("step", 0)): raise OptionError("the step of a parameter of shape "
+                                                                     f"{tuple(p.shape)} is {t!r}: a number of steps, "
+                                                                     "0 or more, is needed, in a tensor of one value")
 
 # %% ../../nbs/optim/07_buckets.ipynb #3f9c7201
 OPTIMIZERS = WeakSet()  # those alive
@@ -262,7 +286,8 @@ def own_states(
         for p in params:
             state, kinds = opt.state.get(p) or {}, state_kinds(opt, group, p)
             own = {k: _in_a_row(state[k], uses[id(state[k])] > 1) for k in kinds if k in state}
-            step = state.get("step") if own.keys() - {"error_bits"} or kinds.keys() <= {"error_bits"} else None  # without its moments a state starts anew
+            # without its moments a state starts anew
+            step = state.get("step") if own.keys() - {"error_bits"} or kinds.keys() <= {"error_bits"} else None
             if step is None or uses[id(step)] or not _is_counter(step, p.device):
                 own["step"] = counters.setdefault((n if step is None else id(step), p.device), _counter(0.0 if step is None else step, p.device))
             if missing := kinds.keys() - own.keys(): own |= {k: t for k, t in new_state(opt, group, p, step).items() if k in missing}
@@ -367,7 +392,8 @@ def check_options(
             if not opt.options.keys().isdisjoint(group): opt._check_shared(group)
             opt._check_group({k: 0.0 if k in ("lr", "weight_decay") and _far(x) else x for k, x in group.items()})
             opt._scalars(group)
-        except KeyError as error: raise OptionError(f"a group without {error}: add groups with add_param_group, which fills in the optimizer's own options") from None
+        except KeyError as error: raise OptionError(f"a group without {error}: add groups with add_param_group, "
+                                                    "which fills in the optimizer's own options") from None
 
 
 def _far(x):
@@ -382,13 +408,16 @@ def check_parameters(
     seen = set()
     for p in (p for params in lists for p in params):
         check_parameter(p)
-        if id(p) in seen: raise OptionError(f"a parameter of shape {tuple(p.shape)} is given twice: name it once, in one group")
+        if id(p) in seen: raise OptionError(f"a parameter of shape {tuple(p.shape)} is given twice: name it once, in "
+                                            "one group")
         seen.add(id(p))
     shards = [local(p.detach()) for params in lists for p in params if not torch.nn.parameter.is_lazy(p)]
     for p in shards:
-        if overlaps_itself(p): raise OptionError(f"a parameter of shape {tuple(p.shape)} and strides {p.stride()}, of whose values several lie in one place: make it p.contiguous()")
+        if overlaps_itself(p): raise OptionError(f"a parameter of shape {tuple(p.shape)} and strides {p.stride()}, "
+                                                 "of whose values several lie in one place: make it p.contiguous()")
     if found := overlapping(shards):
-        raise OptionError(f"a parameter of shape {tuple(shards[found[0]].shape)} that shares memory with another one: to tie weights, use one Parameter in both places; else clone() one of them")
+        raise OptionError(f"a parameter of shape {tuple(shards[found[0]].shape)} that shares memory with another "
+                          "one: to tie weights, use one Parameter in both places; else clone() one of them")
 
 # %% ../../nbs/optim/07_buckets.ipynb #c8327fa6
 def untangle(
@@ -468,7 +497,8 @@ class ParamBucket:
         self.lie, self.grads_lie = Layout(self.local), Layout(grads)
         self.flat = [values_in_a_row(p) for p in self.local]  # views, or copies of what is strided
         self.copies = [(p, x) for p, x in zip(self.local, self.flat) if x.data_ptr() != p.data_ptr() and p.numel()]
-        self.ready = all(g.is_contiguous() and not g.is_neg() and g.dtype in TYPES for g in grads)  # the gradients, as they are
+        # the gradients, as they are
+        self.ready = all(g.is_contiguous() and not g.is_neg() and g.dtype in TYPES for g in grads)
         self.on_gpu = opt.fused and HAS_TRITON and opt._update_fused is not None and (self.device.type == "cuda" or bool(INTERPRETED))
         self.moments = opt._moments_of(group)
         self.taken, self.empty = {at for p in self.local if (at := p.data_ptr())}, sum(not p.numel() for p in self.local)

@@ -41,7 +41,8 @@ def _chosen(
     found = []
     for each in [chosen] if isinstance(chosen, (str, nn.Module, torch.Tensor)) else chosen or ():
         hits = [t for name, t in known.items() if t is each or isinstance(each, str) and fnmatchcase(name.replace("_orig_mod.", ""), each)]
-        if not hits: raise UserError(f"no {kind} of the model matches {each!r}; names are full dotted ones, such as {', '.join([n for n in known if n][:3]) or 'none here'}")
+        if not hits: raise UserError(f"no {kind} of the model matches {each!r}; names are full dotted ones, such as "
+                                     f"{', '.join([n for n in known if n][:3]) or 'none here'}")
         found += hits
     return found
 
@@ -98,7 +99,8 @@ def _hook(
         module.register_forward_hook(_hand_on)
     module._keeps_output = keeps_output
     if dtype:
-        lies = next((t.device for t in (*module.parameters(), *module.buffers())), None)  # NCCL sends no buffer of a CPU around
+        # NCCL sends no buffer of a CPU around
+        lies = next((t.device for t in (*module.parameters(), *module.buffers())), None)
         module.register_buffer("_cast_to", torch.empty(0, dtype=dtype, device=lies), persistent=False)
 
 # %% ../../nbs/optim/13_cast.ipynb #5e0c91b7
@@ -112,8 +114,12 @@ def _spared(
     kept = {i: f"{names[m]}.{name}" for m in names if m in whole for i, name in own(m).items()}
     for m in names:
         for i, name in own(m).items():
-            if m not in whole and i in kept: raise UserError(f"{names[m]}.{name} is {kept[i]}, and of the two modules only {kept[i].rpartition('.')[0]} stays in fp32: name both, "
-                                                             "each in full_precision_layers or (where layers in the model's type follow) in full_precision_recast_layers, or neither")
+            if m not in whole and i in kept: raise UserError(f"{names[m]}.{name} is {kept[i]}, and of the two "
+                                                             f"modules only {kept[i].rpartition('.')[0]} stays in "
+                                                             "fp32: name both, "
+                                                             "each in full_precision_layers or (where layers in the "
+                                                             "model's type follow) in full_precision_recast_layers, "
+                                                             "or neither")
     return set(kept)
 
 
@@ -153,26 +159,33 @@ def _narrowed(wide, dtype):
 # %% ../../nbs/optim/13_cast.ipynb #b8a6763f
 def _check(model):
     "Raises `UserError` for what cannot be cast."
-    if not isinstance(model, nn.Module): raise UserError(f"cast_model of a {type(model).__name__}: give the model itself, a torch.nn.Module")
+    if not isinstance(model, nn.Module): raise UserError(f"cast_model of a {type(model).__name__}: give the model "
+                                                         "itself, a torch.nn.Module")
     if lazy := [name for name, t in (*model.named_parameters(), *model.named_buffers()) if isinstance(t, UninitializedTensorMixin)]:
-        raise UserError(f"{len(lazy)} parameters have no shape yet ({', '.join(lazy[:3])}): send one batch through a lazy model before it is cast")
+        raise UserError(f"{len(lazy)} parameters have no shape yet ({', '.join(lazy[:3])}): send one batch through a "
+                        "lazy model before it is cast")
     if any(type(p).__name__ == "FlatParameter" for p in model.parameters()):
-        raise UserError("an FSDP1 model: its parameters are flattened; cast the model first, and shard it with FSDP2 (torch.distributed.fsdp.fully_shard)")
+        raise UserError("an FSDP1 model: its parameters are flattened; cast the model first, and shard it with FSDP2 "
+                        "(torch.distributed.fsdp.fully_shard)")
     if any(isinstance(m, FSDPModule) and m._get_fsdp_state()._is_root is not None for m in model.modules()):
-        raise UserError("a model that ran under fully_shard has its buffers for communication in the old dtype: cast it before its first forward pass")
+        raise UserError("a model that ran under fully_shard has its buffers for communication in the old dtype: cast "
+                        "it before its first forward pass")
 
 
 def _check_range(name, t, dtype):
     "Raises `UserError` for a parameter with finite values far beyond a dtype's largest."
-    if t.is_meta or dtype == torch.bfloat16 and t.dtype != torch.float64: return  # fp32 reaches half a spacing further than bf16
+    # fp32 reaches half a spacing further than bf16
+    if t.is_meta or dtype == torch.bfloat16 and t.dtype != torch.float64: return
     big = local(t.detach()).abs().nan_to_num_(posinf=0.0)
     if big.numel() and (most := big.max().item()) > torch.finfo(dtype).max * (1 + 2**-8):
-        raise UserError(f"{name} has a value of size {most:.3g}, and {dtype} ends at {torch.finfo(dtype).max:.3g}: cast to torch.bfloat16, or name the layer in full_precision_recast_layers")
+        raise UserError(f"{name} has a value of size {most:.3g}, and {dtype} ends at {torch.finfo(dtype).max:.3g}: "
+                        "cast to torch.bfloat16, or name the layer in full_precision_recast_layers")
 
 # %% ../../nbs/optim/13_cast.ipynb #b8a67641
 def _narrow(t, dtype, place=None):
     "A tensor in another dtype, a DTensor shard by shard; with a place, what is rounded away is kept there."
-    if is_traceable_wrapper_subclass(t) and not isinstance(t, DTensor): return t.detach().to(dtype)  # as it thinks right
+    # as it thinks right
+    if is_traceable_wrapper_subclass(t) and not isinstance(t, DTensor): return t.detach().to(dtype)
     wide, error_bits = local(t.detach()), first_error_bits(t, 8, keep=True) if place else None
     if error_bits is not None: wide = decode(wide, local(error_bits))  # cast before: from the weights of then
     narrow = like(t, _narrowed(wide, dtype))
@@ -214,8 +227,10 @@ _TOLD = []  # the hook that `cast_model` sets once in a process
 def _tell(module, name, child):
     "Where torch's AveragedModel takes its copy of a model in 16 bits: warns that it will stand still."
     if isinstance(module, AveragedModel) and any(p.dtype in HALF_FORMATS for p in child.parameters()):
-        warnings.warn("an AveragedModel of a model in 16 bits adds increments that are smaller than half the spacing of its numbers, and stands still: "
-                      "average the masters with flashoptim_nb.optim.AveragedMasters(optimizer, model), or call .float() on the AveragedModel", stacklevel=3)
+        warnings.warn("an AveragedModel of a model in 16 bits adds increments that are smaller than half the spacing "
+                      "of its numbers, and stands still: "
+                      "average the masters with flashoptim_nb.optim.AveragedMasters(optimizer, model), or call "
+                      ".float() on the AveragedModel", stacklevel=3)
 
 # %% ../../nbs/optim/13_cast.ipynb #b8a67642
 def cast_model(
@@ -229,7 +244,8 @@ def cast_model(
 ) -> None:
     "Casts a model for training with a Flash optimizer; what is tied or shares memory goes on so. Raises `UserError`, with nothing changed, for what cannot be cast and for names that match nothing."
     _check(model)
-    if dtype not in (torch.bfloat16, torch.float16): raise UserError(f"cast_model to {dtype}: choose torch.bfloat16 or torch.float16")
+    if dtype not in (torch.bfloat16, torch.float16): raise UserError(f"cast_model to {dtype}: choose torch.bfloat16 "
+                                                                     "or torch.float16")
     modules, buffers = dict(model.named_modules()), dict(model.named_buffers())
     keep, recast = _chosen(modules, full_precision_layers, "layer"), _chosen(modules, full_precision_recast_layers, "layer")
     chosen = {m for layer in (*keep, *recast) for m in layer.modules()}
@@ -242,7 +258,9 @@ def cast_model(
     groups = [group for group in _shared(everything) if not named.keys().isdisjoint(group)]
     for group in groups:
         if len({everything[n].dtype for n in group}) > 1 or (left := [n for n in group if n not in named]):
-            raise UserError(f"{', '.join(group)} lie in the same memory, and not all are cast alike: name their layers together in full_precision_recast_layers, buffers in cast_buffers, or give each its own memory with .clone()")
+            raise UserError(f"{', '.join(group)} lie in the same memory, and not all are cast alike: name their "
+                            "layers together in full_precision_recast_layers, buffers in cast_buffers, or give each "
+                            "its own memory with .clone()")
     for name, t in named.items():
         if name not in buffers: _check_range(name, t, dtype)
     _cast(model, named, groups, dtype, masters)

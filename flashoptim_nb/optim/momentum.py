@@ -75,10 +75,13 @@ class FlashSGD(_Momentum):
         "Raises `OptionError` for options of a group that cannot work."
         super()._check_group(group)
         if not is_number(group["momentum"], 0) or not is_number(group["dampening"]):
-            raise OptionError(f"momentum={group['momentum']!r}, dampening={group['dampening']!r}: finite numbers are needed, momentum 0 or more")
+            raise OptionError(f"momentum={group['momentum']!r}, dampening={group['dampening']!r}: finite numbers are "
+                              "needed, momentum 0 or more")
         if group["nesterov"] and (not group["momentum"] or group["dampening"]):
-            raise OptionError(f"nesterov=True with momentum={group['momentum']}, dampening={group['dampening']}: it wants a momentum and no dampening")
-        if group.get("differentiable"): raise OptionError(f"differentiable=True is not available in {type(self).__name__}; use torch.optim for it")
+            raise OptionError(f"nesterov=True with momentum={group['momentum']}, dampening={group['dampening']}: it "
+                              "wants a momentum and no dampening")
+        if group.get("differentiable"): raise OptionError("differentiable=True is not available in "
+                                                          f"{type(self).__name__}; use torch.optim for it")
 
     def _moments_of(self, group: dict) -> dict[str, torch.dtype]: return self.moments if group["momentum"] else {}
 

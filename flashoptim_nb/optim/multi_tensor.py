@@ -25,7 +25,8 @@ class Operands(NamedTuple):
     "One tensor's part in a step: flat, contiguous, n values each; all but the gradient are updated in place."
     param: torch.Tensor  # bf16, fp16 or fp32
     grad: torch.Tensor | None  # bf16, fp16 or fp32
-    error_bits: torch.Tensor | None = None  # the weight's error bits: int8 or int16; None where the parameter is kept as it is
+    # the weight's error bits: int8 or int16; None where the parameter is kept as it is
+    error_bits: torch.Tensor | None = None
     m: torch.Tensor | None = None  # first moment or momentum: int8 codes, or fp32; None where there is none
     v: torch.Tensor | None = None  # second moment: uint8 codes, or fp32; None where there is none
     m_scale: torch.Tensor | None = None  # fp16, (ceil(n / 32),), with quantized moments

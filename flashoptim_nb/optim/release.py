@@ -40,8 +40,10 @@ def in_nested_backward() -> bool:
     return False
 
 # %% ../../nbs/optim/12_release.ipynb #78e201ff
-_SECOND = ("gradient release: a second backward pass over the same parameters before step(), whose gradients should have been added up, and the first were used already: "
-           "wrap all but the last in `with handle.accumulate():`, call step() after each, or freeze with requires_grad_(False) what a pass is not to train")
+_SECOND = ("gradient release: a second backward pass over the same parameters before step(), whose gradients should "
+           "have been added up, and the first were used already: "
+           "wrap all but the last in `with handle.accumulate():`, call step() after each, or freeze with "
+           "requires_grad_(False) what a pass is not to train")
 
 
 class GradientReleaseHandle:
@@ -60,7 +62,8 @@ class GradientReleaseHandle:
         self._groups: dict[torch.Tensor, dict] = {}  # each parameter's group, as this backward pass found them
         self._units: dict = {}  # sharded parameters, and what gathers and reduces each (of FSDP2)
         self._streams: set = set()  # on which hooks have stepped, and which nobody has waited for
-        self._task, self._mark, self._running = -1, 0, False  # the backward pass, squares before it, whether it has not ended
+        # the backward pass, squares before it, whether it has not ended
+        self._task, self._mark, self._running = -1, 0, False
         self._stepped, self._repeated = False, False  # whether the loop calls step(), and left it out
         ours = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in ours]
@@ -92,12 +95,15 @@ class GradientReleaseHandle:
     ):
         "What autograd calls, and FSDP2 after its reduction: releases the gradient, unless that cannot be right."
         if not self.active: return
-        if self.optimizer._lent: raise ReleaseError("a released backward pass, which steps, while averages are in the weights' place: leave applied() before training goes on")
+        if self.optimizer._lent: raise ReleaseError("a released backward pass, which steps, while averages are in "
+                                                    "the weights' place: leave applied() before training goes on")
         if (task := torch._C._current_graph_task_id()) != self._task: self._begin(task)
         if (group := self._groups.get(p)) is None: return  # taken out of the optimizer
-        if getattr(self._units.get(p), "_post_forward_indices", ()): return  # micro-batches came without a reduction, the layer was called again, and there is more to come
+        # micro-batches came without a reduction, the layer was called again, and there is more to come
+        if getattr(self._units.get(p), "_post_forward_indices", ()): return
         if (before := self._seen.get(p)) == task:
-            raise ReleaseError(f"gradient release: the gradient of a parameter of shape {tuple(p.shape)} came in two parts in one backward pass, and the first has been stepped: "
+            raise ReleaseError(f"gradient release: the gradient of a parameter of shape {tuple(p.shape)} came in two "
+                               "parts in one backward pass, and the first has been stepped: "
                                "train without release")
         if before is not None:
             if self._stepped: raise ReleaseError(_SECOND)
@@ -109,8 +115,10 @@ class GradientReleaseHandle:
     def _begin(self, task: int):
         "Begins a backward pass."
         if in_nested_backward():
-            raise ReleaseError("gradient release under reentrant checkpointing, where a layer that is used twice gets its gradient in parts: "
-                               "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False) (gradient_checkpointing_kwargs in Hugging Face's Trainer)")
+            raise ReleaseError("gradient release under reentrant checkpointing, where a layer that is used twice "
+                               "gets its gradient in parts: "
+                               "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False) "
+                               "(gradient_checkpointing_kwargs in Hugging Face's Trainer)")
         self._forget_failed()
         self._task, self._mark, self._running = task, len(self._squares), True
         self._groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
@@ -137,8 +145,10 @@ class GradientReleaseHandle:
         "What zero_grad() asks for; raises `ReleaseError` where the gradients to be dropped have been used."
         self._forget_failed()
         if self._stepped and self._seen:
-            raise ReleaseError("gradient release: zero_grad() after a backward pass, without step(): its gradients were used already. Call step() after each backward pass; "
-                               "where a pass is not to train these parameters, freeze them with requires_grad_(False) or wrap it in `with handle.accumulate():`")
+            raise ReleaseError("gradient release: zero_grad() after a backward pass, without step(): its gradients "
+                               "were used already. Call step() after each backward pass; "
+                               "where a pass is not to train these parameters, freeze them with "
+                               "requires_grad_(False) or wrap it in `with handle.accumulate():`")
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -148,24 +158,30 @@ class GradientReleaseHandle:
         group: dict,  # its parameter group
     ):
         "Steps one parameter and frees its gradient."
-        if p.grad.requires_grad: raise ReleaseError("gradient release of a backward pass with create_graph=True: what it keeps for a second derivative would be changed by the step; train without release")
+        if p.grad.requires_grad: raise ReleaseError("gradient release of a backward pass with create_graph=True: "
+                                                    "what it keeps for a second derivative would be changed by the "
+                                                    "step; train without release")
         if self.pre_step is not None and not self._wanted(p, group): p.grad = None
         if p.grad is None: return
         opt, scale, grad = self.optimizer, self._scale(p.device), local(p.grad)
         c = grad_scaling(sum_of_squares([grad]) if self._looks() else None, None, scale)
         if c.norm is not None: self._squares.append((p, c.norm.square()))
-        if c.skip is not None and isinstance(p, DTensor) and not grad.numel(): c.skip = torch.ones_like(c.skip)  # an empty shard counts the steps of the others
+        # an empty shard counts the steps of the others
+        if c.skip is not None and isinstance(p, DTensor) and not grad.numel(): c.skip = torch.ones_like(c.skip)
         if self.clip is not None and opt.max_norm is not None:
             clip = self.clip.to(p.device)
             c.multiplier = clip if c.multiplier is None else c.multiplier * clip
         for bucket in opt._collect_one(p, group): opt._apply(bucket, group, c)
         if p.device.type == "cuda": self._streams.add(torch.cuda.current_stream(p.device))
-        if not isinstance(p, DTensor): increment_version(p)  # kernels write unnoticed, and what is still to be differentiated may have kept the old values
+        # kernels write unnoticed, and what is still to be differentiated may have kept the old values
+        if not isinstance(p, DTensor): increment_version(p)
         p.grad = None
 
     def _wanted(self, p: torch.Tensor, group: dict) -> bool:
         "Whether `pre_step` lets the parameter be stepped."
-        if (answer := self.pre_step(p, group)) is None: raise ReleaseError("pre_step returned None: return True for the parameter to be stepped, or False to drop its gradient")
+        if (answer := self.pre_step(p, group)) is None: raise ReleaseError("pre_step returned None: return True for "
+                                                                           "the parameter to be stepped, or False to "
+                                                                           "drop its gradient")
         return bool(answer)
 
     def _looks(self) -> bool:
@@ -188,7 +204,8 @@ class GradientReleaseHandle:
         opt = self.optimizer
         if not self._scaled and hasattr(opt, "found_inf"):  # which GradScaler sets while it calls step()
             del opt.grad_scale, opt.found_inf
-            raise ReleaseError("gradient release with a GradScaler that it was not told of: gradients were used with the loss scale still on them; enable_gradient_release(..., grad_scaler=scaler)")
+            raise ReleaseError("gradient release with a GradScaler that it was not told of: gradients were used with "
+                               "the loss scale still on them; enable_gradient_release(..., grad_scaler=scaler)")
         self._forget_failed()
         for group in opt.param_groups:  # what only earlier micro-batches used has not been released yet
             for p in group["params"]:
@@ -249,12 +266,17 @@ def enable_gradient_release(
 ) -> GradientReleaseHandle:
     "Steps each parameter inside the backward pass and frees its gradient; raises `UserError` where that cannot be right."
     if not isinstance(optimizer, FlashOptimizer):
-        raise UserError(f"gradient release needs an optimizer that steps one parameter at a time, not {type(optimizer).__name__}: FlashAdamW(params, quantize=False, master_weight_bits=None) is plain AdamW")
-    if not isinstance(model, nn.Module): raise UserError(f"gradient release of a {type(model).__name__}: give the model, a torch.nn.Module")
+        raise UserError("gradient release needs an optimizer that steps one parameter at a time, not "
+                        f"{type(optimizer).__name__}: FlashAdamW(params, quantize=False, master_weight_bits=None) is "
+                        "plain AdamW")
+    if not isinstance(model, nn.Module): raise UserError(f"gradient release of a {type(model).__name__}: give the "
+                                                         "model, a torch.nn.Module")
     if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler): raise UserError(f"grad_scaler is a {type(grad_scaler).__name__}: give the loop's torch.amp.GradScaler, or None")
     if pre_step is not None and not _takes_two(pre_step):
-        raise UserError(f"pre_step is {pre_step!r}: give a function of a parameter and its group, that returns whether to step the parameter, or None")
-    if optimizer.release is not None: raise UserError("gradient release is enabled on this optimizer already: call remove() on its handle first")
+        raise UserError(f"pre_step is {pre_step!r}: give a function of a parameter and its group, that returns "
+                        "whether to step the parameter, or None")
+    if optimizer.release is not None: raise UserError("gradient release is enabled on this optimizer already: call "
+                                                      "remove() on its handle first")
     check_releasable(model, optimizer)
     optimizer.release = handle = GradientReleaseHandle(optimizer, grad_scaler, pre_step)
     handle._units = _units(model)
@@ -262,27 +284,34 @@ def enable_gradient_release(
     return handle
 
 
-SHARDS_ON = ("cpu",)  # where release of shards was shown to be right; over NCCL a rank was seen to go on from weights of the step before
+# where release of shards was shown to be right; over NCCL a rank was seen to go on from weights of the step before
+SHARDS_ON = ("cpu",)
 
 def check_releasable(model: nn.Module, optimizer: FlashOptimizer):
     "Raises `ReleaseError` for a model whose gradients cannot be released, or not to this optimizer."
     for part in model.modules(): _check_wrapper(part)
     own = [p for group in optimizer.param_groups for p in group["params"]]
     if not {id(p) for p in own} & {id(p) for p in model.parameters()}:
-        raise ReleaseError("the optimizer steps none of the model's parameters, so that nothing would be released: build it from model.parameters()")
+        raise ReleaseError("the optimizer steps none of the model's parameters, so that nothing would be released: "
+                           "build it from model.parameters()")
     if lying := {p.device.type for p in own if isinstance(p, DTensor)}.difference(SHARDS_ON):
-        raise ReleaseError(f"gradient release of shards on {', '.join(lying)}: it has been shown to be right on {', '.join(SHARDS_ON)} only; train FSDP2 without release there")
+        raise ReleaseError(f"gradient release of shards on {', '.join(lying)}: it has been shown to be right on "
+                           f"{', '.join(SHARDS_ON)} only; train FSDP2 without release there")
     for p in own:
         owners = [getattr(hook, "__self__", None) for hook in (p._post_accumulate_grad_hooks or {}).values()]
         if any(isinstance(owner, GradientReleaseHandle) for owner in owners):
-            raise ReleaseError(f"a parameter of shape {tuple(p.shape)} is released to another optimizer already: call remove() on that handle, or give each optimizer parameters of its own")
+            raise ReleaseError(f"a parameter of shape {tuple(p.shape)} is released to another optimizer already: "
+                               "call remove() on that handle, or give each optimizer parameters of its own")
 
 
 def _check_wrapper(part: nn.Module):
     if isinstance(part, DistributedDataParallel):
-        raise ReleaseError("gradient release under DistributedDataParallel: gradients are averaged in buckets after they are released; use FSDP2 (torch.distributed.fsdp.fully_shard), or train without release")
+        raise ReleaseError("gradient release under DistributedDataParallel: gradients are averaged in buckets after "
+                           "they are released; use FSDP2 (torch.distributed.fsdp.fully_shard), or train without "
+                           "release")
     if type(part).__name__ == "FullyShardedDataParallel":  # by name: importing it takes half a second
-        raise ReleaseError("gradient release under FullyShardedDataParallel (FSDP1), which flattens parameters and reduces them itself: use FSDP2 (torch.distributed.fsdp.fully_shard)")
+        raise ReleaseError("gradient release under FullyShardedDataParallel (FSDP1), which flattens parameters and "
+                           "reduces them itself: use FSDP2 (torch.distributed.fsdp.fully_shard)")
 
 
 def _units(model):

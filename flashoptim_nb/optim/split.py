@@ -46,7 +46,8 @@ def compute_ecc_bits(
     "The error bits that `narrow` lacks to be `fp32` (arXiv 2602.23349, section 3); raises `UserError` for other types or widths."
     _check_split(fp32, narrow, master_bytewidth)
     bits = 8 * (master_bytewidth - 2)
-    code = _code(fp32, narrow, bits).clamp_(-MAX_CODE[bits], MAX_CODE[bits])  # `narrow` is the caller's and may not be the nearest
+    # `narrow` is the caller's and may not be the nearest
+    code = _code(fp32, narrow, bits).clamp_(-MAX_CODE[bits], MAX_CODE[bits])
     return code.masked_fill_(~(code.isfinite() & narrow.isfinite()), 0).to(CODE_DTYPE[bits])
 
 
@@ -74,9 +75,11 @@ def _code(theta, narrow, bits):
 def _check_split(fp32, narrow, master_bytewidth, shapes=True):
     "Raises `UserError` unless the arguments make a split weight."
     if fp32.dtype != torch.float32 or narrow.dtype not in HALF_FORMATS:
-        raise UserError(f"a split weight is fp32 beside bf16 or fp16, not {fp32.dtype} beside {narrow.dtype}: convert with .float(), .bfloat16() or .half()")
+        raise UserError(f"a split weight is fp32 beside bf16 or fp16, not {fp32.dtype} beside {narrow.dtype}: "
+                        "convert with .float(), .bfloat16() or .half()")
     if master_bytewidth not in (3, 4):
-        raise UserError(f"master_bytewidth={master_bytewidth}: a 16-bit weight takes 3 bytes in all (int8 error bits) or 4 (int16)")
+        raise UserError(f"master_bytewidth={master_bytewidth}: a 16-bit weight takes 3 bytes in all (int8 error "
+                        "bits) or 4 (int16)")
     if shapes and fp32.shape != narrow.shape:
         raise UserError(f"shapes differ: fp32 {tuple(fp32.shape)}, narrow {tuple(narrow.shape)}")
 
@@ -99,7 +102,8 @@ def reconstruct_fp32_param(
 ) -> torch.Tensor:  # fp32, same shape
     "`decode` under the public package's name; raises `UserError` for types that do not belong together."
     if param.dtype not in HALF_FORMATS or error_bits.dtype not in CODE_DTYPE.values() or param.shape != error_bits.shape:
-        raise UserError(f"cannot join {param.dtype} {tuple(param.shape)} with error bits {error_bits.dtype} {tuple(error_bits.shape)}: bf16 or fp16 with int8 or int16 of the same shape")
+        raise UserError(f"cannot join {param.dtype} {tuple(param.shape)} with error bits {error_bits.dtype} "
+                        f"{tuple(error_bits.shape)}: bf16 or fp16 with int8 or int16 of the same shape")
     return decode(param, error_bits)
 
 # %% ../../nbs/optim/00_split.ipynb #f3036b2b

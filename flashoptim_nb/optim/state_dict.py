@@ -55,14 +55,16 @@ def saved_state(opt) -> dict:
     begun = [(group, [p for p in group["params"] if _begins(opt, group, p)]) for group in opt.param_groups]
     own_states(opt, begun)  # as they would begin in the next step
     listed, every = {p for group in opt.param_groups for p in group["params"]}, opt.state
-    opt.state = {p: s for p, s in every.items() if p in listed}  # a parameter that left its group may come back, and has no number
+    # a parameter that left its group may come back, and has no number
+    opt.state = {p: s for p, s in every.items() if p in listed}
     try: out = Optimizer.state_dict(opt)
     finally: opt.state = every
     out["state"] = {i: _exported(opt, s) for i, s in out["state"].items() if s}
     clip = opt._next_clip if opt.release is None else opt.release._coming()
     for g, own in zip(out["param_groups"], opt.param_groups):
         g["state_format"] = opt._state_format(own)
-        if clip is not None: g["state_format"] += f"-{clip.item()!r}"  # in a mark that was always there: tools refuse a key that an older file lacks
+        # in a mark that was always there: tools refuse a key that an older file lacks
+        if clip is not None: g["state_format"] += f"-{clip.item()!r}"
     return out
 
 
@@ -100,13 +102,16 @@ def saved_public_state(opt) -> dict:
     if not opt.companded or any(g.get("maximize") for g in opt.param_groups):
         raise StateError("companded=False or maximize=True: the public package has neither; save state_dict()")
     if changed := [p for p in opt.state if opt._made_for.get(p, p.dtype) != p.dtype]:
-        raise StateError(f"a parameter of shape {tuple(changed[0].shape)} is {changed[0].dtype} now and its state was made for {opt._made_for[changed[0]]}: save before such a change of the model, or save state_dict()")
+        raise StateError(f"a parameter of shape {tuple(changed[0].shape)} is {changed[0].dtype} now and its state "
+                         f"was made for {opt._made_for[changed[0]]}: save before such a change of the model, or save "
+                         "state_dict()")
     beyond = {"state_format", "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "reference_lr"}
     out = opt.state_dict()
     width = {None: 0, 24: 3, 32: 4}[opt.master_weight_bits]
     for n, own in enumerate(opt.param_groups):
         group = {key: x for key, x in out["param_groups"][n].items() if key not in beyond}
-        reference = {"initial_lr": own["reference_lr"]} if opt.decouple_lr and "reference_lr" in own else {}  # that package has one key for it and for schedulers
+        # that package has one key for it and for schedulers
+        reference = {"initial_lr": own["reference_lr"]} if opt.decouple_lr and "reference_lr" in own else {}
         group = {"initial_lr": float(group["lr"]), **group, **reference, "master_bytewidth": width, "quantize": opt.quantize}
         out["param_groups"][n] = group
         for i, p in zip(group["params"], own["params"]):
@@ -185,17 +190,22 @@ def _moment(opt, p, saved, key, origin, where):
 
 
 def _nonnegative(t, where):
-    if (local(t) < 0).any(): raise StateError(f"{where} has values below 0, which squares and scales never have: the checkpoint is damaged")
+    if (local(t) < 0).any(): raise StateError(f"{where} has values below 0, which squares and scales never have: the "
+                                              "checkpoint is damaged")
 
 
 def _check_saved(t, p, shape, dtype, where):
     "Raises `StateError` unless `t` is a tensor of this shape and dtype (None: any floating one, all finite), sharded where `p` is."
     kind = dtype or "floating point"
-    if not isinstance(t, torch.Tensor): raise StateError(f"{where} is missing; a {kind} tensor of shape {tuple(shape)} is needed: is this the state of another kind of optimizer?")
+    if not isinstance(t, torch.Tensor): raise StateError(f"{where} is missing; a {kind} tensor of shape "
+                                                         f"{tuple(shape)} is needed: is this the state of another "
+                                                         "kind of optimizer?")
     right = t.is_floating_point() if dtype is None else t.dtype == dtype
-    if t.shape != torch.Size(shape) or not right: raise StateError(f"{where} is {t.dtype} {tuple(t.shape)}; {kind} {tuple(shape)} is needed")
+    if t.shape != torch.Size(shape) or not right: raise StateError(f"{where} is {t.dtype} {tuple(t.shape)}; {kind} "
+                                                                   f"{tuple(shape)} is needed")
     if isinstance(p, DTensor) != isinstance(t, DTensor): raise StateError(f"{where} is {'whole' if isinstance(p, DTensor) else 'sharded'} and its parameter is not: load it with torch.distributed.checkpoint, which deals states out to the ranks")
-    if t.is_floating_point() and not local(t).isfinite().all(): raise StateError(f"{where} has values that are not finite: the checkpoint is damaged")
+    if t.is_floating_point() and not local(t).isfinite().all(): raise StateError(f"{where} has values that are not "
+                                                                                 "finite: the checkpoint is damaged")
 
 # %% ../../nbs/optim/09_state_dict.ipynb #53d658f9
 def _saved_error_bits(p, saved, origin, where):
@@ -203,8 +213,10 @@ def _saved_error_bits(p, saved, origin, where):
     error_bits, bits = saved.get("error_bits"), origin.bits
     if error_bits is None: return None
     needed = f"an int8 or int16 tensor {tuple(p.shape)} is needed: leave error_bits out to begin at the 16-bit weights"
-    if not isinstance(error_bits, torch.Tensor): raise StateError(f"{where}: error_bits is a {type(error_bits).__name__}; {needed}")
-    refused = lambda why: StateError(f"{where}: error_bits is {error_bits.dtype} {tuple(error_bits.shape)}, {why}; {needed}")
+    if not isinstance(error_bits, torch.Tensor): raise StateError(f"{where}: error_bits is a "
+                                                                  f"{type(error_bits).__name__}; {needed}")
+    refused = lambda why: StateError(f"{where}: error_bits is {error_bits.dtype} {tuple(error_bits.shape)}, {why}; "
+                                     f"{needed}")
     if error_bits.shape != p.shape or error_bits.is_complex() or error_bits.dtype == torch.bool: raise refused("of another shape or kind")
     if isinstance(error_bits, DTensor) != isinstance(p, DTensor): raise refused("whole or sharded as its parameter is not")
     if error_bits.is_floating_point():
@@ -245,7 +257,8 @@ def _steps(saved, where):
     "Steps that a parameter has taken; torch's SGD counts none, and what has a state took one."
     try: t = float(saved.get("step", 1))
     except (TypeError, ValueError, RuntimeError): t = float("nan")
-    if not 0 <= t < float("inf"): raise StateError(f"{where}: step is {saved['step']!r}; a number of steps, 0 or more, is needed: the checkpoint is damaged")
+    if not 0 <= t < float("inf"): raise StateError(f"{where}: step is {saved['step']!r}; a number of steps, 0 or "
+                                                   "more, is needed: the checkpoint is damaged")
     return t
 
 # %% ../../nbs/optim/09_state_dict.ipynb #a17c9e54
@@ -260,8 +273,10 @@ def _check_kind(opt, group, where):
     saved, own = (frozenset().union(*_KINDS).intersection(options) for options in (group, opt.defaults))
     if "amsgrad" in group: saved -= {"decoupled_weight_decay"}  # torch's Adam has both, its RAdam the second alone
     if not saved or saved == own: return
-    raise StateError(f"{where} was saved by {_KINDS.get(saved, 'another kind of optimizer')} (it has {', '.join(sorted(saved))}), another kind than {type(opt).__name__}, "
-                     f"which loads {_KINDS.get(own, 'its own')} ({', '.join(sorted(own))}): load it into the kind that saved it, or start without it")
+    raise StateError(f"{where} was saved by {_KINDS.get(saved, 'another kind of optimizer')} (it has "
+                     f"{', '.join(sorted(saved))}), another kind than {type(opt).__name__}, "
+                     f"which loads {_KINDS.get(own, 'its own')} ({', '.join(sorted(own))}): load it into the kind "
+                     "that saved it, or start without it")
 
 # %% ../../nbs/optim/09_state_dict.ipynb #4b2ddd55
 def _opened(state_dict):
@@ -276,7 +291,8 @@ def _opened(state_dict):
     if len(set(named)) < len(named):
         raise StateError(f"the groups name a parameter twice ({max(named, key=named.count)!r}): {asks}")
     for i, s in saved.items():
-        if not isinstance(s, Mapping): raise StateError(f"the state of {i!r} is a {type(s).__name__}, where a dict is needed: {asks}")
+        if not isinstance(s, Mapping): raise StateError(f"the state of {i!r} is a {type(s).__name__}, where a dict "
+                                                        f"is needed: {asks}")
     return groups, saved
 
 # %% ../../nbs/optim/09_state_dict.ipynb #4b2ddd56
@@ -287,7 +303,8 @@ def _check_names(groups, own):
     at = {name: n for n, name in enumerate(name for g in own for name in g["param_names"])}
     for n, name in enumerate(name for g in groups for name in g["param_names"]):
         if at.get(name, n) != n:
-            raise StateError(f"{name} is parameter {n} of the state dict and {at[name]} of the optimizer, and states go by these numbers: "
+            raise StateError(f"{name} is parameter {n} of the state dict and {at[name]} of the optimizer, and states "
+                             "go by these numbers: "
                              "give the optimizer the parameters in the order in which they were saved")
 
 
@@ -324,17 +341,21 @@ def load_state(
         if (other := hook(opt, state_dict)) is not None: state_dict = other
     groups, saved = _opened(state_dict)
     sizes, wanted = [len(g["params"]) for g in groups], [len(g["params"]) for g in opt.param_groups]
-    if sizes != wanted: raise StateError(f"the state dict has groups of {sizes} parameters, the optimizer {wanted}: build it from the same model and groups")
+    if sizes != wanted: raise StateError(f"the state dict has groups of {sizes} parameters, the optimizer {wanted}: "
+                                         "build it from the same model and groups")
     if strange := saved.keys() - {i for g in groups for i in g["params"]}:
-        raise StateError(f"the state dict has a state of {next(iter(strange))!r}, which none of its groups names: parameters are numbered by integers, which JSON for one makes into strings")
+        raise StateError(f"the state dict has a state of {next(iter(strange))!r}, which none of its groups names: "
+                         "parameters are numbered by integers, which JSON for one makes into strings")
     for n, g in enumerate(groups): _check_kind(opt, g, f"group {n} of the state dict")
     _check_names(groups, opt.param_groups)
     options = deepcopy([{k: v for k, v in g.items() if k not in _MARKS and (k not in opt.options or k == "fused")} for g in groups])  # at once: groups may share a tensor
     for own, new in zip(opt.param_groups, options): opt._check_group(own | new)
     states = _states(opt, groups, saved, options)
     for own, new, g in zip(opt.param_groups, options, groups):
-        ours = not {"state_format", "master_bytewidth"}.isdisjoint(g)  # elsewhere a scheduler has written it, which may begin far below
-        if opt.decouple_lr and ours and new.get("initial_lr"): own["reference_lr"] = float(new["initial_lr"])  # what had no key of its own kept it there
+        # elsewhere a scheduler has written it, which may begin far below
+        ours = not {"state_format", "master_bytewidth"}.isdisjoint(g)
+        # what had no key of its own kept it there
+        if opt.decouple_lr and ours and new.get("initial_lr"): own["reference_lr"] = float(new["initial_lr"])
         own.update(new)
     opt.state.clear(); opt.state.update(states)
     opt._made_for = {p: p.dtype for p in states}
@@ -371,7 +392,8 @@ def _in_fp32(t, known, name):
     widened = t.dtype not in HALF_FORMATS and dtype in HALF_FORMATS and (local(narrow.to(t.dtype)) == local(t)).all()
     if error_bits.shape != t.shape or not (t.dtype == dtype or widened):
         raise StateError(f"{name} is {t.dtype} {tuple(t.shape)} now and its error bits were made for {dtype} weights "
-                         f"{tuple(error_bits.shape)}: take the fp32 weights before such a change, make the optimizer anew after it")
+                         f"{tuple(error_bits.shape)}: take the fp32 weights before such a change, make the optimizer "
+                         "anew after it")
     return like(t, decode(local(narrow), local(error_bits).to(t.device)))
 
 
@@ -425,11 +447,13 @@ def _split(opt, t, wide, taken, name):
 def _named_alike(own, given):
     "Raises `StateError` where names or shapes of a model's entries and the given ones differ."
     if not isinstance(given, Mapping):
-        raise StateError(f"a {type(given).__name__} in place of a state dict: give names and tensors as in model.state_dict()")
+        raise StateError(f"a {type(given).__name__} in place of a state dict: give names and tensors as in "
+                         "model.state_dict()")
     shape = lambda t: getattr(t, "shape", None)
     wrong = [n for n in own.keys() | given.keys() if n not in own or n not in given or shape(own[n]) != shape(given[n])]
     if not wrong: return
-    raise StateError(f"{len(wrong)} entries differ between model and state dict in name or shape: {', '.join(sorted(wrong)[:5])}")
+    raise StateError(f"{len(wrong)} entries differ between model and state dict in name or shape: "
+                     f"{', '.join(sorted(wrong)[:5])}")
 
 
 def _tied_alike(entries, given):
