@@ -511,6 +511,7 @@ class ParamBucket:
     def take(self, grads: Sequence[torch.Tensor], at: tuple[int, ...] | None = None, found: GradPointers | None = None):
         "Sets the gradients of the next step, in the parameters' order, flat or contiguous; where they lie, if that is known."
         self.grads, self.at, self.grad_pointers = grads, at, found or (self.tensors.grad_pointers(grads, at) if self.tensors else None)
+        if self.tensors: self.tensors.keep_for_replays(self.grad_pointers)
 
     def with_grads(self) -> list[Operands]:
         "The operands for the reference."

@@ -181,10 +181,13 @@ class TensorList:
         if aligned not in self.layouts:
             self.layouts[aligned] = [Launch(*kind, self.table(blocks, torch.int32)) for kind, blocks in _kinds(self.sizes, aligned).items()]
         found = GradPointers(self.table(at, torch.int64), self.layouts[aligned], TYPES[grads[0].dtype])
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing(): self.captured.append(found)
-        elif len(self.known) >= 8: del self.known[next(iter(self.known))]
+        if len(self.known) >= 8: del self.known[next(iter(self.known))]
         self.known[at] = found
         return found
+
+    def keep_for_replays(self, found: GradPointers):
+        "Keeps for good what a CUDA graph that is being captured reads: it is replayed when `known` may have dropped it."
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing(): self.captured.append(found)
 
     def step_scalars(
         self,
