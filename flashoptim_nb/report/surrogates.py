@@ -26,7 +26,7 @@ from .render import Rendered, full_name, load_runs, sentence
 # %% ../../nbs/report/06_surrogates.ipynb #04b00006
 SURROGATE_COLOURS = {
     "fp32": "#0072b2", "tf32": "#56b4e9", "mixed_bf16": "#d55e00", "mixed_fp16": "#cc79a7", "flash": "#009e73", "fp32_2x": "#3182bd", "mixed_bf16_2x": "#e69f00", "flash_2x": "#74c476",
-    "mixed_fp16_static": "#9e5a80", "mixed_bf16_accumulate": "#b8860b", "mixed_bf16_checkpointing": "#8c6d31", "flash_release": "#31a354",
+    "mixed_fp16_static": "#9e5a80", "mixed_bf16_accumulate": "#b8860b", "flash_release": "#31a354", "mixed_bf16_checkpointing": "#8c6d31",
     "fp32_fused": "#6a51a3", "mixed_bf16_fused": "#a63603", "flash_fused": "#00695c", "pyg_fp32": "#7f7f7f"}
 METHOD_COLOURS = dict(zip(METHODS, ("#d55e00", "#0072b2", "#009e73")))
 CONDITIONS = ("fp32", "mixed_bf16", "flash", "mixed_bf16_2x", "flash_2x")  # A, B and C
@@ -40,8 +40,9 @@ def coloured(names: Iterable[str], field: str = "config", colours: Mapping[str, 
 def _unit(unit: str) -> str: return "" if unit == "1" else unit
 
 def ordered(rows: pd.DataFrame) -> pd.DataFrame:
-    "Rows in the order of the configurations."
-    return rows.sort_values("config", key=lambda c: c.map(list(SURROGATE_COLOURS).index), kind="stable")
+    "The rows in the order in which configurations are listed everywhere."
+    if rows.empty: return rows
+    return rows.sort_values("config", key=lambda c: c.map(list(SURROGATE_COLOURS).index), kind="stable").reset_index(drop=True)
 
 def h2_runs(runs: Iterable[Run] | None) -> list[Run]: return load_runs(hypothesis="h2") if runs is None else list(runs)
 
