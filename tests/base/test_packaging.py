@@ -38,7 +38,7 @@ def imported(path):
 
 
 def test_without_extras_three_packages_are_installed():
-    assert set(required()) - {"fastcore"} == {"torch", "triton", "numpy"}  # fastcore, while the optimizers are written with its `patch`
+    assert set(required()) == {"torch", "triton", "numpy"}
     assert all(re.fullmatch(r">=[\d.]+", required()[name]) for name in ("torch", "triton", "numpy")), "lower bounds only: a newer torch stays"
 
 
