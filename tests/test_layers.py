@@ -71,6 +71,15 @@ def test_the_engine_that_judges_names_no_hypothesis(name):
     assert not wrong, f"study.{name} imports {wrong}"
 
 
+RUNS = ("checkpoint", "loop", "presets", "run", "experiment", "journal", "runner")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_engine_that_runs_names_no_study(name):
+    wrong = [".".join(m) for m in imported(PACKAGE / "study" / f"{name}.py") if within(m, "study") and m[1:] and m[1] not in ENGINE + RUNS]
+    assert not wrong, f"study.{name} imports {wrong}"
+
+
 DOMAINS = ("surrogates", "domains")
 
 

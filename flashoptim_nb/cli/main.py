@@ -57,43 +57,35 @@ class _Stop:
         print("\nstopping after this step; the same command goes on from there (once more stops at once)", file=sys.stderr)
 
 def _run(args) -> int:
+    from flashoptim_nb.base.machine import repo_root
     from flashoptim_nb.study.hypotheses import hypothesis_of
+    from flashoptim_nb.study.presets import select_runs
+    from flashoptim_nb.study.protocols import PROTOCOLS
+    from flashoptim_nb.study.runner import Study, check_request, device_for, dry_run
     for id in args.confirm: hypothesis_of(args.hypothesis).checkpoint(id)
-    return (_run_h2 if args.hypothesis == "h2" else _run_h1)(args)
+    _refuse_others(args)
+    protocol = PROTOCOLS[args.hypothesis]
+    preset, workers = choose("scale", args.scale, protocol.presets), 1 if args.workers is None else args.workers
+    for arm in args.arms or (): choose("arm", arm, protocol.experiments)
+    check_request(workers, args.minutes)
+    if args.device: device_for(preset, args.device)
+    chosen = dict(workloads=args.sizes or args.domains, configs=args.configs)
+    if args.dry_run: return dry_run(protocol, select_runs(preset, **chosen, what=protocol.workload), args.arms)
+    study = Study(protocol, preset, args.out or repo_root() / "runs", device=args.device or preset.device, experiments=args.arms,
+                  workers=workers, graphs=bool(args.graphs), minutes=args.minutes, stopped=_Stop(), **chosen)
+    return study.run(args.confirm)
 
-def _refuse(args, names: tuple[str, ...], why: str):
+_OTHERS = {  # options of the other hypothesis, and why they are none here
+    "h1": (("domains", "arms", "workers", "graphs", "minutes"),
+           "its runs are chosen by --sizes and --configs, and one is made at a time"),
+    "h2": (("sizes",), "its runs are chosen by --domains, --configs and --arms; 1x and 2x are part of a configuration's name"),
+}
+
+def _refuse_others(args):
     "Raises `UserError` for an option that this hypothesis does not have."
+    names, why = _OTHERS[args.hypothesis]
     for name in names:
         if getattr(args, name) is not None: raise UserError(f"--{name} is not an option of {args.hypothesis}: {why}")
-
-def _run_h1(args) -> int:
-    from flashoptim_nb.base.machine import repo_root
-    from flashoptim_nb.study.h1.experiments import Study
-    from flashoptim_nb.study.journal import device_for
-    from flashoptim_nb.study.presets import SCALES
-    from flashoptim_nb.study.stages import dry_run, narrow
-    _refuse(args, ("domains", "arms", "workers", "graphs", "minutes"), "its runs are chosen by --sizes and --configs, and one is made at a time")
-    scale = choose("scale", args.scale, SCALES)
-    if args.device: device_for(scale, args.device)
-    if args.dry_run: return dry_run(narrow(scale, args.sizes, args.configs))
-    study = Study(scale, args.out or repo_root() / "runs", device=args.device or scale.device, roles=args.sizes, configs=args.configs, stopped=_Stop())
-    return study.run(args.confirm)
-
-def _run_h2(args) -> int:
-    from flashoptim_nb.base.machine import repo_root
-    from flashoptim_nb.study.h2.experiments import SurrogateStudy, check_request, dry_run
-    from flashoptim_nb.study.h2.presets import ARMS, SCALES, narrow
-    from flashoptim_nb.study.journal import device_for
-    _refuse(args, ("sizes",), "its runs are chosen by --domains, --configs and --arms; 1x and 2x are part of a configuration's name")
-    scale = choose("scale", args.scale, SCALES)
-    for arm in args.arms or (): choose("arm", arm, ARMS)
-    workers = 1 if args.workers is None else args.workers
-    check_request(workers, args.minutes)
-    if args.device: device_for(scale, args.device)
-    if args.dry_run: return dry_run(narrow(scale, args.domains, args.configs), args.arms or ARMS)
-    study = SurrogateStudy(scale, args.out or repo_root() / "runs", device=args.device or scale.device, domains=args.domains, configs=args.configs, arms=args.arms,
-                           workers=workers, graphs=bool(args.graphs), minutes=args.minutes, stopped=_Stop())
-    return study.run(args.confirm)
 
 # %% ../../nbs/cli/02_main.ipynb #37c569ae
 def _tell_hidden(studies: list[Path]):
@@ -112,11 +104,11 @@ def _tell_unfinished(studies: list[Path]):
 
 def _verdict(args) -> int:
     from flashoptim_nb.study.hypotheses import HYPOTHESES
-    from flashoptim_nb.study.presets import SCALES
+    from flashoptim_nb.study.protocols import PROTOCOLS
     from flashoptim_nb.study.verdict import verdict
     from flashoptim_nb.report.render import load_runs
     from flashoptim_nb.report.tables import verdict_text
-    if args.scale: choose("scale", args.scale, SCALES)
+    if args.scale: choose("scale", args.scale, PROTOCOLS[args.hypothesis].presets)
     studies = _studies(args.records)
     if not args.records: _tell_hidden(studies)
     _tell_unfinished(studies)

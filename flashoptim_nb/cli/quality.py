@@ -14,19 +14,22 @@ from ..base.errors import UserError, choose
 from ..base.machine import pick_device, provenance
 from ..base.records import only_writer, read_run, study_name
 from ..study.h1.corpus import load_corpus
-from ..study.callbacks import Evaluation, Speed
-from ..study.run import Spec, free, header, is_done, make_task
-from ..study.presets import Part, SCALES
+from ..study.h1.callbacks import EvaluationCallback, ThroughputCallback
+from ..study.h1.criteria import H1
+from ..study.run import is_done, run_header
+from ..study.h1.run import LMSpec, make_task
+from ..measure.memory import free
+from ..study.h1.presets import PRESETS, SizePlan
 from ..lm.sizes import gpt_config, pad_vocab
 from ..study.loop import Interrupted, fit
 from ..train.config import Recipe
 from ..train.optimizers import OPTIMIZER_CONFIGS, OPTIMIZERS
 
 # %% ../../nbs/cli/01_quality.ipynb #6e1b77a4
-_gpu = Part(size="124M", configs=tuple(OPTIMIZER_CONFIGS), micros=(32,), track_every=40,
-            recipe=Recipe(steps=160, batch=32, micro=32, seq=1024, lr=6e-4, warmup=0.1))
-_laptop = Part(size="tiny", configs=tuple(OPTIMIZER_CONFIGS), micros=(4,), track_every=10,
-               recipe=Recipe(steps=20, batch=4, micro=4, seq=128, lr=1e-3, warmup=0.1))
+_gpu = SizePlan(size="124M", configs=tuple(OPTIMIZER_CONFIGS), micros=(32,), track_every=40,
+                recipe=Recipe(steps=160, batch=32, micro=32, seq=1024, lr=6e-4, warmup=0.1))
+_laptop = SizePlan(size="tiny", configs=tuple(OPTIMIZER_CONFIGS), micros=(4,), track_every=10,
+                   recipe=Recipe(steps=20, batch=4, micro=4, seq=128, lr=1e-3, warmup=0.1))
 PARTS = dict(laptop=_laptop, gpu=_gpu)
 SCHEDULES = {  # lr: times the preset's
     "gentle": dict(role="optimizer_gentle", warmup=0.3, lr=0.5, help="half the usual rate after a long warm-up: two runs of a seed stay together"),
@@ -42,13 +45,14 @@ def quality_spec(
     tokenizer: str,
     steps: int | None = None,  # None: the scale's own
     schedule: str = "gentle",  # of `SCHEDULES`
-) -> Spec:
+) -> LMSpec:
     "One training run."
     part, chosen = PARTS[scale], SCHEDULES[schedule]
     recipe = part.recipe.replace(steps=steps or part.recipe.steps, lr=chosen.get("lr", 1) * part.recipe.lr, warmup=chosen.get("warmup", part.recipe.warmup))
     recipe = OPTIMIZERS[config].recipe(recipe)
-    return Spec(scale=scale, role=chosen["role"], size=part.size, arm="quality", config=config, seed=seed, stack=OPTIMIZER_CONFIGS[config], recipe=recipe,
-                model=gpt_config(part.size, part.style, vocab_size=vocab, max_seq=recipe.seq), tokenizer=tokenizer)
+    return LMSpec(preset=scale, workload=chosen["role"], size=part.size, experiment="quality", config=config, seed=seed,
+                  stack=OPTIMIZER_CONFIGS[config], recipe=recipe,
+                  model=gpt_config(part.size, part.style, vocab_size=vocab, max_seq=recipe.seq), tokenizer=tokenizer)
 
 # %% ../../nbs/cli/01_quality.ipynb #7f52a0c8
 def quality(
@@ -70,7 +74,7 @@ def quality(
     if steps is not None and steps < 1 or minutes is not None and not minutes > 0 or any(not 0 <= seed < 2**32 for seed in seeds):
         raise UserError(f"steps {steps}, minutes {minutes}, seeds {seeds}: steps are 1 or more, minutes above 0, seeds from 0 to {2**32 - 1}")
     for config in (configs := [*configs]): choose("configuration", config, OPTIMIZER_CONFIGS)
-    where, whole = pick_device(device), SCALES[scale]
+    where, whole = pick_device(device), PRESETS[scale]
     if whole.device == "cuda" and where.type != "cuda": raise UserError(f"scale {scale!r} is trained on a GPU, and there is none here; rehearse with --preset laptop")
     origin, end = provenance(where), time.monotonic() + 60 * (minutes or 1e9)
     corpus = load_corpus(whole.replace(eval_sets=whole.eval_sets[:1] + (("c4", 65_536),) if scale == "gpu" else whole.eval_sets[:1]))
@@ -79,11 +83,11 @@ def quality(
         for seed in seeds:
             for config in configs:
                 spec = quality_spec(scale, config, seed, pad_vocab(corpus.tokenizer.vocab_size), whole.tokenizer, steps, schedule)
-                head = header(spec, where, corpus.hash, folder.name) | dict(hypothesis="quality")
+                head = run_header(spec, where, data_hash=corpus.data_hash, study=folder.name, hypothesis="quality", criteria_hash=H1.hash)
                 if is_done(folder / spec.id, head): continue
                 if time.monotonic() > end: tell(f"the time is up before {spec.id}; the same command goes on"); return folder
                 task = make_task(spec, where, corpus)
-                looks = [Evaluation(task, corpus.track, PARTS[scale].track_every, spec.recipe.steps, corpus.evals), Speed(task)]
+                looks = [EvaluationCallback(task, corpus.track, PARTS[scale].track_every, spec.recipe.steps, corpus.evals), ThroughputCallback(task)]
                 try: fit(task, folder / spec.id, head, steps=spec.recipe.steps, callbacks=looks, stopped=lambda: time.monotonic() > end)
                 except Interrupted: tell(f"the time is up during {spec.id}; the same command goes on"); return folder
                 tell(f"{spec.id}: " + ", ".join(f"{row['set']} {row['nll'] / row['tokens']:.4f}" for row in read_run(folder / spec.id).of("eval")[-len(corpus.evals):]))

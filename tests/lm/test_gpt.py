@@ -286,11 +286,11 @@ def test_norms_in_fp32_follow_adamw_through_the_warm_up():
     "A norm's 16-bit weight does not move before its steps add up to half a spacing, and the loss lags; with norms in fp32 it does not."
     from flashoptim_nb.study.h1.corpus import load_corpus
     from flashoptim_nb.cli.quality import quality_spec
-    from flashoptim_nb.study.run import make_task
-    from flashoptim_nb.study.presets import SCALES
+    from flashoptim_nb.study.h1.run import make_task
+    from flashoptim_nb.study.h1.presets import PRESETS
     from flashoptim_nb.lm.sizes import pad_vocab
 
-    laptop, seed = SCALES["laptop"], random.randrange(1000)
+    laptop, seed = PRESETS["laptop"], random.randrange(1000)
     corpus = load_corpus(laptop)
 
     def late_losses(config):  # 36 steps of warm-up in all

@@ -16,9 +16,11 @@ from rich.console import Console
 
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.base.records import RunWriter, problems, read_study
-from flashoptim_nb.study.h2.criteria import DOMAINS
-from flashoptim_nb.study.h2.experiments import SurrogateStudy, dry_run, stages
-from flashoptim_nb.study.h2.presets import SCALES, narrow
+from flashoptim_nb.study.h2.quantities import DOMAINS
+from flashoptim_nb.study.h2.experiments import PROTOCOL, stages
+from flashoptim_nb.study.h2.presets import PRESETS
+from flashoptim_nb.study.presets import select_runs
+from flashoptim_nb.study.runner import Study, dry_run
 from flashoptim_nb.cli.main import main
 from flashoptim_nb.study.loop import Interrupted
 
@@ -28,15 +30,17 @@ from flashoptim_nb.study.h2.presets import LAPTOP
 from flashoptim_nb.surrogates.plans import Solve
 from flashoptim_nb.surrogates.registry import domains
 
-part = LAPTOP.parts["molecules"].replace(configs=("fp32", "flash", "mixed_fp16"), searched=("flash",), tries=3, batches=(16,), timed=2, limits=dict(rows=160), budget=1 << 20, labels=(),
+plan = LAPTOP.plans["molecules"].replace(configs=("fp32", "flash", "mixed_fp16"), searched=("flash",), tries=3, batches=(16,), timed=2, limits=dict(rows=160), budget=1 << 20, labels=(),
                                          solve=Solve(runs=2, methods=("reinforce",), steps=2, batch=8, most=3), solved=("fp32", "flash"))
-SCALE = LAPTOP.replace(parts={"toy": part}, seeds=(0, 1), checkpoints=3)
+PRESET = LAPTOP.replace(plans={"toy": plan}, seeds=(0, 1), checkpoints=3)
 """
 DRIVER = COMMON + """
 import sys
-from flashoptim_nb.study.h2 import experiments as h2; from flashoptim_nb.cli import main
+from flashoptim_nb.cli import main
+from flashoptim_nb.study.h2.experiments import PROTOCOL
+from flashoptim_nb.study.runner import Study
 from flashoptim_nb.study.loop import Interrupted
-try: sys.exit(h2.SurrogateStudy(SCALE, sys.argv[1], device="cpu", stopped=main._Stop()).run())
+try: sys.exit(Study(PROTOCOL, PRESET, sys.argv[1], device="cpu", stopped=main._Stop()).run())
 except Interrupted: sys.exit(130)
 """
 exec(COMMON)
@@ -55,8 +59,8 @@ def lacking(monkeypatch):
     return take
 
 
-def study(out, scale=SCALE, **options):  # noqa: F821 - of COMMON
-    return SurrogateStudy(scale, out, device="cpu", console=Console(file=io.StringIO()), **options)
+def study(out, preset=PRESET, **options):  # noqa: F821 - of COMMON
+    return Study(PROTOCOL, preset, out, device="cpu", console=Console(file=io.StringIO()), **options)
 
 
 def content(out):
@@ -125,9 +129,9 @@ def test_killed_at_a_random_moment_it_goes_on_as_if_nothing_had_happened(number,
 
 
 def test_workers_make_the_same_training_runs(whole, tmp_path):
-    scale = SCALE.replace(parts={"toy": SCALE.parts["toy"].replace(solve=None)})  # noqa: F821
+    scale = PRESET.replace(plans={"toy": PRESET.plans["toy"].replace(solve=None)})  # noqa: F821
     alone, together = tmp_path / "alone", tmp_path / "together"
-    assert study(alone, scale, arms=["train"]).run() == 0 and study(together, scale, arms=["train"], workers=2).run() == 0
+    assert study(alone, scale, experiments=["train"]).run() == 0 and study(together, scale, experiments=["train"], workers=2).run() == 0
     a, b = content(alone), content(together)
     assert a.keys() == b.keys() and len(a) == 7
     for name in a.keys() - {"protocol"}:
@@ -138,7 +142,7 @@ def test_workers_make_the_same_training_runs(whole, tmp_path):
 def test_a_limit_of_time_stops_and_the_same_command_goes_on(tmp_path):
     with pytest.raises(Interrupted, match="same command again"): study(tmp_path, minutes=1e-5).run()
     made = len(read_study(tmp_path / "h2-laptop"))
-    assert study(tmp_path, arms=["speed"]).run() == 0
+    assert study(tmp_path, experiments=["speed"]).run() == 0
     assert len(read_study(tmp_path / "h2-laptop")) > made
     with pytest.raises(UserError, match="more than 0"): study(tmp_path, minutes=-1.0)
 
@@ -150,12 +154,12 @@ def test_what_breaks_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
         if self.config.name == "flash": raise (torch.OutOfMemoryError if self.seed else ZeroDivisionError)("on purpose")
         return learn(self, micros)
     monkeypatch.setattr(SurrogateTask, "train_batch", broken)
-    assert study(tmp_path, arms=["train", "speed"]).run() == 1
+    assert study(tmp_path, experiments=["train", "speed"]).run() == 1
     ended = {run.id: run.status for run in read_study(tmp_path / "h2-laptop")}
     assert (ended["toy-train-flash-s0"], ended["toy-train-flash-s1"], ended["toy-speed-flash-s1"]) == ("failed", "oom", "oom")
     assert ended["toy-train-fp32-s1"] == ended["toy-train-mixed_fp16-s1"] == "finished"
     monkeypatch.setattr(SurrogateTask, "train_batch", learn)
-    assert study(tmp_path, arms=["train", "speed"]).run() == 0
+    assert study(tmp_path, experiments=["train", "speed"]).run() == 0
     ended = {run.id: run.status for run in read_study(tmp_path / "h2-laptop")}
     assert (ended["toy-train-flash-s0"], ended["toy-train-flash-s1"]) == ("finished", "oom")  # what did not fit is a finding
 
@@ -180,12 +184,12 @@ def test_bad_requests_are_answered_in_words(tmp_path, capsys):
         assert "CUDA" in capsys.readouterr().err
     assert main(["run", "h1", "--scale", "laptop", "--out", str(tmp_path), "--domains", "molecules"]) == 2
     assert "not an option of h1" in capsys.readouterr().err
-    with pytest.raises(UserError, match="above 0"): study(tmp_path, SCALE.replace(budget=0))  # noqa: F821
+    with pytest.raises(UserError, match="above 0"): study(tmp_path, PRESET.replace(budget=0))  # noqa: F821
 
 
 def test_a_budget_too_small_is_a_finding(tmp_path):
-    part = SCALE.parts["toy"].replace(budget=1000)  # noqa: F821
-    assert study(tmp_path, SCALE.replace(parts={"toy": part}), arms=["largest"]).run() == 0  # noqa: F821
+    plan = PRESET.plans["toy"].replace(budget=1000)  # noqa: F821
+    assert study(tmp_path, PRESET.replace(plans={"toy": plan}), experiments=["largest"]).run() == 0  # noqa: F821
     run = next(run for run in read_study(tmp_path / "h2-laptop") if run.header["arm"] == "largest")
     assert run.status == "oom" and "nothing fits" in run.reason and run.of("largest")[0]["parameters"] is None
 
@@ -203,8 +207,8 @@ def taught(monkeypatch):
         if not solver["installed"]: raise UserError("the solver was not found; look in [/opt/solver]")
         return dict(full=[domain], cheap_then_fine=[domain, domain]), dict(full=2.0, cheap_then_fine=1.0), "a solver"
     monkeypatch.setitem(domains(), "toy", replace(TOY, label_ways=label_ways))  # noqa: F821
-    part = SCALE.parts["toy"].replace(labels=("fp32",), solve=None)  # noqa: F821
-    return SCALE.replace(parts={"toy": part}, seeds=(0,)), solver  # noqa: F821
+    plan = PRESET.plans["toy"].replace(labels=("fp32",), solve=None)  # noqa: F821
+    return PRESET.replace(plans={"toy": plan}, seeds=(0,)), solver  # noqa: F821
 
 
 def statuses(out): return {run.id: run.status for run in read_study(out / "h2-laptop")}
@@ -212,7 +216,7 @@ def statuses(out): return {run.id: run.status for run in read_study(out / "h2-la
 
 def test_a_run_that_cannot_be_had_is_tried_again_and_ends_nothing(tmp_path, taught):
     scale, solver = taught
-    first = dict(arms=["labels", "speed"], configs=["fp32"])
+    first = dict(experiments=["labels", "speed"], configs=["fp32"])
     assert study(tmp_path, scale, **first).run() == 0
     stands, files = statuses(tmp_path), records(tmp_path)
     assert stands["toy-labels-fp32-s0"] == "unavailable" and stands["protocol"] == "finished"
@@ -232,14 +236,14 @@ def test_a_run_that_cannot_be_had_is_tried_again_and_ends_nothing(tmp_path, taug
 def test_a_measurement_that_was_killed_and_then_cannot_be_had_ends_nothing(tmp_path, taught, arm, monkeypatch):
     scale, solver = taught
     solver["installed"] = True
-    assert study(tmp_path, scale, arms=[arm]).run() == 0
+    assert study(tmp_path, scale, experiments=[arm]).run() == 0
     run = next(run for run in read_study(tmp_path / "h2-laptop") if run.header["arm"] == arm)
     file = run.folder / "rows.jsonl"
     file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-1]))
     def cannot(*_, **__): raise UserError("it cannot be had here")
-    for name in ("label_rows", "speed_rows", "largest_of"): monkeypatch.setattr(f"flashoptim_nb.study.h2.experiments.{name}", cannot)
+    for name in ("label_rows", "measure_speed", "largest"): monkeypatch.setattr(f"flashoptim_nb.study.h2.experiments.{name}", cannot)
     for _ in range(2):
-        assert study(tmp_path, scale, arms=[arm]).run() == 0
+        assert study(tmp_path, scale, experiments=[arm]).run() == 0
         stands = statuses(tmp_path)
         assert stands[run.id] == "unavailable" and stands["protocol"] == "finished"
 
@@ -252,23 +256,23 @@ def test_a_row_that_does_not_fit_is_a_failure_and_not_unavailable(tmp_path, taug
     def append(self, kind, **fields): whole(self, kind, **(fields if kind in ("header", "end") or self.folder.name == "protocol" else fields | dict(note=3, n=[], set=1, seconds="x", ms="y")))
     with monkeypatch.context() as m:
         m.setattr(RunWriter, "append", append)
-        assert study(tmp_path, scale, arms=[arm], configs=["flash"] if arm == "largest" else ["fp32"]).run() == 1
+        assert study(tmp_path, scale, experiments=[arm], configs=["flash"] if arm == "largest" else ["fp32"]).run() == 1
     (id, status), = ((id, status) for id, status in statuses(tmp_path).items() if id != "protocol")
     assert status == "failed" and "RowError" in next(run.reason for run in read_study(tmp_path / "h2-laptop") if run.id == id)
-    assert study(tmp_path, scale, arms=[arm], configs=["flash"] if arm == "largest" else ["fp32"]).run() == 0 and set(statuses(tmp_path).values()) == {"finished"}
+    assert study(tmp_path, scale, experiments=[arm], configs=["flash"] if arm == "largest" else ["fp32"]).run() == 0 and set(statuses(tmp_path).values()) == {"finished"}
 
 
 def test_arms_that_a_domain_has_not_are_named(tmp_path, taught):
     told = io.StringIO()
     scale, _ = taught
-    bare = scale.replace(parts={"toy": scale.parts["toy"].replace(labels=())})
+    bare = scale.replace(plans={"toy": scale.plans["toy"].replace(labels=())})
     for arms in ["labels"], ["labels", "train"]:
-        assert SurrogateStudy(bare, tmp_path, device="cpu", arms=arms, configs=["fp32"], console=Console(file=told)).run() == 0
+        assert Study(PROTOCOL, bare, tmp_path, device="cpu", experiments=arms, configs=["fp32"], console=Console(file=told)).run() == 0
     assert told.getvalue().count("nothing to run: toy has no labels with the configurations fp32") == 2
 
 
 def test_a_study_whose_protocol_record_was_taken_away_is_refused(tmp_path, taught, capsys):
-    assert study(tmp_path, taught[0], arms=["train"], configs=["fp32"]).run() == 0
+    assert study(tmp_path, taught[0], experiments=["train"], configs=["fp32"]).run() == 0
     assert main(["check", str(tmp_path)]) == 0
     shutil.rmtree(tmp_path / "h2-laptop" / "protocol")
     assert main(["check", str(tmp_path)]) == 1 and "1 runs of h2 and no protocol record" in capsys.readouterr().err
@@ -277,19 +281,19 @@ def test_a_study_whose_protocol_record_was_taken_away_is_refused(tmp_path, taugh
 def test_what_is_told_is_not_read_as_markup(tmp_path, taught):
     told, out = io.StringIO(), tmp_path / "a [bold] place [/x] :fire:"
     console = Console(file=told, force_terminal=True, color_system=None, width=60)
-    assert SurrogateStudy(taught[0], out, device="cpu", arms=["labels", "train"], configs=["fp32"], console=console).run() == 0
+    assert Study(PROTOCOL, taught[0], out, device="cpu", experiments=["labels", "train"], configs=["fp32"], console=console).run() == 0
     assert "is unavailable: the solver was not found; look in [/opt/solver]; the same" in told.getvalue()
     assert f"3 records in {out / 'h2-laptop'}; next: flashoptim-nb verdict h2 --records '{out}'" in told.getvalue()
 
 
 def test_a_refused_request_changes_nothing(tmp_path):
-    wanted = dict(arms=["speed"], configs=["fp32"])
+    wanted = dict(experiments=["speed"], configs=["fp32"])
     with pytest.raises(UserError, match="nothing waits for H2-CA"): study(tmp_path / "new", **wanted).run(["H2-CA"])
     assert not (tmp_path / "new").exists()
     assert study(tmp_path, **wanted).run() == 0
     files = records(tmp_path)
-    other = SCALE.replace(parts={"toy": SCALE.parts["toy"].replace(batches=(8,))})  # noqa: F821
-    for scale, confirm in ((SCALE, ["H2-CA"]), (SCALE, ["H2-CX"]), (other, [])):  # noqa: F821
+    other = PRESET.replace(plans={"toy": PRESET.plans["toy"].replace(batches=(8,))})  # noqa: F821
+    for scale, confirm in ((PRESET, ["H2-CA"]), (PRESET, ["H2-CX"]), (other, [])):  # noqa: F821
         with pytest.raises(UserError): study(tmp_path, scale, **wanted).run(confirm)
         assert records(tmp_path) == files
     with pytest.raises(Interrupted): study(tmp_path, **wanted, stopped=lambda: True).run()
@@ -297,7 +301,7 @@ def test_a_refused_request_changes_nothing(tmp_path):
 
 
 def test_data_that_come_and_go_end_nothing(tmp_path, lacking):
-    wanted = dict(arms=["train", "speed"], configs=["fp32"])
+    wanted = dict(experiments=["train", "speed"], configs=["fp32"])
     lacking(True)
     assert study(tmp_path, **wanted).run() == 0 and set(statuses(tmp_path).values()) == {"unavailable", "finished"}
     files = records(tmp_path)
@@ -309,7 +313,7 @@ def test_data_that_come_and_go_end_nothing(tmp_path, lacking):
 
 
 def test_an_interrupted_run_waits_for_its_data(tmp_path, lacking):
-    wanted, left = dict(arms=["train"], configs=["fp32"]), iter([False] * 4 + [True] * 9)
+    wanted, left = dict(experiments=["train"], configs=["fp32"]), iter([False] * 4 + [True] * 9)
     with pytest.raises(Interrupted): study(tmp_path, **wanted, stopped=lambda: next(left)).run()
     lacking(True)
     assert study(tmp_path, **wanted).run() == 1
@@ -320,31 +324,31 @@ def test_an_interrupted_run_waits_for_its_data(tmp_path, lacking):
 
 
 def test_other_settings_do_not_mix(tmp_path):
-    assert study(tmp_path, arms=["speed"], configs=["fp32"]).run() == 0
-    other = SCALE.replace(parts={"toy": SCALE.parts["toy"].replace(batches=(8,))})  # noqa: F821
-    with pytest.raises(UserError, match="other settings"): study(tmp_path, other, arms=["speed"], configs=["fp32"]).run()
+    assert study(tmp_path, experiments=["speed"], configs=["fp32"]).run() == 0
+    other = PRESET.replace(plans={"toy": PRESET.plans["toy"].replace(batches=(8,))})  # noqa: F821
+    with pytest.raises(UserError, match="other settings"): study(tmp_path, other, experiments=["speed"], configs=["fp32"]).run()
 
 
-@pytest.mark.parametrize("scale", SCALES)
-def test_every_scale_can_say_what_it_would_run(scale, capsys):
-    assert dry_run(SCALES[scale]) == 0
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_can_say_what_it_would_run(preset, capsys):
+    assert dry_run(PROTOCOL, PRESETS[preset]) == 0
     told = capsys.readouterr().out
-    assert json.loads(told[: told.index("\n\nOn ")])["name"] == scale and "In all" in told
-    for stage in stages(narrow(SCALES[scale], configs=["fp32"])): assert all(configs == ("fp32",) for _, configs in stage.runs)
+    assert json.loads(told[: told.index("\n\nOn ")])["name"] == preset and "In all" in told
+    for stage in stages(select_runs(PRESETS[preset], configs=["fp32"])): assert all(configs == ("fp32",) for _, configs in stage.runs)
 
 
 def test_conditions_and_seeds_are_never_cut():
-    assert len(SCALES["gpu"].seeds) == len(SCALES["full"].seeds) == 5 and SCALES["gpu"].budget == 24 << 30
-    for scale in SCALES.values():
-        assert scale.parts.keys() >= DOMAINS.keys()
-        for name in DOMAINS: assert {"fp32", "mixed_bf16", "flash", "mixed_bf16_2x", "flash_2x", "fp32_2x", "mixed_fp16", "tf32"} <= set(scale.parts[name].configs)
-    assert np.prod([len(SCALES["gpu"].seeds), SCALES["gpu"].parts["molecules"].solve.runs]) == 100
+    assert len(PRESETS["gpu"].seeds) == len(PRESETS["full"].seeds) == 5 and PRESETS["gpu"].budget == 24 << 30
+    for preset in PRESETS.values():
+        assert preset.plans.keys() >= DOMAINS.keys()
+        for name in DOMAINS: assert {"fp32", "mixed_bf16", "flash", "mixed_bf16_2x", "flash_2x", "fp32_2x", "mixed_fp16", "tf32"} <= set(preset.plans[name].configs)
+    assert np.prod([len(PRESETS["gpu"].seeds), PRESETS["gpu"].plans["molecules"].solve.runs]) == 100
 
 
 def test_an_enforced_checkpoint_holds_the_study_until_it_is_confirmed(tmp_path, monkeypatch):
     monkeypatch.setitem(domains(), "molecules", replace(TOY, name="molecules"))  # noqa: F821
-    part = SCALE.parts["toy"].replace(configs=("fp32", "mixed_fp16"), solve=None, searched=())  # noqa: F821 - the toy's errors are no molecule's, so CA is not measured
-    scale = SCALE.replace(parts={"molecules": part}, enforced=True)  # noqa: F821
+    plan = PRESET.plans["toy"].replace(configs=("fp32", "mixed_fp16"), solve=None, searched=())  # noqa: F821 - the toy's errors are no molecule's, so CA is not measured
+    scale = PRESET.replace(plans={"molecules": plan}, enforced=True)  # noqa: F821
     def stands(): return next(run for run in read_study(tmp_path / "h2-laptop") if run.id == "protocol")
     assert study(tmp_path, scale).run() == 1
     assert (stands().status, [row["checkpoint"] for row in stands().of("decision")]) == ("paused", ["H2-CA"])

@@ -14,15 +14,18 @@ from flashoptim_nb.base.records import problems, read_study
 # A small study of the real protocol: one prerequisite, three stacks that do not compile, short runs. Its signals are handled as the command handles them.
 DRIVER = """
 import sys
-from flashoptim_nb.study.h1 import experiments as h1; from flashoptim_nb.cli import main
-from flashoptim_nb.study.presets import LAPTOP
-part = LAPTOP.parts["1B"]
-part = part.replace(recipe=part.recipe.replace(steps=10, batch=4, micro=2, seq=64), micros=(2,), track_every=3,
+from flashoptim_nb.cli import main
+from flashoptim_nb.study.h1 import experiments as h1
+from flashoptim_nb.study.h1.presets import LAPTOP
+from flashoptim_nb.study.loop import Interrupted
+from flashoptim_nb.study.runner import Study
+plan = LAPTOP.plans["1B"]
+plan = plan.replace(recipe=plan.recipe.replace(steps=10, batch=4, micro=2, seq=64), micros=(2,), track_every=3,
                     configs=("baseline", "ablation_split_only", "ablation_release_only"))
-scale = LAPTOP.replace(parts={"1B": part}, seeds=(0, 1, 2), checkpoint_every=2, eval_sets=(("sotu", 512),), track_set=("sotu", 512), stress_lengths=(128,))
+preset = LAPTOP.replace(plans={"1B": plan}, seeds=(0, 1, 2), checkpoint_every=2, eval_sets=(("sotu", 512),), track_set=("sotu", 512), stress_lengths=(128,))
 for name in set(h1.PREREQUISITES) - {"checkpointing"}: del h1.PREREQUISITES[name]
-try: sys.exit(h1.Study(scale, sys.argv[1], device="cpu", stopped=main._Stop()).run())
-except h1.Interrupted: sys.exit(130)
+try: sys.exit(Study(h1.PROTOCOL, preset, sys.argv[1], device="cpu", stopped=main._Stop()).run())
+except Interrupted: sys.exit(130)
 """
 # What a clock says, what is derived from it, decisions taken on it, and what names the moment: not what the promise is about.
 TIMED = {"seconds", "cold", "started", "command", "commit", "tokens_per_s", "mean_tokens_per_s", "settling", "seconds_per_step", "utilization", "steps", "values", "why", "action"}
