@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: all h1 h2 book test lab clean
 all: h1 h2 book
 h1 h2: .venv/.ready
-	$(BIN)/flashoptim-nb run $@ --scale laptop
+	$(BIN)/flashoptim-nb run $@ --preset laptop
 	$(BIN)/flashoptim-nb verdict $@
 
 book: .venv/.ready

@@ -28,7 +28,7 @@ def _studies(given: list[str]) -> list[Path]:
     from flashoptim_nb.base.records import find_studies
     from flashoptim_nb.report.render import record_folders, study_folders
     for folder in given:
-        if not find_studies(folder): raise UserError(f"{folder} holds no records; name a folder of studies or a study, or make one with `flashoptim-nb run h1 --scale laptop`")
+        if not find_studies(folder): raise UserError(f"{folder} holds no records; name a folder of studies or a study, or make one with `flashoptim-nb run h1 --preset laptop`")
     return list(study_folders(given, overlaid=False).values()) if given else list(study_folders(record_folders()).values())
 
 # %% ../../nbs/cli/02_main.ipynb #ba429dc0
@@ -113,7 +113,7 @@ def _verdict(args) -> int:
     if not args.records: _tell_hidden(studies)
     _tell_unfinished(studies)
     runs = [run for run in load_runs(studies, args.hypothesis) if args.scale in (None, run.header["scale"])]
-    if not runs: raise UserError(f"there are no records of {args.hypothesis}{f' at scale {args.scale}' if args.scale else ''} to judge; name others with --records, or make some with `flashoptim-nb run {args.hypothesis} --scale {args.scale or 'laptop'}`")
+    if not runs: raise UserError(f"there are no records of {args.hypothesis}{f' at scale {args.scale}' if args.scale else ''} to judge; name others with --records, or make some with `flashoptim-nb run {args.hypothesis} --preset {args.scale or 'laptop'}`")
     entries = verdict(runs, HYPOTHESES[args.hypothesis])
     print(visible(json.dumps(entries, indent=1, allow_nan=False) if args.json else verdict_text(entries, args.statements), keep="\n"))
     return 0
@@ -247,7 +247,7 @@ def _doctor(args) -> int:
     for name, can in found.items(): print(f"  {'yes' if can['ok'] else 'no':4} {name:{max(map(len, found))}}  {can['why']}")
     print("\ndata")
     for ok, why, names in _grouped(data): print(f"  {'yes' if ok else 'no':4} {names}\n       {why}")
-    print("\nNext: flashoptim-nb run h1 --scale laptop" + ("   or, on this GPU: flashoptim-nb run h1 --scale gpu --dry-run" if device.type == "cuda" else ""))
+    print("\nNext: flashoptim-nb run h1 --preset laptop" + ("   or, on this GPU: flashoptim-nb run h1 --preset gpu --dry-run" if device.type == "cuda" else ""))
     return 0
 
 # %% ../../nbs/cli/02_main.ipynb #5c6d2f83

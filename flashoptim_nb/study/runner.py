@@ -57,7 +57,7 @@ def device_for(
     device = pick_device(name)
     if preset.device != "cuda" or device.type == "cuda": return device
     raise UserError(f"scale {preset.name!r} is measured on a GPU, and the device is {name!r}; "
-                    "leave --device out where there is a GPU, or rehearse with --scale laptop")
+                    "leave --device out where there is a GPU, or rehearse with --preset laptop")
 
 # %% ../../nbs/study/13_runner.ipynb #38b09ea8
 class Missing(NamedTuple):
