@@ -26,11 +26,12 @@ def test_no_kernel_errs_more_than_twice_the_formula(device, dtype, shape, rng_se
     tried = [n for n, c in attention_backends(device, dtype, shape[-1]).items() if c.ok and n != "eager"]
     assert "math" in tried
     if shape[2] == 1 and "cudnn" in tried: tried.remove("cudnn")  # has no kernel for a single position
+    single = max(4.0, (g.norm() * v.norm() * max(q.norm(), k.norm())).item())  # what is rounded on the way to a gradient that is 0
     for name in tried:
         for what, ours, s, e in zip(("O", "dQ", "dK", "dV"), outputs(name, q, k, v, g, dtype), same, exact):
             # one position: the formula is exact there, and rounding to the dtype is all that can happen
             print(name, what)
-            assert_2x(ours, s, e, floor=4 * torch.finfo(dtype).eps if shape[2] == 1 else torch.finfo(dtype).eps / 4)
+            assert_2x(ours, s, e, floor=torch.finfo(dtype).eps * (single if shape[2] == 1 else 1 / 4))
 
 
 @pytest.mark.parametrize("name", ["eager", "math", "flash"])

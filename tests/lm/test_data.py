@@ -62,7 +62,7 @@ def test_presidents_are_held_out_whole():
     assert len(train.documents) + len(held.documents) == 233
     assert 0.05 < held.n_chars / train.n_chars < 0.15
     assert not set(train.documents) & set(held.documents)
-    rows = [json.loads(line) for line in T.read_xz(data_root(), "sotu/sotu.jsonl.xz").splitlines()]
+    rows = [json.loads(line) for line in files.read_xz(data_root(), "sotu/sotu.jsonl.xz").splitlines()]
     of = {row["text"]: row["id"].split("_", 1)[1] for row in rows}
     assert not {of[d] for d in train.documents} & {of[d] for d in held.documents}
     assert len({of[d] for d in held.documents}) == len(T.HELD_OUT)
@@ -413,7 +413,7 @@ def test_c4_is_told_apart():
 def test_gpt2_on_a_known_text():
     path = Path(GIVEN) / "tinyshakespeare/input.txt.xz"
     if not path.is_file(): pytest.skip("FLASHOPTIM_DATA has no tinyshakespeare")
-    assert len(load_tokenizer("gpt2").encode(T.read_xz(Path(GIVEN), "tinyshakespeare/input.txt.xz"))) == 338_025
+    assert len(load_tokenizer("gpt2").encode(files.read_xz(Path(GIVEN), "tinyshakespeare/input.txt.xz"))) == 338_025
 
 
 DEEP = "[" * 100_000 + "]" * 100_000
