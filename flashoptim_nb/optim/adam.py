@@ -62,8 +62,9 @@ class FlashAdam(FlashOptimizer):
             raise OptionError(f"betas={betas!r}, eps={eps!r}: two numbers in [0, 1) and a finite eps of 0 or more "
                               "are needed")
         for name in "amsgrad", "differentiable":
-            if group.get(name): raise OptionError(f"{name}=True is not available in {type(self).__name__}; use "
-                                                  "torch.optim for it")
+            if group.get(name):
+                raise OptionError(f"{name}=True is not available in {type(self).__name__}; use torch.optim for "
+                                  "it")
 
     def _scalars(self, group: dict) -> AdamWScalars:
         "What is the same for every value of a step."

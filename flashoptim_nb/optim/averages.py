@@ -55,17 +55,14 @@ class AveragedMasters:
         model: nn.Module,  # whose parameters it steps, sharded already if they will be
         decay: float | None = 0.999,  # of the exponential average, which begins at the first update; None: the mean of all updates
     ):
-        if decay is not None and not is_number(decay, 0, 1): raise OptionError(f"decay={decay!r}: a number from 0 to "
-                                                                               "1 is needed, or None for a uniform "
-                                                                               "average")
+        if decay is not None and not is_number(decay, 0, 1):
+            raise OptionError(f"decay={decay!r}: a number from 0 to 1 is needed, or None for a uniform average")
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.optimizer, self.model, self.decay, self.updates = optimizer, model, decay, 0
         self.params = {name: p for name, p in model.named_parameters() if id(p) in stepped}
-        if strange := len(stepped) - len(self.params): raise OptionError(f"{strange} of the optimizer's "
-                                                                         f"{len(stepped)} parameters are not the "
-                                                                         "model's: give the model that it steps, as "
-                                                                         "it is now (fully_shard makes new "
-                                                                         "parameters)")
+        if strange := len(stepped) - len(self.params):
+            raise OptionError(f"{strange} of the optimizer's {len(stepped)} parameters are not the model's: "
+                              "give the model that it steps, as it is now (fully_shard makes new parameters)")
         self.chunks = [(chunk, torch.zeros(sum(local(self.params[n]).numel() for n in chunk), device=self.params[chunk[0]].device)) for chunk in _chunks(self.params)]
         self.average = {}  # name -> fp32, this rank's part of a parameter
         for chunk, flat in self.chunks:
@@ -98,8 +95,9 @@ class AveragedMasters:
         updates, average = (state_dict.get(key) if isinstance(state_dict, Mapping) else None for key in ("updates", "average"))
         if not isinstance(updates, int) or not isinstance(average, Mapping): raise StateError("no `updates` and `average`: give what AveragedMasters.state_dict() returned")
         wrong = [n for n in average.keys() ^ self.params.keys()] or [n for n, p in self.params.items() if average[n].shape != p.shape or held(p, average[n]) is None]
-        if wrong: raise StateError(f"{len(wrong)} averages differ from the model's parameters in name, shape or "
-                                   f"sharding: {', '.join(sorted(wrong)[:5])}")
+        if wrong:
+            raise StateError(f"{len(wrong)} averages differ from the model's parameters in name, shape or "
+                             f"sharding: {', '.join(sorted(wrong)[:5])}")
         for name, p in self.params.items(): self.average[name].copy_(held(p, average[name]))
         self.updates = updates
 

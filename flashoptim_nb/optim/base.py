@@ -64,8 +64,9 @@ def check_option(
             raise OptionError(f"max_norm={x!r}: a positive finite limit of the gradient norm, or None for no "
                               "clipping (skip_nonfinite=True forms the norm without it)")
     elif name == "skip_nonfinite":
-        if x is not None and not isinstance(x, bool): raise OptionError(f"skip_nonfinite={x!r}: True, False, or None "
-                                                                        "to skip where the norm is formed anyway")
+        if x is not None and not isinstance(x, bool):
+            raise OptionError(f"skip_nonfinite={x!r}: True, False, or None to skip where the norm is formed "
+                              "anyway")
     elif not isinstance(x, bool) and not (name == "fused" and x is None): raise OptionError(f"{name}={x!r}: True or False is needed")
 
 
@@ -114,10 +115,10 @@ class FlashOptimizer(Optimizer):
         skip_nonfinite: bool | None = None,  # leave out a step with NaN or infinity; None: where the norm is formed anyway
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
     ):
-        if isinstance(params, torch.nn.Module): raise ParametersError(f"a whole {type(params).__name__}: give its "
-                                                                      "parameters, model.parameters()")
-        if not (params := as_param_list(params)): raise OptionError("no parameters: one at least is needed; was "
-                                                                    "model.parameters() used up before?")
+        if isinstance(params, torch.nn.Module):
+            raise ParametersError(f"a whole {type(params).__name__}: give its parameters, model.parameters()")
+        if not (params := as_param_list(params)):
+            raise OptionError("no parameters: one at least is needed; was model.parameters() used up before?")
         given = dict(quantize=quantize, compress_state_dict=compress_state_dict, master_weight_bits=master_weight_bits, fused=fused,
                      check_numerics=check_numerics, decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded)
         self.__dict__ |= given | dict(_cached={})  # buckets of the last step, see `optim.buckets`
@@ -146,12 +147,12 @@ class FlashOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict):
         "As in torch.optim, after checking the parameters; remembers the group's lr for `decouple_lr`."
-        if not isinstance(param_group, dict): raise ParametersError(f"a {type(param_group).__name__} in place of a "
-                                                                    "group: a dict is needed, "
-                                                                    "dict(params=model.parameters(), lr=...)")
-        if "params" not in param_group: raise ParametersError("a group without params (it has "
-                                                              f"{', '.join(map(str, param_group)) or 'nothing'}): "
-                                                              "add them, dict(params=model.parameters(), lr=...)")
+        if not isinstance(param_group, dict):
+            raise ParametersError(f"a {type(param_group).__name__} in place of a group: a dict is needed, "
+                                  "dict(params=model.parameters(), lr=...)")
+        if "params" not in param_group:
+            raise ParametersError(f"a group without params (it has {', '.join(map(str, param_group)) or 'nothing'}): "
+                                  "add them, dict(params=model.parameters(), lr=...)")
         given = param_group["params"]
         self._check_shared(param_group)
         param_group["params"] = [given] if isinstance(given, torch.Tensor) else as_param_list(given)
@@ -162,9 +163,9 @@ class FlashOptimizer(Optimizer):
         try: self._check_group(group)
         except OptionError: self.param_groups.pop(); raise
         group["state_format"] = self._state_format(group)
-        if self.decouple_lr and not self.decoupled: raise OptionError(f"decouple_lr=True: {type(self).__name__} has "
-                                                                      "its weight decay in the gradient; use the "
-                                                                      "class with a W")
+        if self.decouple_lr and not self.decoupled:
+            raise OptionError(f"decouple_lr=True: {type(self).__name__} has its weight decay in the gradient; "
+                              "use the class with a W")
         if self.decouple_lr: self._keep_lr(group)
 
     def _check_shared(self, group: dict):
@@ -283,8 +284,9 @@ class FlashOptimizer(Optimizer):
         "Takes one step of a single parameter (what gradient release does); `max_norm` does not apply."
         if p.grad is None: return
         if group is None: group = next((g for g in self.param_groups if any(q is p for q in g["params"])), None)
-        if group is None: raise OptionError(f"a parameter of shape {tuple(p.shape)} that this optimizer does not "
-                                            "step: add it with add_param_group")
+        if group is None:
+            raise OptionError(f"a parameter of shape {tuple(p.shape)} that this optimizer does not step: add "
+                              "it with add_param_group")
         for bucket in self._collect_one(p, group):
             scaling = compute_grad_scaling(self, [bucket], clip=False)[bucket.device]
             self._apply(bucket, group, GradScaling(multiplier if scaling.multiplier is None else scaling.multiplier, scaling.skip))

@@ -55,9 +55,9 @@ def as_param_list(
         said = repr(given) if given is None or isinstance(given, (str, Real)) else f"a {type(given).__name__}"
         raise ParametersError(f"params={said}: tensors in a list are needed, as model.parameters() gives them, or "
                               "groups in a list, [dict(params=..., lr=...), ...]")
-    if isinstance(given, (set, frozenset)): raise ParametersError("parameters in a set: a list is needed, for in a "
-                                                                  "set their order, by which states are saved, "
-                                                                  "changes from run to run")
+    if isinstance(given, (set, frozenset)):
+        raise ParametersError("parameters in a set: a list is needed, for in a set their order, by which "
+                              "states are saved, changes from run to run")
     return list(given)
 
 # %% ../../nbs/optim/07_buckets.ipynb #ab621f64
@@ -65,18 +65,20 @@ def check_parameter(
     p: torch.Tensor,  # as given to the optimizer
 ):
     "Raises `OptionError` for a parameter that no Flash optimizer can step."
-    if not isinstance(p, torch.Tensor): raise ParametersError(f"a {type(p).__name__} among the parameters: tensors "
-                                                              "are needed, as model.parameters() gives them")
+    if not isinstance(p, torch.Tensor):
+        raise ParametersError(f"a {type(p).__name__} among the parameters: tensors are needed, as "
+                              "model.parameters() gives them")
     if type(p).__name__ == "FlatParameter" or getattr(p, "_is_flat_param", False):
         raise OptionError("an FSDP1 parameter: FSDP1 flattens parameters and shards states itself; use FSDP2 "
                           "(torch.distributed.fsdp.fully_shard)")
     if p.dtype not in (torch.float32, *HALF_FORMATS):
         raise OptionError(f"a parameter of dtype {p.dtype}: bf16, fp16 and fp32 can be optimized; convert the model "
                           "with cast_model(model) or model.float()")
-    if p.layout != torch.strided: raise OptionError(f"a parameter of layout {p.layout}: a dense one is needed, "
-                                                    "p.to_dense()")
-    if not (p.is_leaf or p.retains_grad): raise OptionError("a parameter that is computed from other tensors: give "
-                                                            "those, which gradients are collected in")
+    if p.layout != torch.strided:
+        raise OptionError(f"a parameter of layout {p.layout}: a dense one is needed, p.to_dense()")
+    if not (p.is_leaf or p.retains_grad):
+        raise OptionError("a parameter that is computed from other tensors: give those, which gradients are "
+                          "collected in")
     # looked up by its place, which FSDP2 gives to another tensor while it computes
     if isinstance(p, DTensor): _cast_error(p)
 
@@ -94,15 +96,16 @@ def check_gradient(
     if g.shape != p.shape:  # torch looks when a gradient is set, not when the parameter's data are
         raise GradientError(f"a gradient of shape {tuple(g.shape)} of a parameter of shape {tuple(p.shape)}: call "
                             "zero_grad() after changing a parameter's shape")
-    if g.device != p.device: raise GradientError(f"a gradient on {g.device} of a parameter on {p.device}: call "
-                                                 "zero_grad() after moving a model")
+    if g.device != p.device:
+        raise GradientError(f"a gradient on {g.device} of a parameter on {p.device}: call zero_grad() after "
+                            "moving a model")
     for t, what in (p, "parameter"), (g, "gradient"):
-        if not has_memory(local(t.detach())): raise GradientError(f"a {what} of shape {tuple(p.shape)} without "
-                                                                  "values: it is on the meta device, or its memory "
-                                                                  "was freed")
-    if _placed(g) != _placed(p): raise GradientError(f"a gradient with the placements {_placed(g)} of a parameter "
-                                                     f"with {_placed(p)}: both must be sharded alike, "
-                                                     "p.grad.redistribute(placements=p.placements)")
+        if not has_memory(local(t.detach())):
+            raise GradientError(f"a {what} of shape {tuple(p.shape)} without values: it is on the meta device, "
+                                "or its memory was freed")
+    if _placed(g) != _placed(p):
+        raise GradientError(f"a gradient with the placements {_placed(g)} of a parameter with {_placed(p)}: "
+                            "both must be sharded alike, p.grad.redistribute(placements=p.placements)")
 
 
 def has_memory(t: torch.Tensor) -> bool:
@@ -263,9 +266,9 @@ def check_states(
                               f"{wrong[0]} is {found}{f', where {kinds[wrong[0]]} is needed' if wrong[0] in kinds else ''}. "
                               "After such a change of the model, make the optimizer anew; after a move, "
                               "optimizer.load_state_dict(optimizer.state_dict()) takes the states along")
-        if not _counts(t := state.get("step", 0)): raise OptionError("the step of a parameter of shape "
-                                                                     f"{tuple(p.shape)} is {t!r}: a number of steps, "
-                                                                     "0 or more, is needed, in a tensor of one value")
+        if not _counts(t := state.get("step", 0)):
+            raise OptionError(f"the step of a parameter of shape {tuple(p.shape)} is {t!r}: a number of steps, "
+                              "0 or more, is needed, in a tensor of one value")
 
 # %% ../../nbs/optim/07_buckets.ipynb #3f9c7201
 OPTIMIZERS = WeakSet()  # those alive
@@ -392,8 +395,9 @@ def check_options(
             if not opt.options.keys().isdisjoint(group): opt._check_shared(group)
             opt._check_group({k: 0.0 if k in ("lr", "weight_decay") and _far(x) else x for k, x in group.items()})
             opt._scalars(group)
-        except KeyError as error: raise OptionError(f"a group without {error}: add groups with add_param_group, "
-                                                    "which fills in the optimizer's own options") from None
+        except KeyError as error:
+            raise OptionError(f"a group without {error}: add groups with add_param_group, which fills in the "
+                              "optimizer's own options") from None
 
 
 def _far(x):
@@ -408,13 +412,15 @@ def check_parameters(
     seen = set()
     for p in (p for params in lists for p in params):
         check_parameter(p)
-        if id(p) in seen: raise OptionError(f"a parameter of shape {tuple(p.shape)} is given twice: name it once, in "
-                                            "one group")
+        if id(p) in seen:
+            raise OptionError(f"a parameter of shape {tuple(p.shape)} is given twice: name it once, in one "
+                              "group")
         seen.add(id(p))
     shards = [local(p.detach()) for params in lists for p in params if not torch.nn.parameter.is_lazy(p)]
     for p in shards:
-        if overlaps_itself(p): raise OptionError(f"a parameter of shape {tuple(p.shape)} and strides {p.stride()}, "
-                                                 "of whose values several lie in one place: make it p.contiguous()")
+        if overlaps_itself(p):
+            raise OptionError(f"a parameter of shape {tuple(p.shape)} and strides {p.stride()}, of whose "
+                              "values several lie in one place: make it p.contiguous()")
     if found := overlapping(shards):
         raise OptionError(f"a parameter of shape {tuple(shards[found[0]].shape)} that shares memory with another "
                           "one: to tie weights, use one Parameter in both places; else clone() one of them")

@@ -41,8 +41,8 @@ def _chosen(
     found = []
     for each in [chosen] if isinstance(chosen, (str, nn.Module, torch.Tensor)) else chosen or ():
         hits = [t for name, t in known.items() if t is each or isinstance(each, str) and fnmatchcase(name.replace("_orig_mod.", ""), each)]
-        if not hits: raise UserError(f"no {kind} of the model matches {each!r}; names are full dotted ones, such as "
-                                     f"{', '.join([n for n in known if n][:3]) or 'none here'}")
+        if not hits:
+            raise UserError(f"no {kind} of the model matches {each!r}; names are full dotted ones, such as {', '.join([n for n in known if n][:3]) or 'none here'}")
         found += hits
     return found
 
@@ -114,12 +114,11 @@ def _spared(
     kept = {i: f"{names[m]}.{name}" for m in names if m in whole for i, name in own(m).items()}
     for m in names:
         for i, name in own(m).items():
-            if m not in whole and i in kept: raise UserError(f"{names[m]}.{name} is {kept[i]}, and of the two "
-                                                             f"modules only {kept[i].rpartition('.')[0]} stays in "
-                                                             "fp32: name both, "
-                                                             "each in full_precision_layers or (where layers in the "
-                                                             "model's type follow) in full_precision_recast_layers, "
-                                                             "or neither")
+            if m not in whole and i in kept:
+                raise UserError(f"{names[m]}.{name} is {kept[i]}, and of the two modules only "
+                                f"{kept[i].rpartition('.')[0]} stays in fp32: name both, each in "
+                                "full_precision_layers or (where layers in the model's type follow) in "
+                                "full_precision_recast_layers, or neither")
     return set(kept)
 
 
@@ -159,8 +158,8 @@ def _narrowed(wide, dtype):
 # %% ../../nbs/optim/13_cast.ipynb #b8a6763f
 def _check(model):
     "Raises `UserError` for what cannot be cast."
-    if not isinstance(model, nn.Module): raise UserError(f"cast_model of a {type(model).__name__}: give the model "
-                                                         "itself, a torch.nn.Module")
+    if not isinstance(model, nn.Module):
+        raise UserError(f"cast_model of a {type(model).__name__}: give the model itself, a torch.nn.Module")
     if lazy := [name for name, t in (*model.named_parameters(), *model.named_buffers()) if isinstance(t, UninitializedTensorMixin)]:
         raise UserError(f"{len(lazy)} parameters have no shape yet ({', '.join(lazy[:3])}): send one batch through a "
                         "lazy model before it is cast")
@@ -244,8 +243,8 @@ def cast_model(
 ) -> None:
     "Casts a model for training with a Flash optimizer; what is tied or shares memory goes on so. Raises `UserError`, with nothing changed, for what cannot be cast and for names that match nothing."
     _check(model)
-    if dtype not in (torch.bfloat16, torch.float16): raise UserError(f"cast_model to {dtype}: choose torch.bfloat16 "
-                                                                     "or torch.float16")
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise UserError(f"cast_model to {dtype}: choose torch.bfloat16 or torch.float16")
     modules, buffers = dict(model.named_modules()), dict(model.named_buffers())
     keep, recast = _chosen(modules, full_precision_layers, "layer"), _chosen(modules, full_precision_recast_layers, "layer")
     chosen = {m for layer in (*keep, *recast) for m in layer.modules()}

@@ -80,8 +80,9 @@ class FlashSGD(_Momentum):
         if group["nesterov"] and (not group["momentum"] or group["dampening"]):
             raise OptionError(f"nesterov=True with momentum={group['momentum']}, dampening={group['dampening']}: it "
                               "wants a momentum and no dampening")
-        if group.get("differentiable"): raise OptionError("differentiable=True is not available in "
-                                                          f"{type(self).__name__}; use torch.optim for it")
+        if group.get("differentiable"):
+            raise OptionError(f"differentiable=True is not available in {type(self).__name__}; use torch.optim "
+                              "for it")
 
     def _moments_of(self, group: dict) -> dict[str, torch.dtype]: return self.moments if group["momentum"] else {}
 

@@ -95,8 +95,9 @@ class GradientReleaseHandle:
     ):
         "What autograd calls, and FSDP2 after its reduction: releases the gradient, unless that cannot be right."
         if not self.active: return
-        if self.optimizer._lent: raise ReleaseError("a released backward pass, which steps, while averages are in "
-                                                    "the weights' place: leave applied() before training goes on")
+        if self.optimizer._lent:
+            raise ReleaseError("a released backward pass, which steps, while averages are in the weights' "
+                               "place: leave applied() before training goes on")
         if (task := torch._C._current_graph_task_id()) != self._task: self._begin(task)
         if (group := self._groups.get(p)) is None: return  # taken out of the optimizer
         # micro-batches came without a reduction, the layer was called again, and there is more to come
@@ -158,9 +159,9 @@ class GradientReleaseHandle:
         group: dict,  # its parameter group
     ):
         "Steps one parameter and frees its gradient."
-        if p.grad.requires_grad: raise ReleaseError("gradient release of a backward pass with create_graph=True: "
-                                                    "what it keeps for a second derivative would be changed by the "
-                                                    "step; train without release")
+        if p.grad.requires_grad:
+            raise ReleaseError("gradient release of a backward pass with create_graph=True: what it keeps for "
+                               "a second derivative would be changed by the step; train without release")
         if self.pre_step is not None and not self._wanted(p, group): p.grad = None
         if p.grad is None: return
         opt, scale, grad = self.optimizer, self._scale(p.device), local(p.grad)
@@ -179,9 +180,9 @@ class GradientReleaseHandle:
 
     def _wanted(self, p: torch.Tensor, group: dict) -> bool:
         "Whether `pre_step` lets the parameter be stepped."
-        if (answer := self.pre_step(p, group)) is None: raise ReleaseError("pre_step returned None: return True for "
-                                                                           "the parameter to be stepped, or False to "
-                                                                           "drop its gradient")
+        if (answer := self.pre_step(p, group)) is None:
+            raise ReleaseError("pre_step returned None: return True for the parameter to be stepped, or False "
+                               "to drop its gradient")
         return bool(answer)
 
     def _looks(self) -> bool:
@@ -269,14 +270,15 @@ def enable_gradient_release(
         raise UserError("gradient release needs an optimizer that steps one parameter at a time, not "
                         f"{type(optimizer).__name__}: FlashAdamW(params, quantize=False, master_weight_bits=None) is "
                         "plain AdamW")
-    if not isinstance(model, nn.Module): raise UserError(f"gradient release of a {type(model).__name__}: give the "
-                                                         "model, a torch.nn.Module")
+    if not isinstance(model, nn.Module):
+        raise UserError(f"gradient release of a {type(model).__name__}: give the model, a torch.nn.Module")
     if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler): raise UserError(f"grad_scaler is a {type(grad_scaler).__name__}: give the loop's torch.amp.GradScaler, or None")
     if pre_step is not None and not _takes_two(pre_step):
         raise UserError(f"pre_step is {pre_step!r}: give a function of a parameter and its group, that returns "
                         "whether to step the parameter, or None")
-    if optimizer.release is not None: raise UserError("gradient release is enabled on this optimizer already: call "
-                                                      "remove() on its handle first")
+    if optimizer.release is not None:
+        raise UserError("gradient release is enabled on this optimizer already: call remove() on its handle "
+                        "first")
     check_releasable(model, optimizer)
     optimizer.release = handle = GradientReleaseHandle(optimizer, grad_scaler, pre_step)
     handle._units = _units(model)

@@ -190,22 +190,23 @@ def _moment(opt, p, saved, key, origin, where):
 
 
 def _nonnegative(t, where):
-    if (local(t) < 0).any(): raise StateError(f"{where} has values below 0, which squares and scales never have: the "
-                                              "checkpoint is damaged")
+    if (local(t) < 0).any():
+        raise StateError(f"{where} has values below 0, which squares and scales never have: the checkpoint is "
+                         "damaged")
 
 
 def _check_saved(t, p, shape, dtype, where):
     "Raises `StateError` unless `t` is a tensor of this shape and dtype (None: any floating one, all finite), sharded where `p` is."
     kind = dtype or "floating point"
-    if not isinstance(t, torch.Tensor): raise StateError(f"{where} is missing; a {kind} tensor of shape "
-                                                         f"{tuple(shape)} is needed: is this the state of another "
-                                                         "kind of optimizer?")
+    if not isinstance(t, torch.Tensor):
+        raise StateError(f"{where} is missing; a {kind} tensor of shape {tuple(shape)} is needed: is this the "
+                         "state of another kind of optimizer?")
     right = t.is_floating_point() if dtype is None else t.dtype == dtype
-    if t.shape != torch.Size(shape) or not right: raise StateError(f"{where} is {t.dtype} {tuple(t.shape)}; {kind} "
-                                                                   f"{tuple(shape)} is needed")
+    if t.shape != torch.Size(shape) or not right:
+        raise StateError(f"{where} is {t.dtype} {tuple(t.shape)}; {kind} {tuple(shape)} is needed")
     if isinstance(p, DTensor) != isinstance(t, DTensor): raise StateError(f"{where} is {'whole' if isinstance(p, DTensor) else 'sharded'} and its parameter is not: load it with torch.distributed.checkpoint, which deals states out to the ranks")
-    if t.is_floating_point() and not local(t).isfinite().all(): raise StateError(f"{where} has values that are not "
-                                                                                 "finite: the checkpoint is damaged")
+    if t.is_floating_point() and not local(t).isfinite().all():
+        raise StateError(f"{where} has values that are not finite: the checkpoint is damaged")
 
 # %% ../../nbs/optim/09_state_dict.ipynb #53d658f9
 def _saved_error_bits(p, saved, origin, where):
@@ -213,8 +214,8 @@ def _saved_error_bits(p, saved, origin, where):
     error_bits, bits = saved.get("error_bits"), origin.bits
     if error_bits is None: return None
     needed = f"an int8 or int16 tensor {tuple(p.shape)} is needed: leave error_bits out to begin at the 16-bit weights"
-    if not isinstance(error_bits, torch.Tensor): raise StateError(f"{where}: error_bits is a "
-                                                                  f"{type(error_bits).__name__}; {needed}")
+    if not isinstance(error_bits, torch.Tensor):
+        raise StateError(f"{where}: error_bits is a {type(error_bits).__name__}; {needed}")
     refused = lambda why: StateError(f"{where}: error_bits is {error_bits.dtype} {tuple(error_bits.shape)}, {why}; "
                                      f"{needed}")
     if error_bits.shape != p.shape or error_bits.is_complex() or error_bits.dtype == torch.bool: raise refused("of another shape or kind")
@@ -257,8 +258,9 @@ def _steps(saved, where):
     "Steps that a parameter has taken; torch's SGD counts none, and what has a state took one."
     try: t = float(saved.get("step", 1))
     except (TypeError, ValueError, RuntimeError): t = float("nan")
-    if not 0 <= t < float("inf"): raise StateError(f"{where}: step is {saved['step']!r}; a number of steps, 0 or "
-                                                   "more, is needed: the checkpoint is damaged")
+    if not 0 <= t < float("inf"):
+        raise StateError(f"{where}: step is {saved['step']!r}; a number of steps, 0 or more, is needed: the "
+                         "checkpoint is damaged")
     return t
 
 # %% ../../nbs/optim/09_state_dict.ipynb #a17c9e54
@@ -291,8 +293,8 @@ def _opened(state_dict):
     if len(set(named)) < len(named):
         raise StateError(f"the groups name a parameter twice ({max(named, key=named.count)!r}): {asks}")
     for i, s in saved.items():
-        if not isinstance(s, Mapping): raise StateError(f"the state of {i!r} is a {type(s).__name__}, where a dict "
-                                                        f"is needed: {asks}")
+        if not isinstance(s, Mapping):
+            raise StateError(f"the state of {i!r} is a {type(s).__name__}, where a dict is needed: {asks}")
     return groups, saved
 
 # %% ../../nbs/optim/09_state_dict.ipynb #4b2ddd56
@@ -341,8 +343,9 @@ def load_state(
         if (other := hook(opt, state_dict)) is not None: state_dict = other
     groups, saved = _opened(state_dict)
     sizes, wanted = [len(g["params"]) for g in groups], [len(g["params"]) for g in opt.param_groups]
-    if sizes != wanted: raise StateError(f"the state dict has groups of {sizes} parameters, the optimizer {wanted}: "
-                                         "build it from the same model and groups")
+    if sizes != wanted:
+        raise StateError(f"the state dict has groups of {sizes} parameters, the optimizer {wanted}: build it "
+                         "from the same model and groups")
     if strange := saved.keys() - {i for g in groups for i in g["params"]}:
         raise StateError(f"the state dict has a state of {next(iter(strange))!r}, which none of its groups names: "
                          "parameters are numbered by integers, which JSON for one makes into strings")

@@ -108,8 +108,9 @@ def record_folders() -> list[Path]:
     if not (named := os.environ.get(RECORDS)): return [f for f in (data_root() / "records", repo_root() / "runs") if any(f.glob(f"*/*/{ROWS}"))]
     folders = [Path(name) for name in named.split(os.pathsep) if name]
     for folder in folders:
-        if not folder.is_dir(): raise UserError(f"{RECORDS} names {folder}, which is not a folder; name folders that hold studies, "
-                                                f"separated by {os.pathsep!r}, or unset it to use data/records and runs")
+        if not folder.is_dir():
+            raise UserError(f"{RECORDS} names {folder}, which is not a folder; name folders that hold studies, "
+                            f"separated by {os.pathsep!r}, or unset it to use data/records and runs")
     return folders
 
 # %% ../../nbs/report/00_render.ipynb #937edfab
