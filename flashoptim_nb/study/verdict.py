@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 
 from ..base.records import Run
-from .evidence import SCALES, Evidence, evidence_table, rank_devices
+from ..base.schema import SCALES
+from .evidence import Evidence, evidence_table, rank_devices
 from .expression import Judged, Leaf, Status, judge, number_text, quantities, readable, text
 from .hypothesis import Criterion, Hypothesis, Side
 from .statistics import missing

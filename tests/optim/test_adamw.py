@@ -2,9 +2,7 @@
 
 The kernel's tests run on CUDA where there is one, and else in Triton's interpreter, in a process of their own
 (TRITON_INTERPRET is read when kernels are defined)."""
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from flashoptim_nb.optim.adamw_kernel import AdamWScalars, adamw_fused, adamw_re
 from flashoptim_nb.optim.codec import dequantize_m, dequantize_v
 from flashoptim_nb.optim.multi_tensor import TYPES, TensorList, Operands, new_operands
 from flashoptim_nb.optim.split import decode, round_narrow
+from processes import pass_in_the_interpreter
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -181,9 +180,7 @@ def test_kernel_extremes(rng_seed):
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernel's own tests run in this process")
 def test_kernel_in_the_interpreter():
     "The tests above that are marked `kernel`, where there is no GPU."
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-k", "kernel", "-p", "no:cacheprovider", Path(__file__).name],
-                          cwd=Path(__file__).parent, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    pass_in_the_interpreter(__file__, "kernel")
 
 
 @triton.jit

@@ -2,7 +2,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.optim.split import INTERPRETED
 from flashoptim_nb.optim import FlashAdamW, FlashSGD, OptionError
 from every import MAKERS
+from processes import pass_in_the_interpreter
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 CUTS = {"every other column": lambda b: b[:, ::2], "a column": lambda b: b[:, 3], "every other row": lambda b: b[::2], "transposed": lambda b: b.t(), "a window": lambda b: b[1:, 1:6], "rows": lambda b: b[3:7],
@@ -211,6 +211,4 @@ def test_a_shard_that_is_a_view(interpret):
 def test_in_tritons_interpreter():
     "Some of the tests of this file, as many as take a few seconds."
     some = "(fused-torch.bfloat16-FlashAdamW and column) or (place-fused-contiguous and transposed) or (state and fused-exp_avg)"
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-k", some, "-p", "no:cacheprovider", Path(__file__).name], cwd=Path(__file__).parent,
-                          env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    pass_in_the_interpreter(__file__, some)

@@ -2,10 +2,6 @@
 
 The kernel's tests run on CUDA where there is one, and else in Triton's interpreter, in a process of their own."""
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +13,7 @@ from flashoptim_nb.optim.multi_tensor import TensorList, Operands, new_operands
 from flashoptim_nb.optim.momentum_kernel import MomentumScalars, momentum_fused, momentum_reference
 from flashoptim_nb.optim.split import decode
 from flashoptim_nb.optim import FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW, OptionError
+from processes import pass_in_the_interpreter
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -92,9 +89,7 @@ def test_kernel_errs_at_most_twice_as_much(rule, dtype, bits, quantize, rng_seed
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernel's own tests run in this process")
 def test_kernel_in_the_interpreter():
     "The tests above that are marked `kernel`, where there is no GPU."
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-k", "kernel", "-p", "no:cacheprovider", Path(__file__).name],
-                          cwd=Path(__file__).parent, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    pass_in_the_interpreter(__file__, "kernel")
 
 
 PAIRS = [(FlashSGD, torch.optim.SGD, dict(lr=0.05)), (FlashSGD, torch.optim.SGD, dict(lr=0.05, momentum=0.9, weight_decay=0.1)),

@@ -1,12 +1,8 @@
 """FlashAdamW as people use it: shapes, groups, schedulers, clipping, state dicts, bad input."""
 import copy
 import io
-import os
 import pickle
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +15,7 @@ from flashoptim_nb.optim.split import INTERPRETED
 from every import CLASSES
 from flashoptim_nb.optim import FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW, GradientError, NumericsError, OptionError, StateError, cast_model, enable_gradient_release
 from flashoptim_nb.optim.buckets import check_options
+from processes import pass_in_the_interpreter
 
 KW = dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
 
@@ -335,9 +332,7 @@ def test_weights_that_no_longer_fit_their_state(change, fresh):
 @pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="the fused path's own tests run in this process")
 def test_the_fused_path_looks_too():
     "The tests of `no_longer_fit` in Triton's interpreter."
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-k", "no_longer_fit", "-p", "no:cacheprovider", Path(__file__).name],
-                          cwd=Path(__file__).parent, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    pass_in_the_interpreter(__file__, "no_longer_fit")
 
 
 @pytest.mark.parametrize("change", CHANGES)

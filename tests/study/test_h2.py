@@ -23,6 +23,7 @@ from flashoptim_nb.study.presets import select_runs
 from flashoptim_nb.study.runner import Study, dry_run
 from flashoptim_nb.cli.main import main
 from flashoptim_nb.study.loop import Interrupted
+from records_factory import rows_without
 
 COMMON = """
 from dataclasses import replace
@@ -65,10 +66,7 @@ def study(out, preset=PRESET, **options):  # noqa: F821 - of COMMON
 
 def content(out):
     "Everything in the records that is not a time, by run."
-    def plain(value):
-        if isinstance(value, dict): return {k: plain(v) for k, v in value.items() if k not in TIMED}
-        return [plain(v) for v in value] if isinstance(value, list) else value
-    return {run.id: [plain(row) for row in run.rows] for run in read_study(out / "h2-laptop")}
+    return rows_without(out / "h2-laptop", TIMED)
 
 
 def start(out):

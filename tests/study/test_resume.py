@@ -9,7 +9,8 @@ import time
 import pytest
 import torch
 
-from flashoptim_nb.base.records import problems, read_study
+from flashoptim_nb.base.records import problems
+from records_factory import rows_without
 
 # A small study of the real protocol: one prerequisite, three stacks that do not compile, short runs. Its signals are handled as the command handles them.
 DRIVER = """
@@ -38,11 +39,7 @@ def start(out):
 
 def content(out):
     "Everything in the records that is not a time, by run."
-    def plain(value):
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items() if k not in TIMED}
-        return [plain(v) for v in value] if isinstance(value, list) else value
-    return {run.id: [plain(row) for row in run.rows] for run in read_study(out / "h1-laptop")}
+    return rows_without(out / "h1-laptop", TIMED)
 
 
 @pytest.fixture(scope="module")

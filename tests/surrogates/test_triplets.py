@@ -1,7 +1,6 @@
 """The sum over triplets: kernels against the reference by the factor of two, gradients against finite differences, and graphs that are nearly none.
 
 The kernel's tests run on CUDA where there is one, and else in Triton's interpreter, in a process of their own."""
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from flashoptim_nb.surrogates.domains.molecules.geometry import Geometry
 from flashoptim_nb.surrogates.domains.molecules.bases import spherical_radial, spherical_radial_reference
 from flashoptim_nb.surrogates.domains.molecules.gathered import gated_sum, gated_sum_reference
 from flashoptim_nb.surrogates.domains.molecules.triplets import Edges, check_edges, meeting, triplet_errors, triplet_sum, triplet_sum_reference
+from processes import pass_in_the_interpreter
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -190,9 +190,7 @@ def test_lists_that_point_elsewhere_are_refused_on_the_device(number, sums):
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests above run the kernel here")
 def test_kernel_in_the_interpreter():
     "The tests above that are marked `kernel`, where there is no GPU."
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-k", "kernel", "-p", "no:cacheprovider", Path(__file__).name],
-                          cwd=Path(__file__).parent, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    pass_in_the_interpreter(__file__, "kernel")
 
 
 def test_reference_has_the_gradients_of_finite_differences(rng_seed):

@@ -24,7 +24,8 @@ from ...base.config import content_hash
 from ...base.errors import is_number
 from ...base.records import Run
 from ...lm.plan import plan_protocol
-from ..evidence import BEGAN, SCALES, Evidence, Sorted, count_spikes, names_of, not_inside, positive, tried
+from ...base.schema import SCALES
+from ..evidence import BEGAN, Evidence, Sorted, count_spikes, names_of, not_inside, positive, tried
 from ..expression import Q, estimate_of
 from ..hypothesis import Measure
 from ..statistics import (
