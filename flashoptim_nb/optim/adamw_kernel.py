@@ -15,7 +15,7 @@ import torch
 
 from .backend import tl, triton
 from .codec import _code_m, _code_root, decode_m, decode_root, dequantize_m, dequantize_v, encode_m, encode_root, reciprocal, root
-from .multi_tensor import (BLOCK, TYPES, WARPS, GradPointers, TensorList, Operands, address, load, in_chunks, bounds_mask, launch, load_weights, block_range, device_guard, store,
+from .multi_tensor import (BLOCK, TYPES, WARPS, GradPointers, TensorList, Operands, address, load, in_chunks, bounds_mask, jit_for_constants, launch, load_weights, block_range, device_guard, store,
                                         read_weights, store_weights, block_offsets, write_weights)
 from .split import widen
 
@@ -84,7 +84,7 @@ def adamw_update(theta, m, v, step_size, unbias, eps, shrink, FLOOR: tl.constexp
     return tl.fma(theta, shrink, -m * reciprocal(denominator)), r
 
 # %% ../../nbs/optim/03_adamw_kernel.ipynb #186fd23b
-@triton.jit
+@jit_for_constants
 def adamw_kernel(
     rows, grads, blocks,  # of a `TensorList` and a `Launch`
     step_scalars,  # fp32 (8,), of `step_scalars_kernel`

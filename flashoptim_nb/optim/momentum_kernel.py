@@ -13,7 +13,7 @@ import torch
 
 from .backend import tl, triton
 from .codec import _code_m, decode_m, dequantize_m, encode_m
-from .multi_tensor import (BLOCK, TYPES, WARPS, GradPointers, TensorList, Operands, address, load, in_chunks, bounds_mask, launch, load_weights, block_range, device_guard, store,
+from .multi_tensor import (BLOCK, TYPES, WARPS, GradPointers, TensorList, Operands, address, load, in_chunks, bounds_mask, jit_for_constants, launch, load_weights, block_range, device_guard, store,
                                         read_weights, store_weights, block_offsets, write_weights)
 from .split import widen
 
@@ -75,7 +75,7 @@ def sign(x):
     return tl.where(x == x, tl.where(x > 0.0, 1.0, 0.0) - tl.where(x < 0.0, 1.0, 0.0), x)
 
 
-@triton.jit
+@jit_for_constants
 def momentum_kernel(
     rows, grads, blocks,  # of a `TensorList` and a `Launch`
     step_scalars,  # fp32 (8,), of `step_scalars_kernel`

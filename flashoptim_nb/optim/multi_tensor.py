@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'WARPS', 'TYPES', 'COLUMNS', 'WIDTH', 'STEP_SCALARS', 'FEW', 'PROGRAMS', 'Operands', 'new_operands',
-           'in_chunks', 'read_weights', 'write_weights', 'Launch', 'GradPointers', 'TensorList', 'launch',
-           'device_guard', 'block_range', 'block_offsets', 'bounds_mask', 'address', 'load', 'store', 'load_weights',
-           'store_weights', 'squares_kernel', 'grad_scaling_kernel', 'grad_scaling_fused', 'step_scalars_kernel']
+           'in_chunks', 'read_weights', 'write_weights', 'Launch', 'GradPointers', 'TensorList', 'jit_for_constants',
+           'launch', 'device_guard', 'block_range', 'block_offsets', 'bounds_mask', 'address', 'load', 'store',
+           'load_weights', 'store_weights', 'squares_kernel', 'grad_scaling_kernel', 'grad_scaling_fused',
+           'step_scalars_kernel']
 
 # %% ../../nbs/optim/02_multi_tensor.ipynb #2cb7953d
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -201,17 +203,25 @@ class TensorList:
         "The numbers of a step over these tensors, formed on their device."
         there = isinstance(lr, torch.Tensor) and lr.device == self.device
         with device_guard(self.device):
-            launch(step_scalars_kernel, 1, (self.numbers, step, self.numbers if multiplier is None else multiplier, self.numbers if skip is None else skip,
+            launch(step_scalars_kernel, 1, (self.numbers, step, self.numbers if multiplier is None else multiplier.float(), self.numbers if skip is None else skip,
                                      lr.float() if there else float(lr), float(weight_decay), *logs),
                    dict(SCALED=multiplier is not None, SKIPS=skip is not None, LR_TENSOR=there), num_warps=1)
         return self.numbers
 
 # %% ../../nbs/optim/02_multi_tensor.ipynb #77a2c0de
+def jit_for_constants(
+    kernel: Callable,  # Triton's language
+) -> triton.JITFunction:
+    "`triton.jit` for a kernel that has one binary for each set of its constants."
+    names = [name for name, p in signature(kernel).parameters.items() if p.annotation is not tl.constexpr]
+    return triton.jit(kernel, do_not_specialize=names, do_not_specialize_on_alignment=names)
+
+
 _BINARIES = {}
 
 
 def launch(
-    kernel: triton.JITFunction,  # its integer arguments are not to be specialized
+    kernel: triton.JITFunction,  # of `jit_for_constants`, always given arguments of the same types
     programs: int,
     arguments: Sequence,  # tensors on the current device, floats and integers below 2^31, before the constants
     constants: dict,  # in the kernel's order
@@ -219,8 +229,7 @@ def launch(
 ):
     "Runs a kernel; from the second time on without Triton's search for the binary."
     if INTERPRETED: return kernel[(programs,)](*arguments, **constants)
-    kinds = [(a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, torch.Tensor) else type(a) for a in arguments]
-    key = (id(kernel), torch.cuda.current_device(), num_warps, *constants.values(), *kinds)
+    key = (id(kernel), torch.cuda.current_device(), num_warps, *constants.values())
     if (binary := _BINARIES.get(key)) is None: _BINARIES[key] = kernel[(programs,)](*arguments, **constants, num_warps=num_warps)
     else: binary[(programs, 1, 1)](*arguments, *constants.values())
 
@@ -292,7 +301,7 @@ def store_weights(param, error_bits, theta, mask, PARAM: tl.constexpr, BITS: tl.
 PROGRAMS = 2048  # of the sum of squares: some for each multiprocessor, so that loads are always in flight
 
 
-@triton.jit(do_not_specialize=["count"])
+@jit_for_constants
 def squares_kernel(
     rows, grads,  # of a `TensorList`
     blocks, count,  # of a `Launch`, and how many
@@ -309,7 +318,7 @@ def squares_kernel(
     tl.store(partial + tl.program_id(0), tl.sum(total))
 
 # %% ../../nbs/optim/02_multi_tensor.ipynb #6f9c534b
-@triton.jit(do_not_specialize=["count"])
+@jit_for_constants
 def grad_scaling_kernel(
     partial, count,  # fp32 sums of squares, and how many
     out,  # fp32 (3,): norm, multiplier, skip flag
@@ -352,12 +361,12 @@ def grad_scaling_fused(
         for tensors, grads, share, start, programs in todo:
             launch(squares_kernel, programs, (tensors.rows, grads.addresses, share.blocks, share.blocks.shape[0], partial[start:]),
                    dict(GRAD=grads.dtype, ALIGNED=share.ALIGNED, MASK=share.MASK, BLOCK=BLOCK), WARPS)
-        launch(grad_scaling_kernel, 1, (partial, size, out, skipped, partial if grad_scale is None else grad_scale, partial if found_inf is None else found_inf,
+        launch(grad_scaling_kernel, 1, (partial, size, out, skipped, partial if grad_scale is None else grad_scale.float(), partial if found_inf is None else found_inf.float(),
                                    float(max_norm or 0.0)), dict(SCALED=grad_scale is not None, FOUND=found_inf is not None, CLIPS=max_norm is not None, CHUNK=1024))
     return out
 
 # %% ../../nbs/optim/02_multi_tensor.ipynb #2186ecd3
-@triton.jit
+@jit_for_constants
 def step_scalars_kernel(
     step_scalars,  # fp32 (8,): out
     step,  # fp32 (): steps taken; advanced unless the step is skipped

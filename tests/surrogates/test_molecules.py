@@ -257,7 +257,7 @@ def test_split_is_the_published_one():
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_network(dtype, device, rng_seed):
-    "Errors over five batches together: the loss is a square, so one batch whose output cancels makes all of its hundred gradients uncertain at once."
+    "The middle of five batches: the loss is a square, so that one batch whose output nearly cancels makes all of its hundred gradients uncertain at once."
     flat = lambda out, grads: (out, *grads)
     errors = []
     for _ in range(5):
@@ -270,7 +270,7 @@ def test_fused_network(dtype, device, rng_seed):
             model.interaction = "fused"
             ours = flat(*gradients(model, g))
         errors.append([[rel_err(o, e), rel_err(s, e)] for o, s, e in zip(ours, same, exact)])
-    ours, same = np.sqrt(np.square(errors).mean(axis=0)).T
+    ours, same = np.median(errors, axis=0).T
     ratios = ours / np.maximum(same, 5e-6 if dtype == torch.float32 else 1e-2)
     # a kernel has the factor of 2; of a whole network's hundred tensors, whose errors are of one kind in a batch, some may be unlucky together
     assert np.sqrt(np.square(ratios).mean()) <= 2 and np.quantile(ratios, 0.95) <= 3, ratios
