@@ -17,7 +17,8 @@ from .release import GradientReleaseHandle, enable_gradient_release
 from .split import compute_ecc_bits, reconstruct_fp32_param
 from .state_dict import StateError
 
-__all__ = ["AveragedMasters", "FlashOptimizer", "GradientError", "GradientReleaseHandle", "NumericsError", "OptionError", "StateError",
-           "cast_model", "compute_ecc_bits", "enable_gradient_release", "reconstruct_fp32_param"]
+__all__ = [
+    "AveragedMasters", "FlashOptimizer", "GradientError", "GradientReleaseHandle", "NumericsError", "OptionError",
+    "StateError", "cast_model", "compute_ecc_bits", "enable_gradient_release", "reconstruct_fp32_param"]
 __all__ += adam.__all__  # a class that one of these notebooks exports is public
 __all__ += momentum.__all__

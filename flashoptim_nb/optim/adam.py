@@ -19,7 +19,8 @@ from .gradients import GradScaling
 
 # %% ../../nbs/optim/10_adam.ipynb #968bf0b2
 class FlashAdam(FlashOptimizer):
-    "Adam (arXiv 1412.6980), its weight decay part of the gradient, on split weights and companded 8-bit moments (arXiv 2602.23349); raises `OptionError` for arguments that cannot work."
+    """Adam (arXiv 1412.6980), its weight decay part of the gradient, on split weights and companded 8-bit moments
+    (arXiv 2602.23349); raises `OptionError` for arguments that cannot work."""
 
     moments = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
     decoupled = False
@@ -42,10 +43,11 @@ class FlashAdam(FlashOptimizer):
         compress_state_dict: bool = True,  # state dicts have these bytes; False: fp32, for torch.optim to read
         master_weight_bits: int | None = 24,  # 24 trains as fp32 in 3 bytes a weight; 32: exact; None: no masters
         fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
-        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; off, for it waits for the GPU
+        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; waits for the GPU
         decouple_lr: bool = False,  # of the class with a W: here weight decay is part of the gradient
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
-        skip_nonfinite: bool | None = None,  # leave out a step with NaN or infinity; None: where the norm is formed anyway
+        # leave out a step with NaN or infinity; None: where the norm is formed anyway
+        skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
     ):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize,
@@ -58,7 +60,8 @@ class FlashAdam(FlashOptimizer):
         "Raises `OptionError` for options of a group that cannot work."
         super()._check_group(group)
         betas, eps = group["betas"], group["eps"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(is_number(b, 0, 1) and b < 1 for b in betas) or not is_number(eps, 0):
+        if (not isinstance(betas, (tuple, list)) or len(betas) != 2
+                or not all(is_number(b, 0, 1) and b < 1 for b in betas) or not is_number(eps, 0)):
             raise OptionError(f"betas={betas!r}, eps={eps!r}: two numbers in [0, 1) and a finite eps of 0 or more "
                               "are needed")
         for name in "amsgrad", "differentiable":
@@ -68,7 +71,8 @@ class FlashAdam(FlashOptimizer):
 
     def _scalars(self, group: dict) -> AdamWScalars:
         "What is the same for every value of a step."
-        return AdamWScalars(group["lr"], *group["betas"], group["eps"], **self._decays(group), maximize=group["maximize"], companded=self.companded)
+        return AdamWScalars(group["lr"], *group["betas"], group["eps"], **self._decays(group),
+                            maximize=group["maximize"], companded=self.companded)
 
     def _update(
         self,
@@ -82,11 +86,13 @@ class FlashAdam(FlashOptimizer):
 
     def _update_fused(self, bucket: ParamBucket, group: dict, scaling: GradScaling):
         "The same in one launch, which counts the step where its counter lies."
-        adamw_fused(bucket.tensors, bucket.grad_pointers, self._scalars(group), bucket.step, scaling.multiplier, scaling.skip)
+        adamw_fused(
+            bucket.tensors, bucket.grad_pointers, self._scalars(group), bucket.step, scaling.multiplier, scaling.skip)
 
 # %% ../../nbs/optim/10_adam.ipynb #a6cbeafe
 class FlashAdamW(FlashAdam):
-    "AdamW (arXiv 1711.05101), with `FlashAdam`'s arguments and formats: weight decay shrinks the weights by 1 - lr * weight_decay, or with `decouple_lr` by 1 - weight_decay * lr / initial lr."
+    """AdamW (arXiv 1711.05101), with `FlashAdam`'s arguments and formats: weight decay shrinks the weights
+    by 1 - lr * weight_decay, or with `decouple_lr` by 1 - weight_decay * lr / initial lr."""
 
     decoupled = True
 
@@ -108,13 +114,15 @@ class FlashAdamW(FlashAdam):
         compress_state_dict: bool = True,  # state dicts have these bytes; False: fp32, for torch.optim to read
         master_weight_bits: int | None = 24,  # 24 trains as fp32 in 3 bytes a weight; 32: exact; None: no masters
         fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
-        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; off, for it waits for the GPU
+        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; waits for the GPU
         decouple_lr: bool = False,  # weight decay as at the first lr, whatever a scheduler does; off, as in torch.optim
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
-        skip_nonfinite: bool | None = None,  # leave out a step with NaN or infinity; None: where the norm is formed anyway
+        # leave out a step with NaN or infinity; None: where the norm is formed anyway
+        skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
     ):
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable,
-                         differentiable=differentiable, quantize=quantize, compress_state_dict=compress_state_dict,
-                         master_weight_bits=master_weight_bits, fused=fused, check_numerics=check_numerics,
-                         decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded)
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable,
+            differentiable=differentiable, quantize=quantize, compress_state_dict=compress_state_dict,
+            master_weight_bits=master_weight_bits, fused=fused, check_numerics=check_numerics, decouple_lr=decouple_lr,
+            max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded)

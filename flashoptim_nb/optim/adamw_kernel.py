@@ -14,9 +14,11 @@ from typing import NamedTuple
 import torch
 
 from .backend import tl, triton
-from .codec import _code_m, _code_root, decode_m, decode_root, dequantize_m, dequantize_v, encode_m, encode_root, reciprocal, root
-from .multi_tensor import (BLOCK, TYPES, WARPS, GradPointers, TensorList, Operands, address, load, in_chunks, bounds_mask, jit_for_constants, launch, load_weights, block_range, device_guard, store,
-                                        read_weights, store_weights, block_offsets, write_weights)
+from .codec import (_code_m, _code_root, decode_m, decode_root, dequantize_m, dequantize_v, encode_m,
+                                       encode_root, reciprocal, root)
+from .multi_tensor import (
+    BLOCK, TYPES, WARPS, GradPointers, TensorList, Operands, address, load, in_chunks, bounds_mask, jit_for_constants,
+    launch, load_weights, block_range, device_guard, store, read_weights, store_weights, block_offsets, write_weights)
 from .split import widen
 
 # %% ../../nbs/optim/03_adamw_kernel.ipynb #d05664a3
@@ -57,7 +59,8 @@ def _step_chunk(
     theta.mul_(1 - lr * h.weight_decay).addcdiv_(m, denominator, value=-lr / (1 - h.beta1**t))
     write_weights(x, theta)
     if x.m_scale is None: return
-    for code, scale, (new, new_scale) in ((x.m, x.m_scale, _code_m(m, h.companded)), (x.v, x.v_scale, _code_root(r if h.companded else v))):
+    for code, scale, (new, new_scale) in (
+            (x.m, x.m_scale, _code_m(m, h.companded)), (x.v, x.v_scale, _code_root(r if h.companded else v))):
         code.copy_(new.view(-1)[:code.numel()]); scale.copy_(new_scale)
 
 # %% ../../nbs/optim/03_adamw_kernel.ipynb #aca0b0fb
@@ -76,9 +79,11 @@ LEAST_ROOT = tl.constexpr(ROOT_MIN)
 
 @triton.jit
 def adamw_update(theta, m, v, step_size, unbias, eps, shrink, FLOOR: tl.constexpr):
-    "The update from new moments, on fp32 registers: new theta and the root of v; FLOOR where eps is too small to keep the denominator from zero."
+    """The update from new moments, on fp32 registers: new theta and the root of v;
+    FLOOR where eps is too small to keep the denominator from zero."""
     r = root(v)
-    moves = step_size > 1e-30  # the denominator is divided by the step size, once for all values; of an infinite one the reciprocal is 0
+    # the denominator is divided by the step size, once for all values; of an infinite one the reciprocal is 0
+    moves = step_size > 1e-30
     denominator = tl.fma(r, tl.where(moves, unbias / step_size, 0.0), tl.where(moves, eps / step_size, float("inf")))
     if FLOOR: denominator = tl.maximum(denominator, (1.0 / step_size) * LEAST_ROOT)
     return tl.fma(theta, shrink, -m * reciprocal(denominator)), r
@@ -90,7 +95,8 @@ def adamw_kernel(
     step_scalars,  # fp32 (8,), of `step_scalars_kernel`
     weight1, beta1, weight2, beta2, eps, l2,  # 1 - beta1, beta1, sqrt(1 - beta2), beta2 or its root, eps, L2 decay
     PARAM: tl.constexpr, GRAD: tl.constexpr, BITS: tl.constexpr, QUANTIZED: tl.constexpr, COMPANDED: tl.constexpr,
-    L2: tl.constexpr, MAXIMIZE: tl.constexpr, FLOOR: tl.constexpr, ALIGNED: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
+    L2: tl.constexpr, MAXIMIZE: tl.constexpr, FLOOR: tl.constexpr, ALIGNED: tl.constexpr, MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     "AdamW on many tensors of the same dtypes: program i steps the block that `blocks[i]` names."
     if tl.load(step_scalars + 3) != 0.0: return
@@ -122,7 +128,8 @@ def adamw_kernel(
         m, v = m * beta1, tl.fma(v, beta2, h * h)
     m = tl.fma(g, weight1, m)
 
-    theta, r = adamw_update(theta, m, v, tl.load(step_scalars), tl.load(step_scalars + 1), eps, tl.load(step_scalars + 4), FLOOR)
+    theta, r = adamw_update(
+        theta, m, v, tl.load(step_scalars), tl.load(step_scalars + 1), eps, tl.load(step_scalars + 4), FLOOR)
 
     store_weights(param, error_bits, theta, mask, PARAM, BITS, MASK)
     if QUANTIZED:
@@ -148,12 +155,14 @@ def adamw_fused(
     quantized = x.m_scale is not None
     with device_guard(tensors.device):
         for share in grads.launches:
-            launch(adamw_kernel, share.blocks.shape[0], (
-                tensors.rows, grads.addresses, share.blocks, step_scalars, 1.0 - h.beta1, float(h.beta1), sqrt(1.0 - h.beta2),
-                sqrt(h.beta2) if quantized and h.companded else float(h.beta2), float(h.eps), float(h.l2)), dict(
-                PARAM=TYPES[x.param.dtype], GRAD=grads.dtype, BITS=0 if x.error_bits is None else 8 * x.error_bits.element_size(), QUANTIZED=quantized,
-                COMPANDED=h.companded, L2=h.l2 != 0, MAXIMIZE=h.maximize, FLOOR=h.eps < ROOT_MIN, ALIGNED=share.ALIGNED, MASK=share.MASK,
-                BLOCK=BLOCK), WARPS)
+            launch(adamw_kernel, share.blocks.shape[0],
+                   (tensors.rows, grads.addresses, share.blocks, step_scalars, 1.0 - h.beta1, float(h.beta1),
+                    sqrt(1.0 - h.beta2), sqrt(h.beta2) if quantized and h.companded else float(h.beta2), float(h.eps),
+                    float(h.l2)),
+                   dict(PARAM=TYPES[x.param.dtype], GRAD=grads.dtype,
+                        BITS=0 if x.error_bits is None else 8 * x.error_bits.element_size(), QUANTIZED=quantized,
+                        COMPANDED=h.companded, L2=h.l2 != 0, MAXIMIZE=h.maximize, FLOOR=h.eps < ROOT_MIN,
+                        ALIGNED=share.ALIGNED, MASK=share.MASK, BLOCK=BLOCK), WARPS)
 
 
 @lru_cache(maxsize=64)

@@ -41,9 +41,11 @@ def _masters(opt, params):
     bits = error_bit_width(narrow.dtype, opt.master_weight_bits)
     if not bits: return narrow.float()
     kept = [opt.state.get(p, {}).get("error_bits") for p in params]
-    kept = [first_error_bits(p, bits, keep=True) if error_bits is None and not opt.state.get(p) else error_bits for p, error_bits in zip(params, kept)]
+    kept = [first_error_bits(p, bits, keep=True) if error_bits is None and not opt.state.get(p) else error_bits
+            for p, error_bits in zip(params, kept)]
     none = lambda p: torch.zeros(local(p).numel(), dtype=CODE_DTYPE[bits], device=narrow.device)
-    return decode(narrow, torch.cat([none(p) if error_bits is None else local(error_bits).reshape(-1) for p, error_bits in zip(params, kept)]))
+    return decode(narrow, torch.cat([none(p) if error_bits is None else local(error_bits).reshape(-1)
+                                     for p, error_bits in zip(params, kept)]))
 
 # %% ../../nbs/optim/14_averages.ipynb #09a10008
 class AveragedMasters:
@@ -53,7 +55,8 @@ class AveragedMasters:
         self,
         optimizer: FlashOptimizer,
         model: nn.Module,  # whose parameters it steps, sharded already if they will be
-        decay: float | None = 0.999,  # of the exponential average, which begins at the first update; None: the mean of all updates
+        # of the exponential average, which begins at the first update; None: the mean of all updates
+        decay: float | None = 0.999,
     ):
         if decay is not None and not is_number(decay, 0, 1):
             raise OptionError(f"decay={decay!r}: a number from 0 to 1 is needed, or None for a uniform average")
@@ -63,15 +66,20 @@ class AveragedMasters:
         if strange := len(stepped) - len(self.params):
             raise OptionError(f"{strange} of the optimizer's {len(stepped)} parameters are not the model's: "
                               "give the model that it steps, as it is now (fully_shard makes new parameters)")
-        self.chunks = [(chunk, torch.zeros(sum(local(self.params[n]).numel() for n in chunk), device=self.params[chunk[0]].device)) for chunk in _chunks(self.params)]
+        self.chunks = [
+            (chunk, torch.zeros(sum(local(self.params[n]).numel() for n in chunk), device=self.params[chunk[0]].device))
+            for chunk in _chunks(self.params)]
         self.average = {}  # name -> fp32, this rank's part of a parameter
         for chunk, flat in self.chunks:
             shapes = [local(self.params[name]).shape for name in chunk]
-            self.average |= {name: part.view(shape) for name, part, shape in zip(chunk, flat.split([s.numel() for s in shapes]), shapes)}
+            self.average |= {name: part.view(shape)
+                             for name, part, shape in zip(chunk, flat.split([s.numel() for s in shapes]), shapes)}
 
     @torch.no_grad()
     def update(self):
-        "Takes the masters of now into the average; call it after `optimizer.step()`. Raises `OptionError` where the optimizer steps others than those that are averaged, or they changed their dtype."
+        """Takes the masters of now into the average; call it after `optimizer.step()`.
+        Raises `OptionError` where the optimizer steps others than those that are averaged,
+        or they changed their dtype."""
         self._at_home()
         known, made_for = {id(p) for p in self.params.values()}, self.optimizer._made_for
         if strange := [p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in known]:
@@ -82,19 +90,26 @@ class AveragedMasters:
                               f"{made_for[self.params[changed[0]]]}: take the average before such a change, make "
                               "optimizer and average anew after it")
         weight = 1 / (self.updates + 1) if self.decay is None or not self.updates else 1 - self.decay
-        for chunk, flat in self.chunks: flat.lerp_(_masters(self.optimizer, [self.params[name] for name in chunk]), weight)
+        for chunk, flat in self.chunks:
+            flat.lerp_(_masters(self.optimizer, [self.params[name] for name in chunk]), weight)
         self.updates += 1
 
     def state_dict(self) -> dict:
-        "The number of updates and the averages by their parameters' names; live tensors, sharded as the parameters are."
-        return dict(updates=self.updates, average={name: like(self.params[name], t) for name, t in self.average.items()})
+        """The number of updates and the averages by their parameters' names;
+        live tensors, sharded as the parameters are."""
+        return dict(
+            updates=self.updates, average={name: like(self.params[name], t) for name, t in self.average.items()})
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping):
-        "Takes what `state_dict` returned, whole or sharded as the parameters are; raises `StateError`, with nothing changed, where it does not fit."
-        updates, average = (state_dict.get(key) if isinstance(state_dict, Mapping) else None for key in ("updates", "average"))
-        if not isinstance(updates, int) or not isinstance(average, Mapping): raise StateError("no `updates` and `average`: give what AveragedMasters.state_dict() returned")
-        wrong = [n for n in average.keys() ^ self.params.keys()] or [n for n, p in self.params.items() if average[n].shape != p.shape or held(p, average[n]) is None]
+        """Takes what `state_dict` returned, whole or sharded as the parameters are;
+        raises `StateError`, with nothing changed, where it does not fit."""
+        updates, average = (
+            state_dict.get(key) if isinstance(state_dict, Mapping) else None for key in ("updates", "average"))
+        if not isinstance(updates, int) or not isinstance(average, Mapping):
+            raise StateError("no `updates` and `average`: give what AveragedMasters.state_dict() returned")
+        wrong = ([n for n in average.keys() ^ self.params.keys()]
+                 or [n for n, p in self.params.items() if average[n].shape != p.shape or held(p, average[n]) is None])
         if wrong:
             raise StateError(f"{len(wrong)} averages differ from the model's parameters in name, shape or "
                              f"sharding: {', '.join(sorted(wrong)[:5])}")
@@ -103,15 +118,18 @@ class AveragedMasters:
 
     @torch.no_grad()
     def model_state_dict(self) -> dict:
-        "The model's state dict with averages in fp32 in place of what is stepped; new tensors, to be loaded into the model's fp32 twin."
+        """The model's state dict with averages in fp32 in place of what is stepped;
+        new tensors, to be loaded into the model's fp32 twin."""
         names = {id(p): name for name, p in self._any().params.items()}
         entries = self.model.state_dict(keep_vars=True)
         mean = lambda t: like(t, self.average[names[id(t)]].clone())
-        return {name: mean(t) if id(t) in names else t.detach().clone() if isinstance(t, torch.Tensor) else t for name, t in entries.items()}
+        return {name: mean(t) if id(t) in names else t.detach().clone() if isinstance(t, torch.Tensor) else t
+                for name, t in entries.items()}
 
     @contextmanager
     def applied(self):
-        "While it lasts, the model computes with the averages, rounded to its parameters' dtype; afterwards its weights are back, bit for bit."
+        """While it lasts, the model computes with the averages, rounded to its parameters' dtype;
+        afterwards its weights are back, bit for bit."""
         self._at_home()
         kept = {name: local(p.detach()).clone() for name, p in self._any().params.items()}
         refusal = self.optimizer.register_step_pre_hook(self._refuse)
@@ -129,7 +147,9 @@ class AveragedMasters:
         for part in self.model.modules():
             # what a forward pass left gathered has the weights of before
             if isinstance(part, FSDPModule): part.reshard()
-        for name, p in self.params.items(): local(p).copy_(encode(weights[name], p.dtype)[0] if p.dtype in HALF_FORMATS and weights[name].dtype == torch.float32 else weights[name])
+        for name, p in self.params.items():
+            local(p).copy_(encode(weights[name], p.dtype)[0]
+                           if p.dtype in HALF_FORMATS and weights[name].dtype == torch.float32 else weights[name])
 
     def _any(self):
         if not self.updates: raise UserError("no average yet: call update() after a step")

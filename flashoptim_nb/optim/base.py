@@ -20,8 +20,9 @@ from ..base.errors import UserError, choose, is_number
 from .backend import HAS_TRITON, warn_without_triton
 from .split import HALF_FORMATS, MAX_CODE
 from .multi_tensor import read_weights, write_weights
-from .buckets import (OPTIMIZERS, OptionError, ParamBucket, ParametersError, as_param_list, build_buckets, cached_buckets, check_gradient,
-                                         check_options, check_parameters, check_states, error_bit_width, read_state, write_state)
+from .buckets import (
+    OPTIMIZERS, OptionError, ParamBucket, ParametersError, as_param_list, build_buckets, cached_buckets, check_gradient,
+    check_options, check_parameters, check_states, error_bit_width, read_state, write_state)
 from .gradients import GradScaling, compute_grad_scaling
 from .state_dict import fp32_weights, load_state, saved_public_state, saved_state, set_fp32_weights
 
@@ -67,7 +68,8 @@ def check_option(
         if x is not None and not isinstance(x, bool):
             raise OptionError(f"skip_nonfinite={x!r}: True, False, or None to skip where the norm is formed "
                               "anyway")
-    elif not isinstance(x, bool) and not (name == "fused" and x is None): raise OptionError(f"{name}={x!r}: True or False is needed")
+    elif not isinstance(x, bool) and not (name == "fused" and x is None):
+        raise OptionError(f"{name}={x!r}: True or False is needed")
 
 
 def check_groups(opt: "FlashOptimizer"):
@@ -109,32 +111,37 @@ class FlashOptimizer(Optimizer):
         compress_state_dict: bool = True,  # state dicts have these bytes; False: fp32, for torch.optim to read
         master_weight_bits: int | None = 24,  # 24 trains as fp32 in 3 bytes a weight; 32: exact; None: no masters
         fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
-        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; off, for it waits for the GPU
+        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; waits for the GPU
         decouple_lr: bool = False,  # weight decay as at the first lr, whatever a scheduler does; off, as in torch.optim
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
-        skip_nonfinite: bool | None = None,  # leave out a step with NaN or infinity; None: where the norm is formed anyway
+        # leave out a step with NaN or infinity; None: where the norm is formed anyway
+        skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
     ):
         if isinstance(params, torch.nn.Module):
             raise ParametersError(f"a whole {type(params).__name__}: give its parameters, model.parameters()")
         if not (params := as_param_list(params)):
             raise OptionError("no parameters: one at least is needed; was model.parameters() used up before?")
-        given = dict(quantize=quantize, compress_state_dict=compress_state_dict, master_weight_bits=master_weight_bits, fused=fused,
-                     check_numerics=check_numerics, decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded)
+        given = dict(quantize=quantize, compress_state_dict=compress_state_dict, master_weight_bits=master_weight_bits,
+                     fused=fused, check_numerics=check_numerics, decouple_lr=decouple_lr, max_norm=max_norm,
+                     skip_nonfinite=skip_nonfinite, companded=companded)
         self.__dict__ |= given | dict(_cached={})  # buckets of the last step, see `optim.buckets`
         for name in self.options: setattr(self, name, getattr(self, name))  # checked, as when it is set later
         if self.fused and not HAS_TRITON: warn_without_triton()
         self.grad_norm: torch.Tensor | None = None  # 0-d fp32: the global norm before clipping, of the last step
-        self.skipped_steps = torch.zeros((), dtype=torch.int64)  # 0-d, on the first parameter's device: those that step() left out; GradScaler leaves out others without calling it
+        # 0-d, on the first parameter's device: those that step() left out; GradScaler's own are not among them
+        self.skipped_steps = torch.zeros((), dtype=torch.int64)
         self.release = None  # the active GradientReleaseHandle
         self._made_for: dict[torch.Tensor, torch.dtype] = {}  # parameter -> its dtype when its state was made
         self._largest: dict[torch.Tensor, float] = {}  # largest |weight| of each parameter, for check_numerics
         super().__init__(params, defaults)
         OPTIMIZERS.add(self)
-        self.skipped_steps = self.skipped_steps.to(next((p.device for group in self.param_groups for p in group["params"]), "cpu"))
+        self.skipped_steps = self.skipped_steps.to(
+            next((p.device for group in self.param_groups for p in group["params"]), "cpu"))
 
     def __setattr__(self, name: str, x: object):
-        "Options of the whole optimizer are checked when they are set, and hold from the next step on; those that states are made by stay as they are."
+        """Options of the whole optimizer are checked when they are set, and hold from the next step on;
+        those that states are made by stay as they are."""
         if name in self.options:
             check_option(name, x)
             if name in FORMATS and x != getattr(self, name):
@@ -169,7 +176,8 @@ class FlashOptimizer(Optimizer):
         if self.decouple_lr: self._keep_lr(group)
 
     def _check_shared(self, group: dict):
-        "Raises `OptionError` for options of the whole optimizer in a group, unless they repeat what it has (torch's ZeroRedundancyOptimizer hands all to the groups)."
+        """Raises `OptionError` for options of the whole optimizer in a group,
+        unless they repeat what it has (torch's ZeroRedundancyOptimizer hands all to the groups)."""
         own = {name: getattr(self, name) for name in self.options if name in group and name != "fused"}
         # as it was given, before max_norm settled it
         if group.get("skip_nonfinite", False) is None: own["skip_nonfinite"] = None
@@ -180,7 +188,8 @@ class FlashOptimizer(Optimizer):
             raise OptionError("compress_state_dict=False through a wrapper that hands options to groups: such a "
                               "wrapper puts states back as they were written, and a step needs them as they are "
                               "kept; leave it out")
-        apart = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        apart = (torch.distributed.is_available() and torch.distributed.is_initialized()
+                 and torch.distributed.get_world_size() > 1)
         if apart and any(group.get(name) for name in ("max_norm", "skip_nonfinite")):
             raise OptionError("max_norm or skip_nonfinite through a wrapper that deals parameters out to ranks: each "
                               "rank would see the norm of its own share alone; "
@@ -188,30 +197,40 @@ class FlashOptimizer(Optimizer):
                               "before step()")
 
     def _keep_lr(self, group: dict):
-        "Keeps the lr at which `decouple_lr` takes weight decay as it is given: the constructor's, under a key that no scheduler writes."
+        """Keeps the lr at which `decouple_lr` takes weight decay as it is given:
+        the constructor's, under a key that no scheduler writes."""
         group.setdefault("reference_lr", float(group.get("initial_lr", group["lr"])))
         self._decays(group)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        "Whether GradScaler leaves unscaling to `step()`: of fp16 gradients, which it refuses, and of released ones, which are gone. Others it unscales itself, so that they can be clipped."
-        return self.release is not None or any(p.dtype == torch.float16 for group in self.param_groups for p in group["params"])
+        """Whether GradScaler leaves unscaling to `step()`: of fp16 gradients, which it refuses, and of released ones,
+        which are gone. Others it unscales itself, so that they can be clipped."""
+        return (self.release is not None
+                or any(p.dtype == torch.float16 for group in self.param_groups for p in group["params"]))
 
     @torch.compiler.disable
     def zero_grad(self, set_to_none: bool = True):
-        "As in torch.optim; under gradient release raises `ReleaseError` where the gradients to be dropped were used already."
+        """As in torch.optim;
+        under gradient release raises `ReleaseError` where the gradients to be dropped were used already."""
         if self.release is not None: self.release._drop()
         super().zero_grad(set_to_none)
 
     def _check_group(self, group: dict):
         "Raises `OptionError` for options of a group that cannot work; subclasses add theirs."
-        given = [x.item() if isinstance(x, torch.Tensor) and x.numel() == 1 else x for x in (group["lr"], group["weight_decay"])]  # read here, and not in a step
-        if not isinstance(group.get("maximize", False), bool): raise OptionError(f"maximize={group['maximize']!r}: True or False is needed")
-        if not all(is_number(x, 0) for x in given): raise OptionError(f"lr={group['lr']!r}, weight_decay={group['weight_decay']!r}: both must be finite numbers, 0 or more (or 0-d tensors of such)")
+        # read here, and not in a step
+        given = [x.item() if isinstance(x, torch.Tensor) and x.numel() == 1 else x
+                 for x in (group["lr"], group["weight_decay"])]
+        if not isinstance(group.get("maximize", False), bool):
+            raise OptionError(f"maximize={group['maximize']!r}: True or False is needed")
+        if not all(is_number(x, 0) for x in given):
+            raise OptionError(f"lr={group['lr']!r}, weight_decay={group['weight_decay']!r}: "
+                              "both must be finite numbers, 0 or more (or 0-d tensors of such)")
 
     def __getstate__(self):
         "torch keeps only groups and states when an optimizer is copied or pickled; the options go with them."
-        kept = {k: v for k, v in self.__dict__.items() if k in self.options or k in ("grad_norm", "skipped_steps", "_made_for", "_next_clip")}
+        kept = {k: v for k, v in self.__dict__.items()
+                if k in self.options or k in ("grad_norm", "skipped_steps", "_made_for", "_next_clip")}
         return super().__getstate__() | kept | {"release": None, "_largest": {}, "_cached": {}}
 
     def __setstate__(self, state: dict):
@@ -235,7 +254,8 @@ class FlashOptimizer(Optimizer):
                           "with; give its largest lr and let a scheduler warm up, or weight_decay=0")
 
     def _state_format(self, group: dict) -> str:
-        "What the tensors of a group's states are, to go with them in a state dict: `companded-24-bfloat16` says coding, master weights' width and the weights' dtypes."
+        """What the tensors of a group's states are, to go with them in a state dict:
+        `companded-24-bfloat16` says coding, master weights' width and the weights' dtypes."""
         made_for = {self._made_for.get(p, p.dtype) for p in group["params"]}
         dtypes = {str(dtype).removeprefix("torch.") for dtype in made_for if dtype in HALF_FORMATS}
         return f"{'companded' if self.companded else 'linear'}-{self.master_weight_bits}-{'+'.join(sorted(dtypes))}"
@@ -267,7 +287,8 @@ class FlashOptimizer(Optimizer):
         closure: Callable | None = None,  # evaluates the model again and returns the loss
     ):
         "Takes one step with the gradients at hand; returns the closure's loss. Gradients are left as they are."
-        hooks = _global_optimizer_pre_hooks, self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks, _global_optimizer_post_hooks
+        hooks = (_global_optimizer_pre_hooks, self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks,
+                 _global_optimizer_post_hooks)
         # inside a compiled training step it is what it is outside
         watched = torch.compiler.is_dynamo_compiling() or any(hooks) or torch.autograd._profiler_enabled()
         return (self._watched_step if watched else self._step)(closure)
@@ -289,10 +310,12 @@ class FlashOptimizer(Optimizer):
                               "it with add_param_group")
         for bucket in self._collect_one(p, group):
             scaling = compute_grad_scaling(self, [bucket], clip=False)[bucket.device]
-            self._apply(bucket, group, GradScaling(multiplier if scaling.multiplier is None else scaling.multiplier, scaling.skip))
+            self._apply(bucket, group,
+                        GradScaling(multiplier if scaling.multiplier is None else scaling.multiplier, scaling.skip))
 
     def _collect(self) -> list[tuple[dict, ParamBucket]]:
-        "Each group's buckets with the gradients at hand; whatever is wrong with groups, states or gradients is raised before anything changes."
+        """Each group's buckets with the gradients at hand;
+        whatever is wrong with groups, states or gradients is raised before anything changes."""
         made = None if self.check_numerics else cached_buckets(self, self.param_groups)
         if made is None:
             check_groups(self)
@@ -375,7 +398,8 @@ class FlashOptimizer(Optimizer):
                                         "check_numerics=False")
 
     def bytes_per_parameter(self) -> dict[str, float]:
-        "Resident bytes of each class, over the number of values optimized: weights, gradients, masters, states, scales, and total."
+        """Resident bytes of each class, over the number of values optimized:
+        weights, gradients, masters, states, scales, and total."""
         total, n = Counter(dict.fromkeys(("weights", "gradients", "masters", "states", "scales"), 0)), 0
         for group in self.param_groups:
             for p in group["params"]:
@@ -388,14 +412,16 @@ class FlashOptimizer(Optimizer):
         return {kind: size / max(n, 1) for kind, size in (total | {"total": sum(total.values())}).items()}
 
     def state_dict(self) -> dict:
-        "As in torch.optim; waits for the device, since step counters leave it. Tensors are the live ones, not copies, but for the counters."
+        """As in torch.optim; waits for the device, since step counters leave it.
+        Tensors are the live ones, not copies, but for the counters."""
         return saved_state(self)
 
     def load_state_dict(
         self,
         state_dict: Mapping,  # of this class, of torch.optim's or of the public package's; tensors are copied
     ):
-        "Loads states and groups, converting what is kept otherwise; raises `StateError`, with nothing changed, where it does not fit."
+        """Loads states and groups, converting what is kept otherwise;
+        raises `StateError`, with nothing changed, where it does not fit."""
         load_state(self, state_dict)
 
     def public_state_dict(self) -> dict:

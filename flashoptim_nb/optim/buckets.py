@@ -111,7 +111,8 @@ def check_gradient(
 def has_memory(t: torch.Tensor) -> bool:
     "Whether a tensor's values are there: not on the meta device, in a storage that nobody made smaller."
     reach = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride()))
-    return not t.numel() or t.device.type != "meta" and t.untyped_storage().nbytes() >= (t.storage_offset() + reach) * t.element_size()
+    return not t.numel() or t.device.type != "meta" and t.untyped_storage().nbytes() >= (
+        t.storage_offset() + reach) * t.element_size()
 
 
 def _placed(t): return (t.device_mesh, t.placements) if isinstance(t, DTensor) else None
@@ -126,10 +127,13 @@ def error_bit_width(
 
 # %% ../../nbs/optim/07_buckets.ipynb #b850d97b
 class CastError:
-    "What the cast took from one parameter of a module: `error_bits` (int8, the parameter's shape), and `fold`, by which its 16-bit values are known again."
+    """What the cast took from one parameter of a module:
+    `error_bits` (int8, the parameter's shape), and `fold`, by which its 16-bit values are known again."""
     waiting = WeakSet()  # those whose masters have not begun
 
-    def __init__(self, module: torch.nn.Module, name: str, dtype: torch.dtype, error_bits: torch.Tensor, fold: torch.Tensor):
+    def __init__(
+        self, module: torch.nn.Module, name: str, dtype: torch.dtype, error_bits: torch.Tensor, fold: torch.Tensor,
+    ):
         self.module, self.name, self.dtype, self.error_bits, self.fold = ref(module), name, dtype, error_bits, fold
         self.waiting.add(self)
 
@@ -173,9 +177,11 @@ def stash_cast_error(
     theta: torch.Tensor,  # fp32, the parameter's weights; of a DTensor this rank's shard
     narrow: torch.Tensor,  # bf16 or fp16, what they are rounded to; a DTensor where the parameter is one
 ):
-    "Keeps what rounding took away, for a parameter's first state: a master that begins at the rounded weight takes steps of less than half a spacing that nobody sees."
+    """Keeps what rounding took away, for a parameter's first state:
+    a master that begins at the rounded weight takes steps of less than half a spacing that nobody sees."""
     error_bits = compute_ecc_bits(theta, local(narrow.detach()), 3).contiguous()
-    module.__dict__.setdefault("_cast_error_bits", {})[name] = CastError(module, name, narrow.dtype, like(narrow, error_bits), like(narrow, _fold(narrow)))
+    module.__dict__.setdefault("_cast_error_bits", {})[name] = CastError(
+        module, name, narrow.dtype, like(narrow, error_bits), like(narrow, _fold(narrow)))
 
 
 def first_error_bits(
@@ -193,7 +199,8 @@ def first_error_bits(
                                          "parallelize_module and fully_shard")
     device = local(p).device
     if error_bits is None or not torch.equal(fold.to(device), _fold(p)): return None
-    return like(p, error_bits.to(device) if bits == 8 else (error_bits.to(device).double() * (MAX_CODE[16] / MAX_CODE[8])).round().to(CODE_DTYPE[16]))
+    return like(p, error_bits.to(device) if bits == 8
+                    else (error_bits.to(device).double() * (MAX_CODE[16] / MAX_CODE[8])).round().to(CODE_DTYPE[16]))
 
 # %% ../../nbs/optim/07_buckets.ipynb #b850d97d
 def new_state(
@@ -208,7 +215,9 @@ def new_state(
     rounded = first_error_bits(p, bits := error_bit_width(p.dtype, opt.master_weight_bits))
     if bits: state["error_bits"] = zeros(CODE_DTYPE[bits]) if rounded is None else rounded
     for key, code in opt._moments_of(group).items():
-        if opt.quantize: state |= {f"{key}::quantized": zeros(code), f"{key}::scales": scales_like(p, torch.zeros(scale_count(p), dtype=torch.float16, device=p.device))}
+        if opt.quantize:
+            state |= {f"{key}::quantized": zeros(code), f"{key}::scales": scales_like(
+                          p, torch.zeros(scale_count(p), dtype=torch.float16, device=p.device))}
         else: state[key] = zeros(torch.float32)
     return state | {key: torch.zeros(shape, device=p.device) for key, shape in opt._state_shapes(p).items()}
 
@@ -227,9 +236,11 @@ def state_kinds(
 
 
 def _fits(t, p, dtype, scales, shape=None):
-    "Whether a state's tensor has this dtype and is where its parameter is, in its shape or, for scales, with one for each group."
+    """Whether a state's tensor has this dtype and is where its parameter is, in its shape or, for scales,
+    with one for each group."""
     if not isinstance(t, torch.Tensor) or isinstance(t, DTensor) != isinstance(p, DTensor): return False
-    if (t.dtype, t.device, t.layout) != (dtype, p.device, torch.strided) or not has_memory(local(t.detach())): return False
+    if (t.dtype, t.device, t.layout) != (dtype, p.device, torch.strided) or not has_memory(local(t.detach())):
+        return False
     if shape is not None: return t.shape == torch.Size(shape)
     if scales: return local(t).ndim == 1 and local(t).numel() == scale_count(p)
     return t.shape == p.shape and local(t).shape == local(p).shape
@@ -247,7 +258,8 @@ def check_states(
     group: dict,  # the parameters'
     params: Sequence[torch.Tensor],  # that are about to step
 ):
-    "Raises `OptionError` where a parameter is no longer what its state was made for, or what somebody put into a state does not fit."
+    """Raises `OptionError` where a parameter is no longer what its state was made for,
+    or what somebody put into a state does not fit."""
     for p in params:
         if opt._update_one is not None and isinstance(p, DTensor):
             raise OptionError(f"a sharded parameter of shape {tuple(p.shape)}: {type(opt).__name__} steps whole "
@@ -256,16 +268,19 @@ def check_states(
             raise OptionError(f"the state of a parameter of shape {tuple(p.shape)} is a {type(state).__name__}: a "
                               "dict is needed, an empty one to start anew")
         kinds, shapes = state_kinds(opt, group, p), opt._state_shapes(p)
-        wrong = [k for k, kind in kinds.items() if k in state and not _fits(state[k], p, kind, k.endswith("::scales"), shapes.get(k))]
-        if "error_bits" in state and (p.dtype not in HALF_FORMATS or p.dtype != opt._made_for.get(p, p.dtype)): wrong.append("error_bits")
+        wrong = [k for k, kind in kinds.items()
+                 if k in state and not _fits(state[k], p, kind, k.endswith("::scales"), shapes.get(k))]
+        if "error_bits" in state and (p.dtype not in HALF_FORMATS or p.dtype != opt._made_for.get(p, p.dtype)):
+            wrong.append("error_bits")
         if wrong:
             t = state[wrong[0]]
-            found = f"{t.dtype} of shape {tuple(t.shape)} on {t.device}" if isinstance(t, torch.Tensor) else f"a {type(t).__name__}"
-            raise OptionError(f"a parameter of shape {tuple(p.shape)} and dtype {p.dtype} on {p.device}, whose state "
-                              "was made for another shape or dtype, or on another device: "
-                              f"{wrong[0]} is {found}{f', where {kinds[wrong[0]]} is needed' if wrong[0] in kinds else ''}. "
-                              "After such a change of the model, make the optimizer anew; after a move, "
-                              "optimizer.load_state_dict(optimizer.state_dict()) takes the states along")
+            found = (f"{t.dtype} of shape {tuple(t.shape)} on {t.device}" if isinstance(t, torch.Tensor)
+                     else f"a {type(t).__name__}")
+            raise OptionError(f"a parameter of shape {tuple(p.shape)} and dtype {p.dtype} on {p.device}, "
+                              f"whose state was made for another shape or dtype, or on another device: {wrong[0]} "
+                              f"is {found}{f', where {kinds[wrong[0]]} is needed' if wrong[0] in kinds else ''}. "
+                              "After such a change of the model, make the optimizer anew; "
+                              "after a move, optimizer.load_state_dict(optimizer.state_dict()) takes the states along")
         if not _counts(t := state.get("step", 0)):
             raise OptionError(f"the step of a parameter of shape {tuple(p.shape)} is {t!r}: a number of steps, "
                               "0 or more, is needed, in a tensor of one value")
@@ -276,14 +291,16 @@ OPTIMIZERS = WeakSet()  # those alive
 
 def own_states(
     opt,  # a FlashOptimizer
-    pairs: Sequence[tuple[dict, list]],  # groups, and those of their parameters that step now, with gradients; their states have been checked
+    # groups, and those of their parameters that step now, with gradients; their states have been checked
+    pairs: Sequence[tuple[dict, list]],
 ):
     "Makes each state complete, its tensors contiguous, and nobody else's."
     others = [other.state for other in OPTIMIZERS if other is not opt]
     if any(state is opt.state for state in others): opt.state = defaultdict(dict, opt.state)
     states = [s for s in opt.state.values() if isinstance(s, dict)]
     theirs = [s for state in others for s in state.values() if isinstance(s, dict)]
-    uses = Counter([*map(id, states), *(id(t) for s in states for k, t in s.items() if k != "step"), *2 * [id(x) for s in theirs for x in (s, *s.values())]])
+    uses = Counter([*map(id, states), *(id(t) for s in states for k, t in s.items() if k != "step"),
+                    *2 * [id(x) for s in theirs for x in (s, *s.values())]])
     counters = {}
     for n, (group, params) in enumerate(pairs):
         for p in params:
@@ -292,8 +309,10 @@ def own_states(
             # without its moments a state starts anew
             step = state.get("step") if own.keys() - {"error_bits"} or kinds.keys() <= {"error_bits"} else None
             if step is None or uses[id(step)] or not _is_counter(step, p.device):
-                own["step"] = counters.setdefault((n if step is None else id(step), p.device), _counter(0.0 if step is None else step, p.device))
-            if missing := kinds.keys() - own.keys(): own |= {k: t for k, t in new_state(opt, group, p, step).items() if k in missing}
+                own["step"] = counters.setdefault(
+                    (n if step is None else id(step), p.device), _counter(0.0 if step is None else step, p.device))
+            if missing := kinds.keys() - own.keys():
+                own |= {k: t for k, t in new_state(opt, group, p, step).items() if k in missing}
             if state is not opt.state.get(p) or uses[id(state)] > 1: opt.state[p] = state = dict(state)
             if any(state.get(k) is not t for k, t in own.items()): state.update(own)
             opt._made_for.setdefault(p, p.dtype)
@@ -305,7 +324,9 @@ def _in_a_row(t, copy=False):
     return like(t, local(t.detach()).resolve_neg().clone(memory_format=torch.contiguous_format))
 
 
-def _is_counter(x, device): return type(x) is torch.Tensor and (x.dtype, x.ndim, x.device, x.requires_grad, x.is_inference()) == (torch.float32, 0, device, False, False)
+def _is_counter(x, device):
+    return type(x) is torch.Tensor and (x.dtype, x.ndim, x.device, x.requires_grad, x.is_inference()) == (
+        torch.float32, 0, device, False, False)
 
 
 def _counter(x, device):
@@ -316,13 +337,16 @@ def _counter(x, device):
 # %% ../../nbs/optim/07_buckets.ipynb #3f9c7202
 def split_by_step(
     opt,  # a FlashOptimizer
-    pairs: Sequence[tuple[dict, list]],  # groups, and those of their parameters that step now, with gradients and states
+    # groups, and those of their parameters that step now, with gradients and states
+    pairs: Sequence[tuple[dict, list]],
 ) -> list[list[list[torch.Tensor]]]:  # for each group, those that go to a kernel together
     "Gives parameters that step together, and no others, a counter of their own."
     users, out = Counter(id(s["step"]) for s in opt.state.values() if isinstance(s, dict) and "step" in s), []
     for _, params in pairs:
         companies = defaultdict(list)
-        for p in params: companies[id(opt.state[p]["step"]), p.dtype, p.grad.dtype if p.grad.dtype in TYPES else torch.float32, _placed(p)].append(p)
+        for p in params:
+            companies[id(opt.state[p]["step"]), p.dtype, p.grad.dtype if p.grad.dtype in TYPES else torch.float32,
+                      _placed(p)].append(p)
         for (step, *_), company in companies.items():
             if users[step] == len(company): continue
             own = opt.state[company[0]]["step"].clone()
@@ -361,7 +385,8 @@ def overlapping(
     tensors: Sequence[torch.Tensor],  # none of which overlaps itself
 ) -> list[int]:
     "Which of them share memory with one before them in the list, in order of their addresses."
-    spans, found, near, end = [(t.device.index or 0, *places, i) for i, t in enumerate(tensors) if (places := _places(t))], [], [], 0
+    spans, found, near, end = [
+        (t.device.index or 0, *places, i) for i, t in enumerate(tensors) if (places := _places(t))], [], [], 0
     for span in sorted(spans):
         if near and (span[0] != near[0][0] or span[1] >= end):
             found += _shared(tensors, near)
@@ -389,7 +414,8 @@ def check_options(
     opt,  # a FlashOptimizer
     groups: Sequence[dict],  # of its groups
 ):
-    "Raises `OptionError` for options of groups that were edited into such as cannot work; a tensor on a device is not read, which would wait for it."
+    """Raises `OptionError` for options of groups that were edited into such as cannot work;
+    a tensor on a device is not read, which would wait for it."""
     for group in groups:
         try:
             if not opt.options.keys().isdisjoint(group): opt._check_shared(group)
@@ -402,7 +428,8 @@ def check_options(
 
 def _far(x):
     "Whether something is a real number in a tensor on a device, which nobody waits for."
-    return isinstance(x, torch.Tensor) and x.device.type != "cpu" and x.numel() == 1 and not (x.dtype == torch.bool or x.is_complex())
+    return (isinstance(x, torch.Tensor) and x.device.type != "cpu" and x.numel() == 1
+            and not (x.dtype == torch.bool or x.is_complex()))
 
 # %% ../../nbs/optim/07_buckets.ipynb #c8327fa5
 def check_parameters(
@@ -428,7 +455,8 @@ def check_parameters(
 # %% ../../nbs/optim/07_buckets.ipynb #c8327fa6
 def untangle(
     opt,  # a FlashOptimizer
-    pairs: Sequence[tuple[dict, list]],  # groups, and those of their parameters that step now, with gradients and states
+    # groups, and those of their parameters that step now, with gradients and states
+    pairs: Sequence[tuple[dict, list]],
 ) -> set[torch.Tensor]:  # gradients that are, wholly or in part, the memory of a parameter
     "Copies states that share memory with parameters, gradients or other states."
     params = [p for _, ps in pairs for p in ps]
@@ -453,7 +481,8 @@ def state_operands(
     codes = [state[f"{k}::quantized" if opt.quantize else k] if k else None for k in names]
     groups = -(-local(p).numel() // GROUP)  # a shard may keep more scales than it has groups
     scales = [state[f"{k}::scales"] if k and opt.quantize else None for k in names]
-    return [error_bits, *(t if t is None else local(t).view(-1) for t in codes), *(t if t is None else local(t)[:groups] for t in scales)]
+    return [error_bits, *(t if t is None else local(t).view(-1) for t in codes),
+            *(t if t is None else local(t)[:groups] for t in scales)]
 
 # %% ../../nbs/optim/07_buckets.ipynb #c0d3e64e
 def read_state(
@@ -465,7 +494,8 @@ def read_state(
     kept, moments = opt.state[p], opt._moments_of(group)
     other = {key: kept[key] for key in opt._state_shapes(p)}
     if not opt.quantize: return {key: kept[key] for key in moments} | other
-    return {key: codec_of(code)[1](kept[f"{key}::quantized"], kept[f"{key}::scales"], opt.companded) for key, code in moments.items()} | other
+    return ({key: codec_of(code)[1](kept[f"{key}::quantized"], kept[f"{key}::scales"], opt.companded)
+             for key, code in moments.items()} | other)
 
 
 def write_state(
@@ -499,24 +529,30 @@ class ParamBucket:
         self.params, self.step = tuple(params), opt.state[params[0]]["step"]
         self.device, self.placed = params[0].device, _placed(params[0])
         self.sharded = self.placed is not None
-        self.local, grads = ([local(t.detach()) for t in ts] if self.sharded else ts for ts in (params, [p.grad for p in params]))
+        self.local, grads = (
+            [local(t.detach()) for t in ts] if self.sharded else ts for ts in (params, [p.grad for p in params]))
         self.lie, self.grads_lie = Layout(self.local), Layout(grads)
         self.flat = [values_in_a_row(p) for p in self.local]  # views, or copies of what is strided
         self.copies = [(p, x) for p, x in zip(self.local, self.flat) if x.data_ptr() != p.data_ptr() and p.numel()]
         # the gradients, as they are
         self.ready = all(g.is_contiguous() and not g.is_neg() and g.dtype in TYPES for g in grads)
-        self.on_gpu = opt.fused and HAS_TRITON and opt._update_fused is not None and (self.device.type == "cuda" or bool(INTERPRETED))
+        self.on_gpu = (opt.fused and HAS_TRITON and opt._update_fused is not None
+                       and (self.device.type == "cuda" or bool(INTERPRETED)))
         self.moments = opt._moments_of(group)
-        self.taken, self.empty = {at for p in self.local if (at := p.data_ptr())}, sum(not p.numel() for p in self.local)
+        self.taken, self.empty = {at for p in self.local if (at := p.data_ptr())}, sum(
+            not p.numel() for p in self.local)
         self.apart = True  # whether no gradient is a parameter's own memory
         self.operands = [Operands(flat, None, *state_operands(opt, group, p)) for p, flat in zip(params, self.flat)]
         self.tensors = TensorList(self.operands) if self.on_gpu else None
-        self.kept = [local(t) for p in (params if self.tensors is None else {params[0], params[-1]}) for k, t in opt.state[p].items() if k == "step" or k in state_kinds(opt, group, p)]
+        self.kept = [local(t) for p in (params if self.tensors is None else {params[0], params[-1]})
+                     for k, t in opt.state[p].items() if k == "step" or k in state_kinds(opt, group, p)]
         self.addresses = _addresses((*self.local, *self.kept))
 
     def take(self, grads: Sequence[torch.Tensor], at: tuple[int, ...] | None = None, found: GradPointers | None = None):
-        "Sets the gradients of the next step, in the parameters' order, flat or contiguous; where they lie, if that is known."
-        self.grads, self.at, self.grad_pointers = grads, at, found or (self.tensors.grad_pointers(grads, at) if self.tensors else None)
+        """Sets the gradients of the next step, in the parameters' order, flat or contiguous;
+        where they lie, if that is known."""
+        self.grads, self.at, self.grad_pointers = grads, at, found or (
+            self.tensors.grad_pointers(grads, at) if self.tensors else None)
         if self.tensors: self.tensors.keep_for_replays(self.grad_pointers)
 
     def with_grads(self) -> list[Operands]:
@@ -568,14 +604,17 @@ class Layout:
         "Whether these lie in the same way: dtype, device, shape, strides."
         if self.guards is not None and self.guards.check(*tensors): return True
         if self.of(tensors) != self.rows: return False
-        if TensorGuards is not None and len(set(map(id, tensors))) == len(tensors):  # they want each once, and look at more than we do
-            self.guards = TensorGuards(*tensors, dynamic_dims_sizes=[list(t.shape) for t in tensors], dynamic_dims_strides=[list(t.stride()) for t in tensors])
+        # they want each once, and look at more than we do
+        if TensorGuards is not None and len(set(map(id, tensors))) == len(tensors):
+            self.guards = TensorGuards(*tensors, dynamic_dims_sizes=[list(t.shape) for t in tensors],
+                                       dynamic_dims_strides=[list(t.stride()) for t in tensors])
         return True
 
 # %% ../../nbs/optim/07_buckets.ipynb #5807a1bb
 def current_gradients(
     bucket: ParamBucket,
-) -> tuple[Sequence[torch.Tensor], tuple[int, ...], GradPointers | None] | None:  # contiguous, in the order of its parameters; their addresses; where a kernel finds them, if it has before
+    # contiguous, in the order of its parameters; their addresses; where a kernel finds them, if it has before
+) -> tuple[Sequence[torch.Tensor], tuple[int, ...], GradPointers | None] | None:
     "The gradients of this step; None where the bucket does not fit any more."
     if not bucket.apart: return None
     params, grads = bucket.params, tuple(map(attrgetter("grad"), bucket.params))
@@ -614,18 +653,22 @@ def cached_buckets(
     groups: Sequence[dict],  # all of its groups, or that of the one parameter
     one: torch.Tensor | None = None,  # the only parameter that is to step; None: all
 ) -> list[list[ParamBucket]] | None:
-    "Each group's buckets of those parameters that have gradients, as they were in the last step; None where something changed."
+    """Each group's buckets of those parameters that have gradients, as they were in the last step;
+    None where something changed."""
     if (known := opt._cached.get(one)) is None: return None
     states = _states(opt, one)
     if not identical((groups, states), (known.groups, known.states)):
-        lists = [[group.get("params") if isinstance(group, dict) else None for group in gs] for gs in (groups, known.groups)]
+        lists = [
+            [group.get("params") if isinstance(group, dict) else None for group in gs] for gs in (groups, known.groups)]
         if not identical((lists[0], states), (lists[1], known.states)): return None
         check_options(opt, groups)
         known.groups = [*map(_copied, groups)]
     if any(p.grad is not None for p in known.absent): return None
     for group, buckets in zip(groups, known.made):
         for bucket in buckets:
-            if bucket.on_gpu > opt.fused or bucket.moments != opt._moments_of(group) or (found := current_gradients(bucket)) is None: return None
+            if (bucket.on_gpu > opt.fused or bucket.moments != opt._moments_of(group)
+                    or (found := current_gradients(bucket)) is None):
+                return None
             bucket.read()
             bucket.take(*found)
     return known.made
@@ -640,11 +683,13 @@ def build_buckets(
     steps = [(group, [p for p in params if p.grad is not None]) for group, params in pairs]
     own_states(opt, steps)
     tangled = untangle(opt, steps)
-    made = [[ParamBucket(opt, group, company) for company in companies] for (group, _), companies in zip(steps, split_by_step(opt, steps))]
+    made = [[ParamBucket(opt, group, company) for company in companies]
+            for (group, _), companies in zip(steps, split_by_step(opt, steps))]
     for buckets in made:
         for bucket in buckets:
             bucket.apart = tangled.isdisjoint(grads := [p.grad for p in bucket.params])
             bucket.take([values_in_a_row(local(g).clone() if g in tangled else local(g)) for g in grads])
     states = {p: dict(s) if isinstance(s, dict) else s for p, s in _states(opt, one).items()}
-    opt._cached[one] = CachedStep([_copied(group) for group, _ in pairs], states, made, [p for _, params in pairs for p in params if p.grad is None])
+    opt._cached[one] = CachedStep([_copied(group) for group, _ in pairs], states, made,
+                                  [p for _, params in pairs for p in params if p.grad is None])
     return made

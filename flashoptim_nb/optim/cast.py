@@ -40,15 +40,18 @@ def _chosen(
     "Those that patterns or references name; raises `UserError` where one names none."
     found = []
     for each in [chosen] if isinstance(chosen, (str, nn.Module, torch.Tensor)) else chosen or ():
-        hits = [t for name, t in known.items() if t is each or isinstance(each, str) and fnmatchcase(name.replace("_orig_mod.", ""), each)]
+        hits = [t for name, t in known.items()
+                if t is each or isinstance(each, str) and fnmatchcase(name.replace("_orig_mod.", ""), each)]
         if not hits:
-            raise UserError(f"no {kind} of the model matches {each!r}; names are full dotted ones, such as {', '.join([n for n in known if n][:3]) or 'none here'}")
+            raise UserError(f"no {kind} of the model matches {each!r}; names are full dotted ones, "
+                            f"such as {', '.join([n for n in known if n][:3]) or 'none here'}")
         found += hits
     return found
 
 # %% ../../nbs/optim/13_cast.ipynb #125f2b2e
 def _recast(x, dtype):
-    "The same with floating-point tensors in another dtype, inside tuples, lists and dicts too; itself where nothing changes."
+    """The same with floating-point tensors in another dtype, inside tuples, lists and dicts too;
+    itself where nothing changes."""
     if isinstance(x, torch.Tensor): return x.to(dtype) if x.dtype in _FLOATS else x
     if isinstance(x, dict):
         new = {k: _recast(v, dtype) for k, v in x.items()}
@@ -108,7 +111,8 @@ def _spared(
     model: nn.Module,
     whole: set[nn.Module],  # those of its modules that stay in fp32
 ) -> set[int]:  # ids
-    "The parameters that stay in fp32; raises `UserError` where a module that is cast shares one, for its inputs would not fit it."
+    """The parameters that stay in fp32;
+    raises `UserError` where a module that is cast shares one, for its inputs would not fit it."""
     def own(m): return {id(p): name for name, p in m.named_parameters(recurse=False)}
     names = {m: name or "the model itself" for name, m in model.named_modules()}
     kept = {i: f"{names[m]}.{name}" for m in names if m in whole for i, name in own(m).items()}
@@ -124,11 +128,14 @@ def _spared(
 
 def _paired(m):
     "The buffers of a module that torch computes beside its weights, in their dtype."
-    names = m._buffers if isinstance(m, _NormBase) else [f"{h.name}_{v}" for h in m._forward_pre_hooks.values() if isinstance(h, SpectralNorm) for v in "uv"]
+    names = (m._buffers if isinstance(m, _NormBase)
+             else [f"{h.name}_{v}" for h in m._forward_pre_hooks.values() if isinstance(h, SpectralNorm) for v in "uv"])
     return [m._buffers[name] for name in names]
 
 
-def _of_buffers_alone(m): return any(t is not None and t.ndim and t.dtype in _FLOATS for t in m._buffers.values()) and next(m.parameters(), None) is None
+def _of_buffers_alone(m):
+    return (any(t is not None and t.ndim and t.dtype in _FLOATS for t in m._buffers.values())
+            and next(m.parameters(), None) is None)
 
 # %% ../../nbs/optim/13_cast.ipynb #5e0c91c1
 def _end(t): return t.storage_offset() + 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
@@ -139,7 +146,8 @@ def _shared(named: dict[str, torch.Tensor]) -> list[list[str]]:
     spans, groups = defaultdict(list), []
     for name, t in named.items():
         if t.layout != torch.strided or t.is_meta or not t.numel() or is_traceable_wrapper_subclass(t): continue
-        spans[t.device, t.untyped_storage().data_ptr()].append((t.storage_offset() * t.element_size(), _end(t) * t.element_size(), name))
+        spans[t.device, t.untyped_storage().data_ptr()].append(
+            (t.storage_offset() * t.element_size(), _end(t) * t.element_size(), name))
     for found in spans.values():
         reach = -1
         for start, end, name in sorted(found):
@@ -160,7 +168,8 @@ def _check(model):
     "Raises `UserError` for what cannot be cast."
     if not isinstance(model, nn.Module):
         raise UserError(f"cast_model of a {type(model).__name__}: give the model itself, a torch.nn.Module")
-    if lazy := [name for name, t in (*model.named_parameters(), *model.named_buffers()) if isinstance(t, UninitializedTensorMixin)]:
+    if lazy := [name for name, t in (*model.named_parameters(), *model.named_buffers())
+                if isinstance(t, UninitializedTensorMixin)]:
         raise UserError(f"{len(lazy)} parameters have no shape yet ({', '.join(lazy[:3])}): send one batch through a "
                         "lazy model before it is cast")
     if any(type(p).__name__ == "FlatParameter" for p in model.parameters()):
@@ -200,7 +209,8 @@ def _cast(
     masters: bool,  # whether to keep what is rounded away
 ):
     "Casts parameters and buffers in place, and gradients with them."
-    places = {id(p): (m, name) for m in model.modules() for name, p in m._parameters.items() if p is not None} if masters else {}
+    places = ({id(p): (m, name) for m in model.modules() for name, p in m._parameters.items() if p is not None}
+              if masters else {})
     place = lambda t: places.get(id(t)) if t.requires_grad and not t.is_meta else None
     grads = {name: t.grad for name, t in named.items() if t.grad is not None}
     for name in grads: named[name].grad = None
@@ -238,22 +248,28 @@ def cast_model(
     selective: bool = True,  # keep batch and instance norms in fp32
     full_precision_layers: Sequence[str | nn.Module] | None = None,  # stay in fp32, fp32 outputs
     full_precision_recast_layers: Sequence[str | nn.Module] | None = None,  # stay in fp32, outputs in `dtype`
-    masters: bool = True,  # keep what rounding takes away, two bytes a parameter, until a Flash optimizer's first step makes it the masters' error bits
-    cast_buffers: Sequence[str | torch.Tensor] | None = None,  # buffers to be cast with the parameters; others keep their dtype
+    # keep what rounding takes away, two bytes a parameter, until a first step makes it the masters' error bits
+    masters: bool = True,
+    # buffers to be cast with the parameters; others keep their dtype
+    cast_buffers: Sequence[str | torch.Tensor] | None = None,
 ) -> None:
-    "Casts a model for training with a Flash optimizer; what is tied or shares memory goes on so. Raises `UserError`, with nothing changed, for what cannot be cast and for names that match nothing."
+    """Casts a model for training with a Flash optimizer; what is tied or shares memory goes on so.
+    Raises `UserError`, with nothing changed, for what cannot be cast and for names that match nothing."""
     _check(model)
     if dtype not in (torch.bfloat16, torch.float16):
         raise UserError(f"cast_model to {dtype}: choose torch.bfloat16 or torch.float16")
     modules, buffers = dict(model.named_modules()), dict(model.named_buffers())
-    keep, recast = _chosen(modules, full_precision_layers, "layer"), _chosen(modules, full_precision_recast_layers, "layer")
+    keep, recast = (_chosen(modules, full_precision_layers, "layer"),
+                    _chosen(modules, full_precision_recast_layers, "layer"))
     chosen = {m for layer in (*keep, *recast) for m in layer.modules()}
     norms = [m for m in model.modules() if selective and isinstance(m, _NormBase) and m not in chosen]
     whole = chosen | set(norms)
     spared = _spared(model, whole)
-    also = {id(t) for m in model.modules() if m not in whole for t in _paired(m)} | {id(t) for t in _chosen(buffers, cast_buffers, "buffer")}
+    also = ({id(t) for m in model.modules() if m not in whole for t in _paired(m)}
+            | {id(t) for t in _chosen(buffers, cast_buffers, "buffer")})
     everything = dict(model.named_parameters()) | buffers
-    named = {n: t for n, t in everything.items() if t.dtype in _FLOATS and (id(t) in also if n in buffers else id(t) not in spared)}
+    named = {n: t for n, t in everything.items()
+             if t.dtype in _FLOATS and (id(t) in also if n in buffers else id(t) not in spared)}
     groups = [group for group in _shared(everything) if not named.keys().isdisjoint(group)]
     for group in groups:
         if len({everything[n].dtype for n in group}) > 1 or (left := [n for n in group if n not in named]):

@@ -77,7 +77,8 @@ def m_error_bound(
     m: torch.Tensor,  # any shape
     scale: torch.Tensor,  # the scale of each value, broadcast to m's shape
 ) -> torch.Tensor:  # float64, m's shape
-    "Largest |dequantize_m(quantize_m(m)) - m|: s a^2 d / (2 - a d), a = 1 + |m|/s, d = 1/254; what is above s also loses the rest."
+    """Largest |dequantize_m(quantize_m(m)) - m|: s a^2 d / (2 - a d), a = 1 + |m|/s, d = 1/254;
+    what is above s also loses the rest."""
     s, d, size = scale.double(), 1 / 254, m.double().abs()
     a = 1 + (size / s.clamp(min=SCALE_MIN)).clamp(max=1)
     return s * a * a * d / (2 - a * d) + (size - s).clamp(min=0)
@@ -119,7 +120,8 @@ def v_error_bound(
     v: torch.Tensor,  # any shape
     scale: torch.Tensor,  # the scale of each value, broadcast to v's shape
 ) -> torch.Tensor:  # float64, v's shape
-    "Largest |dequantize_v(quantize_v(v)) - v|: s^2 d (2 r + d), r = sqrt(v)/s, d = 1/510 (1/255 under the floor); what is above s^2 also loses the rest."
+    """Largest |dequantize_v(quantize_v(v)) - v|: s^2 d (2 r + d), r = sqrt(v)/s, d = 1/510 (1/255 under the floor);
+    what is above s^2 also loses the rest."""
     s = scale.double()
     r = (v.double().sqrt() / s.clamp(min=SCALE_MIN)).clamp(max=1)
     d = torch.where(r < 1 / 510, 1 / 255, 1 / 510)
@@ -145,7 +147,8 @@ def root(v):
     if INTERPRETED:
         y = tl.sqrt(v)
     else:
-        y = tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1)
+        y = tl.inline_asm_elementwise(
+            "sqrt.approx.ftz.f32 $0, $1;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1)
     return y
 
 
@@ -156,7 +159,8 @@ def fma_saturated(a, b, c):
         y = tl.fma(a, b, c)
         y = tl.where(y > 0.0, tl.minimum(y, 1.0), 0.0)
     else:
-        y = tl.inline_asm_elementwise("fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], dtype=tl.float32, is_pure=True, pack=1)
+        y = tl.inline_asm_elementwise(
+            "fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], dtype=tl.float32, is_pure=True, pack=1)
     return y
 
 
@@ -201,13 +205,16 @@ def encode_root(r):
 
 @triton.jit
 def decode_root(code, scale):
-    "The roots in `dequantize_v`, on registers: uint8 (G, 32) and fp32 scales (G, 1) give fp32 (G, 32), linear in the scale."
+    """The roots in `dequantize_v`, on registers:
+    uint8 (G, 32) and fp32 scales (G, 1) give fp32 (G, 32), linear in the scale."""
     k = scale * (1.0 / 255.0)
     if INTERPRETED:
         r = code.to(tl.float32) * k
     else:
-        biased = tl.inline_asm_elementwise(  # 2^23 + q
-            "prmt.b32 $0, $4, 0x4B000000, 0x7540; prmt.b32 $1, $4, 0x4B000000, 0x7541; prmt.b32 $2, $4, 0x4B000000, 0x7542; prmt.b32 $3, $4, 0x4B000000, 0x7543;",
+        biased = tl.inline_asm_elementwise(
+            # 2^23 + q
+            "prmt.b32 $0, $4, 0x4B000000, 0x7540; prmt.b32 $1, $4, 0x4B000000, 0x7541; "
+            "prmt.b32 $2, $4, 0x4B000000, 0x7542; prmt.b32 $3, $4, 0x4B000000, 0x7543;",
             "=f,=f,=f,=f,r", [code], dtype=tl.float32, is_pure=True, pack=4)
         r = tl.fma(biased, k, -8388608.0 * k)
     return r

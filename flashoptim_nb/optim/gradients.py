@@ -36,20 +36,23 @@ def sum_of_squares(
 def sharding(
     p: torch.Tensor,  # a parameter
 ) -> tuple:
-    "Device of a parameter, and over which dimensions of which mesh its rows are dealt out: alike for parameters whose sums can be added up before they are reduced."
+    """Device of a parameter, and over which dimensions of which mesh its rows are dealt out:
+    alike for parameters whose sums can be added up before they are reduced."""
     return (p.device, p.device_mesh, tuple(map(dealt_out, p.placements))) if isinstance(p, DTensor) else (p.device,)
 
 
 @torch.no_grad()
 def over_all(
-    squares: Iterable[tuple[torch.Tensor, torch.Tensor]],  # parameters, and the 0-d sums of squares of what this rank has of their gradients
+    # parameters, and the 0-d sums of squares of what this rank has of their gradients
+    squares: Iterable[tuple[torch.Tensor, torch.Tensor]],
     home: torch.device,  # of the result
     among: Iterable[torch.Tensor] = (),  # parameters that other ranks may have gradients of
 ) -> torch.Tensor:  # 0-d fp32, the same on all ranks
     "The sum of squares over all ranks, each value counted once: one all-reduce for what is sharded alike."
     sums = {sharding(p): (p, []) for p in among if isinstance(p, DTensor)}
     for p, s in squares: sums.setdefault(sharding(p), (p, []))[1].append(s)
-    parts = [over_shards(torch.stack(s).sum() if s else torch.zeros((), device=p.device), p).to(home) for p, s in sums.values()]
+    parts = [over_shards(torch.stack(s).sum() if s else torch.zeros((), device=p.device), p).to(home)
+             for p, s in sums.values()]
     return torch.stack(parts).sum() if parts else torch.zeros((), device=home)
 
 # %% ../../nbs/optim/05_gradients.ipynb #975e9006
@@ -97,7 +100,8 @@ def compute_grad_scaling(
     clip: bool = True,  # whether `max_norm` applies
 ) -> dict[torch.device, GradScaling]:
     "What the step does with the gradients; keeps the norm and counts a skipped step, without waiting for either."
-    devices, max_norm = dict.fromkeys([bucket.device for bucket in buckets], GradScaling()), opt.max_norm if clip else None
+    devices, max_norm = dict.fromkeys(
+        [bucket.device for bucket in buckets], GradScaling()), opt.max_norm if clip else None
     scaler = getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None)
     looks = max_norm is not None or opt.skip_nonfinite
     if not buckets or not looks and scaler == (None, None): return devices
@@ -108,8 +112,10 @@ def compute_grad_scaling(
 
 def _looked_at(opt, buckets, devices, max_norm, scaler, looks):
     "The scaling of a step that looks at its gradients or at a scaler."
-    if looks and len(devices) == 1 and all(bucket.tensors is not None and not bucket.sharded for bucket in buckets) and opt.skipped_steps.device in devices:
-        norm, multiplier, skip = grad_scaling_fused([(bucket.tensors, bucket.grad_pointers) for bucket in buckets], opt.skipped_steps, max_norm, *scaler).unbind()
+    if (looks and len(devices) == 1 and all(bucket.tensors is not None and not bucket.sharded for bucket in buckets)
+            and opt.skipped_steps.device in devices):
+        norm, multiplier, skip = grad_scaling_fused([(bucket.tensors, bucket.grad_pointers) for bucket in buckets],
+                                                    opt.skipped_steps, max_norm, *scaler).unbind()
         return GradScaling(multiplier, skip, norm)
     home = opt.skipped_steps.device
     squares = over_all([pair for bucket in buckets for pair in bucket_squares(bucket)], home) if looks else None

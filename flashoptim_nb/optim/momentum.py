@@ -33,11 +33,13 @@ class _Momentum(FlashOptimizer):
 
     def _update_fused(self, bucket: ParamBucket, group: dict, scaling: GradScaling):
         "The same in one launch, which counts the step where its counter lies."
-        momentum_fused(bucket.tensors, bucket.grad_pointers, self._scalars(group), bucket.step, scaling.multiplier, scaling.skip)
+        momentum_fused(
+            bucket.tensors, bucket.grad_pointers, self._scalars(group), bucket.step, scaling.multiplier, scaling.skip)
 
 # %% ../../nbs/optim/11_momentum.ipynb #dca87874
 class FlashSGD(_Momentum):
-    "SGD as `torch.optim.SGD`, its weight decay part of the gradient, on split weights and a companded 8-bit momentum (arXiv 2602.23349); raises `OptionError` for arguments that cannot work."
+    """SGD as `torch.optim.SGD`, its weight decay part of the gradient, on split weights and a companded 8-bit momentum
+    (arXiv 2602.23349); raises `OptionError` for arguments that cannot work."""
 
     moments = {"momentum_buffer": torch.int8}
     decoupled = False
@@ -59,14 +61,15 @@ class FlashSGD(_Momentum):
         compress_state_dict: bool = True,  # state dicts have these bytes; False: fp32, for torch.optim to read
         master_weight_bits: int | None = 24,  # 24 trains as fp32 in 3 bytes a weight; 32: exact; None: no masters
         fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
-        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; off, for it waits for the GPU
+        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; waits for the GPU
         decouple_lr: bool = False,  # of the class with a W: here weight decay is part of the gradient
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
-        skip_nonfinite: bool | None = None,  # leave out a step with NaN or infinity; None: where the norm is formed anyway
+        # leave out a step with NaN or infinity; None: where the norm is formed anyway
+        skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
     ):
-        defaults = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize,
-                        foreach=foreach, differentiable=differentiable)
+        defaults = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov,
+                        maximize=maximize, foreach=foreach, differentiable=differentiable)
         super().__init__(params, defaults, quantize=quantize, compress_state_dict=compress_state_dict,
                          master_weight_bits=master_weight_bits, fused=fused, check_numerics=check_numerics,
                          decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded)
@@ -88,12 +91,14 @@ class FlashSGD(_Momentum):
 
     def _scalars(self, group: dict) -> MomentumScalars:
         "What is the same for every value of a step."
-        return MomentumScalars(group["lr"], "sgd", group["momentum"], 1.0 - group["dampening"], nesterov=group["nesterov"], **self._decays(group),
-                               maximize=group["maximize"], companded=self.companded)
+        return MomentumScalars(
+            group["lr"], "sgd", group["momentum"], 1.0 - group["dampening"], nesterov=group["nesterov"],
+            **self._decays(group), maximize=group["maximize"], companded=self.companded)
 
 # %% ../../nbs/optim/11_momentum.ipynb #dd68755d
 class FlashSGDW(FlashSGD):
-    "SGD whose weight decay shrinks the weights by 1 - lr * weight_decay, or with `decouple_lr` by 1 - weight_decay * lr / initial lr."
+    """SGD whose weight decay shrinks the weights by 1 - lr * weight_decay,
+    or with `decouple_lr` by 1 - weight_decay * lr / initial lr."""
 
     decoupled = True
 
@@ -114,10 +119,11 @@ class FlashSGDW(FlashSGD):
         compress_state_dict: bool = True,  # state dicts have these bytes; False: fp32, for torch.optim to read
         master_weight_bits: int | None = 24,  # 24 trains as fp32 in 3 bytes a weight; 32: exact; None: no masters
         fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
-        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; off, for it waits for the GPU
+        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; waits for the GPU
         decouple_lr: bool = False,  # weight decay as at the first lr, whatever a scheduler does; off, as in torch.optim
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
-        skip_nonfinite: bool | None = None,  # leave out a step with NaN or infinity; None: where the norm is formed anyway
+        # leave out a step with NaN or infinity; None: where the norm is formed anyway
+        skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
     ):
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach,
@@ -127,7 +133,8 @@ class FlashSGDW(FlashSGD):
 
 # %% ../../nbs/optim/11_momentum.ipynb #76df1d83
 class FlashLion(_Momentum):
-    "Lion (arXiv 2302.06675) on split weights and a companded 8-bit moment (arXiv 2602.23349), its weight decay as in `FlashSGDW`; raises `OptionError` for arguments that cannot work."
+    """Lion (arXiv 2302.06675) on split weights and a companded 8-bit moment (arXiv 2602.23349),
+    its weight decay as in `FlashSGDW`; raises `OptionError` for arguments that cannot work."""
 
     moments = {"exp_avg": torch.int8}
 
@@ -135,7 +142,8 @@ class FlashLion(_Momentum):
     def __init__(
         self,
         params: Iterable,  # parameters or groups: bf16, fp16 or fp32, any shapes, CPU or CUDA
-        lr: float | torch.Tensor = 1e-3,  # learning rate, the length of every weight's step; a tensor is read where it lies
+        # learning rate, the length of every weight's step; a tensor is read where it lies
+        lr: float | torch.Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.99),  # of the step's direction, and of the moment
         weight_decay: float = 0.0,  # times lr, unless decouple_lr
         *,
@@ -144,10 +152,11 @@ class FlashLion(_Momentum):
         compress_state_dict: bool = True,  # state dicts have these bytes; False: fp32, for torch.optim to read
         master_weight_bits: int | None = 24,  # 24 trains as fp32 in 3 bytes a weight; 32: exact; None: no masters
         fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
-        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; off, for it waits for the GPU
+        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; waits for the GPU
         decouple_lr: bool = False,  # weight decay as at the first lr, whatever a scheduler does; off, as in torch.optim
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
-        skip_nonfinite: bool | None = None,  # leave out a step with NaN or infinity; None: where the norm is formed anyway
+        # leave out a step with NaN or infinity; None: where the norm is formed anyway
+        skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
     ):
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize),
@@ -165,4 +174,5 @@ class FlashLion(_Momentum):
     def _scalars(self, group: dict) -> MomentumScalars:
         "What is the same for every value of a step."
         beta1, beta2 = group["betas"]
-        return MomentumScalars(group["lr"], "lion", beta2, 1.0 - beta2, beta1, **self._decays(group), maximize=group["maximize"], companded=self.companded)
+        return MomentumScalars(group["lr"], "lion", beta2, 1.0 - beta2, beta1, **self._decays(group),
+                               maximize=group["maximize"], companded=self.companded)

@@ -13,8 +13,9 @@ import torch
 
 from .backend import tl, triton
 from .codec import _code_m, decode_m, dequantize_m, encode_m
-from .multi_tensor import (BLOCK, TYPES, WARPS, GradPointers, TensorList, Operands, address, load, in_chunks, bounds_mask, jit_for_constants, launch, load_weights, block_range, device_guard, store,
-                                        read_weights, store_weights, block_offsets, write_weights)
+from .multi_tensor import (
+    BLOCK, TYPES, WARPS, GradPointers, TensorList, Operands, address, load, in_chunks, bounds_mask, jit_for_constants,
+    launch, load_weights, block_range, device_guard, store, read_weights, store_weights, block_offsets, write_weights)
 from .split import widen
 
 # %% ../../nbs/optim/04_momentum_kernel.ipynb #e7a93ac5
@@ -110,7 +111,8 @@ def momentum_kernel(
             m = tl.fma(m, momentum, g * tl.where(tl.load(step_scalars + 6) != 0.0, 1.0, grad_weight))
             u = tl.fma(m, momentum, g) if NESTEROV else m
 
-    store_weights(param, error_bits, tl.fma(u, -tl.load(step_scalars + 5), theta * tl.load(step_scalars + 4)), mask, PARAM, BITS, MASK)
+    store_weights(param, error_bits, tl.fma(u, -tl.load(step_scalars + 5), theta * tl.load(step_scalars + 4)), mask,
+                  PARAM, BITS, MASK)
     if KEPT:
         if QUANTIZED:
             m, scale = encode_m(m, COMPANDED)
@@ -130,8 +132,10 @@ def momentum_fused(
     x, step_scalars = tensors.first, tensors.step_scalars(step, h.lr, h.weight_decay, multiplier=multiplier, skip=skip)
     with device_guard(tensors.device):
         for share in grads.launches:
-            launch(momentum_kernel, share.blocks.shape[0], (
-                tensors.rows, grads.addresses, share.blocks, step_scalars, float(h.momentum), float(h.grad_weight), float(h.beta1), float(h.l2)), dict(
-                LION=h.rule == "lion", NESTEROV=h.nesterov, KEPT=x.m is not None, PARAM=TYPES[x.param.dtype], GRAD=grads.dtype,
-                BITS=0 if x.error_bits is None else 8 * x.error_bits.element_size(), QUANTIZED=x.m_scale is not None, COMPANDED=h.companded, L2=h.l2 != 0,
-                MAXIMIZE=h.maximize, ALIGNED=share.ALIGNED, MASK=share.MASK, BLOCK=BLOCK), WARPS)
+            launch(momentum_kernel, share.blocks.shape[0],
+                   (tensors.rows, grads.addresses, share.blocks, step_scalars, float(h.momentum), float(h.grad_weight),
+                    float(h.beta1), float(h.l2)),
+                   dict(LION=h.rule == "lion", NESTEROV=h.nesterov, KEPT=x.m is not None, PARAM=TYPES[x.param.dtype],
+                        GRAD=grads.dtype, BITS=0 if x.error_bits is None else 8 * x.error_bits.element_size(),
+                        QUANTIZED=x.m_scale is not None, COMPANDED=h.companded, L2=h.l2 != 0, MAXIMIZE=h.maximize,
+                        ALIGNED=share.ALIGNED, MASK=share.MASK, BLOCK=BLOCK), WARPS)

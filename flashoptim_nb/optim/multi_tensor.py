@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 
 from .backend import INTERPRETED, tl, triton
-from .split import CODE_DTYPE, HALF_FORMATS, decode, decode_tile, _code as split_code, encode_tile, round_narrow, widen
+from .split import (CODE_DTYPE, HALF_FORMATS, decode, decode_tile, _code as split_code, encode_tile,
+                                       round_narrow, widen)
 from .codec import GROUP
 
 # %% ../../nbs/optim/02_multi_tensor.ipynb #0057d261
@@ -72,7 +73,8 @@ def _pieces(
 def _cut(x, a, b):
     "Values a to b of each operand; a is a whole number of groups."
     groups = slice(a // GROUP, -(-b // GROUP))
-    return Operands(*(t if t is None else t[groups] if name.endswith("scale") else t[a:b] for name, t in x._asdict().items()))
+    return Operands(
+        *(t if t is None else t[groups] if name.endswith("scale") else t[a:b] for name, t in x._asdict().items()))
 
 # %% ../../nbs/optim/02_multi_tensor.ipynb #88a2317e
 @torch.inference_mode()
@@ -115,7 +117,8 @@ BLOCK, WARPS = 2048, 4  # 16 values a thread
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 COLUMNS = tuple(name for name in Operands._fields if name != "grad")  # of a row; the size follows
 WIDTH = tl.constexpr(7)  # numbers in a row
-STEP_SCALARS = 8  # numbers: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), factor of the gradients, skip flag, 1 - lr decay, lr, whether this is the first step
+# lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), gradients' factor, skip flag, 1 - lr decay, lr, whether it is the first
+STEP_SCALARS = 8
 FEW = 1024  # whole blocks that are not worth a launch of their own
 
 
@@ -151,11 +154,13 @@ class TensorList:
 
     def __init__(
         self,
-        operands: Sequence[Operands],  # same dtypes throughout, on one CUDA device (any, under Triton's interpreter); kept alive; gradients are not looked at
+        # of the same dtypes, on one CUDA device (any, under Triton's interpreter); kept alive; gradients are not read
+        operands: Sequence[Operands],
     ):
         self.operands, self.first, self.device = operands, operands[0], operands[0].param.device
         self.sizes = [x.param.numel() for x in operands]
-        rows = [[0 if getattr(x, c) is None else getattr(x, c).data_ptr() for c in COLUMNS] + [n] for x, n in zip(operands, self.sizes)]
+        rows = [[0 if getattr(x, c) is None else getattr(x, c).data_ptr() for c in COLUMNS] + [n]
+                for x, n in zip(operands, self.sizes)]
         self.aligned = [all(a % 16 == 0 for a in row[:-1]) for row in rows]
         self.known: dict[tuple[int, ...], GradPointers] = {}
         self.layouts: dict[tuple[bool, ...], list[Launch]] = {}
@@ -181,14 +186,16 @@ class TensorList:
         if found := self.known.get(at): return found
         aligned = tuple(mine and a % 16 == 0 for mine, a in zip(self.aligned, at))
         if aligned not in self.layouts:
-            self.layouts[aligned] = [Launch(*kind, self.table(blocks, torch.int32)) for kind, blocks in _kinds(self.sizes, aligned).items()]
+            self.layouts[aligned] = [
+                Launch(*kind, self.table(blocks, torch.int32)) for kind, blocks in _kinds(self.sizes, aligned).items()]
         found = GradPointers(self.table(at, torch.int64), self.layouts[aligned], TYPES[grads[0].dtype])
         if len(self.known) >= 8: del self.known[next(iter(self.known))]
         self.known[at] = found
         return found
 
     def keep_for_replays(self, found: GradPointers):
-        "Keeps for good what a CUDA graph that is being captured reads: it is replayed when `known` may have dropped it."
+        """Keeps for good what a CUDA graph that is being captured reads:
+        it is replayed when `known` may have dropped it."""
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing(): self.captured.append(found)
 
     def step_scalars(
@@ -196,15 +203,17 @@ class TensorList:
         step: torch.Tensor,  # 0-d fp32 on the device: steps taken so far, advanced here
         lr: float | torch.Tensor,  # learning rate; a tensor on the device is read there
         weight_decay: float = 0.0,  # of the weights, times lr
-        logs: tuple[float, ...] = (-1e9, 0.0, -1e9, 0.0),  # ln beta1 and ln beta2 in two parts each; these: no corrections
+        # ln beta1 and ln beta2 in two parts each; these: no corrections
+        logs: tuple[float, ...] = (-1e9, 0.0, -1e9, 0.0),
         multiplier: torch.Tensor | None = None,  # 0-d fp32 on the device: factor of every gradient
         skip: torch.Tensor | None = None,  # 0-d fp32 on the device: nonzero leaves everything as it is
     ) -> torch.Tensor:  # fp32 (8,) on the device
         "The numbers of a step over these tensors, formed on their device."
         there = isinstance(lr, torch.Tensor) and lr.device == self.device
         with device_guard(self.device):
-            launch(step_scalars_kernel, 1, (self.numbers, step, self.numbers if multiplier is None else multiplier.float(), self.numbers if skip is None else skip,
-                                     lr.float() if there else float(lr), float(weight_decay), *logs),
+            launch(step_scalars_kernel, 1,
+                   (self.numbers, step, self.numbers if multiplier is None else multiplier.float(), self.numbers
+                        if skip is None else skip, lr.float() if there else float(lr), float(weight_decay), *logs),
                    dict(SCALED=multiplier is not None, SKIPS=skip is not None, LR_TENSOR=there), num_warps=1)
         return self.numbers
 
@@ -230,13 +239,15 @@ def launch(
     "Runs a kernel; from the second time on without Triton's search for the binary."
     if INTERPRETED: return kernel[(programs,)](*arguments, **constants)
     key = (id(kernel), torch.cuda.current_device(), num_warps, *constants.values())
-    if (binary := _BINARIES.get(key)) is None: _BINARIES[key] = kernel[(programs,)](*arguments, **constants, num_warps=num_warps)
+    if (binary := _BINARIES.get(key)) is None:
+        _BINARIES[key] = kernel[(programs,)](*arguments, **constants, num_warps=num_warps)
     else: binary[(programs, 1, 1)](*arguments, *constants.values())
 
 
 def device_guard(device: torch.device):
     "A context in which launches go to this device."
-    return nullcontext() if device.type != "cuda" or device.index == torch.cuda.current_device() else torch.cuda.device(device)
+    return (nullcontext() if device.type != "cuda" or device.index == torch.cuda.current_device()
+            else torch.cuda.device(device))
 
 # %% ../../nbs/optim/02_multi_tensor.ipynb #2c545ad6
 @triton.jit
@@ -356,13 +367,17 @@ def grad_scaling_fused(
         for share in grads.launches:
             todo.append((tensors, grads, share, size, min(share.blocks.shape[0], 4 if INTERPRETED else PROGRAMS)))
             size += todo[-1][-1]
-    partial, out = torch.empty(max(size, 1), dtype=torch.float32, device=device), torch.empty(3, dtype=torch.float32, device=device)
+    partial, out = (torch.empty(max(size, 1), dtype=torch.float32, device=device),
+                    torch.empty(3, dtype=torch.float32, device=device))
     with device_guard(device):
         for tensors, grads, share, start, programs in todo:
-            launch(squares_kernel, programs, (tensors.rows, grads.addresses, share.blocks, share.blocks.shape[0], partial[start:]),
+            launch(squares_kernel, programs,
+                   (tensors.rows, grads.addresses, share.blocks, share.blocks.shape[0], partial[start:]),
                    dict(GRAD=grads.dtype, ALIGNED=share.ALIGNED, MASK=share.MASK, BLOCK=BLOCK), WARPS)
-        launch(grad_scaling_kernel, 1, (partial, size, out, skipped, partial if grad_scale is None else grad_scale.float(), partial if found_inf is None else found_inf.float(),
-                                   float(max_norm or 0.0)), dict(SCALED=grad_scale is not None, FOUND=found_inf is not None, CLIPS=max_norm is not None, CHUNK=1024))
+        launch(grad_scaling_kernel, 1,
+               (partial, size, out, skipped, partial if grad_scale is None else grad_scale.float(),
+                partial if found_inf is None else found_inf.float(), float(max_norm or 0.0)),
+               dict(SCALED=grad_scale is not None, FOUND=found_inf is not None, CLIPS=max_norm is not None, CHUNK=1024))
     return out
 
 # %% ../../nbs/optim/02_multi_tensor.ipynb #2186ecd3

@@ -30,7 +30,8 @@ class ReleaseError(UserError, RuntimeError, TypeError):
 
 
 def in_nested_backward() -> bool:
-    "Whether the caller runs in a backward pass that the backward of a custom Function started, as reentrant checkpointing does."
+    """Whether the caller runs in a backward pass that the backward of a custom Function started,
+    as reentrant checkpointing does."""
     frame, in_engine = sys._getframe(1), False
     while frame is not None:
         if in_engine and frame.f_code is BackwardCFunction.apply.__code__: return True
@@ -69,7 +70,8 @@ class GradientReleaseHandle:
 
     @property
     def clip(self) -> torch.Tensor | None:
-        "The coefficient by which the next step is clipped, 0-d fp32, from the norm of the step before; kept by the optimizer, whose state dict has it."
+        """The coefficient by which the next step is clipped, 0-d fp32, from the norm of the step before;
+        kept by the optimizer, whose state dict has it."""
         return self.optimizer._next_clip
 
     @clip.setter
@@ -130,7 +132,8 @@ class GradientReleaseHandle:
         self._join()
 
     def _join(self):
-        "The caller's stream goes on behind the hooks' steps: FSDP2 calls hooks on a stream of its own, and the next forward pass reads what they wrote."
+        """The caller's stream goes on behind the hooks' steps:
+        FSDP2 calls hooks on a stream of its own, and the next forward pass reads what they wrote."""
         while self._streams:
             stream = self._streams.pop()
             torch.cuda.current_stream(stream.device).wait_stream(stream)
@@ -178,7 +181,8 @@ class GradientReleaseHandle:
         p.grad = None
 
     def _stepped_on(self, stream: torch.cuda.Stream, grad: torch.Tensor):
-        "Keeps a gradient's memory until the step has read it: HSDP reduces on one stream what it allocated on another, which would give it away."
+        """Keeps a gradient's memory until the step has read it:
+        HSDP reduces on one stream what it allocated on another, which would give it away."""
         self._streams.add(stream)
         grad.record_stream(stream)
 
@@ -233,22 +237,27 @@ class GradientReleaseHandle:
 
     def _shards(self) -> list[torch.Tensor]:
         "Parameters that other ranks may have gradients of, where the norm is formed."
-        return [p for group in self.optimizer.param_groups for p in group["params"] if isinstance(p, DTensor)] if self._looks() else []
+        return ([p for group in self.optimizer.param_groups for p in group["params"] if isinstance(p, DTensor)]
+                if self._looks() else [])
 
     def _judged(self, squares: list[tuple]) -> GradScaling:
         "Norm, clip coefficient and skip flag of a step with these squares."
-        return grad_scaling(over_all(squares, self.optimizer.skipped_steps.device, among=self._shards()), self.optimizer.max_norm)
+        return grad_scaling(
+            over_all(squares, self.optimizer.skipped_steps.device, among=self._shards()), self.optimizer.max_norm)
 
     def _clip_after(self, c: GradScaling) -> torch.Tensor:
         "By what the step after one with this norm is clipped; one whose norm is not finite changes nothing."
         return torch.where(c.skip > 0, torch.ones_like(c.multiplier) if self.clip is None else self.clip, c.multiplier)
 
     def _coming(self) -> torch.Tensor | None:
-        "By what the next step is clipped, for a state dict: also where the last one was taken and no `step()` has ended it yet."
-        return self.clip if self.optimizer.max_norm is None or not self._squares else self._clip_after(self._judged(self._squares))
+        """By what the next step is clipped, for a state dict:
+        also where the last one was taken and no `step()` has ended it yet."""
+        return (self.clip if self.optimizer.max_norm is None or not self._squares
+                else self._clip_after(self._judged(self._squares)))
 
     def _agree(self, shards: list[torch.Tensor]):
-        "All shards of a parameter count alike: one that was left as it is, or is empty, counts what the others counted."
+        """All shards of a parameter count alike:
+        one that was left as it is, or is empty, counts what the others counted."""
         alike, state = {}, self.optimizer.state
         for p in shards: alike.setdefault(sharding(p), []).append(p)
         for params in alike.values():
@@ -267,16 +276,19 @@ def enable_gradient_release(
     optimizer: FlashOptimizer,  # steps those parameters, or some of them
     *,
     grad_scaler: torch.amp.GradScaler | None = None,  # of the loop, where losses are scaled (fp16)
-    pre_step: Callable[[torch.Tensor, dict], bool] | None = None,  # called with each parameter and its group, the gradient still there; False: the gradient is dropped and the parameter stays
+    # called with each parameter and its group, gradient there; False: gradient dropped, parameter kept
+    pre_step: Callable[[torch.Tensor, dict], bool] | None = None,
 ) -> GradientReleaseHandle:
-    "Steps each parameter inside the backward pass and frees its gradient; raises `UserError` where that cannot be right."
+    """Steps each parameter inside the backward pass and frees its gradient;
+    raises `UserError` where that cannot be right."""
     if not isinstance(optimizer, FlashOptimizer):
         raise UserError("gradient release needs an optimizer that steps one parameter at a time, not "
                         f"{type(optimizer).__name__}: FlashAdamW(params, quantize=False, master_weight_bits=None) is "
                         "plain AdamW")
     if not isinstance(model, nn.Module):
         raise UserError(f"gradient release of a {type(model).__name__}: give the model, a torch.nn.Module")
-    if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler): raise UserError(f"grad_scaler is a {type(grad_scaler).__name__}: give the loop's torch.amp.GradScaler, or None")
+    if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
+        raise UserError(f"grad_scaler is a {type(grad_scaler).__name__}: give the loop's torch.amp.GradScaler, or None")
     if pre_step is not None and not _takes_two(pre_step):
         raise UserError(f"pre_step is {pre_step!r}: give a function of a parameter and its group, that returns "
                         "whether to step the parameter, or None")
@@ -286,7 +298,8 @@ def enable_gradient_release(
     check_releasable(model, optimizer)
     optimizer.release = handle = GradientReleaseHandle(optimizer, grad_scaler, pre_step)
     handle._units = _units(model)
-    if dist.is_available() and dist.is_initialized(): handle._hooks.append(model.register_forward_pre_hook(_outside_ddp))
+    if dist.is_available() and dist.is_initialized():
+        handle._hooks.append(model.register_forward_pre_hook(_outside_ddp))
     return handle
 
 
@@ -315,9 +328,11 @@ def _check_wrapper(part: nn.Module):
 
 
 def _units(model):
-    "FSDP2's parameter groups by the parameters they hold. It keeps them to itself: where a version has none, `_arrived` refuses what they would tell."
+    """FSDP2's parameter groups by the parameters they hold.
+    It keeps them to itself: where a version has none, `_arrived` refuses what they would tell."""
     states = [part._get_fsdp_state() for part in model.modules() if hasattr(part, "_get_fsdp_state")]
-    units = [unit for state in states for unit in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]]
+    units = [unit for state in states
+             for unit in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]]
     return {x.sharded_param: unit for unit in units for x in getattr(unit, "fsdp_params", ())}
 
 

@@ -60,7 +60,8 @@ def scale_count(
 
 def scale_shape(p: torch.Tensor) -> torch.Size:
     "The shape of a moment's scales, over all ranks."
-    shards = [size for size, placement in zip(p.device_mesh.shape, p.placements) if dealt_out(placement)] if isinstance(p, DTensor) else []
+    shards = ([size for size, placement in zip(p.device_mesh.shape, p.placements) if dealt_out(placement)]
+              if isinstance(p, DTensor) else [])
     return torch.Size([scale_count(p) * torch.Size(shards).numel()])
 
 

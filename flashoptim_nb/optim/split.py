@@ -43,7 +43,8 @@ def compute_ecc_bits(
     narrow: torch.Tensor,  # theta': the same weights in bf16 or fp16, same shape
     master_bytewidth: int = 4,  # bytes of both parts together: 4 (int16 error bits) or 3 (int8)
 ) -> torch.Tensor:  # rho: int8 or int16, same shape
-    "The error bits that `narrow` lacks to be `fp32` (arXiv 2602.23349, section 3); raises `UserError` for other types or widths."
+    """The error bits that `narrow` lacks to be `fp32` (arXiv 2602.23349, section 3);
+    raises `UserError` for other types or widths."""
     _check_split(fp32, narrow, master_bytewidth)
     bits = 8 * (master_bytewidth - 2)
     # `narrow` is the caller's and may not be the nearest
@@ -64,7 +65,8 @@ def encode(
 
 # %% ../../nbs/optim/00_split.ipynb #e6932f27
 def _code(theta, narrow, bits):
-    "rho of fp32 `theta` beside 16-bit `narrow`, as a float, NaN where they are not finite: the arithmetic of every encoder."
+    """rho of fp32 `theta` beside 16-bit `narrow`, as a float, NaN where they are not finite:
+    the arithmetic of every encoder."""
     wide, N = narrow.float(), MAX_CODE[bits]
     inverse = _exponent(wide, narrow.dtype).bitwise_xor_(255 << 23)  # 255 - e, all eight bits flipped: 2^(128-e)
     ratio = torch.sub(theta, wide, out=wide).mul_(inverse.view(torch.float32))
@@ -91,7 +93,8 @@ def decode(
     "The fp32 weights that a split pair stands for."
     wide, c = narrow.float(), error_bits.float()
     unit = 127 if error_bits.dtype == torch.int8 else 32767
-    if (narrow.dtype, unit) == (torch.bfloat16, 32767): c, unit = c + (error_bits > 16383).float() - (error_bits < -16383).float(), 32768
+    if (narrow.dtype, unit) == (torch.bfloat16, 32767):
+        c, unit = c + (error_bits > 16383).float() - (error_bits < -16383).float(), 32768
     c.mul_(2.0**-HALF_FORMATS[narrow.dtype].p / unit)
     return c.mul_(_exponent(wide, narrow.dtype).view(torch.float32)).add_(wide)
 
@@ -101,7 +104,8 @@ def reconstruct_fp32_param(
     error_bits: torch.Tensor,  # its error bits: int8 or int16, same shape
 ) -> torch.Tensor:  # fp32, same shape
     "`decode` under the public package's name; raises `UserError` for types that do not belong together."
-    if param.dtype not in HALF_FORMATS or error_bits.dtype not in CODE_DTYPE.values() or param.shape != error_bits.shape:
+    if (param.dtype not in HALF_FORMATS or error_bits.dtype not in CODE_DTYPE.values()
+            or param.shape != error_bits.shape):
         raise UserError(f"cannot join {param.dtype} {tuple(param.shape)} with error bits {error_bits.dtype} "
                         f"{tuple(error_bits.shape)}: bf16 or fp16 with int8 or int16 of the same shape")
     return decode(param, error_bits)
@@ -116,9 +120,11 @@ def round_narrow(x, DTYPE: tl.constexpr, INTEGER: tl.constexpr = INTERPRETED):
     if INTEGER:
         narrow = _round_bits(x, DTYPE)
     elif DTYPE == tl.bfloat16:
-        narrow = tl.inline_asm_elementwise("cvt.rn.satfinite.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.bfloat16, is_pure=True, pack=2)
+        narrow = tl.inline_asm_elementwise(
+            "cvt.rn.satfinite.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.bfloat16, is_pure=True, pack=2)
     else:
-        narrow = tl.inline_asm_elementwise("cvt.rn.satfinite.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.float16, is_pure=True, pack=2)
+        narrow = tl.inline_asm_elementwise(
+            "cvt.rn.satfinite.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.float16, is_pure=True, pack=2)
     return narrow
 
 
@@ -142,7 +148,8 @@ def widen(x, DTYPE: tl.constexpr):
     if INTERPRETED or DTYPE != tl.bfloat16:
         wide = x.to(tl.float32)
     else:
-        wide = tl.inline_asm_elementwise("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;", "=f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2)
+        wide = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;", "=f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2)
     return wide
 
 # %% ../../nbs/optim/00_split.ipynb #8851a434

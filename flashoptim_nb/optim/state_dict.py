@@ -25,7 +25,8 @@ from .shards import like, local, scale_shape, scales_like
 class StateError(UserError, ValueError):
     "A state dict that does not belong to the optimizer or model it is loaded into."
 
-_LENT = "averages are in the weights' place, and the error bits belong to other weights: leave applied() first; AveragedMasters.model_state_dict() has the averages in fp32"
+_LENT = ("averages are in the weights' place, and the error bits belong to other weights: leave applied() first; "
+         "AveragedMasters.model_state_dict() has the averages in fp32")
 
 # %% ../../nbs/optim/09_state_dict.ipynb #4822d360
 def _in_storage_order(t):
@@ -45,13 +46,15 @@ def _decoded(code, scales, companded):
 
 # %% ../../nbs/optim/09_state_dict.ipynb #704f9be4
 def _begins(opt, group, p):
-    "Whether a parameter's state begins when it is saved: something was taken out of it, or there is none yet and the cast kept what it rounded away, which only a state can carry."
+    """Whether a parameter's state begins when it is saved: something was taken out of it,
+    or there is none yet and the cast kept what it rounded away, which only a state can carry."""
     if state := opt.state.get(p): return bool({"step", *state_kinds(opt, group, p)} - {"error_bits"} - state.keys())
     return first_error_bits(p, error_bit_width(p.dtype, opt.master_weight_bits), keep=True) is not None
 
 
 def saved_state(opt) -> dict:
-    "As in torch.optim; waits for the device, since step counters leave it. Tensors are the live ones, not copies, but for the counters."
+    """As in torch.optim; waits for the device, since step counters leave it.
+    Tensors are the live ones, not copies, but for the counters."""
     begun = [(group, [p for p in group["params"] if _begins(opt, group, p)]) for group in opt.param_groups]
     own_states(opt, begun)  # as they would begin in the next step
     listed, every = {p for group in opt.param_groups for p in group["params"]}, opt.state
@@ -112,7 +115,8 @@ def saved_public_state(opt) -> dict:
         group = {key: x for key, x in out["param_groups"][n].items() if key not in beyond}
         # that package has one key for it and for schedulers
         reference = {"initial_lr": own["reference_lr"]} if opt.decouple_lr and "reference_lr" in own else {}
-        group = {"initial_lr": float(group["lr"]), **group, **reference, "master_bytewidth": width, "quantize": opt.quantize}
+        group = {
+            "initial_lr": float(group["lr"]), **group, **reference, "master_bytewidth": width, "quantize": opt.quantize}
         out["param_groups"][n] = group
         for i, p in zip(group["params"], own["params"]):
             if i in out["state"]: out["state"][i] = _public(out["state"][i], p)
@@ -135,7 +139,8 @@ def _origin(group, where):
         coding, bits, weights, clip = (str(mark).split("-", 3) + 3 * [""])[:4]
         try: clip = float(clip) if clip else None
         except ValueError: clip = -1.0
-        if coding not in ("companded", "linear") or bits not in ("24", "32", "None") or not is_number(clip or 0.0, 0, 1):
+        if (coding not in ("companded", "linear") or bits not in ("24", "32", "None")
+                or not is_number(clip or 0.0, 0, 1)):
             raise StateError(f"{where}: state_format is {mark!r}, not known here: was it saved by a newer version?")
         return _Origin(bits={"24": 8, "32": 16}.get(bits), companded=coding == "companded", weights=weights, clip=clip)
     if (width := group.get("master_bytewidth")) is None: return _Origin()
@@ -196,7 +201,8 @@ def _nonnegative(t, where):
 
 
 def _check_saved(t, p, shape, dtype, where):
-    "Raises `StateError` unless `t` is a tensor of this shape and dtype (None: any floating one, all finite), sharded where `p` is."
+    """Raises `StateError` unless `t` is a tensor of this shape and dtype (None: any floating one, all finite),
+    sharded where `p` is."""
     kind = dtype or "floating point"
     if not isinstance(t, torch.Tensor):
         raise StateError(f"{where} is missing; a {kind} tensor of shape {tuple(shape)} is needed: is this the "
@@ -204,7 +210,9 @@ def _check_saved(t, p, shape, dtype, where):
     right = t.is_floating_point() if dtype is None else t.dtype == dtype
     if t.shape != torch.Size(shape) or not right:
         raise StateError(f"{where} is {t.dtype} {tuple(t.shape)}; {kind} {tuple(shape)} is needed")
-    if isinstance(p, DTensor) != isinstance(t, DTensor): raise StateError(f"{where} is {'whole' if isinstance(p, DTensor) else 'sharded'} and its parameter is not: load it with torch.distributed.checkpoint, which deals states out to the ranks")
+    if isinstance(p, DTensor) != isinstance(t, DTensor):
+        raise StateError(f"{where} is {'whole' if isinstance(p, DTensor) else 'sharded'} and its parameter is not: "
+                         "load it with torch.distributed.checkpoint, which deals states out to the ranks")
     if t.is_floating_point() and not local(t).isfinite().all():
         raise StateError(f"{where} has values that are not finite: the checkpoint is damaged")
 
@@ -218,8 +226,10 @@ def _saved_error_bits(p, saved, origin, where):
         raise StateError(f"{where}: error_bits is a {type(error_bits).__name__}; {needed}")
     refused = lambda why: StateError(f"{where}: error_bits is {error_bits.dtype} {tuple(error_bits.shape)}, {why}; "
                                      f"{needed}")
-    if error_bits.shape != p.shape or error_bits.is_complex() or error_bits.dtype == torch.bool: raise refused("of another shape or kind")
-    if isinstance(error_bits, DTensor) != isinstance(p, DTensor): raise refused("whole or sharded as its parameter is not")
+    if error_bits.shape != p.shape or error_bits.is_complex() or error_bits.dtype == torch.bool:
+        raise refused("of another shape or kind")
+    if isinstance(error_bits, DTensor) != isinstance(p, DTensor):
+        raise refused("whole or sharded as its parameter is not")
     if error_bits.is_floating_point():
         if not origin.public or origin.through_torch: return None
         if error_bits.dtype != p.dtype: raise refused(f"saved beside weights of that type and not {p.dtype}")
@@ -265,13 +275,16 @@ def _steps(saved, where):
 
 # %% ../../nbs/optim/09_state_dict.ipynb #a17c9e54
 _KINDS = {frozenset(tells): kind for kind, tells in {
-    "Adam or AdamW": ("betas", "eps"), "Lion": ("betas",), "SGD": ("momentum",), "NAdam": ("betas", "eps", "momentum_decay", "decoupled_weight_decay"),
-    "RAdam": ("betas", "eps", "decoupled_weight_decay"), "RMSprop": ("alpha", "eps", "momentum"), "Adagrad": ("eps", "lr_decay"), "Adadelta": ("eps", "rho"),
-    "Rprop": ("etas",), "ASGD": ("alpha", "lambd"), "LBFGS": ("history_size",)}.items()}
+              "Adam or AdamW": ("betas", "eps"), "Lion": ("betas",), "SGD": ("momentum",),
+              "NAdam": ("betas", "eps", "momentum_decay", "decoupled_weight_decay"),
+              "RAdam": ("betas", "eps", "decoupled_weight_decay"), "RMSprop": ("alpha", "eps", "momentum"),
+              "Adagrad": ("eps", "lr_decay"), "Adadelta": ("eps", "rho"),
+              "Rprop": ("etas",), "ASGD": ("alpha", "lambd"), "LBFGS": ("history_size",)}.items()}
 
 
 def _check_kind(opt, group, where):
-    "Raises `StateError` for a saved group of another kind of optimizer; one without any telling option keeps the optimizer's own."
+    """Raises `StateError` for a saved group of another kind of optimizer;
+    one without any telling option keeps the optimizer's own."""
     saved, own = (frozenset().union(*_KINDS).intersection(options) for options in (group, opt.defaults))
     if "amsgrad" in group: saved -= {"decoupled_weight_decay"}  # torch's Adam has both, its RAdam the second alone
     if not saved or saved == own: return
@@ -284,11 +297,16 @@ def _check_kind(opt, group, where):
 def _opened(state_dict):
     "Groups and states of a state dict; raises `StateError` for what is none."
     asks = "give what an optimizer's state_dict() returned"
-    if not isinstance(state_dict, Mapping) or not {"param_groups", "state"} <= state_dict.keys(): raise StateError(f"a {type(state_dict).__name__} without `state` and `param_groups`: {asks}")
+    if not isinstance(state_dict, Mapping) or not {"param_groups", "state"} <= state_dict.keys():
+        raise StateError(f"a {type(state_dict).__name__} without `state` and `param_groups`: {asks}")
     groups, saved = state_dict["param_groups"], state_dict["state"]
-    if not isinstance(groups, (list, tuple)) or not isinstance(saved, Mapping): raise StateError(f"param_groups is a {type(groups).__name__} and state a {type(saved).__name__}, where a list and a dict are needed: {asks}")
+    if not isinstance(groups, (list, tuple)) or not isinstance(saved, Mapping):
+        raise StateError(f"param_groups is a {type(groups).__name__} and state a {type(saved).__name__}, "
+                         f"where a list and a dict are needed: {asks}")
     for n, g in enumerate(groups):
-        if not isinstance(g, Mapping) or not isinstance(g.get("params"), (list, tuple)) or not all(isinstance(i, (int, str)) for i in g["params"]): raise StateError(f"group {n} of the state dict has no list of parameters' numbers as its `params`: {asks}")
+        if (not isinstance(g, Mapping) or not isinstance(g.get("params"), (list, tuple))
+                or not all(isinstance(i, (int, str)) for i in g["params"])):
+            raise StateError(f"group {n} of the state dict has no list of parameters' numbers as its `params`: {asks}")
     named = [i for g in groups for i in g["params"]]
     if len(set(named)) < len(named):
         raise StateError(f"the groups name a parameter twice ({max(named, key=named.count)!r}): {asks}")
@@ -299,8 +317,11 @@ def _opened(state_dict):
 
 # %% ../../nbs/optim/09_state_dict.ipynb #4b2ddd56
 def _check_names(groups, own):
-    "Raises `StateError` where named parameters stand in another order than when they were saved, since their states go by numbers."
-    known = lambda g: len(g.get("param_names") or ()) == len(g["params"]) and not any(isinstance(i, str) for i in g["params"])  # by names, tools have put them in order
+    """Raises `StateError` where named parameters stand in another order than when they were saved,
+    since their states go by numbers."""
+    # by names, tools have put them in order
+    known = lambda g: len(g.get("param_names") or ()) == len(g["params"]) and not any(
+        isinstance(i, str) for i in g["params"])
     if not all(map(known, (*groups, *own))): return
     at = {name: n for n, name in enumerate(name for g in own for name in g["param_names"])}
     for n, name in enumerate(name for g in groups for name in g["param_names"]):
@@ -337,7 +358,8 @@ def load_state(
     opt,  # a FlashOptimizer
     state_dict: Mapping,  # of this class, of torch.optim's or of the public package's; tensors are copied
 ):
-    "Loads states and groups, converting what is kept otherwise; raises `StateError`, with nothing changed, where it does not fit."
+    """Loads states and groups, converting what is kept otherwise;
+    raises `StateError`, with nothing changed, where it does not fit."""
     if isinstance(state_dict, Mapping): state_dict = dict(state_dict)  # the caller's stays, whatever a hook does
     for hook in opt._optimizer_load_state_dict_pre_hooks.values():
         if (other := hook(opt, state_dict)) is not None: state_dict = other
@@ -351,7 +373,9 @@ def load_state(
                          "parameters are numbered by integers, which JSON for one makes into strings")
     for n, g in enumerate(groups): _check_kind(opt, g, f"group {n} of the state dict")
     _check_names(groups, opt.param_groups)
-    options = deepcopy([{k: v for k, v in g.items() if k not in _MARKS and (k not in opt.options or k == "fused")} for g in groups])  # at once: groups may share a tensor
+    # at once: groups may share a tensor
+    options = deepcopy(
+        [{k: v for k, v in g.items() if k not in _MARKS and (k not in opt.options or k == "fused")} for g in groups])
     for own, new in zip(opt.param_groups, options): opt._check_group(own | new)
     states = _states(opt, groups, saved, options)
     for own, new, g in zip(opt.param_groups, options, groups):
