@@ -63,9 +63,11 @@ def attend(
 def _try(name: str, device: str, dtype: torch.dtype, head_dim: int) -> Capability:
     if name == "flash_attn" and flash_attn_func is None:
         return Capability(False, "the flash-attn package is not installed")
-    if name in ("cudnn", "flash_attn") and not device.startswith("cuda"): return Capability(False, "it needs an NVIDIA GPU")
+    if name in ("cudnn", "flash_attn") and not device.startswith("cuda"):
+        return Capability(False, "it needs an NVIDIA GPU")
     q = torch.zeros(1, 2, 128, head_dim, device=device, dtype=dtype, requires_grad=True)
-    with warnings.catch_warnings(record=True) as said, torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
+    with (warnings.catch_warnings(record=True) as said, torch.enable_grad(),
+          torch.autocast(q.device.type, enabled=False)):
         warnings.simplefilter("always")
         try: attend(q, q, q, name).sum().backward()
         except RuntimeError as error:

@@ -25,7 +25,9 @@ class Windows:
         self.tokens, self.seq, self.batch_size, self.seed = tokens, seq, batch, seed
         self.n_windows = max(0, (len(tokens) - 1) // seq)
         self._order = (-1, None)
-        if not self.n_windows: raise UserError(f"{len(tokens)} tokens do not hold one window of {seq} and its targets; give more text, or a shorter sequence")
+        if not self.n_windows:
+            raise UserError(f"{len(tokens)} tokens do not hold one window of {seq} and its targets; "
+                            "give more text, or a shorter sequence")
 
     def order(
         self,
@@ -62,7 +64,9 @@ class Windows:
 # %% ../../nbs/lm/02_batches.ipynb #54f492f2
 def _part(batch: int, n_micro: int) -> int:
     "Sequences in each of equal micro-batches."
-    if batch % n_micro: raise UserError(f"a batch of {batch} sequences cannot be split into {n_micro} equal micro-batches; take a divisor")
+    if batch % n_micro:
+        raise UserError(
+            f"a batch of {batch} sequences cannot be split into {n_micro} equal micro-batches; take a divisor")
     return batch // n_micro
 
 # %% ../../nbs/lm/02_batches.ipynb #62eeaadd
@@ -84,8 +88,9 @@ def check_repeats(
     "How often a run goes through its text; raises `UserError` where that is more than `most`."
     if (times := windows.epochs(steps)) <= most: return times
     enough = int(most * windows.n_windows / windows.batch_size)
-    raise UserError(f"{steps:,} steps of {windows.batch_size} x {windows.seq} tokens go {times:,.1f} times through the {len(windows.tokens):,} tokens there are; "
-                    f"the protocol allows {most:g} times: give more text, or take at most {enough:,} steps")
+    raise UserError(f"{steps:,} steps of {windows.batch_size} x {windows.seq} tokens go {times:,.1f} times through "
+                    f"the {len(windows.tokens):,} tokens there are; the protocol allows {most:g} times: "
+                    f"give more text, or take at most {enough:,} steps")
 
 # %% ../../nbs/lm/02_batches.ipynb #ec201ee4
 class Synthetic:
@@ -101,7 +106,8 @@ class Synthetic:
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         "Inputs and targets (B x T, int64), a pure function of the step."
-        rows = torch.from_numpy(np.random.default_rng((self.seed, step)).integers(self.vocab, size=(self.batch_size, self.seq + 1)))
+        rows = torch.from_numpy(
+            np.random.default_rng((self.seed, step)).integers(self.vocab, size=(self.batch_size, self.seq + 1)))
         return rows[:, :-1], rows[:, 1:]
 
     def epochs(self, steps: int) -> float:

@@ -42,7 +42,8 @@ def eval_set(
     tokens = tokenizer.encode_documents(documents)
     if limit_tokens is not None and len(tokens) > limit_tokens + 1:
         tokens = tokens[: limit_tokens + 1]
-        documents = [tokenizer.decode(part[1:]) for part in np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))[1:]]
+        documents = [
+            tokenizer.decode(part[1:]) for part in np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))[1:]]
     words = sum(len(document.split()) + (document.count("\n") if text.continuous else 0) for document in documents)
     return EvalSet(name, tokens, words, int(tokenizer.token_bytes[tokens].sum()), text.source, text.sha256)
 
@@ -67,12 +68,14 @@ def lambada_set(
     tokenizer: Tokenizer,
     limit_tokens: int | None = None,  # tokens to go through at most, contexts included; None: all
 ) -> LambadaSet:
-    "Splits each passage before its last word; contexts begin with end-of-text. Raises `UserError` for a passage that has none."
+    """Splits each passage before its last word; contexts begin with end-of-text.
+    Raises `UserError` for a passage that has none."""
     examples, used = [], 0
     for number, passage in enumerate(text.documents, 1):
         context, _, target = passage.rpartition(" ")
         if not context.strip() or not target.strip():
-            raise UserError(f"passage {number} of {text.name} ({text.split}, {text.source}) is {passage[:60]!r}, which has no last word after a blank to predict; correct that line or leave it out")
+            raise UserError(f"passage {number} of {text.name} ({text.split}, {text.source}) is {passage[:60]!r}, "
+                            "which has no last word after a blank to predict; correct that line or leave it out")
         examples.append((tokenizer.encode_documents([context]), tokenizer.encode(" " + target)))
         used += sum(map(len, examples[-1]))
         if limit_tokens is not None and used > limit_tokens: examples.pop(); break
@@ -80,13 +83,15 @@ def lambada_set(
     return LambadaSet(text.name, examples, len(examples), n_bytes, text.source, text.sha256)
 
 # %% ../../nbs/lm/03_evalsets.ipynb #0de94ab3
-EVAL_SPLITS = {"sotu": "validation", "wikitext103": "validation", "c4": "validation", "lambada": "test", "pile": "validation"}
+EVAL_SPLITS = {
+    "sotu": "validation", "wikitext103": "validation", "c4": "validation", "lambada": "test", "pile": "validation"}
 
 def _kinds(text: TextSet) -> dict[str, TextSet]:
     "One set for each kind of document, under the name set/kind."
     found = {}
     for document, kind in zip(text.documents, text.groups): found.setdefault(f"{text.name}/{kind}", []).append(document)
-    return {name: TextSet(name, text.split, documents, text.source, text_hash(documents)) for name, documents in sorted(found.items())}
+    return {name: TextSet(name, text.split, documents, text.source, text_hash(documents))
+            for name, documents in sorted(found.items())}
 
 def load_evalset(
     name: str,  # "sotu", "wikitext103", "c4", "lambada", "pile", or one kind: "pile/github"
@@ -97,9 +102,12 @@ def load_evalset(
 ) -> list[EvalSet] | list[LambadaSet]:
     "The sets of that name; raises `DataUnavailable` where it is to be had nowhere, `UserError` for an unknown kind."
     family, _, kind = name.partition("/")
-    limit_chars = None if limit_tokens is None or family == "lambada" else 16 * limit_tokens  # ample for any of the texts
+    # ample for any of the texts
+    limit_chars = None if limit_tokens is None or family == "lambada" else 16 * limit_tokens
     text = load_text(family, split or EVAL_SPLITS.get(family, "validation"), limit_chars)
     if family == "lambada": return [] if name in leave_out else [lambada_set(text, tokenizer, limit_tokens)]
     texts = _kinds(text) if text.groups else {family: text}
-    if kind and name not in texts: raise UserError(f"{name} is not among the kinds of {family} that were found; choose one of: {', '.join(texts)}")
-    return [eval_set(n, s, tokenizer, limit_tokens) for n, s in texts.items() if n not in leave_out and kind in ("", n.partition("/")[2])]
+    if kind and name not in texts:
+        raise UserError(f"{name} is not among the kinds of {family} that were found; choose one of: {', '.join(texts)}")
+    return [eval_set(n, s, tokenizer, limit_tokens) for n, s in texts.items()
+            if n not in leave_out and kind in ("", n.partition("/")[2])]

@@ -40,7 +40,8 @@ def score(
     targets_BT: torch.Tensor,  # int64; `IGNORE` where nothing is predicted
     chunk: int = CHUNK,  # logits at a time
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "Negative log-likelihood (B, T) in nats, fp32, 0 where ignored; and whether the target was the most likely token (B, T)."
+    """Negative log-likelihood (B, T) in nats, fp32, 0 where ignored;
+    and whether the target was the most likely token (B, T)."""
     counts = targets_BT != IGNORE
     x_ND, targets_N = model.hidden(inputs_BT)[counts], targets_BT[counts]
     nll, hit = torch.zeros(targets_BT.shape, device=targets_BT.device), torch.zeros_like(counts)
@@ -68,7 +69,8 @@ def _exp(nats): return math.inf if nats >= 709 else math.exp(nats)  # NaN stays 
 
 # %% ../../nbs/lm/12_evaluate.ipynb #e8c44c37
 class scoring:
-    "A context in which `model` is in evaluation mode, without gradients, under autocast to a type or without; the mode is put back after."
+    """A context in which `model` is in evaluation mode, without gradients, under autocast to a type or without;
+    the mode is put back after."""
     def __init__(
         self,
         model: torch.nn.Module,
@@ -76,7 +78,8 @@ class scoring:
         autocast: torch.dtype | None,  # None: as the weights are
     ):
         kind = torch.device(device).type
-        self.model, self.contexts = model, (torch.no_grad(), torch.autocast(kind, dtype=autocast, enabled=autocast is not None))
+        self.model, self.contexts = model, (
+            torch.no_grad(), torch.autocast(kind, dtype=autocast, enabled=autocast is not None))
 
     def __enter__(self):
         self.training = self.model.training
@@ -97,27 +100,31 @@ def evaluate(
     context: int,  # tokens that a window spans, at most what the model takes
     autocast: torch.dtype | None = None,  # such as torch.bfloat16; None: no autocast
 ) -> dict:
-    "The row `eval`: set, nll (nats, summed), tokens (predicted), words, bytes, ppl, word_ppl, bpb, context; for LAMBADA correct and examples."
-    if isinstance(evalset, LambadaSet): return lambada(model, evalset, batch=batch, device=device, context=context, autocast=autocast)
+    """The row `eval`: set, nll (nats, summed), tokens (predicted), words, bytes, ppl, word_ppl, bpb, context;
+    for LAMBADA correct and examples."""
+    if isinstance(evalset, LambadaSet):
+        return lambada(model, evalset, batch=batch, device=device, context=context, autocast=autocast)
     total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     with scoring(model, device, autocast):
         for inputs_BT, targets_BT in _batches(windows(evalset.tokens, context), batch, device):
             total += score(model, inputs_BT, targets_BT)[0].double().sum()
             tokens += (targets_BT != IGNORE).sum()
-    if not tokens: raise UserError(f"the set {evalset.name!r} has no token to predict; it takes a stream of 2 tokens at least")
+    if not tokens:
+        raise UserError(f"the set {evalset.name!r} has no token to predict; it takes a stream of 2 tokens at least")
     return _row(evalset.name, total.item(), int(tokens), evalset.words, evalset.bytes, context)
 
 def _row(name, nll, tokens, words, size, context, correct=None, examples=None):
     "A ratio over what the text has none of, words or bytes, is None."
-    return dict(set=name, nll=nll, tokens=tokens, words=words, bytes=size, ppl=_exp(nll / tokens), word_ppl=_exp(nll / words) if words else None,
-                bpb=nll / math.log(2) / size if size else None, correct=correct, examples=examples, context=context)
+    return dict(set=name, nll=nll, tokens=tokens, words=words, bytes=size, ppl=_exp(nll / tokens),
+                word_ppl=_exp(nll / words) if words else None, bpb=nll / math.log(2) / size if size else None,
+                correct=correct, examples=examples, context=context)
 
 # %% ../../nbs/lm/12_evaluate.ipynb #0e9e8824
 def _target_window(before, target, context):
     "Inputs and targets (C,) of one example: only the last word counts."
     if not len(before) or not 0 < len(target) <= context:
-        raise UserError(f"an example of {len(before)} + {len(target)} tokens cannot be scored with a context of {context}; "
-                        "it needs a token before its last word, and a context that holds the word")
+        raise UserError(f"an example of {len(before)} + {len(target)} tokens cannot be scored with a context "
+                        f"of {context}; it needs a token before its last word, and a context that holds the word")
     taken = np.concatenate([before, target]).astype(np.int64)[-context - 1:]
     inputs, targets = np.zeros(context, np.int64), np.full(context, IGNORE, np.int64)
     inputs[:len(taken) - 1] = taken[:-1]
@@ -146,4 +153,5 @@ def lambada(
             counts_BT = targets_BT != IGNORE
             total, tokens = total + nll_BT.double().sum(), tokens + counts_BT.sum()
             correct = correct + ((hit_BT | ~counts_BT).all(1) & counts_BT.any(1)).sum()
-    return _row(lambada_set.name, total.item(), int(tokens), len(pairs), lambada_set.bytes, context, int(correct), len(pairs))
+    return _row(
+        lambada_set.name, total.item(), int(tokens), len(pairs), lambada_set.bytes, context, int(correct), len(pairs))

@@ -40,10 +40,14 @@ class GPTConfig(Config):
 
     def __post_init__(self):
         choose("style", self.style, ("gpt2", "llama2"))
-        sizes = dict(n_layer=self.n_layer, d_model=self.d_model, n_head=self.n_head, vocab_size=self.vocab_size, max_seq=self.max_seq)
-        if bad := {key: n for key, n in sizes.items() if n < 1}: raise UserError(f"sizes of a model are at least 1, given were {bad}")
+        sizes = dict(n_layer=self.n_layer, d_model=self.d_model, n_head=self.n_head, vocab_size=self.vocab_size,
+                     max_seq=self.max_seq)
+        if bad := {key: n for key, n in sizes.items() if n < 1}:
+            raise UserError(f"sizes of a model are at least 1, given were {bad}")
         step = self.n_head * (1 if self.style == "gpt2" else 2)  # rotations act on pairs
-        if self.d_model % step: raise UserError(f"d_model {self.d_model} cannot be split into {self.n_head} heads; take a multiple of {step}")
+        if self.d_model % step:
+            raise UserError(
+                f"d_model {self.d_model} cannot be split into {self.n_head} heads; take a multiple of {step}")
 
     @property
     def head_dim(self) -> int: return self.d_model // self.n_head
@@ -160,10 +164,12 @@ class Block(nn.Module):
     def forward(self, x_BTD, rotary=None):
         how = CHECKPOINTING[self.checkpointing]
         if how is None or not torch.is_grad_enabled(): return self.layer(x_BTD, rotary)
-        return checkpoint(self.layer, x_BTD, rotary, use_reentrant=False, preserve_rng_state=False, **how)  # nothing here is random
+        # nothing here is random
+        return checkpoint(self.layer, x_BTD, rotary, use_reentrant=False, preserve_rng_state=False, **how)
 
 # %% ../../nbs/lm/06_gpt.ipynb #69dd9e00
-LOSSES = {"plain": linear_cross_entropy_reference, "fused_linear": linear_cross_entropy}  # (x_ND, weight_VD, target_N) -> scalar
+# (x_ND, weight_VD, target_N) -> scalar
+LOSSES = {"plain": linear_cross_entropy_reference, "fused_linear": linear_cross_entropy}
 
 # %% ../../nbs/lm/06_gpt.ipynb #3902d76b
 class GPT(nn.Module):
@@ -196,14 +202,20 @@ def hidden(
     self: GPT,
     tokens_BT: torch.Tensor,  # integers, each in [0, V)
 ) -> torch.Tensor:  # B T D
-    "The last hidden states, normalized; raises `UserError` for a sequence longer than `max_seq` and for token ids outside [0, V)."
-    if tokens_BT.dim() != 2: raise UserError(f"tokens of shape {tuple(tokens_BT.shape)} were given; give sequences as rows, (B, T)")
+    """The last hidden states, normalized;
+    raises `UserError` for a sequence longer than `max_seq` and for token ids outside [0, V)."""
+    if tokens_BT.dim() != 2:
+        raise UserError(f"tokens of shape {tuple(tokens_BT.shape)} were given; give sequences as rows, (B, T)")
     c, T = self.config, tokens_BT.shape[1]
-    if T > c.max_seq: raise UserError(f"a sequence of {T} tokens was given, the model has {c.max_seq} positions; shorten it or raise max_seq")
+    if T > c.max_seq:
+        raise UserError(
+            f"a sequence of {T} tokens was given, the model has {c.max_seq} positions; shorten it or raise max_seq")
     check_indices(tokens_BT, c.vocab_size, "token ids")
     x_BTD, rotary = self.wte(tokens_BT.long()), None
     if c.style == "gpt2": x_BTD = x_BTD + self.wpe.weight[:T]
-    else: rotary = rotary_table(T, c.head_dim, c.rope_theta, x_BTD.device, torch.promote_types(x_BTD.dtype, torch.float32))
+    else:
+        rotary = rotary_table(
+            T, c.head_dim, c.rope_theta, x_BTD.device, torch.promote_types(x_BTD.dtype, torch.float32))
     if self.stream: x_BTD = x_BTD.to(self.stream)
     for block in self.blocks: x_BTD = block(x_BTD, rotary)
     return self.norm_f(x_BTD)
@@ -223,7 +235,8 @@ def forward(self: GPT, tokens_BT, targets_BT=None, how: str = "plain"):
     x_BTD = self.hidden(tokens_BT)
     if targets_BT is None: return self.logits(x_BTD)
     if targets_BT.shape != tokens_BT.shape:
-        raise UserError(f"targets of shape {tuple(targets_BT.shape)} were given for tokens of shape {tuple(tokens_BT.shape)}; each token has one target")
+        raise UserError(f"targets of shape {tuple(targets_BT.shape)} were given for tokens of shape "
+                        f"{tuple(tokens_BT.shape)}; each token has one target")
     return choose("loss", how, self._losses)(x_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten())
 
 @patch
@@ -257,10 +270,15 @@ def compile_blocks(
     backend: str = "inductor",  # of torch.compile
 ) -> GPT:
     "Compiles each block, and the head with its plain loss; raises `UserError` where there is no compiler."
-    if not (able := capabilities()["compile"]).ok: raise UserError(f"the model cannot be compiled here: {able.why}; install what is missing, or choose a configuration without compile")
-    for block in self.blocks: block.compile(dynamic=False, backend=backend)  # one graph serves all: weights are its inputs
+    if not (able := capabilities()["compile"]).ok:
+        raise UserError(f"the model cannot be compiled here: {able.why}; "
+                        "install what is missing, or choose a configuration without compile")
+    # one graph serves all: weights are its inputs
+    for block in self.blocks:
+        block.compile(dynamic=False, backend=backend)
     plain = torch.compile(LOSSES["plain"], dynamic=False, backend=backend)
-    self._losses["plain"] = lambda x_ND, w_VD, target_N: plain(x_ND, w_VD, checked_targets(x_ND, w_VD, target_N))  # refuses in words, outside the graph
+    # refuses in words, outside the graph
+    self._losses["plain"] = lambda x_ND, w_VD, target_N: plain(x_ND, w_VD, checked_targets(x_ND, w_VD, target_N))
     return self
 
 # %% ../../nbs/lm/06_gpt.ipynb #7b09105f
@@ -278,25 +296,33 @@ def _acts_as(name: str, ours) -> bool:
 class _Weights(dict):
     "A state dict from which weights are taken; what is taken is gone."
     def take(self, name: str) -> torch.Tensor:
-        if name not in self: raise UserError(f"this model has no weight {name!r}; give a GPT2LMHeadModel or a LlamaForCausalLM, with nothing wrapped around it")
-        if not self[name].is_floating_point() or self[name].is_meta: raise UserError(f"the weight {name!r} is {self[name].dtype} on {self[name].device}; give a model that is loaded, and not quantized")
+        if name not in self:
+            raise UserError(f"this model has no weight {name!r}; "
+                            "give a GPT2LMHeadModel or a LlamaForCausalLM, with nothing wrapped around it")
+        if not self[name].is_floating_point() or self[name].is_meta:
+            raise UserError(f"the weight {name!r} is {self[name].dtype} on {self[name].device}; "
+                            "give a model that is loaded, and not quantized")
         return self.pop(name)
 
 def _is_tied(hf, head: torch.Tensor, table: torch.Tensor) -> bool:
     "Whether head and embedding are one parameter, or meant to be."
-    return hf.get_output_embeddings().weight is hf.get_input_embeddings().weight or (hf.config.tie_word_embeddings and torch.equal(head, table))
+    return (hf.get_output_embeddings().weight is hf.get_input_embeddings().weight
+            or (hf.config.tie_word_embeddings and torch.equal(head, table)))
 
 
 # %% ../../nbs/lm/06_gpt.ipynb #a21e6f94
 def _from_gpt2(hf, w: _Weights) -> tuple[GPTConfig, dict]:
     c, head, table = hf.config, w.take("lm_head.weight"), w.take("transformer.wte.weight")
-    _only({"scale_attn_weights=False": not c.scale_attn_weights, "scale_attn_by_inverse_layer_idx=True": c.scale_attn_by_inverse_layer_idx, "cross attention": c.add_cross_attention,
-           f"the activation {c.activation_function!r}": not _acts_as(c.activation_function, partial(F.gelu, approximate="tanh")),
+    _only({"scale_attn_weights=False": not c.scale_attn_weights,
+           "scale_attn_by_inverse_layer_idx=True": c.scale_attn_by_inverse_layer_idx,
+           "cross attention": c.add_cross_attention, f"the activation {c.activation_function!r}": not _acts_as(
+               c.activation_function, partial(F.gelu, approximate="tanh")),
            "a head that is not tied to the embedding (tie_word_embeddings=False)": not _is_tied(hf, head, table)})
     config = GPTConfig(style="gpt2", n_layer=c.n_layer, d_model=c.n_embd, n_head=c.n_head, vocab_size=c.vocab_size,
                        max_seq=c.n_positions, ffn_dim=c.n_inner, bias=True, norm_eps=c.layer_norm_epsilon)
     mine = {"wte.weight": table, "wpe.weight": w.take("transformer.wpe.weight")}
-    names = {"norm1": "ln_1", "norm2": "ln_2", "attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
+    names = {"norm1": "ln_1", "norm2": "ln_2", "attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj",
+             "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
     for part in ("weight", "bias"):
         mine[f"norm_f.{part}"] = w.take(f"transformer.ln_f.{part}")
         for i in range(c.n_layer):
@@ -309,17 +335,26 @@ def _from_gpt2(hf, w: _Weights) -> tuple[GPTConfig, dict]:
 # %% ../../nbs/lm/06_gpt.ipynb #1d646051
 def _from_llama(hf, w: _Weights) -> tuple[GPTConfig, dict]:
     c, head, table = hf.config, w.take("lm_head.weight"), w.take("model.embed_tokens.weight")
-    rope = dict(getattr(c, "rope_parameters", None) or dict(rope_theta=getattr(c, "rope_theta", 10_000.0), **(getattr(c, "rope_scaling", None) or {})))
+    rope = dict(getattr(c, "rope_parameters", None)
+                or dict(rope_theta=getattr(c, "rope_theta", 10_000.0), **(getattr(c, "rope_scaling", None) or {})))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    _only({f"grouped keys (num_key_value_heads={c.num_key_value_heads})": c.num_key_value_heads != c.num_attention_heads, "biases": c.attention_bias or c.mlp_bias,
-           f"the activation {c.hidden_act!r}": not _acts_as(c.hidden_act, F.silu), f"scaled rotations ({kind})": kind != "default",
-           "rotations of a part of each head": rope.get("partial_rotary_factor") not in (None, 1.0), f"another head width (head_dim={c.head_dim})": (c.head_dim or 0) * c.num_attention_heads not in (0, c.hidden_size),
-           "a head that is tied to the embedding (tie_word_embeddings=True)": c.tie_word_embeddings or _is_tied(hf, head, table)})
-    config = GPTConfig(style="llama2", n_layer=c.num_hidden_layers, d_model=c.hidden_size, n_head=c.num_attention_heads, vocab_size=c.vocab_size,
-                       max_seq=c.max_position_embeddings, ffn_dim=c.intermediate_size, norm_eps=c.rms_norm_eps, rope_theta=rope.get("rope_theta", 10_000.0))
+    _only(
+        {f"grouped keys (num_key_value_heads={c.num_key_value_heads})": c.num_key_value_heads != c.num_attention_heads,
+         "biases": c.attention_bias or c.mlp_bias,
+         f"the activation {c.hidden_act!r}": not _acts_as(c.hidden_act, F.silu),
+         f"scaled rotations ({kind})": kind != "default",
+         "rotations of a part of each head": rope.get("partial_rotary_factor") not in (None, 1.0),
+         f"another head width (head_dim={c.head_dim})": (c.head_dim or 0) * c.num_attention_heads not in (
+             0, c.hidden_size),
+         "a head that is tied to the embedding (tie_word_embeddings=True)": c.tie_word_embeddings
+         or _is_tied(hf, head, table)})
+    config = GPTConfig(style="llama2", n_layer=c.num_hidden_layers, d_model=c.hidden_size, n_head=c.num_attention_heads,
+                       vocab_size=c.vocab_size, max_seq=c.max_position_embeddings, ffn_dim=c.intermediate_size,
+                       norm_eps=c.rms_norm_eps, rope_theta=rope.get("rope_theta", 10_000.0))
     mine = {"wte.weight": table, "norm_f.weight": w.take("model.norm.weight"), "head.weight": head}
-    names = {"norm1": ("input_layernorm",), "norm2": ("post_attention_layernorm",), "attn.proj": ("self_attn.o_proj",), "mlp.down": ("mlp.down_proj",),
-             "attn.qkv": [f"self_attn.{z}_proj" for z in "qkv"], "mlp.up": ("mlp.gate_proj", "mlp.up_proj")}
+    names = {"norm1": ("input_layernorm",), "norm2": ("post_attention_layernorm",), "attn.proj": ("self_attn.o_proj",),
+             "mlp.down": ("mlp.down_proj",), "attn.qkv": [f"self_attn.{z}_proj" for z in "qkv"],
+             "mlp.up": ("mlp.gate_proj", "mlp.up_proj")}
     for i in range(config.n_layer):
         for name, theirs in names.items():
             mine[f"blocks.{i}.{name}.weight"] = torch.cat([w.take(f"model.layers.{i}.{t}.weight") for t in theirs])
@@ -327,12 +362,14 @@ def _from_llama(hf, w: _Weights) -> tuple[GPTConfig, dict]:
 
 
 # %% ../../nbs/lm/06_gpt.ipynb #8d9baf4f
-_DERIVED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # buffers that older versions store: the causal mask, the rotary frequencies
+# buffers that older versions store: the causal mask, the rotary frequencies
+_DERIVED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 @torch.no_grad()
 def _check_copy(model: GPT, hf):
     "Refuses a copy that does not compute what its original computes."
-    if (p := next(model.parameters())).dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16): raise UserError(f"weights in {p.dtype} cannot be computed with; copy the model in another type")
+    if (p := next(model.parameters())).dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise UserError(f"weights in {p.dtype} cannot be computed with; copy the model in another type")
     c, training = model.config, hf.training
     tokens = torch.arange(3, 3 + 7 * min(c.max_seq, 16), 7, device=p.device)[None] % c.vocab_size
     hf.eval()
@@ -340,7 +377,8 @@ def _check_copy(model: GPT, hf):
     finally: hf.train(training)
     off = ((model(tokens).double() - theirs).norm() / theirs.norm()).item()
     if not off < (1e-3 if torch.finfo(p.dtype).eps < 1e-6 else 0.1):
-        raise UserError(f"a copy of this model would not compute the same: the logits of {tokens.shape[1]} tokens are off by {off:.1%}. Something about it is neither in its configuration nor in its weights, "
+        raise UserError(f"a copy of this model would not compute the same: the logits of {tokens.shape[1]} tokens are "
+                        f"off by {off:.1%}. Something about it is neither in its configuration nor in its weights, "
                         "or they are not finite, or too rough in 16 bits: in that case copy it in fp32")
 
 def load_transformers(
@@ -348,15 +386,21 @@ def load_transformers(
     attention: str = "eager",
     checkpointing: str = "none",
 ) -> GPT:
-    "The same model as a `GPT`, with copies of the weights in their dtype and on their device, without dropout; raises `UserError` for a model of which anything would be lost."
+    """The same model as a `GPT`, with copies of the weights in their dtype and on their device, without dropout;
+    raises `UserError` for a model of which anything would be lost."""
     kind = getattr(getattr(hf_model, "config", None), "model_type", type(hf_model).__name__)
     copy, w = choose("architecture", kind, {"gpt2": _from_gpt2, "llama": _from_llama}), _Weights(hf_model.state_dict())
     config, weights = copy(hf_model, w)
-    if left := [name for name in w if not name.endswith(_DERIVED)]: raise UserError(f"this model has weights that a GPT does not have: {', '.join(left[:5])}{' ...' if len(left) > 5 else ''}")
+    if left := [name for name in w if not name.endswith(_DERIVED)]:
+        raise UserError(
+            f"this model has weights that a GPT does not have: {', '.join(left[:5])}{' ...' if len(left) > 5 else ''}")
     with torch.device("meta"): model = GPT(config, attention, checkpointing)
     for name, p in model.state_dict().items():
-        if weights[name].shape != p.shape: raise UserError(f"the weights of {name} have the shape {tuple(weights[name].shape)}; by the model's configuration it would be {tuple(p.shape)}")
-    model.load_state_dict({name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in weights.items()}, assign=True)
+        if weights[name].shape != p.shape:
+            raise UserError(f"the weights of {name} have the shape {tuple(weights[name].shape)}; "
+                            f"by the model's configuration it would be {tuple(p.shape)}")
+    model.load_state_dict(
+        {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in weights.items()}, assign=True)
     _check_copy(model, hf_model)
     return model
 

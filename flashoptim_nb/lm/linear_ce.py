@@ -26,11 +26,15 @@ def checked_targets(
     weight_VD: torch.Tensor,
     target_N: torch.Tensor,  # integers, on the device of x
 ) -> torch.Tensor:  # N, int64, contiguous
-    "The targets as both losses read them; raises `UserError` for what is neither `IGNORE` nor in [0, V), on a GPU without waiting for it."
-    if x_ND.dim() != 2 or weight_VD.dim() != 2 or x_ND.shape[1] != weight_VD.shape[1] or target_N.shape != x_ND.shape[:1]:
-        raise UserError(f"shapes do not belong together: hidden states {tuple(x_ND.shape)} (N, D), head {tuple(weight_VD.shape)} (V, D), targets {tuple(target_N.shape)} (N,)")
+    """The targets as both losses read them;
+    raises `UserError` for what is neither `IGNORE` nor in [0, V), on a GPU without waiting for it."""
+    if (x_ND.dim() != 2 or weight_VD.dim() != 2 or x_ND.shape[1] != weight_VD.shape[1]
+            or target_N.shape != x_ND.shape[:1]):
+        raise UserError(f"shapes do not belong together: hidden states {tuple(x_ND.shape)} (N, D), "
+                        f"head {tuple(weight_VD.shape)} (V, D), targets {tuple(target_N.shape)} (N,)")
     if not x_ND.device == weight_VD.device == target_N.device:
-        raise UserError(f"hidden states are on {x_ND.device}, the head on {weight_VD.device}, targets on {target_N.device}; move them to one device")
+        raise UserError(f"hidden states are on {x_ND.device}, the head on {weight_VD.device}, "
+                        f"targets on {target_N.device}; move them to one device")
     check_indices(target_N, len(weight_VD), "targets", IGNORE)
     return target_N.long().contiguous()
 
@@ -41,10 +45,12 @@ def linear_cross_entropy_reference(
     weight_VD: torch.Tensor,  # the head
     target_N: torch.Tensor,  # integers, each in [0, V) or IGNORE
 ) -> torch.Tensor:  # scalar, nats a token
-    "Mean negative log-likelihood of the targets there are, through the whole matrix of logits (in fp32, in float64 if the logits are)."
+    """Mean negative log-likelihood of the targets there are,
+    through the whole matrix of logits (in fp32, in float64 if the logits are)."""
     target_N = checked_targets(x_ND, weight_VD, target_N)
     logits_NV = F.linear(x_ND, weight_VD)
-    return F.cross_entropy(logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)), target_N, ignore_index=IGNORE)
+    return F.cross_entropy(
+        logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)), target_N, ignore_index=IGNORE)
 
 # %% ../../nbs/lm/05_linear_ce.ipynb #f647b79b
 def softmax_minus_onehot_reference(
@@ -54,7 +60,8 @@ def softmax_minus_onehot_reference(
     "Negative log-likelihood of each row; the logits become its gradient with respect to them."
     z = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))  # fp32 logits are worked on in place
     ignored_N, inside_N = target_N == IGNORE, (target_N >= 0) & (target_N < z.shape[1])
-    weight_N, at_N1 = z.new_ones(len(z)).masked_fill(ignored_N, 0.0).masked_fill(~(ignored_N | inside_N), math.nan), (target_N * inside_N)[:, None]
+    weight_N, at_N1 = z.new_ones(len(z)).masked_fill(ignored_N, 0.0).masked_fill(~(ignored_N | inside_N), math.nan), (
+        target_N * inside_N)[:, None]
     log_sum_N = torch.logsumexp(z, dim=-1)
     nll_N = ((log_sum_N - z.gather(1, at_N1).squeeze(1)) * weight_N).masked_fill(ignored_N, 0.0)
     z.sub_(log_sum_N[:, None]).exp_()
@@ -67,13 +74,17 @@ def softmax_minus_onehot_reference(
 # %% ../../nbs/lm/05_linear_ce.ipynb #20af873c
 if triton is not None:
     @triton.jit
-    def _softmax_minus_onehot_kernel(logits_ptr, target_ptr, nll_ptr, row_stride, V: tl.constexpr, BLOCK: tl.constexpr, IGNORED: tl.constexpr = IGNORE):
+    def _softmax_minus_onehot_kernel(
+        logits_ptr, target_ptr, nll_ptr, row_stride, V: tl.constexpr, BLOCK: tl.constexpr,
+        IGNORED: tl.constexpr = IGNORE,
+    ):
         n = tl.program_id(0).to(tl.int64)
         row_ptr = logits_ptr + n * row_stride
         target = tl.load(target_ptr + n)
         inside = (target >= 0) & (target < V)
         weight = tl.where(inside, 1.0, tl.where(target == IGNORED, 0.0, float("nan")))
-        z_target = tl.load(row_ptr + target, mask=inside, other=0.0).to(tl.float32)  # read before any thread may overwrite it
+        # read before any thread may overwrite it
+        z_target = tl.load(row_ptr + target, mask=inside, other=0.0).to(tl.float32)
         top, total = tl.full([BLOCK], -1e30, tl.float32), tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)
@@ -102,8 +113,8 @@ def softmax_minus_onehot_(
         return softmax_minus_onehot_reference(logits_NV, target_N)
     nll_N = torch.empty(len(logits_NV), device=logits_NV.device)
     with torch.cuda.device(logits_NV.device):
-        _softmax_minus_onehot_kernel[(len(logits_NV),)](
-            logits_NV, target_N.contiguous(), nll_N, logits_NV.stride(0), V=logits_NV.shape[1], BLOCK=block, num_warps=16)
+        _softmax_minus_onehot_kernel[(len(logits_NV),)](logits_NV, target_N.contiguous(), nll_N, logits_NV.stride(0),
+                                                        V=logits_NV.shape[1], BLOCK=block, num_warps=16)
     return nll_N
 
 
@@ -142,7 +153,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if need_x: torch.addmm(dx_ND[rows], logits_CV, w_VD, beta=0, out=dx_ND[rows])
             if need_w: _add_product(dw_VD, logits_CV, x_CD)
             del logits_CV  # before the next chunk's are made
-        if need_w and weight_VD.dtype != torch.float16: dw_VD = dw_VD.to(weight_VD.dtype)  # sums over rows may be too large for fp16, and shares of a mean too small: the loss scale comes first
+        # sums over rows may be too large for fp16, and shares of a mean too small: the loss scale comes first
+        if need_w and weight_VD.dtype != torch.float16:
+            dw_VD = dw_VD.to(weight_VD.dtype)
         ctx.save_for_backward(dx_ND, dw_VD)
         count = (target_N != IGNORE).sum().to(sums)  # stays on the device
         ctx.x_dtype, ctx.w_dtype, ctx.share = x_ND.dtype, weight_VD.dtype, 1 / count.clamp(min=1)
@@ -153,7 +166,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, scale):
         # in place, so that no second copy of the largest gradient exists; a second backward pass is refused by autograd
         dx_ND, dw_VD = (None if d is None else d.mul_(scale * ctx.share) for d in ctx.saved_tensors)
-        return None if dx_ND is None else dx_ND.to(ctx.x_dtype), None if dw_VD is None else dw_VD.to(ctx.w_dtype), None, None, None, None
+        return (None if dx_ND is None else dx_ND.to(ctx.x_dtype), None if dw_VD is None else dw_VD.to(ctx.w_dtype),
+                None, None, None, None)
 
 # %% ../../nbs/lm/05_linear_ce.ipynb #e218157e
 def linear_cross_entropy(
@@ -162,7 +176,8 @@ def linear_cross_entropy(
     target_N: torch.Tensor,  # integers, each in [0, V) or IGNORE
     chunk_rows: int | None = None,  # rows whose logits exist at one time; None: `chunk_rows_for`
 ) -> torch.Tensor:  # scalar, fp32, nats a token
-    "Mean negative log-likelihood of the targets there are; gradients are formed in the forward pass, N x V logits never exist."
+    """Mean negative log-likelihood of the targets there are;
+    gradients are formed in the forward pass, N x V logits never exist."""
     target_N = checked_targets(x_ND, weight_VD, target_N)
     kind = x_ND.device.type
     auto = torch.is_autocast_enabled(kind)

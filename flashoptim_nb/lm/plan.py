@@ -41,7 +41,8 @@ def gpu_hours(
     utilization: float = 0.45,  # share of the peak that is delivered, in (0, 1]
 ) -> float:
     "Hours of one GPU."
-    if not 0 < utilization <= 1: raise UserError(f"a utilization of {utilization} was given; it is a share of the peak, above 0 and at most 1")
+    if not 0 < utilization <= 1:
+        raise UserError(f"a utilization of {utilization} was given; it is a share of the peak, above 0 and at most 1")
     return flops / (accelerator.flops * utilization * 3600)
 
 # %% ../../nbs/lm/13_plan.ipynb #282f3a2f
@@ -61,7 +62,8 @@ def plan_run(
     parameters = count_parameters(config)["total"]
     flops = (flops_per_token(config, SEQ) if attention else 6 * parameters) * tokens
     hours = gpu_hours(flops, accelerator, utilization)
-    return dict(size=size, parameters=parameters, tokens=tokens, flops=flops, gpu_hours=hours, dollars=hours * platform.per_gpu_hour, label="projected")
+    return dict(size=size, parameters=parameters, tokens=tokens, flops=flops, gpu_hours=hours,
+                dollars=hours * platform.per_gpu_hour, label="projected")
 
 def plan_protocol(
     budget: Budget = BUDGET,
@@ -81,8 +83,9 @@ def against_budget(
 ) -> dict:
     "The plan's total beside the budget: gpu_hours, dollars, their multiples of the budget, and whether H1-CB pauses."
     hours, dollars = float(plan.gpu_hours.sum()), float(plan.dollars.sum())
-    return dict(gpu_hours=hours, dollars=dollars, hours_over_budget=hours / budget.gpu_hours, dollars_over_budget=dollars / budget.dollars_full,
-                pauses=dollars > budget.pause_dollars, label="projected")
+    return dict(
+        gpu_hours=hours, dollars=dollars, hours_over_budget=hours / budget.gpu_hours,
+        dollars_over_budget=dollars / budget.dollars_full, pauses=dollars > budget.pause_dollars, label="projected")
 
 # %% ../../nbs/lm/13_plan.ipynb #d70f007f
 def state_bytes(
@@ -91,7 +94,8 @@ def state_bytes(
 ) -> float:
     "Bytes a parameter: weight, correction, states with their scales, and the gradient."
     stack = choose("configuration", stack_name, LM_CONFIGS)
-    return stack.bytes_per_parameter - (0 if gradients else bytes_per_parameter(stack.weights, stack.states, stack.release)["gradients"])
+    return (stack.bytes_per_parameter
+            - (0 if gradients else bytes_per_parameter(stack.weights, stack.states, stack.release)["gradients"]))
 
 def sequence_bytes(
     config: GPTConfig,
@@ -102,7 +106,8 @@ def sequence_bytes(
     "Bytes on each GPU, estimated, to train on one sequence without checkpointing."
     stack = choose("configuration", stack_name, LM_CONFIGS)
     attention = "flash" if stack.attention == "best" else stack.attention
-    held = activation_bytes(config, 1, seq, attention=attention, loss=stack.loss, weights=stack.weights, compiled=stack.compile)
+    held = activation_bytes(
+        config, 1, seq, attention=attention, loss=stack.loss, weights=stack.weights, compiled=stack.compile)
     return count_parameters(config)["total"] * state_bytes(stack_name) / n_gpus + held
 
 # %% ../../nbs/lm/13_plan.ipynb #1df389bd
@@ -131,25 +136,34 @@ def _figures(n_gpus: int, accelerator: Accelerator) -> list[tuple]:
     gpus = lambda size: math.ceil(size / (HEADROOM * accelerator.memory))
     holds = f"{accelerator.name} that hold them"
     return [
-        ("inference cost", f"7B served, with keys and values of {SEQ} tokens", "GB", "2 N + 4 L d T", lambda name: served / 1e9),
-        ("inference cost", "7B, one stream, at most", "tokens/s", "bandwidth / (2 N + 4 L d T)", lambda name: accelerator.bandwidth / served),
+        ("inference cost", f"7B served, with keys and values of {SEQ} tokens", "GB", "2 N + 4 L d T",
+         lambda name: served / 1e9),
+        ("inference cost", "7B, one stream, at most", "tokens/s", "bandwidth / (2 N + 4 L d T)",
+         lambda name: accelerator.bandwidth / served),
         ("70B scale", "weights, gradients and states", "GB", "bytes N", lambda name: big * state_bytes(name) / 1e9),
         ("70B scale", holds, "GPUs", f"bytes N / ({HEADROOM:g} memory)", lambda name: gpus(big * state_bytes(name))),
-        ("memory-efficient RLHF", "7B policy, value, reference and reward", "GB", "2 bytes N + 2 x 2 N", lambda name: four(name) / 1e9),
-        ("memory-efficient RLHF", holds, "GPUs", f"(2 bytes N + 2 x 2 N) / ({HEADROOM:g} memory)", lambda name: gpus(four(name))),
-        ("sequence above 4096", f"7B, longest sequence over {n_gpus} GPUs", "tokens", "largest T that fits", lambda name: longest_sequence(seven, name, n_gpus, accelerator)),
-        ("continual pretraining", "7B checkpoint from stage to stage", "GB", "(bytes - gradient) N", lambda name: small * state_bytes(name, gradients=False) / 1e9),
+        ("memory-efficient RLHF", "7B policy, value, reference and reward", "GB", "2 bytes N + 2 x 2 N",
+         lambda name: four(name) / 1e9),
+        ("memory-efficient RLHF", holds, "GPUs", f"(2 bytes N + 2 x 2 N) / ({HEADROOM:g} memory)",
+         lambda name: gpus(four(name))),
+        ("sequence above 4096", f"7B, longest sequence over {n_gpus} GPUs", "tokens", "largest T that fits",
+         lambda name: longest_sequence(seven, name, n_gpus, accelerator)),
+        ("continual pretraining", "7B checkpoint from stage to stage", "GB", "(bytes - gradient) N",
+         lambda name: small * state_bytes(name, gradients=False) / 1e9),
     ]
 
 # %% ../../nbs/lm/13_plan.ipynb #1e095cea
 def unlocks(
-    stacks: Iterable[str] = ("baseline", "baseline_strong", "flashoptim_full", "flashoptim_release"),  # names of `train.config.LM_CONFIGS`
+    # names of `train.config.LM_CONFIGS`
+    stacks: Iterable[str] = ("baseline", "baseline_strong", "flashoptim_full", "flashoptim_release"),
     *,
     n_gpus: int = 8,  # over which a model is sharded
     accelerator: Accelerator = A100_80,
 ) -> pd.DataFrame:
-    "A row for each figure: topic, quantity, unit, formula, label (projected, or claim where there is no formula), and a column for each stack."
+    """A row for each figure: topic, quantity, unit, formula, label (projected, or claim where there is no formula),
+    and a column for each stack."""
     stacks = list(stacks)
-    rows = [dict(topic=topic, quantity=quantity, unit=unit, formula=formula, label="projected") | {name: float(value(name)) for name in stacks}
+    rows = [dict(topic=topic, quantity=quantity, unit=unit, formula=formula, label="projected")
+                | {name: float(value(name)) for name in stacks}
             for topic, quantity, unit, formula, value in _figures(n_gpus, accelerator)]
     return pd.DataFrame([*rows, dict(topic="multimodal training", quantity="", unit="", formula="", label="claim")])

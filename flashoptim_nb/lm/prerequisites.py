@@ -22,7 +22,8 @@ from .sharded import launch
 # %% ../../nbs/lm/14_prerequisites.ipynb #0b5104b6
 def _row(name: str, value: float, threshold: float, detail: str = "") -> dict:
     "A check passes at or below its threshold; what is not a number does not pass."
-    return dict(name=name, value=value, threshold=threshold, passed=bool(-float("inf") < value <= threshold), detail=detail)
+    return dict(
+        name=name, value=value, threshold=threshold, passed=bool(-float("inf") < value <= threshold), detail=detail)
 
 # %% ../../nbs/lm/14_prerequisites.ipynb #8f806c53
 def attention_checks(
@@ -45,7 +46,9 @@ def attention_checks(
         for name, able in attention_backends(device, dtype, shape[-1]).items():
             if not able.ok or name == "eager": continue
             for part, ours, eager, ref in zip(("output", "dq", "dk", "dv"), run(name, qkv, grad), plain, truth):
-                yield _row(f"{name} {part} {'x'.join(map(str, shape))}", rel_err(ours, ref), 2 * rel_err(eager, ref), f"{str(dtype).removeprefix('torch.')}, relative to float64; eager errs {rel_err(eager, ref):.2e}")
+                yield _row(
+                    f"{name} {part} {'x'.join(map(str, shape))}", rel_err(ours, ref), 2 * rel_err(eager, ref),
+                    f"{str(dtype).removeprefix('torch.')}, relative to float64; eager errs {rel_err(eager, ref):.2e}")
 
 # %% ../../nbs/lm/14_prerequisites.ipynb #419b8026
 def checkpointing_checks(
@@ -53,7 +56,8 @@ def checkpointing_checks(
     seed: int,
     config: GPTConfig = GPTConfig(n_layer=3, d_model=64, n_head=4, vocab_size=256, max_seq=64),
 ) -> Iterator[dict]:
-    "Distance of the gradients with selective and full checkpointing from those without, and gradients that are not finite."
+    """Distance of the gradients with selective and full checkpointing from those without,
+    and gradients that are not finite."""
     inputs_BT, targets_BT = (t.to(device) for t in synthetic(config.vocab_size, config.max_seq, 2, seed).batch(1))
     def gradients(kind, attention):
         model = GPT(config, attention=attention, checkpointing=kind).to(device)
@@ -66,8 +70,11 @@ def checkpointing_checks(
         kept = gradients("none", attention)
         for kind in ("selective", "full"):
             again = gradients(kind, attention)
-            yield _row(f"{kind} with {attention} attention", rel_err(again, kept.double()), 1e-6, "gradient, relative to keeping all activations; " + ("equal bit for bit" if again.equal(kept) else "not bit for bit"))
-            yield _row(f"{kind} with {attention} attention: entries that are not finite", float((~again.isfinite()).sum()), 0.0)
+            yield _row(f"{kind} with {attention} attention", rel_err(again, kept.double()), 1e-6,
+                       "gradient, relative to keeping all activations; "
+                           + ("equal bit for bit" if again.equal(kept) else "not bit for bit"))
+            yield _row(f"{kind} with {attention} attention: entries that are not finite",
+                       float((~again.isfinite()).sum()), 0.0)
 
 # %% ../../nbs/lm/14_prerequisites.ipynb #af8072fd
 def adamw_checks(
@@ -88,7 +95,8 @@ def adamw_checks(
             for p, g in zip(params, grad): p.grad = g.to(device, dtype)
             optimizer.step()
         if dtype == torch.bfloat16:
-            return torch.cat([reconstruct_fp32_param(p.detach(), optimizer.state[p]["error_bits"]).flatten() for p in params]).double()
+            return torch.cat([reconstruct_fp32_param(p.detach(), optimizer.state[p]["error_bits"]).flatten()
+                              for p in params]).double()
         return torch.cat([p.detach().flatten() for p in params]).double()
     truth = walk(lambda p: torch.optim.AdamW(p, **settings), torch.float64)
     moved = truth - torch.cat([p.flatten() for p in start]).double().to(device)
@@ -96,25 +104,30 @@ def adamw_checks(
     exact = walk(lambda p: FlashAdamW(p, quantize=False, master_weight_bits=None, **settings), torch.float32)
     split = walk(lambda p: FlashAdamW(p, quantize=True, master_weight_bits=24, **settings), torch.bfloat16)
     off = lambda walked: float((walked - truth).norm() / moved.norm())
-    yield _row("fp32 weights and states", off(exact), max(2 * off(torch32), 1e-7), f"torch in fp32 is {off(torch32):.2e} away from torch in float64")
+    yield _row("fp32 weights and states", off(exact), max(2 * off(torch32), 1e-7),
+               f"torch in fp32 is {off(torch32):.2e} away from torch in float64")
     yield _row("split weights, 8-bit states", off(split), 0.05, "share of the distance travelled")
 
 # %% ../../nbs/lm/14_prerequisites.ipynb #704decb3
-BENCHMARKS = {"cpu": dict(size="tiny", batch=8, seq=128, steps=5), "cuda": dict(size="124M", batch=16, seq=1024, steps=12)}
+BENCHMARKS = {
+    "cpu": dict(size="tiny", batch=8, seq=128, steps=5), "cuda": dict(size="124M", batch=16, seq=1024, steps=12)}
 
 def distributed_checks(
     device: torch.device | str,
 ) -> Iterator[dict]:
-    "Largest distance (nats) between the losses of one rank and of two, and what the second rank adds to throughput; needs two GPUs, or the CPU."
+    """Largest distance (nats) between the losses of one rank and of two, and what the second rank adds to throughput;
+    needs two GPUs, or the CPU."""
     kind = torch.device(device).type
     if kind == "cuda" and torch.cuda.device_count() < 2:
         raise UserError(f"the distributed baseline needs two GPUs; there is {torch.cuda.device_count()} here")
     how = BENCHMARKS[kind]
     one, two = (launch(ranks, **how) for ranks in (1, 2))
     apart = max(abs(a - b) for a, b in zip(one["losses"], two["losses"]))
-    yield _row("losses of two ranks against one", apart, 1e-2, f"{how['steps']} steps of {how['size']}, FSDP2, {'NCCL' if kind == 'cuda' else 'gloo'}, nats")
+    yield _row("losses of two ranks against one", apart, 1e-2,
+               f"{how['steps']} steps of {how['size']}, FSDP2, {'NCCL' if kind == 'cuda' else 'gloo'}, nats")
     share = two["tokens_per_s"] / (2 * one["tokens_per_s"])
-    yield _row("throughput lost to sharding", 1 - share, 0.5, f"{one['tokens_per_s']:,.0f} tokens/s on one rank, {two['tokens_per_s']:,.0f} on two")
+    yield _row("throughput lost to sharding", 1 - share, 0.5,
+               f"{one['tokens_per_s']:,.0f} tokens/s on one rank, {two['tokens_per_s']:,.0f} on two")
 
 # %% ../../nbs/lm/14_prerequisites.ipynb #5c30d30f
 PREREQUISITES = {  # name -> (what it shows, checks)

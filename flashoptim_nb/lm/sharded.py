@@ -40,7 +40,8 @@ def benchmark(
     seq: int,  # tokens per sequence
     seed: int = 0,
 ) -> dict:
-    "Trains `steps` on synthetic tokens in this process group; returns losses (nats a token), tokens per second and ranks."
+    """Trains `steps` on synthetic tokens in this process group;
+    returns losses (nats a token), tokens per second and ranks."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
@@ -73,17 +74,23 @@ def launch(
     timeout: float = 300.0,  # seconds
     **arguments,  # of `benchmark`
 ) -> dict:
-    "Runs `benchmark` under torchrun on this machine; raises `UserError` if there are too few GPUs, `RanksFailed` if it fails or does not end in time."
+    """Runs `benchmark` under torchrun on this machine;
+    raises `UserError` if there are too few GPUs, `RanksFailed` if it fails or does not end in time."""
     if torch.cuda.is_available() and ranks > torch.cuda.device_count():
         raise UserError(f"{ranks} ranks were asked for, and there are {torch.cuda.device_count()} GPUs here")
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", "flashoptim_nb.lm.sharded", "--held"]
+    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m",
+               "flashoptim_nb.lm.sharded", "--held"]
     command += [f"--{name}={value}" for name, value in arguments.items()]
     theirs, ours = os.pipe()
-    try: done = subprocess.run(command, stdin=theirs, capture_output=True, text=True, timeout=timeout, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"})
-    except subprocess.TimeoutExpired: raise RanksFailed(f"{ranks} ranks did not finish within {timeout:.0f} s") from None
+    try:
+        done = subprocess.run(command, stdin=theirs, capture_output=True, text=True, timeout=timeout,
+                              start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"})
+    except subprocess.TimeoutExpired:
+        raise RanksFailed(f"{ranks} ranks did not finish within {timeout:.0f} s") from None
     finally: os.close(theirs), os.close(ours)
     found = [line for line in done.stdout.splitlines() if line.startswith('{"ranks"')]
-    if done.returncode or not found: raise RanksFailed(f"{ranks} ranks failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    if done.returncode or not found:
+        raise RanksFailed(f"{ranks} ranks failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return json.loads(found[-1])
 
 # %% ../../nbs/lm/11_sharded.ipynb #7137a6e4
@@ -98,11 +105,14 @@ def _leave_with_input():
 def main():
     parser = argparse.ArgumentParser(description="One rank of the distributed benchmark; start it with torchrun.")
     parser.add_argument("--size", default="tiny", help="a model size (default: tiny)")
-    for name, value in dict(steps=6, batch=8, seq=128, seed=0).items(): parser.add_argument(f"--{name}", type=int, default=value)
+    for name, value in dict(steps=6, batch=8, seq=128, seed=0).items():
+        parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--held", action="store_true", help="leave when standard input ends")
     arguments = parser.parse_args()
     if arguments.held: _leave_with_input()
-    if "RANK" not in os.environ: parser.error("start it with torchrun: python -m torch.distributed.run --standalone --nproc_per_node=2 -m flashoptim_nb.lm.sharded")
+    if "RANK" not in os.environ:
+        parser.error("start it with torchrun: "
+                     "python -m torch.distributed.run --standalone --nproc_per_node=2 -m flashoptim_nb.lm.sharded")
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     found = benchmark(**{name: value for name, value in vars(arguments).items() if name != "held"})
     if dist.get_rank() == 0: print(json.dumps(found), flush=True)

@@ -17,7 +17,8 @@ def pad_vocab(
     "The number of tokens, rounded up."
     return -(-n // multiple) * multiple
 
-def _shape(n_layer, d_model, n_head, max_seq, tokens=50_257): return dict(n_layer=n_layer, d_model=d_model, n_head=n_head, max_seq=max_seq, vocab_size=pad_vocab(tokens))
+def _shape(n_layer, d_model, n_head, max_seq, tokens=50_257):
+    return dict(n_layer=n_layer, d_model=d_model, n_head=n_head, max_seq=max_seq, vocab_size=pad_vocab(tokens))
 
 SIZES = {  # name -> fields of a GPTConfig
     "tiny": _shape(2, 128, 4, 128, tokens=2048),  # stands in for 1B

@@ -14,7 +14,8 @@ from ..train.config import bytes_per_parameter
 # %% ../../nbs/lm/08_sizing.ipynb #5012c7d4
 def count_parameters(
     config: GPTConfig,
-) -> dict[str, int]:  # embedding, positions, layers, norm, head, total; matrices: of the total, what each token is multiplied by
+    # embedding, positions, layers, norm, head, total; matrices: of the total, what each token is multiplied by
+) -> dict[str, int]:
     "How many parameters each part has."
     c, d, F = config, config.d_model, config.ffn_width
     up = F if c.style == "gpt2" else 2 * F
@@ -40,7 +41,9 @@ def flops_per_token(
     return 3.0 * (matrices + attention) + again
 
 # %% ../../nbs/lm/08_sizing.ipynb #dbe30a4b
-def _layer_bytes(c: GPTConfig, seq: int, attention: str, checkpointing: str, stream: int, narrow: int, compiled: bool) -> float:
+def _layer_bytes(
+    c: GPTConfig, seq: int, attention: str, checkpointing: str, stream: int, narrow: int, compiled: bool,
+) -> float:
     "Bytes that a layer keeps for each token; `stream` and `narrow` are bytes of an element."
     d, F, H, gpt2 = c.d_model, c.ffn_width, c.n_head, c.style == "gpt2"
     up, fused = (F if gpt2 else 2 * F), attention not in ("eager", "math")
@@ -48,7 +51,8 @@ def _layer_bytes(c: GPTConfig, seq: int, attention: str, checkpointing: str, str
     if checkpointing == "selective": return stream * d + narrow * (5 * d + up) + fused * (narrow * d + 4 * H)
     norms = (stream + (narrow if compiled else stream)) * d + 2 * (8 if gpt2 else 4)
     products = narrow * (3 * d + F)
-    qkv = narrow * (5 if fused and not gpt2 else 3) * d  # the values keep alive what queries and keys were before rotation
+    # the values keep alive what queries and keys were before rotation
+    qkv = narrow * (5 if fused and not gpt2 else 3) * d
     softmax = 4 * H if fused else seq * H * (narrow + (4 if stream > narrow else 0))
     activation = narrow * (F if gpt2 else 2 * F if compiled else 3 * F)
     return norms + products + qkv + softmax + activation
@@ -61,7 +65,8 @@ def activation_bytes(
     attention: str = "flash",
     checkpointing: str = "none",
     loss: str = "plain",
-    weights: str = "fp32",  # under bf16 autocast; "fp32_stream16": with a bf16 stream between the layers; "bf16" or "split24": bf16 throughout
+    # under bf16 autocast; "fp32_stream16": bf16 stream between layers; "bf16", "split24": bf16 throughout
+    weights: str = "fp32",
     autocast: bool = True,  # False: fp32 weights, products in fp32
     compiled: bool = False,  # blocks and plain loss
 ) -> float:
@@ -80,11 +85,13 @@ def activation_bytes(
 def _moment(c: GPTConfig, N: int, loss: str, weights: str, compiled: bool) -> float:
     "Bytes that taking the loss of N tokens holds besides what it leaves."
     V, d = c.vocab_size, c.d_model
-    if loss == "fused_linear": return 2 * V * chunk_rows_for(N, V, True) + (0 if weights.startswith("fp32") else 4 * V * d)
+    if loss == "fused_linear":
+        return 2 * V * chunk_rows_for(N, V, True) + (0 if weights.startswith("fp32") else 4 * V * d)
     return 2 * (V + N) * d if compiled else 8 * N * V
 
 def _copied(c: GPTConfig, checkpointing: str, loss: str) -> int:
-    "Parameters of which the graph keeps autocast's copy: checkpointed layers make theirs again, the fused loss needs none."
+    """Parameters of which the graph keeps autocast's copy:
+    checkpointed layers make theirs again, the fused loss needs none."""
     head = c.vocab_size * c.d_model
     return (count_parameters(c)["matrices"] - head) * (checkpointing == "none") + head * (loss == "plain")
 
@@ -108,7 +115,9 @@ def memory_estimate(
     held = {name: each[name] * parameters["total"] for name in ("weights", "gradients", "states", "masters")}
     standing = held["weights"] + held["states"] + held["masters"]
     held["copies"] = each["copies"] * _copied(config, checkpointing, loss)
-    held["activations"] = activation_bytes(config, batch, seq, attention, checkpointing, loss, weights, compiled=compiled)
-    early = held["activations"] + each["copies"] * parameters["matrices"] + _moment(config, batch * seq, loss, weights, compiled)
+    held["activations"] = activation_bytes(
+        config, batch, seq, attention, checkpointing, loss, weights, compiled=compiled)
+    early = (held["activations"] + each["copies"] * parameters["matrices"]
+             + _moment(config, batch * seq, loss, weights, compiled))
     peak = standing + max(early + held["gradients"] * accumulate, held["gradients"])
     return held | dict(other=max(0.0, peak - sum(held.values())), peak=peak)

@@ -20,7 +20,8 @@ from ..train.optimizers import cast_weights, make_optimizer
 
 # %% ../../nbs/lm/10_task.ipynb #ac0ab3ca
 class LMTask:
-    "Trains a GPT on windows of tokens, one optimizer step at a time (a `study.loop.Task`); raises `UserError` if the text repeats too often."
+    """Trains a GPT on windows of tokens, one optimizer step at a time (a `study.loop.Task`);
+    raises `UserError` if the text repeats too often."""
     def __init__(
         self,
         model: GPTConfig,
@@ -35,7 +36,8 @@ class LMTask:
         self.epochs = check_repeats(windows, recipe.steps)  # how often the whole recipe goes through the text
         self.attention = resolve_attention(config.attention, self.device, torch.bfloat16, model.d_model // model.n_head)
         stream = torch.bfloat16 if config.weights == "fp32_stream16" else None
-        with self.device: network = GPT(model, attention=self.attention, checkpointing=config.checkpointing, stream=stream)
+        with self.device:
+            network = GPT(model, attention=self.attention, checkpointing=config.checkpointing, stream=stream)
         self.model = network.init_weights(seed)
         cast_weights(self.model, config)
         if config.compile: self.model.compile_blocks()
@@ -83,13 +85,14 @@ def n_nonfinite(self: LMTask) -> int:
 # %% ../../nbs/lm/10_task.ipynb #b33f671f
 @patch
 def step(self: LMTask, n: int) -> dict:
-    "Optimizer step `n` (from 1): loss before it (nats a token), gradient norm, learning rate, tokens; whether it was skipped, or partial."
+    """Optimizer step `n` (from 1): loss before it (nats a token), gradient norm, learning rate, tokens;
+    whether it was skipped, or partial."""
     for group in self.optimizer.param_groups: group["lr"] = self.recipe.lr_at(n)
     before = self.n_nonfinite
     loss, norm = self._backward(n), self._update()
     bad, released = self.n_nonfinite > before, self.release is not None
-    return dict(loss=loss.item(), grad_norm=float(norm), lr=self.recipe.lr_at(n), skipped=bad and not released, partial=bad and released,
-                tokens=self.recipe.batch * self.recipe.seq)
+    return dict(loss=loss.item(), grad_norm=float(norm), lr=self.recipe.lr_at(n), skipped=bad and not released,
+                partial=bad and released, tokens=self.recipe.batch * self.recipe.seq)
 
 # %% ../../nbs/lm/10_task.ipynb #c77f3d43
 @patch

@@ -39,12 +39,16 @@ SETS = {
     "sotu": {s: Split(files=("sotu/sotu.jsonl.xz",), shipped=True) for s in ("train", "validation")},
     "c4": {"train": Split(files=("c4/c4_en_2k.jsonl.xz",), hub=("allenai/c4", "en", "train")),
            "validation": Split(files=("c4/c4_truncated_1480.jsonl.xz",), hub=("allenai/c4", "en", "validation"))},
-    "wikitext103": {s: Split(files=(f"wikitext103/wiki.{f}.tokens.xz",), hub=("Salesforce/wikitext", "wikitext-103-v1", s), continuous=True)
-                    for s, f in (("train", "train"), ("validation", "valid"), ("test", "test"))},
-    "lambada": {"test": Split(files=("lambada/lambada_test.jsonl.xz",), hub=("EleutherAI/lambada_openai", "default", "test"))},
-    "pile": {"train": Split(files=tuple(f"pile/pile_{s}_1k.jsonl.xz" for s in _pile_train), hub=("monology/pile-uncopyrighted", None, "train"),
+    "wikitext103": {
+        s: Split(files=(f"wikitext103/wiki.{f}.tokens.xz",), hub=("Salesforce/wikitext", "wikitext-103-v1", s),
+                 continuous=True) for s, f in (("train", "train"), ("validation", "valid"), ("test", "test"))},
+    "lambada": {
+        "test": Split(files=("lambada/lambada_test.jsonl.xz",), hub=("EleutherAI/lambada_openai", "default", "test"))},
+    "pile": {"train": Split(files=tuple(f"pile/pile_{s}_1k.jsonl.xz" for s in _pile_train),
+                            hub=("monology/pile-uncopyrighted", None, "train"),
                             overlaps=frozenset({"pile/pile_cc", "pile/openwebtext2", "pile/wikipedia_(en)"})),
-             "validation": Split(files=("pile/pile_eval_14sets.jsonl.xz",), hub=("mit-han-lab/pile-val-backup", None, "validation"), n_groups=22)},
+             "validation": Split(files=("pile/pile_eval_14sets.jsonl.xz",),
+                                 hub=("mit-han-lab/pile-val-backup", None, "validation"), n_groups=22)},
 }
 
 # %% ../../nbs/lm/00_text.ipynb #fda8cea6
@@ -78,17 +82,20 @@ def _text_row(row, where: str) -> dict:
     "A row that holds a text; raises `UserError` for one that does not."
     def bad(what): return UserError(f"{where}: {what}; each line has to be a JSON object with a \"text\"")
     if not isinstance(row, dict): raise bad(f"holds {type(row).__name__}, not an object")
-    if not isinstance(text := row.get("text"), str): raise bad(f"has no text among its fields ({', '.join(map(str, row)) or 'none'})")
+    if not isinstance(text := row.get("text"), str):
+        raise bad(f"has no text among its fields ({', '.join(map(str, row)) or 'none'})")
     if len(text) > LONGEST_DOCUMENT: raise too_long(f"{where}: its text")
     try: text.encode()
-    except UnicodeEncodeError as error: raise bad(f"its text is not Unicode that can be written ({error.reason} at character {error.start})") from None
+    except UnicodeEncodeError as error:
+        raise bad(f"its text is not Unicode that can be written ({error.reason} at character {error.start})") from None
     return row
 
 def _json_row(line: str, where: str) -> dict:
     "A JSON line that holds a text; raises `UserError` for one that does not."
     try: return _text_row(read_json(line), where)
     except ValueError as error:
-        raise UserError(f"{where}: {line[:40]!r} is not JSON ({error}); each line has to be a JSON object with a \"text\"") from None
+        raise UserError(f"{where}: {line[:40]!r} is not JSON ({error}); "
+                        "each line has to be a JSON object with a \"text\"") from None
 
 # %% ../../nbs/lm/00_text.ipynb #20d717a6
 _TITLE = re.compile(r" = [^=].* = \n")
@@ -111,7 +118,8 @@ def _kind(row: dict) -> str | None:
     return name and re.sub(r"[ -]", "_", str(name).lower())
 
 def _documents(spec: Split, rows) -> Iterator[tuple[str, str | None]]:
-    if spec.continuous: return ((article, None) for article in _articles((row["text"].rstrip("\n") or " ") + "\n" for row in rows))
+    if spec.continuous:
+        return ((article, None) for article in _articles((row["text"].rstrip("\n") or " ") + "\n" for row in rows))
     return ((row["text"], _kind(row)) for row in rows)
 
 # %% ../../nbs/lm/00_text.ipynb #7bb8fbfd
@@ -125,7 +133,8 @@ def _is_held_out(row: dict) -> bool:
 def _file_rows(root: Path, name: str, split: str, spec: Split) -> Iterator[dict]:
     for path in spec.files:
         lines = xz_lines(root, path)
-        rows = ({"text": line} for line in lines) if spec.continuous else (_json_row(line, f"{root / path}, line {number}") for number, line in enumerate(lines, 1))
+        rows = (({"text": line} for line in lines) if spec.continuous
+                else (_json_row(line, f"{root / path}, line {number}") for number, line in enumerate(lines, 1)))
         for row in rows:
             if name != "sotu" or _is_held_out(row) == (split == "validation"): yield row
 
@@ -141,24 +150,30 @@ def hub_reachable(
     except ImportError: return Capability(False, "the datasets package is not installed")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try: urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=seconds).close()
-    except (OSError, ValueError, http.client.HTTPException) as error: return Capability(False, visible(f"{endpoint} cannot be reached ({error})"))
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return Capability(False, visible(f"{endpoint} cannot be reached ({error})"))
     return Capability(True, endpoint)
 
 def _hub_failed(spec: Split, error: Exception) -> DataUnavailable:
-    return DataUnavailable(f"streaming {spec.hub[0]} ({spec.hub[2]}) from the hub failed: {type(error).__name__}: {error}; try again, or name a folder that holds it in FLASHOPTIM_DATA")
+    return DataUnavailable(f"streaming {spec.hub[0]} ({spec.hub[2]}) from the hub failed: {type(error).__name__}: "
+                           f"{error}; try again, or name a folder that holds it in FLASHOPTIM_DATA")
 
 @lru_cache(maxsize=None)
 def _hub_commit(spec: Split) -> str:
     "The commit that a data set stands at, asked once in a process: what is streamed is of this one."
     from huggingface_hub import HfApi
     try: return HfApi().dataset_info(spec.hub[0]).sha
-    except Exception as error: raise _hub_failed(spec, error) from error  # the library raises whatever its transport does
+    except Exception as error:
+        # the library raises whatever its transport does
+        raise _hub_failed(spec, error) from error
 
 def _hub_rows(spec: Split) -> Iterator[dict]:
     "Rows as they are streamed; a stream that breaks off is `DataUnavailable`."
     from datasets import load_dataset
     path, config, split = spec.hub
-    try: yield from (_text_row(row, f"{path} ({split})") for row in load_dataset(path, config, split=split, streaming=True, revision=_hub_commit(spec)))
+    try:
+        yield from (_text_row(row, f"{path} ({split})")
+                    for row in load_dataset(path, config, split=split, streaming=True, revision=_hub_commit(spec)))
     except UserError: raise
     except Exception as error: raise _hub_failed(spec, error) from error
 
@@ -166,7 +181,8 @@ def _hub_rows(spec: Split) -> Iterator[dict]:
 def data_folder() -> Path | None:
     "The folder in `FLASHOPTIM_DATA`, if it is set; raises `UserError` if it is none."
     if not (given := os.environ.get("FLASHOPTIM_DATA")): return None
-    if not Path(given).is_dir(): raise UserError(f"FLASHOPTIM_DATA names {given}, which is not a folder; correct it, or unset it to use the hub")
+    if not Path(given).is_dir():
+        raise UserError(f"FLASHOPTIM_DATA names {given}, which is not a folder; correct it, or unset it to use the hub")
     return Path(given)
 
 def _locate(name: str, split: str) -> tuple[Split, str, Path | None]:
@@ -175,12 +191,16 @@ def _locate(name: str, split: str) -> tuple[Split, str, Path | None]:
     root = data_root() if spec.shipped else data_folder()
     missing = [f for f in spec.files if root is None or not (root / f).is_file()]
     if not missing: return spec, ("shipped" if spec.shipped else "folder"), root
-    if spec.shipped: raise DataUnavailable(f"{root} lacks {', '.join(missing)}, which the project ships; restore it with `git checkout -- data`")
+    if spec.shipped:
+        raise DataUnavailable(
+            f"{root} lacks {', '.join(missing)}, which the project ships; restore it with `git checkout -- data`")
     tried = ["FLASHOPTIM_DATA is not set" if root is None else f"{root} lacks {', '.join(missing)}"]
     if spec.hub:
         if (hub := hub_reachable()).ok: return spec, "hub", None
         tried.append(hub.why)
-    raise DataUnavailable(f"{name} ({split}) is not available: {'; '.join(tried)}. Set FLASHOPTIM_DATA to a folder that holds {', '.join(spec.files)}" + (f", or make the hub's {spec.hub[0]} reachable" if spec.hub else ""))
+    raise DataUnavailable(f"{name} ({split}) is not available: {'; '.join(tried)}. "
+                          f"Set FLASHOPTIM_DATA to a folder that holds {', '.join(spec.files)}"
+                          + (f", or make the hub's {spec.hub[0]} reachable" if spec.hub else ""))
 
 def find_text(
     name: str,  # a name in `SETS`
@@ -207,7 +227,8 @@ def text_identity(
     spec, source, root = _locate(name, split)
     def digest(path):
         with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
-    return content_hash([name, split, *([*spec.hub, _hub_commit(spec)] if source == "hub" else [digest(root / f) for f in spec.files])])
+    return content_hash(
+        [name, split, *([*spec.hub, _hub_commit(spec)] if source == "hub" else [digest(root / f) for f in spec.files])])
 
 # %% ../../nbs/lm/00_text.ipynb #b8f2455a
 def load_text(
@@ -215,14 +236,17 @@ def load_text(
     split: str = "train",  # one of its splits
     limit_chars: int | None = None,  # characters of each kind of document; None: all
 ) -> TextSet:
-    "A set's documents in memory; raises `DataUnavailable` where it is to be had nowhere, `UserError` for a damaged file or one that memory cannot hold."
+    """A set's documents in memory; raises `DataUnavailable` where it is to be had nowhere,
+    `UserError` for a damaged file or one that memory cannot hold."""
     source, found = find_text(name, split)
     spec, documents, groups, used, held = SETS[name][split], [], [], Counter(), 0
     for document, kind in found:
         room = len(document) if limit_chars is None else limit_chars - used[kind]
         if limit_chars is None or room > 0:
             documents.append(document[:room])
-            if (held := held + len(documents[-1]) + 50) > LARGEST_TEXT: raise UserError(f"{name} ({split}) takes more than {LARGEST_TEXT:,} characters of memory; give limit_chars, or take tokens under a limit, which are kept on disk")
+            if (held := held + len(documents[-1]) + 50) > LARGEST_TEXT:
+                raise UserError(f"{name} ({split}) takes more than {LARGEST_TEXT:,} characters of memory; "
+                                "give limit_chars, or take tokens under a limit, which are kept on disk")
             groups.append(kind)
             used[kind] += len(documents[-1])
         elif len(used) == spec.n_groups and all(n >= limit_chars for n in used.values()): break

@@ -82,7 +82,8 @@ def train_bpe(
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(documents, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(documents, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT],
+                                                           initial_alphabet=alphabet, show_progress=False))
     learned = json.loads(bpe.to_str())["model"]
     return dict(vocab=dict(sorted(learned["vocab"].items(), key=lambda item: item[1])), merges=learned["merges"])
 
@@ -101,10 +102,13 @@ def load_tokenizer(
 
 # %% ../../nbs/lm/01_tokenize.ipynb #b339ea34
 def cache_folder() -> Path:
-    "Where tokens are kept: the folder in FLASHOPTIM_CACHE, else this package's in the user's cache; without a home one that goes with this process."
+    """Where tokens are kept: the folder in FLASHOPTIM_CACHE, else this package's in the user's cache;
+    without a home one that goes with this process."""
     if given := os.environ.get("FLASHOPTIM_CACHE"): return Path(given)
     kept = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    if not os.path.isabs(kept): kept = os.path.join(os.path.expanduser("~"), ".cache")  # the standard: a relative one is ignored
+    # the standard: a relative one is ignored
+    if not os.path.isabs(kept):
+        kept = os.path.join(os.path.expanduser("~"), ".cache")
     return Path(kept) / "flashoptim_nb" if os.path.isabs(kept) else _of_this_process()
 
 @lru_cache
@@ -174,8 +178,10 @@ def _stream(name: str, split: str, tokenizer: Tokenizer, limit: int) -> TokenSet
     stem = cache_folder() / f"{name}-{split}-{text_identity(name, split)}-{limit}-{tokenizer.hash}"
     try: tokens, digest = _kept(stem) or _keep(stem, tokenizer.encode_blocks(document for document, _ in found), limit)
     except OSError as error:
-        raise UserError(f"{limit:,} tokens of {name} take {2 * limit / 2**30:.1f} GiB, which {cache_folder()} cannot take ({error}); free some space, or name another folder in FLASHOPTIM_CACHE") from error
-    if not len(tokens): raise UserError(f"{name} ({split}) holds no text; fetch it again, or name another folder in FLASHOPTIM_DATA")
+        raise UserError(f"{limit:,} tokens of {name} take {2 * limit / 2**30:.1f} GiB, which {cache_folder()} cannot "
+                        f"take ({error}); free some space, or name another folder in FLASHOPTIM_CACHE") from error
+    if not len(tokens):
+        raise UserError(f"{name} ({split}) holds no text; fetch it again, or name another folder in FLASHOPTIM_DATA")
     return TokenSet(name, split, tokens, source, digest, shared_with(name, split, source))
 
 def token_set(

@@ -33,11 +33,17 @@ class Platform(Config):
             value, kind = getattr(self, f.name), {"price_per_hour": (int, float), "gpus": int}.get(f.name, str)
             if not isinstance(value, kind) or isinstance(value, bool) or value == "":
                 raise UserError(f"{where}: {f.name} is {value!r}; it has to be {'text' if kind is str else 'a number'}")
-            if kind is str and visible(value) != value: raise UserError(f"{where}: {f.name} is {value!r}; write it as one line without control characters")
-        if not 1e-9 <= self.price_per_hour <= 1e9: raise UserError(f"{where}: price_per_hour is {str(self.price_per_hour)[:20]}; it has to be above 0 dollars, and below a billion")
-        if not 1 <= self.gpus <= 10**6: raise UserError(f"{where}: gpus is {str(self.gpus)[:20]}; an instance has 1 GPU at least, and not a million")
+            if kind is str and visible(value) != value:
+                raise UserError(f"{where}: {f.name} is {value!r}; write it as one line without control characters")
+        if not 1e-9 <= self.price_per_hour <= 1e9:
+            raise UserError(f"{where}: price_per_hour is {str(self.price_per_hour)[:20]}; "
+                            "it has to be above 0 dollars, and below a billion")
+        if not 1 <= self.gpus <= 10**6:
+            raise UserError(
+                f"{where}: gpus is {str(self.gpus)[:20]}; an instance has 1 GPU at least, and not a million")
         try: self.date == "undated" or date.fromisoformat(self.date)
-        except ValueError: raise UserError(f"{where}: date is {self.date!r}; write it as YYYY-MM-DD, or \"undated\"") from None
+        except ValueError:
+            raise UserError(f"{where}: date is {self.date!r}; write it as YYYY-MM-DD, or \"undated\"") from None
 
     @property
     def per_gpu_hour(self) -> float:
@@ -46,30 +52,39 @@ class Platform(Config):
 
 # %% ../../nbs/measure/03_cost.ipynb #5707d457
 _SOURCE = "the protocol of hypothesis 1, as its source has it"
-PLATFORMS = {
-    "aws-p4d": Platform(name="AWS", instance="p4d.24xlarge", price_per_hour=32.77, gpus=8, gpu="NVIDIA A100-SXM4-40GB", source=_SOURCE, date="undated"),
-    "gcp-a2-mega": Platform(name="GCP", instance="a2-megagpu-16g", price_per_hour=27.35, gpus=16, gpu="NVIDIA A100-SXM4-40GB", source=_SOURCE, date="undated"),
-}
+PLATFORMS = {"aws-p4d": Platform(name="AWS", instance="p4d.24xlarge", price_per_hour=32.77, gpus=8,
+                                 gpu="NVIDIA A100-SXM4-40GB", source=_SOURCE, date="undated"),
+             "gcp-a2-mega": Platform(name="GCP", instance="a2-megagpu-16g", price_per_hour=27.35, gpus=16,
+                                     gpu="NVIDIA A100-SXM4-40GB", source=_SOURCE, date="undated"),}
 
 # %% ../../nbs/measure/03_cost.ipynb #99a47eba
 def load_platforms(
     path: str | Path,  # JSON: {"short-name": {name, instance, price_per_hour, gpus, gpu, source, date}, ...}
 ) -> dict[str, Platform]:
-    "The built-in platforms with the file's added or replaced; raises `UserError` naming the platform and what is wrong with it."
+    """The built-in platforms with the file's added or replaced;
+    raises `UserError` naming the platform and what is wrong with it."""
     try:
-        if (size := Path(path).stat().st_size) > 2**24: raise UserError(f"the platforms' file {path} has {size:,} bytes; a list of prices has some thousands")
+        if (size := Path(path).stat().st_size) > 2**24:
+            raise UserError(f"the platforms' file {path} has {size:,} bytes; a list of prices has some thousands")
         given = read_json(Path(path).read_bytes())
     except OSError as error: raise UserError(f"the platforms' file {path} cannot be read: {error.strerror}") from None
     except ValueError as error: raise UserError(f"the platforms' file {path} is not JSON: {error}") from None
     names = [f.name for f in fields(Platform)]
     shape = f'write {{"my-cluster": {{{", ".join(names)}}}}}'
-    if not isinstance(given, dict): raise UserError(f"the platforms' file {path} holds {type(given).__name__}, not an object; {shape}")
+    if not isinstance(given, dict):
+        raise UserError(f"the platforms' file {path} holds {type(given).__name__}, not an object; {shape}")
     found = dict(PLATFORMS)
     for key, values in given.items():
-        if not isinstance(values, dict): raise UserError(f"{path}: platform {key!r} is {'a list' if isinstance(values, list) else repr(values)[:40]}, not an object; {shape}")
-        if missing := [n for n in names if n not in values]: raise UserError(f"{path}: platform {key!r} misses {', '.join(missing)}; {shape}")
-        if unknown := sorted(set(values) - set(names)): raise UserError(f"{path}: platform {key!r} has unknown {', '.join(unknown)}; allowed are {', '.join(names)}")
-        if visible(key) != key: raise UserError(f"{path}: the name {key!r} has to be one line without control characters")
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: platform {key!r} "
+                            f"is {'a list' if isinstance(values, list) else repr(values)[:40]}, not an object; {shape}")
+        if missing := [n for n in names if n not in values]:
+            raise UserError(f"{path}: platform {key!r} misses {', '.join(missing)}; {shape}")
+        if unknown := sorted(set(values) - set(names)):
+            raise UserError(
+                f"{path}: platform {key!r} has unknown {', '.join(unknown)}; allowed are {', '.join(names)}")
+        if visible(key) != key:
+            raise UserError(f"{path}: the name {key!r} has to be one line without control characters")
         try: found[key] = Platform(**values)
         except UserError as error: raise UserError(f"{path}: {error}") from None
     return found
@@ -101,7 +116,8 @@ def project_cost(
     reasons = [f"measured on {device}, priced for {platform.gpu}"] if device != platform.gpu else []
     if tokens > measured_tokens: reasons.append(f"{measured_tokens:,.0f} of {tokens:,.0f} tokens were trained")
     return dict(platform=f"{platform.name} {platform.instance}", gpu_hours=seconds_per_token * tokens * n_gpus / 3600,
-                dollars=cost_per_token(seconds_per_token, platform, n_gpus) * tokens, per_token=cost_per_token(seconds_per_token, platform, n_gpus),
+                dollars=cost_per_token(seconds_per_token, platform, n_gpus) * tokens,
+                per_token=cost_per_token(seconds_per_token, platform, n_gpus),
                 label="projected" if reasons else "measured", why="; ".join(reasons))
 
 # %% ../../nbs/measure/03_cost.ipynb #aad3b108
@@ -114,7 +130,8 @@ class Grid(Config):
     kg_co2e_per_kwh: float
     source: str
 
-WORLD = Grid(name="world, 2023", kg_co2e_per_kwh=0.481, source="Ember, electricity generation emission intensity, July 2024")
+WORLD = Grid(
+    name="world, 2023", kg_co2e_per_kwh=0.481, source="Ember, electricity generation emission intensity, July 2024")
 
 def co2_kg(
     joules: float,  # used by the devices

@@ -79,7 +79,8 @@ class PowerSampler:
 
 # %% ../../nbs/measure/02_energy.ipynb #f680b68a
 class EnergyMeter:
-    "Energy of a window: `with EnergyMeter(device) as meter: steps()`, then `meter.joules`, None with `meter.reason` where the driver does not report it."
+    """Energy of a window: `with EnergyMeter(device) as meter: steps()`, then `meter.joules`,
+    None with `meter.reason` where the driver does not report it."""
     def __init__(
         self,
         device: torch.device | str,
@@ -87,7 +88,8 @@ class EnergyMeter:
         self.device, self.joules, self.reason, self.how = torch.device(device), None, "", ""
         self.nvml = self.sampler = None
         try:
-            if self.device.type != "cuda": raise NoReading(f"no energy counter is read on a device of kind {self.device.type!r}")
+            if self.device.type != "cuda":
+                raise NoReading(f"no energy counter is read on a device of kind {self.device.type!r}")
             self.nvml = _Nvml(self.device)
             try: self.nvml.joules(); self.how = "NVML energy counter"
             except NoReading:

@@ -25,7 +25,8 @@ from ..base.errors import UserError, choose
 
 # %% ../../nbs/measure/00_memory.ipynb #9a75cbcb
 def tensors_in(
-    obj,  # tensors in mappings, sequences, dataclasses and wrapper subclasses, nested; whatever else there is, is passed over
+    # tensors in mappings, sequences, dataclasses and wrapper subclasses, nested; whatever else there is, is passed over
+    obj,
 ) -> Iterator[torch.Tensor]:
     "Every plain tensor in `obj`."
     if isinstance(obj, FakeTensor): return
@@ -39,7 +40,8 @@ def tensors_in(
 
 def storages(
     obj,  # as `tensors_in` takes it
-    device: torch.device | str,  # counts what lies on this kind of device: state offloaded to the host costs the GPU nothing
+    # counts what lies on this kind of device: state offloaded to the host costs the GPU nothing
+    device: torch.device | str,
 ) -> dict[int, int]:
     "Address and size in bytes of each storage in `obj`, each once."
     found = (t.untyped_storage() for t in tensors_in(obj) if t.device.type == torch.device(device).type)
@@ -63,20 +65,23 @@ def resident_classes(
     put("masters", [value for key, value in entries if key == "error_bits"])
     put("states", [value for key, value in entries if key != "error_bits"])
     declared = optimizer.memory_classes() if hasattr(optimizer, "memory_classes") else {}
-    return classes | {choose("memory class", name, {c: c for c in classes}): int(size) for name, size in declared.items()}
+    return (classes
+            | {choose("memory class", name, {c: c for c in classes}): int(size) for name, size in declared.items()})
 
 # %% ../../nbs/measure/00_memory.ipynb #960a7ae2
 def _copy_of(wide: torch.Tensor, tensor: torch.Tensor) -> bool:
     "Whether `tensor` holds the values of `wide` in its own narrower type; a row is compared before the whole."
     def same(a, b): return torch.equal(a.to(b.dtype), b)
-    return any(side.shape == tensor.shape and same(side[:1], tensor[:1]) and same(side, tensor) for side in (wide, wide.t()))
+    return any(
+        side.shape == tensor.shape and same(side[:1], tensor[:1]) and same(side, tensor) for side in (wide, wide.t()))
 
 @torch.no_grad()
 def _is_copy(weights: list[torch.Tensor], tensor: torch.Tensor) -> bool:
     "Whether a saved tensor is a narrower copy of one of the matrices `weights`."
     if type(tensor) is not torch.Tensor or tensor.dim() != 2 or not tensor.is_floating_point(): return False
     tensor = tensor.detach()
-    return any(w.element_size() > tensor.element_size() and w.numel() == tensor.numel() and _copy_of(w, tensor) for w in weights)
+    return any(w.element_size() > tensor.element_size() and w.numel() == tensor.numel() and _copy_of(w, tensor)
+               for w in weights)
 
 # %% ../../nbs/measure/00_memory.ipynb #2346b6ae
 class _SavedTensor:
@@ -89,7 +94,8 @@ class _SavedTensor:
 
 # %% ../../nbs/measure/00_memory.ipynb #46d334de
 class ActivationTracker:
-    "Activations, copies and gradients as they come and go within a step: `with ActivationTracker(...) as seen: step()`."
+    """Activations, copies and gradients as they come and go within a step:
+    `with ActivationTracker(...) as seen: step()`."""
     def __init__(
         self,
         model: torch.nn.Module,
@@ -97,8 +103,11 @@ class ActivationTracker:
         device: torch.device | str,
     ):
         self.parameters, self.optimizer, self.device = list(model.parameters()), optimizer, torch.device(device)
-        self.known = set(storages([*self.parameters, *model.buffers()], device))  # not the gradients: what they free, activations take
-        self.wide = [p.detach() for p in self.parameters if p.dim() == 2 and type(p) is torch.nn.Parameter and p.is_floating_point()]  # what autocast may copy
+        # not the gradients: what they free, activations take
+        self.known = set(storages([*self.parameters, *model.buffers()], device))
+        # what autocast may copy
+        self.wide = [p.detach() for p in self.parameters
+                     if p.dim() == 2 and type(p) is torch.nn.Parameter and p.is_floating_point()]
         self.counts, self.kinds, self.live = Counter(), {}, Counter(activations=0, copies=0)
         self.peaks = Counter(activations=0, copies=0, gradients=0)
         self.joint = 0  # the peak of the three together
@@ -135,7 +144,8 @@ def note(self: ActivationTracker, arriving=None, gradient=None):
 
 @patch
 def __enter__(self: ActivationTracker):
-    self.hooks = [p.register_hook(lambda gradient, p=p: self.note(p, gradient)) for p in self.parameters if p.requires_grad]
+    self.hooks = [
+        p.register_hook(lambda gradient, p=p: self.note(p, gradient)) for p in self.parameters if p.requires_grad]
     self.hooks.append(self.optimizer.register_step_pre_hook(lambda *_: self.note()))
     self.saving = saved_tensors_hooks(lambda tensor: _SavedTensor(self, tensor), lambda saved: saved.tensor)
     self.saving.__enter__()
@@ -178,7 +188,9 @@ class _CpuPeak:
     def read(self):
         events = self.profile.kineto_results.events()
         begin = next(e.start_ns() for e in events if e.name() == _MARK)
-        changes = [e for e in events if e.name() == "[memory]" and e.device_type() == torch.autograd.DeviceType.CPU and e.start_ns() >= begin]
+        changes = [
+            e for e in events
+            if e.name() == "[memory]" and e.device_type() == torch.autograd.DeviceType.CPU and e.start_ns() >= begin]
         level = peak = self.resident
         for event in sorted(changes, key=lambda e: e.start_ns()):
             level += event.nbytes()
@@ -197,11 +209,13 @@ class _CudaPeak:
     def close(self): torch.cuda.synchronize(self.device)
 
     def read(self):
-        return dict(peak=torch.cuda.max_memory_allocated(self.device), reserved=torch.cuda.max_memory_reserved(self.device))
+        return dict(
+            peak=torch.cuda.max_memory_allocated(self.device), reserved=torch.cuda.max_memory_reserved(self.device))
 
 # %% ../../nbs/measure/00_memory.ipynb #aef448d4
 def memory_by_class(
-    step_fn: Callable[[], object],  # runs one whole training step: forward, backward, optimizer, gradient accumulation included; called 3 times
+    # runs one whole training step: forward, backward, optimizer, gradient accumulation included; called 3 times
+    step_fn: Callable[[], object],
     *,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -209,7 +223,8 @@ def memory_by_class(
     inputs=(),  # tensors that the step reads and that live outside it (a batch); on the CPU they count towards the peak
     **fields,  # goes into the row as it is: batch, seq
 ) -> dict:
-    "The row `memory`, in bytes: each class, the overlap, the peak of a step, and the remainder `other` = peak - sum of the classes."
+    """The row `memory`, in bytes:
+    each class, the overlap, the peak of a step, and the remainder `other` = peak - sum of the classes."""
     device = torch.device(device)
     step_fn()
     window = (_CudaPeak if device.type == "cuda" else _CpuPeak)(device)
@@ -233,7 +248,9 @@ def device_memory(
     device = torch.device(device)
     if device.type == "cuda": return torch.cuda.get_device_properties(device).total_memory
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = [p.read_text().strip() for p in map(Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")) if p.is_file()]
+    limits = [
+        p.read_text().strip()
+        for p in map(Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")) if p.is_file()]
     return min([total, *(int(limit) for limit in limits if limit.isdigit())])
 
 def memory_budget(
@@ -243,12 +260,15 @@ def memory_budget(
     "The budget of a search: what is asked for, capped at 90 % of the device."
     cap = int(HEADROOM * device_memory(device))
     if budget_bytes is not None and not budget_bytes > 0:
-        raise UserError(f"a memory budget of {budget_bytes} bytes was given; it has to be above 0, and is capped at {cap}")
+        raise UserError(
+            f"a memory budget of {budget_bytes} bytes was given; it has to be above 0, and is capped at {cap}")
     return cap if budget_bytes is None else min(budget_bytes, cap)
 
 # %% ../../nbs/measure/00_memory.ipynb #e1b95f6f
 def free(device: torch.device | str):
-    "Gives a GPU's memory back between measurements; a compiled model is a cycle of references, which only the collector finds, and cuBLAS keeps a workspace for every stream it was called on. A CUDA graph captured before must not be replayed after."
+    """Gives a GPU's memory back between measurements; a compiled model is a cycle of references,
+    which only the collector finds, and cuBLAS keeps a workspace for every stream it was called on.
+    A CUDA graph captured before must not be replayed after."""
     if torch.device(device).type != "cuda": return
     gc.collect()
     torch.cuda.synchronize(device)
@@ -271,14 +291,16 @@ def _attempt(try_step, micro_batch, device):
 
 # %% ../../nbs/measure/00_memory.ipynb #b5c468a8
 def largest_micro_batch(
-    try_step: Callable[[int], Mapping | None],  # trains at a micro-batch size; gives `peak` in bytes (on CUDA it is read here if missing) and, to rank by speed, `tokens_per_s`
+    # trains at a micro-batch size; gives `peak` in bytes (on CUDA read here if missing) and `tokens_per_s`
+    try_step: Callable[[int], Mapping | None],
     candidates: Iterable[int],  # micro-batch sizes
     budget_bytes: int | None = None,  # capped at 90 % of the device
     *,
     device: torch.device | str,
     rank: str = "largest",  # "largest" that fits (the same on every repeat), or the "fastest" of those that fit
 ) -> tuple[int | None, list[dict]]:
-    "The best micro-batch (None: nothing fits) and a row for each candidate: micro_batch, fits, oom, peak, reason; those above a misfit are not tried."
+    """The best micro-batch (None: nothing fits) and a row for each candidate: micro_batch, fits, oom, peak, reason;
+    those above a misfit are not tried."""
     key = choose("rank", rank, {"largest": "micro_batch", "fastest": "tokens_per_s"})
     device, budget, rows = torch.device(device), memory_budget(device, budget_bytes), []
     for size in sorted(set(candidates)):
@@ -289,8 +311,10 @@ def largest_micro_batch(
             row |= found
             row["oom"], over = failure is not None, row["peak"] is not None and row["peak"] > budget
             row["fits"] = not row["oom"] and not over
-            row["reason"] = failure or (f"peak of {row['peak']:,} bytes exceeds the budget of {budget:,}" if over else "")
+            row["reason"] = (failure
+                             or (f"peak of {row['peak']:,} bytes exceeds the budget of {budget:,}" if over else ""))
         rows.append(row)
     fitting = [row for row in rows if row["fits"]]
-    if any(key not in row for row in fitting): raise UserError(f"ranking by {rank!r} needs {key!r} from try_step; it gave only {sorted(fitting[0])}")
+    if any(key not in row for row in fitting):
+        raise UserError(f"ranking by {rank!r} needs {key!r} from try_step; it gave only {sorted(fitting[0])}")
     return (max(fitting, key=lambda row: row[key])["micro_batch"] if fitting else None), rows

@@ -58,7 +58,8 @@ def parameters(
 def _tensors(value) -> Iterator[torch.Tensor]:
     "The tensors in an optimizer's state, those of other packages' wrappers included."
     if isinstance(value, dict): value = value.values()
-    elif isinstance(value, torch.Tensor) and hasattr(value, "__tensor_flatten__"): value = [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+    elif isinstance(value, torch.Tensor) and hasattr(value, "__tensor_flatten__"):
+        value = [getattr(value, name) for name in value.__tensor_flatten__()[0]]
     elif isinstance(value, torch.Tensor): yield value; return
     elif hasattr(value, "__dict__"): value = vars(value).values()
     elif not isinstance(value, (list, tuple)): return
@@ -131,8 +132,9 @@ def measure_peer(
 ) -> dict:
     "One row of the benchmark; of what is not installed or does not fit, a row that says so."
     peer = choose("optimizer", name, TIMED)
-    row = dict(optimizer=name, algorithm=peer.rule, work=work, clip=clip, version=None, ms=None, wall_ms=None, host_ms=None, bytes_per_parameter=None,
-               moved=None, gbps=None, floor_ms=None, of_floor=None, hidden_bytes=None, reason="")
+    row = dict(
+        optimizer=name, algorithm=peer.rule, work=work, clip=clip, version=None, ms=None, wall_ms=None, host_ms=None,
+        bytes_per_parameter=None, moved=None, gbps=None, floor_ms=None, of_floor=None, hidden_bytes=None, reason="")
     try:
         row["version"] = __version__ if peer.ours else version(peer.package)  # a checkout need not be installed
         params = parameters(work, peer.dtype, device)
@@ -143,18 +145,22 @@ def measure_peer(
         row |= timed(step, device, times)
         n, weights, states = sum(p.numel() for p in params), sum(p.nbytes for p in params), state_bytes(opt, params)
         moved = (2 if clip else 1) * weights + 2 * (weights + states)  # gradients are of the weights' type
-        return row | dict(bytes_per_parameter=(2 * weights + states) / n, moved=moved / n, gbps=moved / row["ms"] / 1e6, floor_ms=1e3 * moved / rate,
-                          of_floor=1e3 * moved / rate / row["ms"], hidden_bytes=_hidden(step, device))
+        return row | dict(
+            bytes_per_parameter=(2 * weights + states) / n, moved=moved / n, gbps=moved / row["ms"] / 1e6,
+            floor_ms=1e3 * moved / rate, of_floor=1e3 * moved / rate / row["ms"], hidden_bytes=_hidden(step, device))
     except torch.OutOfMemoryError as error: return row | dict(reason=f"out of memory: {str(error).splitlines()[0]}")
     except (ImportError, UserError) as error: return row | dict(reason=f"not available: {error}")
-    except Exception as error: return row | dict(reason=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")  # another package's own failure
+    except Exception as error:
+        # another package's own failure
+        return row | dict(reason=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
 # %% ../../nbs/measure/04_optimizers.ipynb #6aac683b
 def released_peak(
     work: str,  # of `TENSOR_SETS`
     device: torch.device | str,
 ) -> dict:
-    "What FlashAdamW holds under gradient release, in bytes a parameter: between steps, and at a step's peak, when one gradient at a time is alive (None where the device does not count)."
+    """What FlashAdamW holds under gradient release, in bytes a parameter:
+    between steps, and at a step's peak, when one gradient at a time is alive (None where the device does not count)."""
     params = parameters(work, torch.bfloat16, device)
     for p in params: p.grad = None
     model = torch.nn.ParameterList(params)
@@ -164,8 +170,11 @@ def released_peak(
         torch.stack([p.sum() for p in params]).sum().backward()
         opt.step()
     step()  # states come with the first
-    n, held, hidden = sum(p.numel() for p in params), sum(p.nbytes for p in params) + state_bytes(opt, params), _hidden(step, device)
-    return dict(optimizer="FlashAdamW", work=work, parameters=n, between=held / n, peak=None if hidden is None else (held + hidden) / n, largest_gradient=max(p.nbytes for p in params) / n)
+    n, held, hidden = sum(p.numel() for p in params), sum(p.nbytes for p in params) + state_bytes(opt, params), _hidden(
+        step, device)
+    return dict(
+        optimizer="FlashAdamW", work=work, parameters=n, between=held / n,
+        peak=None if hidden is None else (held + hidden) / n, largest_gradient=max(p.nbytes for p in params) / n)
 
 # %% ../../nbs/measure/04_optimizers.ipynb #6aac683c
 def benchmark(
@@ -188,5 +197,6 @@ def row_text(row: dict) -> str:
     if row["optimizer"] == "copy": return f"copy: {row['gbps']:,.0f} GB/s"
     head = f"{row['work']:6} {row['optimizer']:28}{' + clip' if row['clip'] else '':7}"
     if row["reason"]: return f"{head} {row['reason']}"
-    return (f"{head} {row['ms']:9.3f} ms (wall {row['wall_ms']:.3f}, host {row['host_ms']:.3f})  {row['bytes_per_parameter']:5.2f} B resident, {row['moved']:5.2f} B moved  "
-            f"{row['gbps']:6,.0f} GB/s  {row['of_floor']:.3f} of the floor")
+    return (f"{head} {row['ms']:9.3f} ms (wall {row['wall_ms']:.3f}, host {row['host_ms']:.3f})  "
+            f"{row['bytes_per_parameter']:5.2f} B resident, "
+            f"{row['moved']:5.2f} B moved  {row['gbps']:6,.0f} GB/s  {row['of_floor']:.3f} of the floor")

@@ -69,15 +69,20 @@ def throughput(
     joules: Sequence[float | None] = (),  # energy of each step, where it is known
     **fields,  # goes into the row as it is: micro_batch, utilization
 ) -> dict:
-    "The row `throughput`: tokens/s and median seconds of the steady steps, their number, tokens/s over all that count; where none does, None and the reason."
+    """The row `throughput`: tokens/s and median seconds of the steady steps, their number,
+    tokens/s over all that count; where none does, None and the reason."""
     counted = list(seconds)[warmup:]
-    row = dict(tokens_per_s=None, seconds_per_step=None, mean_tokens_per_s=None, settling=0, steps=0, energy_j_per_token=None, utilization=None, micro_batch=None)
-    if not counted: return row | dict(reason=f"{len(seconds)} timed steps with a warm-up of {warmup} leave none to count; take at least {warmup + 1}") | fields
+    row = dict(tokens_per_s=None, seconds_per_step=None, mean_tokens_per_s=None, settling=0, steps=0,
+               energy_j_per_token=None, utilization=None, micro_batch=None)
+    if not counted:
+        return (row | dict(reason=f"{len(seconds)} timed steps with a warm-up of {warmup} leave none to count; "
+                                  f"take at least {warmup + 1}") | fields)
     first = settling(counted)
     typical, used = median(counted[first:]), [j for j in list(joules)[warmup:][first:] if j is not None]
     if used: row["energy_j_per_token"] = sum(used) / len(used) / tokens_per_step
-    return row | dict(tokens_per_s=tokens_per_step / typical, seconds_per_step=typical, mean_tokens_per_s=tokens_per_step * len(counted) / sum(counted),
-                      settling=first, steps=len(counted) - first) | fields
+    return row | dict(tokens_per_s=tokens_per_step / typical, seconds_per_step=typical,
+                      mean_tokens_per_s=tokens_per_step * len(counted) / sum(counted), settling=first,
+                      steps=len(counted) - first) | fields
 
 # %% ../../nbs/measure/01_timing.ipynb #3fb4d5a8
 def busy_time(
@@ -105,19 +110,22 @@ class BusyWindow:
         return time.perf_counter(), time.process_time()
 
     def __enter__(self):
-        if self.cuda: self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]).__enter__()
+        if self.cuda:
+            self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]).__enter__()
         self.begin = self._clock()
         return self
 
     def __exit__(self, kind, *error):
         wall, process = (now - then for now, then in zip(self._clock(), self.begin, strict=True))
         if self.cuda: self.profile.__exit__(kind, *error)
-        if kind is None: self.share = min(1., self._busy() / wall if self.cuda else process / (wall * len(os.sched_getaffinity(0))))
+        if kind is None:
+            self.share = min(1., self._busy() / wall if self.cuda else process / (wall * len(os.sched_getaffinity(0))))
 
     def _busy(self):
         index = torch.cuda.current_device() if self.device.index is None else self.device.index
         ran = [e for e in self.profile.profiler.kineto_results.events()
-               if e.device_type() == torch.autograd.DeviceType.CUDA and e.device_index() == index and not e.is_user_annotation()]
+               if e.device_type() == torch.autograd.DeviceType.CUDA and e.device_index() == index
+                   and not e.is_user_annotation()]
         return busy_time((e.start_ns(), e.end_ns()) for e in ran) / 1e9
 
 def utilization(

@@ -65,7 +65,8 @@ class TrainConfig(Config):
     loss: str = "plain"  # plain: logits, then cross-entropy; fused_linear: never the whole logits
     # surrogates
     tf32: bool = False  # fp32 products may round their factors to 10 bits of mantissa
-    scaling: str = "none"  # of the loss: none; dynamic (halved at an overflow, doubled after 2,000 steps without); static
+    # of the loss: none; dynamic (halved at an overflow, doubled after 2,000 steps without); static
+    scaling: str = "none"
     scale: float = 65536.0  # the loss scale at the start
     accumulate: int = 1  # micro-batches a step
     fused_messages: bool = False  # fused message passing, where the network has it
@@ -97,13 +98,15 @@ class TrainConfig(Config):
         return {name: True for name, wanted in asked.items() if wanted}
 
     def as_settings(self) -> dict:
-        "As it stands in records, whose hashes cover it, under the words and in the fields of each subject's first study."
+        """As it stands in records, whose hashes cover it,
+        under the words and in the fields of each subject's first study."""
         if self.subject == "lm": return {name: getattr(self, name) for name in _LM_SETTINGS}
         found = {name: getattr(self, name) for name in _SURROGATE_SETTINGS}
         return found | dict(checkpointing=self.checkpointing != "none", fused=self.fused_messages)
 
 _LM_SETTINGS = ("attention", "checkpointing", "compile", "optimizer", "fused", "weights", "states", "loss", "release")
-_SURROGATE_SETTINGS = ("name", "autocast", "tf32", "optimizer", "scaling", "scale", "accumulate", "release", "pyg", "times")
+_SURROGATE_SETTINGS = (
+    "name", "autocast", "tf32", "optimizer", "scaling", "scale", "accumulate", "release", "pyg", "times")
 
 # %% ../../nbs/train/00_config.ipynb #aaf468f4
 def _named(configs): return {name: config.replace(name=name) for name, config in configs.items()}
@@ -130,7 +133,8 @@ LM_CONFIGS = _named({
 })
 
 # %% ../../nbs/train/00_config.ipynb #19614790
-_FUSED = "FlashAdamW's fused kernel comes with it: in time, compare with ablation_fused_only; in memory it is one change alone"
+_FUSED = ("FlashAdamW's fused kernel comes with it: in time, compare with ablation_fused_only; "
+          "in memory it is one change alone")
 NOTES = {name: _FUSED for name, config in LM_CONFIGS.items()  # what a reader of the table must know
          if name.startswith("ablation_") and config.optimizer == "flash_adamw"}
 
@@ -146,7 +150,8 @@ TWICE = _named({f"{one.name}_2x": one.replace(times=2.0) for one in _conditions}
 ABLATIONS = _named(dict(
     mixed_fp16_static=_fp16.replace(scaling="static"), mixed_bf16_accumulate=_bf16.replace(accumulate=4),
     flash_release=_flash.replace(release=True), mixed_bf16_checkpointing=_bf16.replace(checkpointing="full")))
-FUSED = _named({f"{one.name}_fused": one.replace(fused_messages=True) for one in _conditions})  # where the domain has such
+# where the domain has such
+FUSED = _named({f"{one.name}_fused": one.replace(fused_messages=True) for one in _conditions})
 REFERENCE = _named(dict(pyg_fp32=_fp32.replace(pyg=True)))
 SURROGATE_CONFIGS = PRECISIONS | TWICE | ABLATIONS | FUSED | REFERENCE
 
@@ -187,11 +192,13 @@ class Recipe(Config):
         warm = max(1, round(self.warmup * steps))
         if n <= warm: return self.lr * n / warm
         done, whole = n - warm, max(1, steps - warm)
-        turn = math.pi * done / whole if self.epochs else math.pi * (done / whole)  # the last bit differs; old runs go on with theirs
+        # the last bit differs; old runs go on with theirs
+        turn = math.pi * done / whole if self.epochs else math.pi * (done / whole)
         return self.lr * (self.floor + (1 - self.floor) * (1 + math.cos(turn)) / 2)
 
     def decay_at(self, n: int) -> float:
-        "What the mean of the weights keeps at an update after step `n`: little at first, when it still is the starting weights."
+        """What the mean of the weights keeps at an update after step `n`:
+        little at first, when it still is the starting weights."""
         return min(self.ema, (1 + n) / (10 + n)) ** self.ema_every
 
     def as_settings(self) -> dict:
@@ -201,4 +208,5 @@ class Recipe(Config):
 _EITHER = ("batch", "lr", "betas", "eps", "weight_decay", "clip", "warmup", "floor")
 _STEPS, _EPOCHS = ("steps", "micro", "seq"), ("epochs", "schedule", "ema", "ema_every")
 
-SURROGATE_RECIPE = Recipe(epochs=100, batch=64, betas=(0.9, 0.999), weight_decay=0.01, schedule="constant", ema=0.999)  # the protocol's
+# the protocol's
+SURROGATE_RECIPE = Recipe(epochs=100, batch=64, betas=(0.9, 0.999), weight_decay=0.01, schedule="constant", ema=0.999)

@@ -62,7 +62,8 @@ class OptimizerRow:
 
     def recipe(self, recipe: Recipe) -> Recipe:
         "AdamW's recipe with this rule's rates."
-        return recipe.replace(lr=self.lr_factor * recipe.lr, weight_decay=self.decay_factor * recipe.weight_decay, betas=self.betas or recipe.betas)
+        return recipe.replace(lr=self.lr_factor * recipe.lr, weight_decay=self.decay_factor * recipe.weight_decay,
+                              betas=self.betas or recipe.betas)
 
 # %% ../../nbs/train/01_optimizers.ipynb #5a061cbd
 _ADAMW = dict(rule="adamw", rates=dict(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1))
@@ -91,7 +92,8 @@ ROWS = (
                  baselines=("adamw", "flash_adamw"), colour="#3182bd", help="weights of normalizations in fp32"),
     _flash_adamw(name="flash_adamw_release", formats=_formats("flash_adamw", **_SPLIT, release=True),
                  baselines=("flash_adamw",), colour="#e69f00", help="gradients freed in the backward pass"),
-    _flash_adamw(name="flash_adamw_masters32", label="FlashAdamW (32-bit masters)", options=dict(master_weight_bits=32)),
+    _flash_adamw(
+        name="flash_adamw_masters32", label="FlashAdamW (32-bit masters)", options=dict(master_weight_bits=32)),
     _flash_adamw(name="flash_adamw_fp16", label="FlashAdamW (fp16)", dtype=torch.float16),
     OptimizerRow(name="flash_adam", path="flashoptim_nb.optim.FlashAdam", **_ADAM, label="FlashAdam"),
     # AdamW by others
@@ -105,15 +107,17 @@ ROWS = (
                  baselines=("adamw",), colour="#cc79a7", help="bf16 between the layers alone"),
     _torch_adamw(name="adamw_bf16", label="torch AdamW (fused, bf16)", options=dict(fused=True), dtype=torch.bfloat16),
     OptimizerRow(name="flashoptim_adamw", path="flashoptim.FlashAdamW", **_ADAMW, label="flashoptim AdamW"),
-    OptimizerRow(name="bitsandbytes_adamw", path="bitsandbytes.optim.AdamW8bit", **_ADAMW, label="bitsandbytes AdamW8bit"),
+    OptimizerRow(
+        name="bitsandbytes_adamw", path="bitsandbytes.optim.AdamW8bit", **_ADAMW, label="bitsandbytes AdamW8bit"),
     OptimizerRow(name="torchao_adamw", path="torchao.optim.AdamW8bit", **_ADAMW, label="torchao AdamW8bit"),
     # one moment
     OptimizerRow(name="flash_sgd", path="flashoptim_nb.optim.FlashSGD", **_SGD, label="FlashSGD"),
-    OptimizerRow(name="sgd", path="torch.optim.SGD", **_SGD, label="torch SGD (fused)", options=dict(fused=True), dtype=torch.float32),
+    OptimizerRow(name="sgd", path="torch.optim.SGD", **_SGD, label="torch SGD (fused)", options=dict(fused=True),
+                 dtype=torch.float32),
     OptimizerRow(name="flashoptim_sgd", path="flashoptim.FlashSGD", **_SGD, label="flashoptim SGD"),
     _flash_lion(name="lion", formats=_formats("flash_lion"), colour="#56b4e9", help="over fp32 weights and states"),
     _flash_lion(name="flash_lion", label="FlashLion", formats=_SPLIT,
-                 baselines=("lion",), colour="#009e73", help="split weights, 8-bit states"),
+                baselines=("lion",), colour="#009e73", help="split weights, 8-bit states"),
     OptimizerRow(name="flashoptim_lion", path="flashoptim.FlashLion", **_LION, label="flashoptim Lion"),
     OptimizerRow(name="bitsandbytes_lion", path="bitsandbytes.optim.Lion8bit", **_LION, label="bitsandbytes Lion8bit"),
 )
@@ -123,7 +127,8 @@ OPTIMIZERS = {row.name: row for row in ROWS}
 _trained = sorted((row for row in ROWS if row.formats is not None), key=lambda row: bool(row.baselines))
 _alike = TrainConfig(attention="best", fused=True)
 
-OPTIMIZER_CONFIGS = {row.name: _alike.replace(**dict(name=row.name, optimizer=row.name) | row.formats) for row in _trained}
+OPTIMIZER_CONFIGS = {
+    row.name: _alike.replace(**dict(name=row.name, optimizer=row.name) | row.formats) for row in _trained}
 BASELINE_OF = {row.name: row.baselines for row in _trained if row.baselines}
 TIMED = {row.label: row for row in ROWS if row.label}  # by the benchmark's names
 COLOURS = {row.name: row.colour for row in _trained}
@@ -139,14 +144,17 @@ def cast_weights(
     model: torch.nn.Module,  # in fp32; changed in place
     config: TrainConfig,
 ):
-    "Narrows the weights where the configuration keeps them narrow. All configurations of a seed start from the same numbers in fp32."
+    """Narrows the weights where the configuration keeps them narrow.
+    All configurations of a seed start from the same numbers in fp32."""
     if not config.narrow: return
-    norms = [name for name, _ in model.named_modules() if "norm" in name] if config.weights.endswith("norms32") else None
+    norms = ([name for name, _ in model.named_modules() if "norm" in name] if config.weights.endswith("norms32")
+             else None)
     cast_model(model, masters=config.weights != "bf16", full_precision_recast_layers=norms)
 
 def _own_options(config: TrainConfig, recipe: Recipe) -> dict:
     "What this package's classes are asked for."
-    return dict(fused=config.fused, max_norm=recipe.clip, quantize=config.states.startswith("int8"), companded=config.states != "int8_linear",
+    return dict(fused=config.fused, max_norm=recipe.clip, quantize=config.states.startswith("int8"),
+                companded=config.states != "int8_linear",
                 master_weight_bits=24 if config.weights.startswith("split24") else None)
 
 # %% ../../nbs/train/01_optimizers.ipynb #222990a6
@@ -166,5 +174,7 @@ def make_optimizer(
               dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
     rates = row.rates | dict(lr=recipe.lr if lr is None else lr, betas=recipe.betas, eps=recipe.eps)
     rates = {name: value for name, value in rates.items() if name in takes and name != "weight_decay"}
-    torchs = {name: value for name, value in dict(fused=config.fused or None, capturable=capturable).items() if name in takes}
-    return row.cls([group for group in groups if group["params"]], **rates, **(_own_options(config, recipe) if row.ours else torchs))
+    torchs = {
+        name: value for name, value in dict(fused=config.fused or None, capturable=capturable).items() if name in takes}
+    return row.cls([group for group in groups if group["params"]], **rates,
+                   **(_own_options(config, recipe) if row.ours else torchs))
