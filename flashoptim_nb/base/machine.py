@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['repo_root', 'data_root', 'find_program', 'safe_path', 'commit', 'pick_device', 'provenance', 'Capability',
-           'capabilities']
+           'capabilities', 'skip_without']
 
 # %% ../../nbs/base/02_machine.ipynb #3a8218b5
+import ast
 import importlib.metadata
 import importlib.util
 import os
@@ -159,3 +160,17 @@ def capabilities() -> dict[str, Capability]:
             "triton": Capability(triton.ok and cuda.ok, triton.why if not triton.ok or cuda.ok else "Triton's kernels need a GPU; the plain PyTorch references run"),
             "flash_attn": _module("flash_attn") if cuda.ok else Capability(False, "flash-attn needs a GPU"),
             "datasets": _module("datasets"), "transformers": _module("transformers")}
+
+# %% ../../nbs/base/02_machine.ipynb #5c1d0a02
+class _Nothing:
+    "In the place of each cell to come, an empty one."
+    def visit(self, tree: ast.Module) -> ast.Module: return ast.Module([], [])
+
+def skip_without(
+    *modules: str,  # that the cells below import
+):
+    "In a notebook: where one of these modules is missing, says so, and leaves out the cells below."
+    if not (missing := [name for name in modules if not _module(name).ok]): return
+    from IPython import get_ipython
+    get_ipython().ast_transformers.append(_Nothing())
+    print(f"The cells below were not run: {', '.join(missing)} is not installed here (pip install {' '.join(missing)}).")
