@@ -24,7 +24,8 @@ def _botorch():
         from botorch.acquisition.analytic import LogExpectedImprovement
         from botorch.models.utils.gpytorch_modules import get_covar_module_with_dim_scaled_prior as kernel
     except ImportError as error:
-        raise UserError("Bayesian optimization needs the package botorch, which is not installed; install it with: pip install 'flashoptim_nb[surrogates]' (or leave the method out)") from error
+        raise UserError("Bayesian optimization needs the package botorch, which is not installed; install it with: "
+                        "pip install 'flashoptim_nb[surrogates]' (or leave the method out)") from error
     return gpytorch, fit, models, LogExpectedImprovement, kernel
 
 # %% ../../nbs/surrogates/07_bayes.ipynb #f0000007
@@ -32,7 +33,8 @@ def residual_model(
     features: Tensor,  # n x d, fp64, in the unit cube
     predicted: Tensor,  # n, fp64: the surrogate's scores
     true: Tensor,  # n, fp64
-    fitted: dict | None = None,  # hyperparameters (a state_dict) found before, taken over; fitted anew if none are given
+    # hyperparameters (a state_dict) found before, taken over; fitted anew if none are given
+    fitted: dict | None = None,
 ):
     "A Gaussian process of (features, predicted / scale) -> true / scale with the surrogate as its mean; and the scale."
     gpytorch, fit, models, _, kernel = _botorch()
@@ -50,7 +52,8 @@ def residual_model(
 
 # %% ../../nbs/surrogates/07_bayes.ipynb #f000000b
 def _pool(problem: Problem, policy: nn.Module | None, instance: int, samples: int, generator: torch.Generator):
-    "Distinct candidates, half of them a policy's where there is one, with their scores and scaled features; and how many were left out."
+    """Distinct candidates, half of them a policy's where there is one, with their scores and scaled features;
+    and how many were left out."""
     x = problem.random(instance, samples if policy is None else samples // 2, generator)
     if policy is not None:
         with torch.no_grad(): x = join([x, policy(instance, samples - samples // 2, generator).x])
@@ -74,7 +77,8 @@ def next_candidate(
     acquisition = LogExpectedImprovement(model, best_f=true.max() / scale)
     with torch.no_grad(): gain = acquisition(torch.cat([features, predicted[:, None] / scale], 1)[:, None])
     gain[seen] = -torch.inf
-    best = int(gain.nan_to_num(nan=-torch.inf).argmax()) if gain.isfinite().any() else next(i for i in range(len(gain)) if i not in seen)
+    best = (int(gain.nan_to_num(nan=-torch.inf).argmax()) if gain.isfinite().any()
+            else next(i for i in range(len(gain)) if i not in seen))
     return best, model.state_dict()
 
 # %% ../../nbs/surrogates/07_bayes.ipynb #f000000d
@@ -99,13 +103,18 @@ def bayes(
         if policy is None and steps:
             policy, rows = train_reinforce(problem, seed, steps=steps, batch=batch)
             bad = sum(row["skipped"] for row in rows)
-        return [_search(problem, seed, t, policy, samples, most, max(2, first), refit, bad) for t in (range(problem.instances) if instances is None else instances)]
+        return [_search(problem, seed, t, policy, samples, most, max(2, first), refit, bad)
+                for t in (range(problem.instances) if instances is None else instances)]
 
-def _search(problem: Problem, seed: int, instance: int, policy, samples: int, most: int, first: int, refit: int, bad: int) -> Outcome:
+def _search(
+    problem: Problem, seed: int, instance: int, policy, samples: int, most: int, first: int, refit: int, bad: int,
+) -> Outcome:
     "One instance."
     generator = torch.Generator(problem.device).manual_seed(seed * 1_000_003 + instance)
     x, predicted, features, skipped = _pool(problem, policy, instance, samples, generator)
-    if not len(x): raise UserError(f"{problem.name}: the surrogate gives none of {skipped} candidates of instance {instance} a finite score; train it further, or look at its loss")
+    if not len(x):
+        raise UserError(f"{problem.name}: the surrogate gives none of {skipped} candidates of instance {instance} "
+                        "a finite score; train it further, or look at its loss")
     asked = predicted.argsort(descending=True, stable=True)[: min(first, most)].tolist()
     true = _true(problem, instance, take(x, torch.tensor(asked)))
     fitted = None

@@ -21,7 +21,8 @@ def parts_of(batch) -> list[torch.Tensor]:
     "The tensors of a batch, in order."
     return [t for t in _values(batch) if isinstance(t, torch.Tensor)]
 
-def _values(batch): return batch if isinstance(batch, tuple) else [getattr(batch, f.name) for f in dataclasses.fields(batch)]
+def _values(batch):
+    return batch if isinstance(batch, tuple) else [getattr(batch, f.name) for f in dataclasses.fields(batch)]
 
 def _cloned(batch):
     copy = type(batch)(*(t.clone() if isinstance(t, torch.Tensor) else t for t in _values(batch)))
@@ -29,24 +30,31 @@ def _cloned(batch):
 
 def why_not(domain, config, device: torch.device | str) -> str:
     "Why steps cannot be replayed from a CUDA graph, in words; nothing where they can."
-    if torch.device(device).type != "cuda": return f"a CUDA graph needs a CUDA device, not {device}; leave graphs out here"
-    if not hasattr(domain, "padded"): return f"a CUDA graph needs batches of one shape, and {domain.name} does not pad; leave graphs out there"
-    if config.release: return "gradient release steps parameters as their gradients come, from hooks; leave it or graphs out"
+    if torch.device(device).type != "cuda":
+        return f"a CUDA graph needs a CUDA device, not {device}; leave graphs out here"
+    if not hasattr(domain, "padded"):
+        return f"a CUDA graph needs batches of one shape, and {domain.name} does not pad; leave graphs out there"
+    if config.release:
+        return "gradient release steps parameters as their gradients come, from hooks; leave it or graphs out"
     return ""
 
 class GraphedTask(SurrogateTask):
     "A surrogate task whose steps are replayed from a CUDA graph; raises `UserError` where that cannot be."
-    def __init__(self, domain, config, recipe, *, seed: int, width: int | None = None, device: torch.device | str = "cuda"):
+    def __init__(
+        self, domain, config, recipe, *, seed: int, width: int | None = None, device: torch.device | str = "cuda",
+    ):
         if reason := why_not(domain, config, device): raise UserError(reason)
         super().__init__(domain, config, recipe, width=width, seed=seed, device=device, capturable=True)
-        self.graphs, self.seen, self.side = {}, Counter(), torch.cuda.Stream(device)  # one stream: cuBLAS keeps a workspace for each that it has seen
+        # one stream: cuBLAS keeps a workspace for each that it has seen
+        self.graphs, self.seen, self.side = {}, Counter(), torch.cuda.Stream(device)
 
     def micros(self, n: int) -> list: return [padded(self.domain, batch, self.config) for batch in super().micros(n)]
 
     def train_batch(self, micros: list) -> tuple[torch.Tensor, torch.Tensor]:
         "One optimizer step; from the fourth of its shapes on, a replay."
         given = [t for batch in micros for t in parts_of(batch)]
-        shapes = (tuple((t.shape, t.dtype) for t in given), *map(is_vouched, micros))  # a graph without checks replays no batch that wants them
+        # a graph without checks replays no batch that wants them
+        shapes = (tuple((t.shape, t.dtype) for t in given), *map(is_vouched, micros))
         if shapes not in self.graphs:
             self.seen[shapes] += 1
             if self.seen[shapes] <= WARM: return self._aside(micros)
@@ -74,4 +82,5 @@ class GraphedTask(SurrogateTask):
         "As the task's; what was captured points at tensors that are gone."
         super().load_state_dict(state)
         self.graphs, self.seen = {}, Counter()
-        for group in self.optimizer.param_groups: group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).to(self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).to(self.device)

@@ -27,8 +27,12 @@ def enforced(
     device = torch.device(device)
     if budget <= 0: raise UserError(f"a memory budget of {budget} bytes was given; it has to be above 0")
     if device.type != "cuda": yield; return
-    if device.index is None: device = torch.device("cuda", torch.cuda.current_device())  # the allocator wants to know which
-    if budget > device_memory(device): raise UserError(f"a budget of {budget / 2**30:.1f} GiB is more than the {device_memory(device) / 2**30:.1f} GiB of this device; name a smaller one")
+    # the allocator wants to know which
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if budget > device_memory(device):
+        raise UserError(f"a budget of {budget / 2**30:.1f} GiB is more than the {device_memory(device) / 2**30:.1f} "
+                        "GiB of this device; name a smaller one")
     free(device)
     torch.cuda.set_per_process_memory_fraction(budget / device_memory(device), device)
     try: yield
@@ -39,10 +43,13 @@ def roomy(
     device: torch.device,
     budget: int,  # bytes
 ):
-    "Raises `UserError` unless as much as the budget is free on a GPU, for otherwise a failure says nothing about the budget."
+    """Raises `UserError` unless as much as the budget is free on a GPU,
+    for otherwise a failure says nothing about the budget."""
     if device.type != "cuda": return
     left = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    if left < budget: raise UserError(f"other processes leave {left / 2**30:.1f} GiB of the device, less than the budget of {budget / 2**30:.1f} GiB; search when it is free")
+    if left < budget:
+        raise UserError(f"other processes leave {left / 2**30:.1f} GiB of the device, "
+                        f"less than the budget of {budget / 2**30:.1f} GiB; search when it is free")
 
 # %% ../../nbs/surrogates/09_largest.ipynb #6a50c00a
 def worst_rows(
@@ -50,7 +57,8 @@ def worst_rows(
     batch: int,  # rows wanted; a split with fewer gives them repeatedly
     look: int = 2000,  # training rows that are looked at, evenly spread
 ) -> np.ndarray:  # batch, int64
-    "Numbers of the training rows with the most bytes of those looked at; a domain that knows better says so in `worst`."
+    """Numbers of the training rows with the most bytes of those looked at;
+    a domain that knows better says so in `worst`."""
     if hasattr(domain, "worst"): return np.asarray(domain.worst(batch))
     if look not in (known := domain.__dict__.setdefault("rows_by_size", {})):  # looked at once, for it takes a while
         rows = np.unique(np.linspace(0, domain.size("train") - 1, min(look, domain.size("train"))).astype(np.int64))
@@ -60,7 +68,8 @@ def worst_rows(
 
 def worst_batches(domain: Domain, batch: int, config: TrainConfig) -> list:
     "The worst batch as the configuration's micro-batches, each padded where the domain pads."
-    return [padded(domain, domain.batch("train", rows), config) for rows in np.array_split(worst_rows(domain, batch), config.accumulate)]
+    return [padded(domain, domain.batch("train", rows), config)
+            for rows in np.array_split(worst_rows(domain, batch), config.accumulate)]
 
 # %% ../../nbs/surrogates/09_largest.ipynb #6a50c00d
 def try_width(
@@ -77,12 +86,15 @@ def try_width(
     task = SurrogateTask(domain, config, recipe, width=width, seed=seed, device=device, trial=True)
     micros = [batch.to(device) for batch in batches]
     if device.type != "cuda":
-        return dict(parameters=task.parameters, peak=memory_by_class(lambda: task.train_batch(micros), model=task.model, optimizer=task.optimizer, device=device, inputs=micros)["peak"])
+        return dict(parameters=task.parameters,
+                    peak=memory_by_class(lambda: task.train_batch(micros), model=task.model, optimizer=task.optimizer,
+                                         device=device, inputs=micros)["peak"])
     torch.cuda.empty_cache()  # what drawing the weights took for a moment
     torch.cuda.reset_peak_memory_stats(device)
     for _ in range(2): task.train_batch(micros)
     torch.cuda.synchronize(device)
-    return dict(parameters=task.parameters, peak=torch.cuda.max_memory_reserved(device), allocated=torch.cuda.max_memory_allocated(device))
+    return dict(parameters=task.parameters, peak=torch.cuda.max_memory_reserved(device),
+                allocated=torch.cuda.max_memory_allocated(device))
 
 # %% ../../nbs/surrogates/09_largest.ipynb #6a50c010
 def bisect_width(
@@ -129,24 +141,30 @@ def largest(
     most: int = 24,  # tries
     stopped: Callable[[], object] = lambda: None,  # called before each try; may raise
 ) -> tuple[dict, list[dict]]:
-    "The row `largest` (width None: not even the smallest that was tried fits) and a row `search` for each try; raises `UserError` where others leave less than the budget of the device."
+    """The row `largest` (width None: not even the smallest that was tried fits) and a row `search` for each try;
+    raises `UserError` where others leave less than the budget of the device."""
     device, recipe = torch.device(device), recipe.replace(ema=0)
     batches, counted = worst_batches(domain, recipe.batch, config), {}
     def attempt(width):
         stopped()
         roomy(device, budget)
-        with enforced(device, budget): found, failure = _attempt(lambda w: try_width(domain, config, recipe, w, batches, device), width, device)
+        with enforced(device, budget):
+            found, failure = _attempt(lambda w: try_width(domain, config, recipe, w, batches, device), width, device)
         if "parameters" in found: counted[width] = found["parameters"]
         if failure: roomy(device, budget)
         over = found.get("peak") is not None and found["peak"] > budget
         why = failure or (f"peak of {found['peak']:,} bytes exceeds the budget of {budget:,}" if over else "")
-        return not why, dict(width=width, parameters=parameters(width), fits=not why, oom=failure is not None, peak=found.get("peak"), allocated=found.get("allocated"), budget=budget, reason=why)
+        return (not why, dict(width=width, parameters=parameters(width), fits=not why, oom=failure is not None,
+                              peak=found.get("peak"), allocated=found.get("allocated"), budget=budget, reason=why))
     def parameters(width):
         if width not in counted: counted[width] = count_at(domain, config, width)
         return counted[width]
     rows = bisect_width(attempt, domain.width_for, parameters, domain.width, tolerance=tolerance, most=most)
     best = max((row for row in rows if row["fits"]), key=lambda row: row["parameters"], default=None)
-    note = f"worst batch of {recipe.batch} rows; without the mean of the weights, which would take 4 bytes a parameter more"
+    note = (f"worst batch of {recipe.batch} rows; "
+            "without the mean of the weights, which would take 4 bytes a parameter more")
     if all(row["fits"] for row in rows): note = f"the search ended after {len(rows)} tries that all fitted; " + note
-    said = {key: (best or rows[-1])[key] for key in ("width", "parameters", "peak")} if best else dict(width=None, parameters=None, peak=None)
-    return said | dict(budget=budget, batch=recipe.batch, note=note if best else f"nothing fits: {rows[-1]['reason']}"), rows
+    said = ({key: (best or rows[-1])[key] for key in ("width", "parameters", "peak")} if best
+            else dict(width=None, parameters=None, peak=None))
+    return said | dict(
+        budget=budget, batch=recipe.batch, note=note if best else f"nothing fits: {rows[-1]['reason']}"), rows

@@ -15,8 +15,9 @@ from ..train.config import ABLATIONS, PRECISIONS, SURROGATE_RECIPE, TWICE, Recip
 MAIN = tuple(PRECISIONS) + tuple(TWICE)  # conditions A, B and C, and what stands beside them
 ALL = MAIN + tuple(ABLATIONS)
 CONDITIONS = ("fp32", "mixed_bf16", "flash", "mixed_bf16_2x", "flash_2x")  # A, B and C alone
-SEARCHED = ("fp32", "mixed_bf16", "flash", "tf32", "mixed_fp16", "flash_release",
-            "mixed_bf16_checkpointing", "mixed_bf16_accumulate")  # how a largest model is trained; its size is what is searched for
+# how a largest model is trained; its size is what is searched for
+SEARCHED = ("fp32", "mixed_bf16", "flash", "tf32", "mixed_fp16", "flash_release", "mixed_bf16_checkpointing",
+            "mixed_bf16_accumulate")
 
 # %% ../../nbs/surrogates/10_plans.ipynb #942d9d37
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,8 @@ def smoke_plan(
 ) -> DomainPlan:
     "A domain's smoke run, at the preset `laptop`."
     recipe = SURROGATE_RECIPE.replace(epochs=epochs, lr=3e-3, schedule="cosine", warmup=0.1, ema=0.99, ema_every=2)
-    few = dict(solve=Solve(runs=2, steps=4, batch=16, most=3), batches=(64,), timed=2, evaluated=100, tries=4, searched=SEARCHED[:3])
+    few = dict(solve=Solve(runs=2, steps=4, batch=16, most=3), batches=(64,), timed=2, evaluated=100, tries=4,
+               searched=SEARCHED[:3])
     return DomainPlan(load="laptop", recipe=recipe, **few | fields)
 
 def gpu_plan(
@@ -67,7 +69,8 @@ def gpu_plan(
 ) -> DomainPlan:
     "What a domain runs on one GPU, at the preset `gpu`; REINFORCE decides, so the other methods run less often."
     solve = Solve(runs=20, few=dict(gflownet=4, bayes=4), most=most)
-    return DomainPlan(load="gpu", recipe=SURROGATE_RECIPE.replace(epochs=epochs, schedule="cosine"), solve=solve, **dict(timed=10, repeats=5) | fields)
+    return DomainPlan(load="gpu", recipe=SURROGATE_RECIPE.replace(epochs=epochs, schedule="cosine"), solve=solve,
+                      **dict(timed=10, repeats=5) | fields)
 
 def full_plan(
     **fields,  # of `DomainPlan`, otherwise than here

@@ -16,7 +16,8 @@ from .problem import Samples
 
 # %% ../../nbs/surrogates/04_policies.ipynb #b0000006
 class Head(nn.Module):
-    "A multilayer perceptron from each instance's context to numbers; its last layer begins at zero, so that the first proposals are uniform."
+    """A multilayer perceptron from each instance's context to numbers;
+    its last layer begins at zero, so that the first proposals are uniform."""
     def __init__(
         self,
         context: Tensor,  # instances x c, fp32: what is known of each instance, of about unit scale
@@ -25,7 +26,8 @@ class Head(nn.Module):
     ):
         super().__init__()
         self.register_buffer("context", context.detach().float().clone())
-        self.net = nn.Sequential(nn.Linear(context.shape[1], width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, outputs))
+        self.net = nn.Sequential(nn.Linear(context.shape[1], width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+                                 nn.Linear(width, outputs))
         nn.init.zeros_(self.net[-1].weight); nn.init.zeros_(self.net[-1].bias)
 
     def forward(self, instance: int) -> Tensor: return self.net(self.context[instance])
@@ -44,11 +46,13 @@ def draw_one(
 def waves(
     z: Tensor,  # ... x f, of about unit scale
 ) -> Tensor:  # ... x 5f
-    "Features beside their sines and cosines of two frequencies, so that a network can tell neighbours apart (arXiv 2006.10739)."
+    """Features beside their sines and cosines of two frequencies,
+    so that a network can tell neighbours apart (arXiv 2006.10739)."""
     return torch.cat([z, *(f(math.pi * 2**k * z) for k in (0, 1) for f in (torch.sin, torch.cos))], -1)
 
 class PoolPolicy(nn.Module):
-    "Proposes indices into a pool of M candidates, by a score over their features: M may be large, the parameters stay few."
+    """Proposes indices into a pool of M candidates, by a score over their features:
+    M may be large, the parameters stay few."""
     def __init__(
         self,
         context: Tensor,  # instances x c
@@ -77,7 +81,8 @@ def draw_box(
 ) -> tuple[Tensor, Tensor]:  # points in (0, 1), N x D, and their log-densities N
     "Independent draws from a squashed normal distribution."
     noise_ND = torch.randn(n, len(mean_D), generator=generator, device=mean_D.device)
-    u_ND = (mean_D + log_std_D.exp() * noise_ND).detach()  # the draw is fixed: the score function differentiates its density alone
+    # the draw is fixed: the score function differentiates its density alone
+    u_ND = (mean_D + log_std_D.exp() * noise_ND).detach()
     z_ND = (u_ND - mean_D) * (-log_std_D).exp()
     log_normal = -0.5 * z_ND.square() - log_std_D - 0.5 * math.log(2 * math.pi)
     return u_ND.sigmoid(), (log_normal - F.logsigmoid(u_ND) - F.logsigmoid(-u_ND)).sum(-1)

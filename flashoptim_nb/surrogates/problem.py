@@ -29,7 +29,8 @@ class Problem(Protocol):
     device: torch.device  # of the surrogate, the policy and the generators that are handed in
 
     def policy(self, width: int) -> nn.Module:
-        "A proposal network, one for all instances: `policy(instance, n, generator) -> Samples`; built on the CPU, weights from torch's generator."
+        """A proposal network, one for all instances: `policy(instance, n, generator) -> Samples`;
+        built on the CPU, weights from torch's generator."""
     def random(self, instance: int, n: int, generator: torch.Generator):
         "n candidates that no network chose."
     def predicted(self, instance: int, x) -> Tensor:
@@ -100,8 +101,9 @@ def outcome(
     predicted, best = predicted.double().cpu(), int(true.argmax())
     so_far, gaps = true.cummax(0).values, (predicted - true)[predicted.isfinite()]
     shown = torch.linspace(0, len(true) - 1, min(len(true), 50)).round().long()
-    return Outcome(method, instance, problem.describe(instance, x, best), x[best], true[best].item(), predicted[best].item(),
-                   tuple(so_far[shown].tolist()), len(true), int((true <= 0).sum()), gaps.mean().item() if len(gaps) else float("nan"), proposed, skipped)
+    return Outcome(method, instance, problem.describe(instance, x, best), x[best], true[best].item(),
+                   predicted[best].item(), tuple(so_far[shown].tolist()), len(true), int((true <= 0).sum()),
+                   gaps.mean().item() if len(gaps) else float("nan"), proposed, skipped)
 
 # %% ../../nbs/surrogates/03_problem.ipynb #a0000010
 def verify(
@@ -116,16 +118,19 @@ def verify(
     predicted = problem.predicted(instance, x).float().cpu()
     finite = predicted.isfinite()
     order = torch.where(finite, predicted, -torch.inf).argsort(descending=True, stable=True)
-    chosen = distinct(x, order[: int(finite.sum())] if finite.any() else order, most)  # without any score, the first ones stand in
+    # without any score, the first ones stand in
+    chosen = distinct(x, order[: int(finite.sum())] if finite.any() else order, most)
     picked = take(x, chosen)
-    return outcome(problem, instance, method, picked, problem.objective(instance, picked), predicted[chosen], len(x), skipped + int((~finite).sum()))
+    return outcome(problem, instance, method, picked, problem.objective(instance, picked), predicted[chosen], len(x),
+                   skipped + int((~finite).sum()))
 
 # %% ../../nbs/surrogates/03_problem.ipynb #a0000014
 def frozen(
     model: nn.Module,
     predict: Callable | None = None,  # batch -> predictions by means of the model; its forward pass if none is given
 ) -> Callable:
-    "`predict` without gradients and with the model in evaluation mode; the mode it was in is given back after each call."
+    """`predict` without gradients and with the model in evaluation mode;
+    the mode it was in is given back after each call."""
     def call(*args):
         modes = {module: module.training for module in model.modules()}
         try:

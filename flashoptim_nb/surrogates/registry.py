@@ -44,9 +44,11 @@ class DomainSpec:
     order: int  # its place among the others there; no two have the same
     candidates: str  # what its problems propose, in the plural
     load: Callable[..., Domain]  # (preset, device=..., cache=folder or None, **limits)
-    problems: Callable[..., list[Problem]]  # (domain, predict: the frozen surrogate, batch -> targets in units, **limits)
+    # (domain, predict: the frozen surrogate, batch -> targets in units, **limits)
+    problems: Callable[..., list[Problem]]
     plans: Mapping[str, DomainPlan] = field(default_factory=dict)  # by preset; a preset that is missing does not run it
-    cuts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by preset: what its rows or network lack of the protocol's
+    # by preset: what its rows or network lack of the protocol's
+    cuts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     label_ways: Callable[[Domain], LabelWays] | None = None  # None: it has no inexpensive labels
     benchmark: Benchmark | None = None
 
@@ -57,9 +59,11 @@ FOLDERS = "flashoptim_nb.surrogates.domains"  # a package with one folder for ea
 def domains() -> dict[str, DomainSpec]:
     "Every domain by its name, in the order of records and pages."
     folders = [module.name for module in iter_modules(import_module(FOLDERS).__path__) if module.ispkg]
-    specs = sorted((import_module(f"{FOLDERS}.{folder}.spec").DOMAIN for folder in folders), key=lambda spec: spec.order)
+    specs = sorted(
+        (import_module(f"{FOLDERS}.{folder}.spec").DOMAIN for folder in folders), key=lambda spec: spec.order)
     if len({spec.order for spec in specs}) < len(specs) or len({spec.name for spec in specs}) < len(specs):
-        raise ValueError(f"two domains have one name or one place: {', '.join(f'{spec.name} ({spec.order})' for spec in specs)}")
+        raise ValueError(
+            f"two domains have one name or one place: {', '.join(f'{spec.name} ({spec.order})' for spec in specs)}")
     return {spec.name: spec for spec in specs}
 
 def find_domain(
@@ -95,5 +99,7 @@ def label_ways(
 ) -> LabelWays:
     "The domain's ways to spend on labels, made once; raises `UserError` where it has no inexpensive ones."
     if spec.label_ways is None: raise UserError(f"{spec.name} has no inexpensive labels here")
-    if not hasattr(domain, "made_ways"): domain.made_ways = spec.label_ways(domain)  # labelling takes longer than training
+    # labelling takes longer than training
+    if not hasattr(domain, "made_ways"):
+        domain.made_ways = spec.label_ways(domain)
     return domain.made_ways

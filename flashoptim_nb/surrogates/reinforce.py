@@ -31,7 +31,8 @@ def seeded(
     problem: Problem,
     seed: int,
     width: int,  # of the policy's hidden layers
-) -> tuple[nn.Module, torch.Generator, torch.Generator]:  # policy, generator on the problem's device, generator of instances on the CPU
+    # policy, generator on the problem's device, generator of instances on the CPU
+) -> tuple[nn.Module, torch.Generator, torch.Generator]:
     "A policy and its sources of randomness, all from one seed; torch's global generator is left as it was."
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone: the same weights on any device
@@ -105,7 +106,8 @@ def propose_all(
 ) -> list[Outcome]:  # one per instance
     "`propose` for several instances, after training."
     bad = sum(row["skipped"] for row in rows)
-    return [propose(problem, policy, t, method, seed, skipped=bad, **how) for t in (range(problem.instances) if instances is None else instances)]
+    return [propose(problem, policy, t, method, seed, skipped=bad, **how)
+            for t in (range(problem.instances) if instances is None else instances)]
 
 def reinforce(
     problem: Problem,

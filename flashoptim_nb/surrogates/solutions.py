@@ -40,9 +40,11 @@ def row_of(
 ) -> dict:
     "An outcome as a `solution` row: plain numbers, None for what is not finite."
     plain = lambda v: v if math.isfinite(v) else None
-    return dict(kind="solution", problem=problem.name, domain=problem.domain, unit=problem.unit, method=found.method, instance=found.instance, run=run, seed=seed,
-                objective=found.objective, predicted=plain(found.predicted), fooled=plain(found.fooled), evaluations=found.evaluations, infeasible=found.infeasible,
-                proposed=found.proposed, skipped=found.skipped, what=found.what, curve=[round(v, 6) for v in found.curve])
+    return dict(
+        kind="solution", problem=problem.name, domain=problem.domain, unit=problem.unit, method=found.method,
+        instance=found.instance, run=run, seed=seed, objective=found.objective, predicted=plain(found.predicted),
+        fooled=plain(found.fooled), evaluations=found.evaluations, infeasible=found.infeasible, proposed=found.proposed,
+        skipped=found.skipped, what=found.what, curve=[round(v, 6) for v in found.curve])
 
 # %% ../../nbs/surrogates/08_solutions.ipynb #0400000a
 def solve(
@@ -58,7 +60,8 @@ def solve(
     settings: dict | None = None,  # further arguments by method: {"bayes": {"samples": 256}}
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,  # called after each run
 ) -> Iterator[dict]:  # `solution` rows, each with the `seconds` it took on average over its policy seed
-    "Every method on every problem; the rows are a function of the arguments and the surrogate alone, but for the seconds."
+    """Every method on every problem;
+    the rows are a function of the arguments and the surrogate alone, but for the seconds."""
     for method in methods: choose("method", method, METHODS)
     total, done = len(problems) * len(methods) * runs, 0
     for problem in problems:

@@ -36,8 +36,10 @@ class Domain(Protocol):
     counts: dict  # rows in, used, skipped by reason
     width: int  # of the 1x network
     def size(self, split: str) -> int: "Rows of a split: train, val, test."
-    def batch(self, split: str, which: np.ndarray): "Rows by number: has `y` (n, targets) fp32 in units, `to(device)` and a length."
-    def build(self, width: int, **options) -> nn.Module: "A network, weights from torch's generator: `model(batch)` gives (n, targets), standardized."
+    def batch(self, split: str, which: np.ndarray):
+        "Rows by number: has `y` (n, targets) fp32 in units, `to(device)` and a length."
+    def build(self, width: int, **options) -> nn.Module:
+        "A network, weights from torch's generator: `model(batch)` gives (n, targets), standardized."
     def width_for(self, parameters: int) -> int: "The width whose network comes nearest to a number of parameters."
 
 def count_parameters(model: nn.Module) -> int: return sum(p.numel() for p in model.parameters())
@@ -47,16 +49,21 @@ def network(domain: Domain, width: int, config: TrainConfig) -> nn.Module:
     try: model = domain.build(width, **config.options)
     except TypeError:
         if not config.options: raise
-        raise UserError(f"the network of {domain.name} has no {' and '.join(config.options)}, which {config.name} asks for") from None
+        raise UserError(f"the network of {domain.name} has no {' and '.join(config.options)}, "
+                        f"which {config.name} asks for") from None
     if not config.pyg: return model
-    if not hasattr(model, "with_pyg_blocks"): raise UserError(f"the network of {domain.name} has no counterpart in PyTorch Geometric, which {config.name} asks for")
+    if not hasattr(model, "with_pyg_blocks"):
+        raise UserError(
+            f"the network of {domain.name} has no counterpart in PyTorch Geometric, which {config.name} asks for")
     return model.with_pyg_blocks()
 
 # %% ../../nbs/surrogates/01_task.ipynb #6a30c007
 def padded(domain: Domain, batch, config: TrainConfig):
-    "The batch in fixed shapes where the domain offers them, with all that the configuration's network would otherwise list by itself."
+    """The batch in fixed shapes where the domain offers them,
+    with all that the configuration's network would otherwise list by itself."""
     if not hasattr(domain, "padded"): return batch
-    listed = dict(triplets=not config.fused_messages) if "triplets" in inspect.signature(domain.padded).parameters else {}
+    listed = (dict(triplets=not config.fused_messages) if "triplets" in inspect.signature(domain.padded).parameters
+              else {})
     return domain.padded(batch, **listed)
 
 def sized(
@@ -85,19 +92,24 @@ class SurrogateTask:
         seed: int,  # of weights and order
         device: torch.device | str = "cpu",
         capturable: bool = False,  # whether steps may become part of a CUDA graph
-        trial: bool = False,  # a throw-away network: drawn on the device, which is quicker where it is large, and never evaluated in fp32
+        # a throw-away network: drawn on the device, which is quicker where it is large, and never evaluated in fp32
+        trial: bool = False,
     ):
-        self.domain, self.config, self.recipe, self.seed, self.device = domain, config, recipe, seed, torch.device(device)
+        self.domain, self.config, self.recipe, self.seed, self.device = (
+            domain, config, recipe, seed, torch.device(device))
         self.width = width or sized(domain, config.times)[0]
         with torch.random.fork_rng(), self.device if trial else nullcontext():
             torch.manual_seed(seed)
             model = network(domain, self.width, config)
         self.parameters = count_parameters(model)
-        self.wide = copy.deepcopy(model) if config.narrow and not trial else None  # what narrow buffers were, for evaluation in fp32
+        # what narrow buffers were, for evaluation in fp32
+        self.wide = copy.deepcopy(model) if config.narrow and not trial else None
         cast_weights(model, config)
         self.model = model.to(self.device).train()
         if not (domain.mean.isfinite() & domain.std.isfinite() & (domain.std > 0)).all():
-            raise UserError(f"the training labels of {domain.name} have the mean {domain.mean.tolist()} and the deviation {domain.std.tolist()}: some are not finite, or all are the same; nothing can be learned from them")
+            raise UserError(
+                f"the training labels of {domain.name} have the mean {domain.mean.tolist()} and the deviation "
+                f"{domain.std.tolist()}: some are not finite, or all are the same; nothing can be learned from them")
         self.rows, self.steps = domain.size("train"), recipe.steps_over(domain.size("train"))
         lr = torch.tensor(recipe.lr, device=self.device) if capturable else None
         self.optimizer = make_optimizer(self.model, config, recipe, lr=lr, capturable=capturable)
@@ -120,7 +132,8 @@ def batch_indices(self: SurrogateTask, n: int) -> np.ndarray:
     "Numbers of the rows that step `n` (from 1) trains on: a pure function of seed and step."
     def row(k):
         epoch, at = divmod(k, self.rows)
-        if self._order[0] != epoch: self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.rows)
+        if self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.rows)
         return self._order[1][at]
     return np.array([row(k) for k in range((n - 1) * self.recipe.batch, n * self.recipe.batch)])
 
@@ -133,7 +146,8 @@ def epoch_of(self: SurrogateTask, n: int) -> int:
 @patch
 def micros(self: SurrogateTask, n: int) -> list:
     "The step's micro-batches, on the device."
-    return [self.domain.batch("train", part).to(self.device) for part in np.array_split(self.batch_indices(n), self.config.accumulate)]
+    return [self.domain.batch("train", part).to(self.device)
+            for part in np.array_split(self.batch_indices(n), self.config.accumulate)]
 
 @patch
 def error(self: SurrogateTask, batch) -> torch.Tensor:
@@ -148,7 +162,8 @@ def train_batch(self: SurrogateTask, micros: list) -> tuple[torch.Tensor, torch.
     with tf32(self.config.tf32):
         for k, batch in enumerate(micros):
             with forward_in(self.config, self.device): loss = self.error(batch) * (len(batch.y) / rows)
-            with self.release.accumulate() if self.release and k < len(micros) - 1 else nullcontext(): self.scale(loss).backward()
+            with self.release.accumulate() if self.release and k < len(micros) - 1 else nullcontext():
+                self.scale(loss).backward()
             total += loss.detach()
         norm = take_step(self.optimizer, self.scale, self.recipe.clip)
     self.optimizer.zero_grad(set_to_none=True)
@@ -168,17 +183,20 @@ def set_lr(self: SurrogateTask, n: int) -> float:
 @torch.no_grad()
 def average(self: SurrogateTask, n: int):
     "Moves the mean of the weights, every few steps."
-    if self.ema_weights is not None and n % self.recipe.ema_every == 0: torch._foreach_lerp_(self.ema_weights, self.weights(), 1 - self.recipe.decay_at(n))
+    if self.ema_weights is not None and n % self.recipe.ema_every == 0:
+        torch._foreach_lerp_(self.ema_weights, self.weights(), 1 - self.recipe.decay_at(n))
 
 @patch
 def step(self: SurrogateTask, n: int) -> dict:
-    "Optimizer step `n` (from 1): loss before it (standardized units), gradient norm, learning rate, rows, loss scale; whether it was skipped, or partial."
+    """Optimizer step `n` (from 1): loss before it (standardized units), gradient norm, learning rate, rows, loss scale;
+    whether it was skipped, or partial."""
     lr, scale = self.set_lr(n), self.scale.value
     loss, norm = (t.item() for t in self.train_batch(self.micros(n)))
     bad, released = not math.isfinite(norm), self.release is not None
     self.skipped += bad
     self.average(n)
-    return dict(loss=loss, grad_norm=norm, lr=lr, skipped=bad and not released, partial=bad and released, tokens=self.recipe.batch, loss_scale=scale)
+    return dict(loss=loss, grad_norm=norm, lr=lr, skipped=bad and not released, partial=bad and released,
+                tokens=self.recipe.batch, loss_scale=scale)
 
 # %% ../../nbs/surrogates/01_task.ipynb #6a30c016
 class Surrogate:
@@ -208,7 +226,8 @@ def surrogate(
 ) -> Surrogate:
     "A frozen copy of the network as it is now."
     whole = choose("precision", precision, {"own": False, "fp32": True})
-    if ema and self.ema_weights is None: raise UserError("no mean of the weights is kept by this recipe (ema=0); leave `ema` out")
+    if ema and self.ema_weights is None:
+        raise UserError("no mean of the weights is kept by this recipe (ema=0); leave `ema` out")
     narrow = whole and self.wide is not None
     model = copy.deepcopy(self.wide).to(self.device) if narrow else copy.deepcopy(self.model)
     weights = self.weights() if ema is False or self.ema_weights is None else self.ema_weights
@@ -232,11 +251,14 @@ def errors(
         rows = domain.batch(split, np.arange(first, min(n, first + batch)))
         off = surrogate(rows).double() - rows.y.cpu().double()
         absolute, square = absolute + off.abs().sum(0), square + off.square().sum(0)
-    return [dict(target=target, unit=unit, mae=a / n, rmse=math.sqrt(s / n), n=n)
-            for target, unit, a, s in zip(domain.targets, domain.units, absolute.tolist(), square.tolist(), strict=True)]
+    return [
+        dict(target=target, unit=unit, mae=a / n, rmse=math.sqrt(s / n), n=n)
+        for target, unit, a, s in zip(domain.targets, domain.units, absolute.tolist(), square.tolist(), strict=True)]
 
 @patch
-def evaluate(self: SurrogateTask, split: str = "test", precision: str = "own", ema: bool | None = None, limit: int | None = None) -> list[dict]:
+def evaluate(
+    self: SurrogateTask, split: str = "test", precision: str = "own", ema: bool | None = None, limit: int | None = None,
+) -> list[dict]:
     "Errors over a split, in the precision of training or in fp32."
     return errors(self.surrogate(precision, ema), split, limit=limit)
 
@@ -249,7 +271,8 @@ def predict(self: SurrogateTask, batch) -> torch.Tensor:  # (n, targets), in uni
 @patch
 def state_dict(self: SurrogateTask) -> dict:
     "Weights, their mean, optimizer, loss scale, and what gradient release remembers."
-    return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), shadow=self.ema_weights, scale=self.scale.state_dict(), skipped=self.skipped)
+    return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), shadow=self.ema_weights,
+                scale=self.scale.state_dict(), skipped=self.skipped)
 
 @patch
 def load_state_dict(self: SurrogateTask, state: dict):

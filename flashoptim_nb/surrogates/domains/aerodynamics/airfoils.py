@@ -22,7 +22,8 @@ from ....base.files import read_xz
 
 # %% ../../../../nbs/surrogates/domains/aerodynamics/00_airfoils.ipynb #a1f00006
 N_SIDE = 8  # Bernstein weights a side
-PARAMETERS = tuple(f"upper {i}" for i in range(N_SIDE)) + tuple(f"lower {i}" for i in range(N_SIDE)) + ("leading edge", "trailing edge")
+PARAMETERS = (tuple(f"upper {i}" for i in range(N_SIDE)) + tuple(f"lower {i}" for i in range(N_SIDE))
+              + ("leading edge", "trailing edge"))
 
 def cst_matrix(
     x: np.ndarray,  # (n,) positions along the chord, 0 at the leading edge, 1 at the trailing edge
@@ -49,7 +50,8 @@ def check_parameters(
     "Shapes as an array; raises `UserError` for numbers that are not finite, or not eighteen a shape."
     try: p = np.asarray(parameters, float)
     except (TypeError, ValueError): raise UserError("the parameters of a shape have to be numbers") from None
-    if not p.ndim or p.shape[-1] != len(PARAMETERS): raise UserError(f"a shape has {len(PARAMETERS)} parameters; these have the shape {p.shape}")
+    if not p.ndim or p.shape[-1] != len(PARAMETERS):
+        raise UserError(f"a shape has {len(PARAMETERS)} parameters; these have the shape {p.shape}")
     if not np.isfinite(p).all(): raise UserError(f"{int((~np.isfinite(p)).sum())} parameters of shapes are not finite")
     return p
 
@@ -100,13 +102,18 @@ def check_contour(
 ) -> np.ndarray:  # fp64 (n, 2), chord 1, leading edge at the origin
     "A contour as an array; raises `UserError` for what is none."
     try: xy = np.asarray(xy, float)
-    except (TypeError, ValueError): raise UserError("an airfoil's coordinates have to be numbers: pairs of x and y") from None
-    if xy.ndim != 2 or xy.shape[1] != 2 or len(xy) < 10: raise UserError(f"an airfoil's coordinates have to be at least 10 pairs of x and y; these have the shape {xy.shape}")
-    if not np.isfinite(xy).all(): raise UserError(f"{int((~np.isfinite(xy)).any(1).sum())} of the airfoil's {len(xy)} points are not finite")
+    except (TypeError, ValueError):
+        raise UserError("an airfoil's coordinates have to be numbers: pairs of x and y") from None
+    if xy.ndim != 2 or xy.shape[1] != 2 or len(xy) < 10:
+        raise UserError(
+            f"an airfoil's coordinates have to be at least 10 pairs of x and y; these have the shape {xy.shape}")
+    if not np.isfinite(xy).all():
+        raise UserError(f"{int((~np.isfinite(xy)).any(1).sum())} of the airfoil's {len(xy)} points are not finite")
     lead = int(xy[:, 0].argmin())
     chord = xy[:, 0].max() - xy[lead, 0]
     if not 3 <= lead < len(xy) - 3 or chord <= 0:
-        raise UserError(f"the foremost point is number {lead + 1} of {len(xy)}: points have to run from the trailing edge along the upper side to the leading edge and back along the lower side (Selig's order)")
+        raise UserError(f"the foremost point is number {lead + 1} of {len(xy)}: points have to run from the trailing "
+                        "edge along the upper side to the leading edge and back along the lower side (Selig's order)")
     return (xy - xy[lead]) / chord
 
 # %% ../../../../nbs/surrogates/domains/aerodynamics/00_airfoils.ipynb #a1f00012
@@ -123,7 +130,8 @@ def sound_contour(
     xy = check_contour(xy)
     upper, lower = _side_lines(xy, stations(101)[2:-2])
     if (gap := (upper - lower).min()) < -CROSSING:
-        raise UserError(f"the contour crosses itself: its upper side lies {-gap:.4f} chords below its lower side; give a shape whose upper side comes first and stays above")
+        raise UserError(f"the contour crosses itself: its upper side lies {-gap:.4f} chords below its lower side; "
+                        "give a shape whose upper side comes first and stays above")
     return xy
 
 def fit_cst(
@@ -152,15 +160,20 @@ def solver_contour(
     while len(xy) > 10 and _is_base(xy[0], xy[1]): xy = xy[1:]
     while len(xy) > 10 and _is_base(xy[-1], xy[-2]): xy = xy[:-1]
     xy = xy[np.r_[True, np.hypot(*np.diff(xy, axis=0).T) > 1e-6]]
-    if len(xy) > MOST_POINTS: xy = xy[np.unique(np.r_[np.linspace(0, len(xy) - 1, MOST_POINTS).astype(int), xy[:, 0].argmin()])]
+    if len(xy) > MOST_POINTS:
+        xy = xy[np.unique(np.r_[np.linspace(0, len(xy) - 1, MOST_POINTS).astype(int), xy[:, 0].argmin()])]
     xy = check_contour(xy)
     lead, height = int(xy[:, 0].argmin()), (xy[0, 1] + xy[-1, 1]) / 2
-    if abs(height) > TURNED: raise UserError(f"the trailing edge lies {height:+.3f} chords above the leading edge; turn the contour until both are at one height: angles are counted from this line")
+    if abs(height) > TURNED:
+        raise UserError(f"the trailing edge lies {height:+.3f} chords above the leading edge; "
+                        "turn the contour until both are at one height: angles are counted from this line")
     if max(np.diff(xy[: lead + 1, 0]).max(), -np.diff(xy[lead:, 0]).min()) > CROSSING or min(xy[0, 0], xy[-1, 0]) < 0.9:
-        raise UserError("the contour turns back on one of its sides; points have to run from the trailing edge along the upper side to the leading edge and back along the lower side, without a loop")
+        raise UserError("the contour turns back on one of its sides; points have to run from the trailing edge along "
+                        "the upper side to the leading edge and back along the lower side, without a loop")
     return xy
 
-def _is_base(end, before) -> bool: return end[0] > 0.99 and abs(end[0] - before[0]) < 1e-3 and abs(end[1] - before[1]) > abs(end[0] - before[0])
+def _is_base(end, before) -> bool:
+    return end[0] > 0.99 and abs(end[0] - before[0]) < 1e-3 and abs(end[1] - before[1]) > abs(end[0] - before[0])
 
 
 # %% ../../../../nbs/surrogates/domains/aerodynamics/00_airfoils.ipynb #a1f00018
@@ -179,14 +192,16 @@ def parameterize(
     kept, skipped = {}, {}
     for name, xy in contours.items():
         try: fit = fit_cst(xy)
-        except UserError as error: skipped[name] = "crosses itself" if "crosses itself" in str(error) else "no contour in Selig's order"
+        except UserError as error:
+            skipped[name] = "crosses itself" if "crosses itself" in str(error) else "no contour in Selig's order"
         else:
             if np.abs(fit.parameters).max() > MAX_WEIGHT: skipped[name] = f"a weight beyond {MAX_WEIGHT}"
             elif fit.largest > MAX_ERROR: skipped[name] = f"fitted worse than {MAX_ERROR} chords"
             elif geometry(fit.parameters).crossing < -CROSSING: skipped[name] = "its fit crosses itself"
             else: kept[name] = fit
     fits = list(kept.values())
-    return Shapes(tuple(kept), np.array([f.parameters for f in fits]).reshape(-1, len(PARAMETERS)), np.array([f.largest for f in fits]), np.array([f.rms for f in fits]), skipped)
+    return Shapes(tuple(kept), np.array([f.parameters for f in fits]).reshape(-1, len(PARAMETERS)),
+                  np.array([f.largest for f in fits]), np.array([f.rms for f in fits]), skipped)
 
 # %% ../../../../nbs/surrogates/domains/aerodynamics/00_airfoils.ipynb #a1f00019
 def read_contours() -> dict[str, np.ndarray]:

@@ -23,8 +23,11 @@ def load_airfrans(
     choose("task", task, TASKS)
     if make is None:
         try: from torch_geometric.datasets import AirfRANS as make
-        except ImportError: raise UserError("AirfRANS is read by torch_geometric, which was not found; pip install 'flashoptim_nb[surrogates]'") from None
+        except ImportError:
+            raise UserError("AirfRANS is read by torch_geometric, which was not found; "
+                            "pip install 'flashoptim_nb[surrogates]'") from None
     try: return make(str(root), task=task, train=train)
     except (OSError, RuntimeError) as error:  # URLError and HTTPError are OSErrors
-        raise UserError(f"AirfRANS is not in {root} and could not be downloaded ({type(error).__name__}: {str(error)[:120]}); "
-                        "on a machine with net, torch_geometric.datasets.AirfRANS(folder) fetches it; then name that folder") from None
+        raise UserError(
+            f"AirfRANS is not in {root} and could not be downloaded ({type(error).__name__}: {str(error)[:120]}); on "
+            "a machine with net, torch_geometric.datasets.AirfRANS(folder) fetches it; then name that folder") from None

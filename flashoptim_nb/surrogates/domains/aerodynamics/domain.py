@@ -31,7 +31,8 @@ class Batch:
 
     def to(self, device, non_blocking: bool = False) -> "Batch":
         "The same on another device."
-        return Batch(*(None if t is None else t.to(device, non_blocking=non_blocking) for t in (self.x, self.y, self.contour)))
+        return Batch(
+            *(None if t is None else t.to(device, non_blocking=non_blocking) for t in (self.x, self.y, self.contour)))
 
 # %% ../../../../nbs/surrogates/domains/aerodynamics/05_domain.ipynb #a6f00009
 N_CONTOUR = 64  # stations a side
@@ -98,7 +99,8 @@ def batch(
     which: np.ndarray,  # int (n,), row numbers within the split
 ) -> Batch:
     "Rows of a split."
-    if self._whole is None: self._whole = self.encode(self.table.parameters[self.table.airfoil], self.table.alpha, self.table.Re, self.y)
+    if self._whole is None:
+        self._whole = self.encode(self.table.parameters[self.table.airfoil], self.table.alpha, self.table.Re, self.y)
     rows, whole = torch.as_tensor(choose("split", split, self.rows)[which]), self._whole
     return Batch(whole.x[rows], whole.y[rows], None if whole.contour is None else whole.contour[rows])
 
@@ -111,7 +113,8 @@ def padded(self: Aerodynamics, batch: Batch) -> Batch:
 @patch
 def build(self: Aerodynamics, width: int, depth: int | None = None, checkpointing: bool = False) -> AirfoilNet:
     "The surrogate of a width, its weights drawn from torch's current seed."
-    return AirfoilNet(self.n_features, len(self.targets), width=width, depth=depth or self.depth, contour=self.contour, checkpointing=checkpointing)
+    return AirfoilNet(self.n_features, len(self.targets), width=width, depth=depth or self.depth, contour=self.contour,
+                      checkpointing=checkpointing)
 
 @patch
 def width_for(self: Aerodynamics, parameters: int) -> int:
@@ -136,12 +139,15 @@ def load_aerodynamics(
     chosen = choose("scale", scale, SCALES)
     for name in limits: choose("limit", name, chosen)
     s, table = chosen | limits, load_table()
-    if s["step"] < 1 or s["airfoils"] is not None and s["airfoils"] < 3: raise UserError(f"limits of step={s['step']} degrees and airfoils={s['airfoils']}: the step has to be at least 1, the airfoils at least 3 (or None: all)")
+    if s["step"] < 1 or s["airfoils"] is not None and s["airfoils"] < 3:
+        raise UserError(f"limits of step={s['step']} degrees and airfoils={s['airfoils']}: "
+                        "the step has to be at least 1, the airfoils at least 3 (or None: all)")
     if s["airfoils"] is not None:
         keep = np.random.default_rng([seed, 12]).permutation(len(table.names))[: s["airfoils"]]
         table = select(table, np.isin(table.airfoil, keep), "left out at this scale")
     if s["step"] != 1: table = select(table, table.alpha % s["step"] == 0, "left out at this scale")
-    return Aerodynamics(table, split_airfoils(table.parameters, seed), width=s["width"], depth=s["depth"], contour=contour)
+    return Aerodynamics(
+        table, split_airfoils(table.parameters, seed), width=s["width"], depth=s["depth"], contour=contour)
 
 # %% ../../../../nbs/surrogates/domains/aerodynamics/05_domain.ipynb #a6f00014
 def with_train(domain: Aerodynamics, table: Table, parts: dict) -> Aerodynamics:
@@ -158,5 +164,6 @@ def limited(
 ) -> Aerodynamics:
     "The domain with the fewest whole training airfoils that have at least `rows` rows, drawn from the seed."
     train = np.random.default_rng([seed, 13]).permutation(self.parts["train"])
-    enough = np.searchsorted(np.cumsum(np.bincount(self.table.airfoil, minlength=len(self.table.names))[train]), rows) + 1
+    enough = (np.searchsorted(np.cumsum(np.bincount(self.table.airfoil, minlength=len(self.table.names))[train]), rows)
+              + 1)
     return with_train(self, self.table, self.parts | dict(train=np.sort(train[:enough])))

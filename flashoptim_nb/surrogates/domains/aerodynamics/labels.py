@@ -28,7 +28,8 @@ class Labels(NamedTuple):
 
     def fine_rows(self, full: int) -> int:
         "Exact labels left at the cost of `full` of them, once the inexpensive ones are paid."
-        if self.full_seconds is None: raise UserError("the exact solver's cost was not measured, for it is not installed: apt install xfoil")
+        if self.full_seconds is None:
+            raise UserError("the exact solver's cost was not measured, for it is not installed: apt install xfoil")
         return max(0, int(full - self.domain.size("train") * self.seconds / self.full_seconds))
 
 def _open_shapes(domain: Aerodynamics, limit):
@@ -44,7 +45,8 @@ def _open_shapes(domain: Aerodynamics, limit):
 
 # %% ../../../../nbs/surrogates/domains/aerodynamics/07_labels.ipynb #a6f00018
 def exact_seconds(domain: Aerodynamics, alphas, Res, shapes: int = 4) -> tuple[float | None, str]:
-    "Seconds a label of XFOIL on this machine, all its workers busy, and its name; (None, \"\") where it is not installed."
+    """Seconds a label of XFOIL on this machine, all its workers busy, and its name;
+    (None, "") where it is not installed."""
     try: solver = pick_solver("xfoil")
     except UserError: return None, ""
     few = domain.parts["train"][: max(shapes, solver.workers)]
@@ -73,8 +75,10 @@ def _joined(domain: Aerodynamics, made: Labelled) -> Aerodynamics:
     t, n = domain.table, len(made.table.names)
     held = np.isin(t.airfoil, np.concatenate([domain.parts["val"], domain.parts["test"]]))
     columns = (np.concatenate([a, b[held]]) for a, b in zip(made.table[2:7], (t.airfoil + n, *t[3:7])))
-    table = Table(made.table.names + t.names, np.concatenate([made.table.parameters, t.parameters]), *columns, made.table.counts)
-    return with_train(domain, table, dict(train=np.arange(n), val=domain.parts["val"] + n, test=domain.parts["test"] + n))
+    table = Table(
+        made.table.names + t.names, np.concatenate([made.table.parameters, t.parameters]), *columns, made.table.counts)
+    return with_train(
+        domain, table, dict(train=np.arange(n), val=domain.parts["val"] + n, test=domain.parts["test"] + n))
 
 # %% ../../../../nbs/surrogates/domains/aerodynamics/07_labels.ipynb #c14339bc
 def label_ways(
@@ -83,6 +87,7 @@ def label_ways(
     "Exact labels alone, and inexpensive ones first, at equal cost; raises `UserError` where a solver is missing."
     made, full = cheap_labels(domain), domain.size("train")
     fine = domain.limited(made.fine_rows(full))
-    cost = dict(full=full * made.full_seconds, cheap_then_fine=made.domain.size("train") * made.seconds + fine.size("train") * made.full_seconds)
+    cost = dict(full=full * made.full_seconds,
+                cheap_then_fine=made.domain.size("train") * made.seconds + fine.size("train") * made.full_seconds)
     said = f"{made.solvers[0]} at {made.seconds:.3g} s, then {made.solvers[1]} at {made.full_seconds:.3g} s a label"
     return LabelWays(dict(full=[domain], cheap_then_fine=[made.domain, fine]), cost, said)

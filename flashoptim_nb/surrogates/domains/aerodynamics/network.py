@@ -20,7 +20,8 @@ class Block(nn.Module):
     "x + W2 silu(W1 norm(x))."
     def __init__(self, width: int, depth: int):
         super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, EXPAND * width), nn.Linear(EXPAND * width, width)
+        self.norm, self.up, self.down = (nn.LayerNorm(width), nn.Linear(width, EXPAND * width),
+                                         nn.Linear(EXPAND * width, width))
         with torch.no_grad(): self.down.weight.mul_(depth**-0.5)
 
     def forward(self, x_NW: Tensor) -> Tensor: return x_NW + self.down(F.silu(self.up(self.norm(x_NW))))
@@ -52,7 +53,8 @@ class AirfoilNet(nn.Module):
         checkpointing: bool = False,  # recompute each block in the backward pass
     ):
         super().__init__()
-        if width < 1 or depth < 1: raise UserError(f"a network of width {width} and depth {depth}: both have to be at least 1")
+        if width < 1 or depth < 1:
+            raise UserError(f"a network of width {width} and depth {depth}: both have to be at least 1")
         self.embed, self.contour = nn.Linear(n_features, width), Contour(width) if contour else None
         self.blocks = nn.ModuleList(Block(width, depth) for _ in range(depth))
         self.norm, self.head, self.checkpointing = nn.LayerNorm(width), nn.Linear(width, n_targets), checkpointing
@@ -88,7 +90,8 @@ def width_for(
     n_targets: int = 2,
     depth: int = 6,
     contour: bool = False,
-    multiple: int | None = None,  # of which the width is one; None: 8, which suits tensor cores, from a width of 128, else 1
+    # of which the width is one; None: 8, which suits tensor cores, from a width of 128, else 1
+    multiple: int | None = None,
 ) -> int:
     "The width whose number of parameters comes nearest to the one wanted."
     def off(w): return abs(n_parameters(w, n_features, n_targets, depth, contour) - parameters)

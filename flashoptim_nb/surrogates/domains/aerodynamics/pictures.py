@@ -17,7 +17,8 @@ def shape_of(
     what: str,  # a solution in words
 ) -> np.ndarray | None:  # fp64 (161, 2), in chords
     "The contour of a solution, rebuilt from its CST numbers; None where the words lack them."
-    found = re.search(r"CST upper ([-\d. ]+); lower ([-\d. ]+); leading edge (-?[\d.]+); trailing edge (-?[\d.]+)", what)
+    found = re.search(
+        r"CST upper ([-\d. ]+); lower ([-\d. ]+); leading edge (-?[\d.]+); trailing edge (-?[\d.]+)", what)
     if not found: return None
     p = np.array([float(v) for part in found.groups() for v in part.split()])
     return coordinates(p) if len(p) == 2 * N_SIDE + 2 else None

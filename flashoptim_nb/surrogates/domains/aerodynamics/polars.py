@@ -18,7 +18,8 @@ import numpy as np
 from ....base.config import content_hash
 from ....base.errors import UserError
 from ....base.machine import data_root
-from .airfoils import check_parameters, coordinates, cst_matrix, load_shapes, stations
+from .airfoils import (
+    check_parameters, coordinates, cst_matrix, load_shapes, stations)
 from .solvers import Xfoil, NeuralFoil, operating_points
 from ....base.files import read_xz
 
@@ -55,13 +56,15 @@ def select(
     kept, airfoil = np.unique(table.airfoil[rows], return_inverse=True)
     skipped = dict(table.counts["skipped"])
     if dropped := int((~rows).sum()): skipped[reason] = skipped.get(reason, 0) + dropped
-    return Table(tuple(table.names[i] for i in kept), table.parameters[kept], airfoil, *(a[rows] for a in table[3:7]), table.counts | dict(used=int(rows.sum()), skipped=skipped))
+    return Table(tuple(table.names[i] for i in kept), table.parameters[kept], airfoil, *(a[rows] for a in table[3:7]),
+                 table.counts | dict(used=int(rows.sum()), skipped=skipped))
 
 # %% ../../../../nbs/surrogates/domains/aerodynamics/02_polars.ipynb #a3f0000a
 def read_polars() -> list[dict]:
     "The shipped rows: airfoil, Re, alpha (degrees), CL, CD, CM, all but the name as numbers."
     rows = csv.DictReader(io.StringIO(read_xz(data_root(), "airfoil/xfoil_polars.csv.xz")))
-    return [dict(airfoil=r["airfoil"], Re=float(r["Re"]), alpha=float(r["alpha_deg"]), CL=float(r["CL"]), CD=float(r["CD"]), CM=float(r["CM"])) for r in rows]
+    return [dict(airfoil=r["airfoil"], Re=float(r["Re"]), alpha=float(r["alpha_deg"]), CL=float(r["CL"]),
+                 CD=float(r["CD"]), CM=float(r["CM"])) for r in rows]
 
 def load_table() -> Table:
     "The shipped polars of all airfoils that could be parameterized; the others' rows are counted by reason."
@@ -70,7 +73,8 @@ def load_table() -> Table:
     skipped = Counter(f"airfoil {shapes.skipped[r['airfoil']]}" for r in rows if r["airfoil"] not in place)
     used = [r for r in rows if r["airfoil"] in place]
     columns = (np.array([r[c] for r in used]) for c in ("alpha", "Re", "CL", "CD"))
-    table = Table(shapes.names, shapes.parameters, np.array([place[r["airfoil"]] for r in used]), *columns, dict(rows=len(rows), used=len(used), skipped=dict(skipped)))
+    table = Table(shapes.names, shapes.parameters, np.array([place[r["airfoil"]] for r in used]), *columns,
+                  dict(rows=len(rows), used=len(used), skipped=dict(skipped)))
     return select(table, table.CD >= drag_floor(table.Re), "drag below a laminar flat plate's")
 
 # %% ../../../../nbs/surrogates/domains/aerodynamics/02_polars.ipynb #a3f0000f
@@ -82,7 +86,8 @@ def same_shapes(
 ) -> np.ndarray:  # int (A,), the group of each
     "Numbers groups of shapes that are alike, directly or through others."
     x = stations(33)
-    Y = np.concatenate([np.asarray(parameters).reshape(-1, 18) @ cst_matrix(x, side).T for side in ("upper", "lower")], 1)
+    Y = np.concatenate(
+        [np.asarray(parameters).reshape(-1, 18) @ cst_matrix(x, side).T for side in ("upper", "lower")], 1)
     group = np.arange(len(Y))
     for i, y in enumerate(Y):
         for j in group[np.flatnonzero(np.abs(Y[:i] - y).max(1) < tolerance)]: group[group == j] = group[i]
@@ -93,11 +98,13 @@ def split_airfoils(
     seed: int = 0,
     held_out: tuple = (0.1, 0.1),  # shares of validation and test
 ) -> dict[str, np.ndarray]:
-    "Airfoils (their numbers) of `train`, `val` and `test`; shapes that are the same stay together. Raises `UserError` if there are too few."
+    """Airfoils (their numbers) of `train`, `val` and `test`; shapes that are the same stay together.
+    Raises `UserError` if there are too few."""
     group = same_shapes(parameters)
     n = len(set(group.tolist()))
     if n < 3: raise UserError(f"{n} different airfoils cannot be split in three; give at least 3")
-    order, n_val, n_test = np.random.default_rng([seed, 11]).permutation(n), *(max(1, round(share * n)) for share in held_out)
+    order, n_val, n_test = (np.random.default_rng([seed, 11]).permutation(n),
+                            *(max(1, round(share * n)) for share in held_out))
     parts = dict(val=order[:n_val], test=order[n_val:n_val + n_test], train=order[n_val + n_test:])
     return {name: np.flatnonzero(np.isin(group, parts[name])) for name in ("train", "val", "test")}
 
@@ -122,16 +129,21 @@ def label_shapes(
 ) -> Labelled:
     "Solves every shape at every angle and Reynolds number; what did not converge is counted."
     (alphas, Res), parameters = operating_points(alphas, Res), check_parameters(parameters)
-    if len(tuple(names)) != len(parameters): raise UserError(f"{len(tuple(names))} names were given for {len(parameters)} shapes; each has one")
+    if len(tuple(names)) != len(parameters):
+        raise UserError(f"{len(tuple(names))} names were given for {len(parameters)} shapes; each has one")
     began, shape = time.perf_counter(), (len(parameters), len(Res), len(alphas))
-    airfoil, Re, alpha = (m.ravel() for m in np.meshgrid(np.arange(len(parameters)), np.asarray(Res, float), np.asarray(alphas, float), indexing="ij"))
+    airfoil, Re, alpha = (m.ravel() for m in np.meshgrid(np.arange(len(parameters)), np.asarray(Res, float),
+                                                         np.asarray(alphas, float), indexing="ij"))
     if hasattr(solver, "of_parameters"):
         out = solver.of_parameters(np.asarray(parameters)[airfoil], alpha, Re)
         CL, CD, good = out["CL"], out["CD"], out["analysis_confidence"] >= solver.confidence
     else:
         contours = [coordinates(p) for p in parameters]
         polars = [solver.many(contours, alphas, R) for R in Res]
-        CL, CD, good = (np.swapaxes([[getattr(p, k) for p in ps] for ps in polars], 0, 1).reshape(shape).ravel() for k in ("CL", "CD", "converged"))
+        CL, CD, good = (np.swapaxes([[getattr(p, k) for p in ps] for ps in polars], 0, 1).reshape(shape).ravel()
+                        for k in ("CL", "CD", "converged"))
     seconds, n = time.perf_counter() - began, airfoil.size
-    table = select(Table(tuple(names), np.asarray(parameters), airfoil, alpha, Re, CL, CD, dict(rows=n, used=n, skipped={})), good & np.isfinite(CL) & np.isfinite(CD), "not converged")
-    return Labelled(select(table, table.CD >= drag_floor(table.Re), "drag below a laminar flat plate's"), seconds, solver.name)
+    table = select(Table(tuple(names), np.asarray(parameters), airfoil, alpha, Re, CL, CD,
+                         dict(rows=n, used=n, skipped={})), good & np.isfinite(CL) & np.isfinite(CD), "not converged")
+    return Labelled(
+        select(table, table.CD >= drag_floor(table.Re), "drag below a laminar flat plate's"), seconds, solver.name)

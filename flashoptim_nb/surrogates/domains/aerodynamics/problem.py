@@ -54,8 +54,9 @@ def broken(
 ) -> list[str]:
     "The first constraint that each shape breaks, \"\" if none."
     g, inside = geometry(parameters), ((parameters >= low) & (parameters <= high)).all(1)
-    tests = {"crosses itself": g.crossing >= -CROSSING, "too thin": g.thickness >= limits["thickness"], "too small an area": g.area >= limits["area"],
-             "too thin an edge": g.thinnest >= limits["thinnest"], "a weight beyond the training airfoils'": inside}
+    tests = {"crosses itself": g.crossing >= -CROSSING, "too thin": g.thickness >= limits["thickness"],
+             "too small an area": g.area >= limits["area"], "too thin an edge": g.thinnest >= limits["thinnest"],
+             "a weight beyond the training airfoils'": inside}
     return [next((reason for reason, ok in tests.items() if not ok[i]), "") for i in range(len(parameters))]
 
 # %% ../../../../nbs/surrogates/domains/aerodynamics/06_problem.ipynb #a7f0000c
@@ -63,7 +64,8 @@ POINTS = tuple((Re, alpha) for Re in (5e5, 3e6) for alpha in (2.0, 4.0, 6.0))
 NEIGHBOURS = np.array([-0.5, 0.0, 0.5])  # degrees
 
 class LiftToDrag:
-    "An `surrogates.problem.Problem`: airfoils of best lift-to-drag ratio. Raises `UserError` for an operating point without training rows."
+    """An `surrogates.problem.Problem`: airfoils of best lift-to-drag ratio.
+    Raises `UserError` for an operating point without training rows."""
     name, domain, unit = "lift-to-drag", "aerodynamics", "of the training airfoils' best"
 
     def __init__(
@@ -77,7 +79,8 @@ class LiftToDrag:
         components: int = 10,
         device="cpu",  # of the policy
     ):
-        self.data, self.predict, self.points, self.limits, self.device = data, predict, tuple(points), limits, torch.device(device)
+        self.data, self.predict, self.points, self.limits, self.device = (
+            data, predict, tuple(points), limits, torch.device(device))
         self.solver = pick_solver() if solver is None else solver
         self.instances, self.space = len(self.points), Space(data.table.parameters[data.parts["train"]], components)
         self.references = [self._reference(Re, alpha) for Re, alpha in self.points]
@@ -93,8 +96,10 @@ def _reference(self: LiftToDrag, Re: float, alpha: float) -> float:
     else: t = t._replace(airfoil=np.where(np.isin(t.airfoil, good), t.airfoil, -1))
     rows = (t.airfoil >= 0) & (t.Re == Re) & (t.alpha == alpha)
     if rows.sum() < 5 or alpha < 1:
-        raise UserError(f"at Re {Re:g} and {alpha:g} degrees there are {int(rows.sum())} training airfoils that keep the constraints; 5 are needed, at 1 degree or more. "
-                        f"The table has Re {', '.join(f'{v:g}' for v in np.unique(self.data.table.Re))} and {self.data.table.alpha.min():g} to {self.data.table.alpha.max():g} degrees")
+        raise UserError(f"at Re {Re:g} and {alpha:g} degrees there are {int(rows.sum())} training airfoils that keep "
+                        "the constraints; 5 are needed, at 1 degree or more. "
+                        f"The table has Re {', '.join(f'{v:g}' for v in np.unique(self.data.table.Re))} and "
+                        f"{self.data.table.alpha.min():g} to {self.data.table.alpha.max():g} degrees")
     return float(np.quantile(t.CL[rows] / t.CD[rows], 0.95))
 
 @patch
@@ -130,21 +135,26 @@ def _judge(self: LiftToDrag, instance: int, polar) -> tuple[float, str]:
     "Score and reason (\"\" if it counts) of a polar that ends with the three angles."
     CL, CD, converged = (a[-len(NEIGHBOURS):] for a in (polar.CL, polar.CD, polar.converged))
     sound = converged & (np.nan_to_num(CD) >= drag_floor(self.points[instance][0]))
-    if sound.sum() < 2: return 0.0, polar.note or ("not converged" if converged.sum() < 2 else "drag below a laminar flat plate's")
+    if sound.sum() < 2:
+        return 0.0, polar.note or ("not converged" if converged.sum() < 2 else "drag below a laminar flat plate's")
     return max(0.0, float(np.median(CL[sound] / CD[sound])) / self.references[instance]), ""
 
 @patch
 def objective(self: LiftToDrag, instance: int, x: Tensor) -> Tensor:
-    "The solver's score, fp64 (n,); 0 where a constraint is broken or nothing converged, with the reason counted in `counts`."
+    """The solver's score, fp64 (n,);
+    0 where a constraint is broken or nothing converged, with the reason counted in `counts`."""
     (Re, alpha), P = self.points[instance], self.space.parameters(x)
     keys = [(instance, p.round(7).tobytes()) for p in P]
     new = {key: p for key, p in zip(keys, P) if key not in self._verdicts}
-    why = dict(zip(new, broken(np.array(list(new.values())).reshape(-1, len(PARAMETERS)), self.space.low, self.space.high, self.limits)))
+    why = dict(zip(new, broken(np.array(list(new.values())).reshape(-1, len(PARAMETERS)), self.space.low,
+                               self.space.high, self.limits)))
     self._verdicts |= {key: (0.0, reason) for key, reason in why.items() if reason}
     solve = [key for key, reason in why.items() if not reason]
     angles = [*np.arange(0, alpha + NEIGHBOURS[0], 2.0), *(alpha + NEIGHBOURS)]  # XFOIL goes from angle to angle
-    for key, polar in zip(solve, self.solver.many([coordinates(new[key]) for key in solve], angles, Re)): self._verdicts[key] = self._judge(instance, polar)
-    self.counts.update(evaluated=len(new), repeated=len(keys) - len(new), **Counter(self._verdicts[key][1] or "verified" for key in new))
+    for key, polar in zip(solve, self.solver.many([coordinates(new[key]) for key in solve], angles, Re)):
+        self._verdicts[key] = self._judge(instance, polar)
+    self.counts.update(evaluated=len(new), repeated=len(keys) - len(new),
+                       **Counter(self._verdicts[key][1] or "verified" for key in new))
     return torch.tensor([self._verdicts[key][0] for key in keys], dtype=torch.float64)
 
 # %% ../../../../nbs/surrogates/domains/aerodynamics/06_problem.ipynb #a7f00012
@@ -158,7 +168,8 @@ def describe(self: LiftToDrag, instance: int, x: Tensor, i: int) -> str:
     "Candidate `i` in words: thickness, and its CST numbers."
     p, (Re, alpha) = self.space.parameters(x[i:i + 1])[0], self.points[instance]
     sides = "; ".join(f"{side} " + " ".join(f"{v:.4f}" for v in p[k:k + 8]) for side, k in (("upper", 0), ("lower", 8)))
-    return f"{100 * geometry(p).thickness:.1f} % thick, at Re {Re:g} and {alpha:g} degrees; CST {sides}; leading edge {p[16]:.4f}; trailing edge {p[17]:.5f}"
+    return (f"{100 * geometry(p).thickness:.1f} % thick, at Re {Re:g} and {alpha:g} degrees; CST {sides}; "
+            f"leading edge {p[16]:.4f}; trailing edge {p[17]:.5f}")
 
 def problems(
     data: Aerodynamics,

@@ -22,7 +22,8 @@ from fastcore.basics import patch
 
 from ....base.errors import UserError, choose
 from ....base.machine import find_program
-from .airfoils import MAX_ERROR, MAX_WEIGHT, N_SIDE, fit_cst, solver_contour
+from .airfoils import (
+    MAX_ERROR, MAX_WEIGHT, N_SIDE, fit_cst, solver_contour)
 
 # %% ../../../../nbs/surrogates/domains/aerodynamics/01_solvers.ipynb #a2f00006
 class Polar(NamedTuple):
@@ -36,7 +37,8 @@ class Polar(NamedTuple):
 
     def rows(self) -> list[dict]:
         "One dict an angle."
-        return [dict(alpha=float(a), CL=float(l), CD=float(d), CM=float(m), converged=bool(c)) for a, l, d, m, c in zip(*self[:5])]
+        return [dict(alpha=float(a), CL=float(l), CD=float(d), CM=float(m), converged=bool(c))
+                for a, l, d, m, c in zip(*self[:5])]
 
 def _polar(alphas, found, note=""):
     "A `Polar` from the angles asked for and a dict of those found."
@@ -48,12 +50,15 @@ def operating_points(
     alphas,  # degrees, one or several
     Re,  # Reynolds numbers, one or several
 ) -> tuple[np.ndarray, np.ndarray]:  # fp64, at least one-dimensional
-    "Both as arrays; raises `UserError` for angles beyond 90 degrees, Reynolds numbers outside 10^3 to 10^10, and what is no number."
+    """Both as arrays;
+    raises `UserError` for angles beyond 90 degrees, Reynolds numbers outside 10^3 to 10^10, and what is no number."""
     found = []
     for what, given, low, high in (("angles of attack", alphas, -90, 90), ("Reynolds numbers", Re, 1e3, 1e10)):
         try: a = np.atleast_1d(np.asarray(given, float))
         except (TypeError, ValueError): raise UserError(f"{what} have to be numbers; given was {given!r:.60}") from None
-        if a.ndim != 1 or not a.size or not ((a >= low) & (a <= high)).all(): raise UserError(f"{what} have to be from {low:g} to {high:g}, at least one; given was {np.array2string(a, threshold=6)}")
+        if a.ndim != 1 or not a.size or not ((a >= low) & (a <= high)).all():
+            raise UserError(f"{what} have to be from {low:g} to {high:g}, at least one; "
+                            f"given was {np.array2string(a, threshold=6)}")
         found.append(a)
     return tuple(found)
 
@@ -69,14 +74,20 @@ def n_workers(
 # %% ../../../../nbs/surrogates/domains/aerodynamics/01_solvers.ipynb #a2f0000c
 @lru_cache
 def trap_stub() -> Path:
-    "The compiled stub that keeps XFOIL from stopping at floating-point exceptions; raises `UserError` without a C compiler."
+    """The compiled stub that keeps XFOIL from stopping at floating-point exceptions;
+    raises `UserError` without a C compiler."""
     cc = find_program("gcc", "cc", "clang")
-    if cc is None: raise UserError("XFOIL needs a small stub that a C compiler builds, and none was found (gcc, cc, clang); on Debian and Ubuntu: apt install gcc libc6-dev. Without it: pick_solver('neuralfoil')")
+    if cc is None:
+        raise UserError("XFOIL needs a small stub that a C compiler builds, and none was found (gcc, cc, clang); "
+                        "on Debian and Ubuntu: apt install gcc libc6-dev. Without it: pick_solver('neuralfoil')")
     folder = Path(tempfile.mkdtemp(prefix="flashoptim-xfoil-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     (folder / "stub.c").write_text("void _gfortran_set_fpe(int flags) {}\n")
-    done = subprocess.run([cc, "-shared", "-fPIC", "-o", "stub.so", "stub.c"], cwd=folder, capture_output=True, text=True)
-    if done.returncode: raise UserError(f"{cc} could not build XFOIL's stub ({done.stderr.strip()[-200:]}); on Debian and Ubuntu: apt install gcc libc6-dev. Without it: pick_solver('neuralfoil')")
+    done = subprocess.run(
+        [cc, "-shared", "-fPIC", "-o", "stub.so", "stub.c"], cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{cc} could not build XFOIL's stub ({done.stderr.strip()[-200:]}); on Debian and Ubuntu: "
+                        "apt install gcc libc6-dev. Without it: pick_solver('neuralfoil')")
     return folder / "stub.so"
 
 class Xfoil:
@@ -92,15 +103,19 @@ class Xfoil:
         workers: int | None = None,  # processes at a time in `many`
     ):
         self.executable = find_program(executable)
-        if self.executable is None: raise UserError(f"the solver {executable!r} was not found; on Debian and Ubuntu: apt install xfoil. Without it: pick_solver('neuralfoil')")
-        self.timeout, self.n_crit, self.iterations, self.workers, self.stub = timeout, n_crit, iterations, n_workers(workers), trap_stub()
+        if self.executable is None:
+            raise UserError(f"the solver {executable!r} was not found; on Debian and Ubuntu: apt install xfoil. "
+                            "Without it: pick_solver('neuralfoil')")
+        self.timeout, self.n_crit, self.iterations, self.workers, self.stub = (
+            timeout, n_crit, iterations, n_workers(workers), trap_stub())
 
 # %% ../../../../nbs/surrogates/domains/aerodynamics/01_solvers.ipynb #a2f0000e
 @patch
 def _script(self: Xfoil, alphas, Re) -> str:
     "The commands of one polar."
     up, down = sorted(a for a in alphas if a >= 0), sorted((a for a in alphas if a < 0), reverse=True)
-    lines = ["PLOP", "G F", "", "LOAD shape.dat", "PANE", "OPER", f"ITER {self.iterations}", f"VISC {Re:.6g}", "VPAR", f"N {self.n_crit}", "", "PACC", "polar.txt", ""]
+    lines = ["PLOP", "G F", "", "LOAD shape.dat", "PANE", "OPER", f"ITER {self.iterations}", f"VISC {Re:.6g}", "VPAR",
+             f"N {self.n_crit}", "", "PACC", "polar.txt", ""]
     lines += [f"ALFA {a:.3f}" for a in up]
     if up and down: lines.append("INIT")  # a toggle: as the first command it would do the opposite
     return "\n".join([*lines, *(f"ALFA {a:.3f}" for a in down), "PACC", "", "QUIT", ""])
@@ -124,12 +139,14 @@ def polar(
     alphas,  # degrees
     Re: float,  # Reynolds number of the chord
 ) -> Polar:
-    "The polar of a contour; what does not converge, crash or time out included, is recorded in it. Raises `UserError` for a contour that is none."
+    """The polar of a contour; what does not converge, crash or time out included, is recorded in it.
+    Raises `UserError` for a contour that is none."""
     xy, (alphas, (Re,)) = solver_contour(xy), operating_points(alphas, Re)
     with tempfile.TemporaryDirectory(prefix="flashoptim-xfoil-") as folder:
         (Path(folder) / "shape.dat").write_text("shape\n" + "".join(f"{x:.7f} {y:.7f}\n" for x, y in xy))
         env = os.environ | {"LD_PRELOAD": str(self.stub)}
-        run = subprocess.Popen([self.executable], cwd=folder, env=env, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+        run = subprocess.Popen([self.executable], cwd=folder, env=env, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, text=True, start_new_session=True)
         try: run.communicate(self._script(np.atleast_1d(alphas), Re), timeout=self.timeout)
         except subprocess.TimeoutExpired: note = "timed out"
         else: note = "crashed" if run.returncode else ""
@@ -164,8 +181,10 @@ class NeuralFoil:
         confidence: float = 0.5,  # the least that counts as converged, of 1
     ):
         try: import neuralfoil
-        except ImportError: raise UserError("the package neuralfoil was not found; pip install 'flashoptim_nb[surrogates]'") from None
-        self.evaluate, self.model_size, self.n_crit, self.confidence = neuralfoil.get_aero_from_kulfan_parameters, model_size, n_crit, confidence
+        except ImportError:
+            raise UserError("the package neuralfoil was not found; pip install 'flashoptim_nb[surrogates]'") from None
+        self.evaluate, self.model_size, self.n_crit, self.confidence = (
+            neuralfoil.get_aero_from_kulfan_parameters, model_size, n_crit, confidence)
 
     def of_parameters(
         self,
@@ -175,8 +194,11 @@ class NeuralFoil:
     ) -> dict:  # CL, CD, CM, analysis_confidence, each (n,)
         "One answer a row, all rows at once."
         P = np.asarray(parameters, float)
-        kulfan = dict(upper_weights=P[:, :N_SIDE].T, lower_weights=P[:, N_SIDE:2 * N_SIDE].T, leading_edge_weight=P[:, -2], TE_thickness=P[:, -1])
-        with np.errstate(all="ignore"): out = self.evaluate(kulfan, np.asarray(alpha, float), np.asarray(Re, float), n_crit=self.n_crit, model_size=self.model_size)
+        kulfan = dict(upper_weights=P[:, :N_SIDE].T, lower_weights=P[:, N_SIDE:2 * N_SIDE].T,
+                      leading_edge_weight=P[:, -2], TE_thickness=P[:, -1])
+        with np.errstate(all="ignore"):
+            out = self.evaluate(
+                kulfan, np.asarray(alpha, float), np.asarray(Re, float), n_crit=self.n_crit, model_size=self.model_size)
         return {k: np.broadcast_to(out[k], len(P)) for k in ("CL", "CD", "CM", "analysis_confidence")}
 
 # %% ../../../../nbs/surrogates/domains/aerodynamics/01_solvers.ipynb #a2f00016
@@ -184,7 +206,9 @@ def _parameters(xy) -> np.ndarray:  # (18,)
     "A contour as NeuralFoil sees it; raises `UserError` for one that eighteen numbers do not draw."
     fit = fit_cst(solver_contour(xy))
     if fit.largest > MAX_ERROR or np.abs(fit.parameters).max() > MAX_WEIGHT:
-        raise UserError(f"NeuralFoil sees a contour as eighteen numbers, and these draw this one {fit.largest:.4f} chords off (at most {MAX_ERROR}), with weights up to {np.abs(fit.parameters).max():.1f} (at most {MAX_WEIGHT}); take XFOIL")
+        raise UserError("NeuralFoil sees a contour as eighteen numbers, "
+                        f"and these draw this one {fit.largest:.4f} chords off (at most {MAX_ERROR}), "
+                        f"with weights up to {np.abs(fit.parameters).max():.1f} (at most {MAX_WEIGHT}); take XFOIL")
     return fit.parameters
 
 @patch
@@ -201,7 +225,8 @@ def many(  # noqa: F811 - patched into another class
         try: fits.append(_parameters(xy))
         except UserError: fits.append(None)
     good = [p for p in fits if p is not None]
-    out = self.of_parameters(np.repeat(good, len(alphas), 0), np.tile(alphas, len(good)), np.full(len(good) * len(alphas), Re)) if good else {}
+    out = self.of_parameters(np.repeat(good, len(alphas), 0), np.tile(alphas, len(good)),
+                             np.full(len(good) * len(alphas), Re)) if good else {}
     sure = {k: v.reshape(-1, len(alphas)) for k, v in out.items()}
     rest = iter(range(len(good)))
     def one(i):
@@ -211,7 +236,8 @@ def many(  # noqa: F811 - patched into another class
 
 @patch
 def polar(self: NeuralFoil, xy: np.ndarray, alphas, Re: float) -> Polar:  # noqa: F811 - patched into another class
-    "The polar of a contour (n, 2) at `alphas` (degrees); raises `UserError` for one that is none, or that NeuralFoil cannot see."
+    """The polar of a contour (n, 2) at `alphas` (degrees);
+    raises `UserError` for one that is none, or that NeuralFoil cannot see."""
     _parameters(xy)
     return self.many([xy], alphas, Re)[0]
 

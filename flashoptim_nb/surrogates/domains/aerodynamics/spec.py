@@ -21,4 +21,5 @@ _labels = ("fp32", "mixed_bf16", "flash")
 
 DOMAIN = DomainSpec(
     name="aerodynamics", order=20, candidates="airfoils", load=load, problems=problems, label_ways=label_ways,
-    plans=dict(laptop=smoke_plan(2, labels=("fp32",), budget=4 << 20, tries=7), gpu=gpu_plan(20, most=8, labels=_labels), full=full_plan(labels=_labels)))
+    plans=dict(laptop=smoke_plan(2, labels=("fp32",), budget=4 << 20, tries=7),
+               gpu=gpu_plan(20, most=8, labels=_labels), full=full_plan(labels=_labels)))

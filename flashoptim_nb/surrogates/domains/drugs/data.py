@@ -28,12 +28,14 @@ def _rdkit():
         from rdkit import Chem, RDLogger
         from rdkit.Chem import BRICS, QED, Crippen, rdFingerprintGenerator
     except ImportError as error:
-        raise UserError("molecules need the package rdkit, which is not installed; install it with: pip install 'flashoptim_nb[surrogates]'") from error
+        raise UserError("molecules need the package rdkit, which is not installed; install it with: "
+                        "pip install 'flashoptim_nb[surrogates]'") from error
     RDLogger.DisableLog("rdApp.*")
     return Chem, BRICS, QED, Crippen, rdFingerprintGenerator
 
 # %% ../../../../nbs/surrogates/domains/drugs/00_data.ipynb #08000007
-PROPERTIES = ("logP", "QED")  # Crippen's octanol-water partition coefficient, and the quantitative estimate of drug-likeness
+# Crippen's octanol-water partition coefficient, and the quantitative estimate of drug-likeness
+PROPERTIES = ("logP", "QED")
 
 @dataclass(frozen=True)
 class Zinc:
@@ -62,7 +64,8 @@ def read_zinc(
 
 # %% ../../../../nbs/surrogates/domains/drugs/00_data.ipynb #0800000a
 def _molecule(Chem, s):
-    "RDKit's molecule; None for what is none: a missing value, another thing than a text, a text that RDKit cannot read."
+    """RDKit's molecule; None for what is none:
+    a missing value, another thing than a text, a text that RDKit cannot read."""
     try: return Chem.MolFromSmiles(s) if isinstance(s, str) and s.strip() else None
     except UnicodeError: return None
 
@@ -74,7 +77,9 @@ def properties(
     rows = []
     for s in smiles:
         molecule = _molecule(Chem, s)
-        try: rows.append([Crippen.MolLogP(molecule), QED.qed(molecule)] if molecule and molecule.GetNumAtoms() else [np.nan] * 2)
+        try:
+            rows.append(
+                [Crippen.MolLogP(molecule), QED.qed(molecule)] if molecule and molecule.GetNumAtoms() else [np.nan] * 2)
         except (ValueError, RuntimeError): rows.append([np.nan] * 2)
     return np.array(rows, float).reshape(-1, 2)
 
@@ -106,7 +111,8 @@ class Fragments:
 
 def _kinds(fragment: str) -> list[int]:
     "Kinds of a fragment's open ends, in the order of its SMILES."
-    return [int(part.split("*]")[0]) for part in fragment.split("[") if part.split("]")[0].endswith("*") and part.split("*]")[0].isdigit()]
+    return [int(part.split("*]")[0]) for part in fragment.split("[")
+            if part.split("]")[0].endswith("*") and part.split("*]")[0].isdigit()]
 
 def pairs() -> set:
     "Kinds of cuts that go together by a single bond, both ways."
@@ -119,7 +125,8 @@ def fragments(
     cores: int,  # most to keep
     ends: int,
 ) -> Fragments:
-    "The most frequent fragments of molecules, equal ones in alphabetical order; a core that no end fits on one side is left out."
+    """The most frequent fragments of molecules, equal ones in alphabetical order;
+    a core that no end fits on one side is left out."""
     Chem, BRICS, *_ = _rdkit()
     seen, together, bad = Counter(), pairs(), 0
     for s in smiles:
@@ -130,12 +137,16 @@ def fragments(
     open_ends = {f: _kinds(f) for f in ranked}
     usable = [f for f in ranked if 7 not in open_ends[f]]
     last = [f for f in usable if len(open_ends[f]) == 1][:ends]
-    fit = {f: [[(k, open_ends[e][0]) in together for e in last] for k in open_ends[f]] for f in usable if len(open_ends[f]) == 2}
+    fit = {f: [[(k, open_ends[e][0]) in together for e in last] for k in open_ends[f]] for f in usable
+           if len(open_ends[f]) == 2}
     first = [f for f in fit if all(map(any, fit[f]))][:cores]
-    if not first: raise UserError(f"{len(smiles):,} molecules give no core and ends that go together; give more molecules (some hundreds)")
+    if not first:
+        raise UserError(
+            f"{len(smiles):,} molecules give no core and ends that go together; give more molecules (some hundreds)")
     found = Counter(min(len(k), 3) for k in open_ends.values())
-    counts = dict(molecules=len(smiles), unreadable=bad, found=len(ranked), one_end=found[1], two_ends=found[2], more_or_none=found[3] + found[0],
-                  double_bond=len(ranked) - len(usable), cores=len(first), ends=len(last))
+    counts = dict(
+        molecules=len(smiles), unreadable=bad, found=len(ranked), one_end=found[1], two_ends=found[2],
+        more_or_none=found[3] + found[0], double_bond=len(ranked) - len(usable), cores=len(first), ends=len(last))
     return Fragments(tuple(first), tuple(last), np.array([[fit[f][side] for f in first] for side in (0, 1)]), counts)
 
 # %% ../../../../nbs/surrogates/domains/drugs/00_data.ipynb #08000016
@@ -146,7 +157,8 @@ def assemble(
 ) -> str | None:  # canonical SMILES; None if RDKit takes the result for no molecule
     "The molecule of a core and two ends."
     Chem = _rdkit()[0]
-    whole = Chem.CombineMols(Chem.CombineMols(Chem.MolFromSmiles(core), Chem.MolFromSmiles(first)), Chem.MolFromSmiles(second))
+    whole = Chem.CombineMols(
+        Chem.CombineMols(Chem.MolFromSmiles(core), Chem.MolFromSmiles(first)), Chem.MolFromSmiles(second))
     edit = Chem.RWMol(whole)
     one, two, *others = [a.GetIdx() for a in edit.GetAtoms() if a.GetAtomicNum() == 0]
     beside = lambda i: edit.GetAtomWithIdx(i).GetNeighbors()[0].GetIdx()

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ....base.errors import UserError, check_labels, choose
-from .data import PLACES, PROPERTIES, Fragments, Zinc, fingerprints, fragments, read_zinc
+from .data import (PLACES, PROPERTIES, Fragments, Zinc, fingerprints, fragments,
+                                                         read_zinc)
 
 # %% ../../../../nbs/surrogates/domains/drugs/01_domain.ipynb #13a00006
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class CountNet(nn.Module):
         checkpointing: bool = False,  # compute the hidden layers again in the backward pass
     ):
         super().__init__()
-        self.first, self.second, self.last, self.checkpointing = nn.Linear(PLACES, width), nn.Linear(width, width), nn.Linear(width, len(PROPERTIES)), checkpointing
+        self.first, self.second, self.last, self.checkpointing = (nn.Linear(PLACES, width), nn.Linear(width, width),
+                                                                  nn.Linear(width, len(PROPERTIES)), checkpointing)
 
     def hidden(self, x: Tensor) -> Tensor:
         "n x width"
@@ -50,7 +52,8 @@ class CountNet(nn.Module):
         return self.last(checkpoint(self.hidden, x, use_reentrant=False) if self.checkpointing else self.hidden(x))
 
 # %% ../../../../nbs/surrogates/domains/drugs/01_domain.ipynb #13a00008
-SCALES = {"laptop": dict(rows=600, width=32, vocabulary=400, cores=20, ends=40), "gpu": dict(rows=20_000, width=256, vocabulary=2_000, cores=60, ends=120)}
+SCALES = {"laptop": dict(rows=600, width=32, vocabulary=400, cores=20, ends=40),
+          "gpu": dict(rows=20_000, width=256, vocabulary=2_000, cores=60, ends=120)}
 SCALES["full"] = SCALES["gpu"]
 
 class Drugs:
@@ -68,12 +71,16 @@ class Drugs:
         used = np.flatnonzero(ok)
         first, last = int(0.8 * len(used)), int(0.9 * len(used))
         self.rows = dict(train=used[:first], val=used[first:last], test=used[last:])
-        if zinc.values.shape != (len(zinc.smiles), len(PROPERTIES)): raise UserError(f"values of the shape {zinc.values.shape} were given for {len(zinc.smiles)} molecules; each has a logP and a QED")
+        if zinc.values.shape != (len(zinc.smiles), len(PROPERTIES)):
+            raise UserError(f"values of the shape {zinc.values.shape} were given for {len(zinc.smiles)} molecules; "
+                            "each has a logP and a QED")
         if len(used) < 10: raise UserError(f"{len(used)} molecules are left to learn from; take at least 10")
         self.fingerprint, self.y = torch.from_numpy(counts), torch.from_numpy(zinc.values).float()
         check_labels(self.y[used], self.targets)
         self.mean, self.std = self.y[self.rows["train"]].mean(0), self.y[self.rows["train"]].std(0)
-        self.counts = zinc.counts | dict(used=len(used), skipped=zinc.counts["skipped"] | {"no molecule": int((~ok).sum())}) | {k: len(v) for k, v in self.rows.items()}
+        self.counts = zinc.counts | dict(
+            used=len(used), skipped=zinc.counts["skipped"] | {"no molecule": int((~ok).sum())}) | {
+            k: len(v) for k, v in self.rows.items()}
 
     def size(self, split: str) -> int:
         "Molecules of a split."
@@ -102,7 +109,8 @@ def candidates(
 ) -> tuple[CountBatch, Tensor]:  # their batch, labels NaN; and which of them are molecules (n, bool)
     "Molecules without labels, for prediction."
     counts, ok = fingerprints(smiles)
-    return CountBatch(torch.from_numpy(counts).float() / 2, torch.full((len(smiles), len(PROPERTIES)), torch.nan)), torch.from_numpy(ok)
+    return (CountBatch(torch.from_numpy(counts).float() / 2, torch.full((len(smiles), len(PROPERTIES)), torch.nan)),
+            torch.from_numpy(ok))
 
 def load_drugs(
     scale: str = "laptop",  # laptop, gpu or full
@@ -113,4 +121,5 @@ def load_drugs(
     for k in limits: choose("limit", k, c)
     c = c | limits
     zinc = read_zinc(c["rows"])
-    return Drugs(zinc, c["width"], fragments(zinc.smiles[: min(c["vocabulary"], int(0.8 * len(zinc)))], c["cores"], c["ends"]))
+    return Drugs(
+        zinc, c["width"], fragments(zinc.smiles[: min(c["vocabulary"], int(0.8 * len(zinc)))], c["cores"], c["ends"]))

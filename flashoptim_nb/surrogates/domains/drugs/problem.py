@@ -41,7 +41,8 @@ class FragmentPolicy(nn.Module):
         self.head = Head(context, width, cores)
         self.state = nn.Linear(context.shape[1], width)
         self.core, self.end = nn.Embedding(cores, width), nn.Embedding(ends, width)
-        self.out = nn.ModuleList(nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, ends)) for _ in range(2))
+        self.out = nn.ModuleList(
+            nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, ends)) for _ in range(2))
         for net in self.out: nn.init.zeros_(net[-1].weight); nn.init.zeros_(net[-1].bias)
 
     def forward(self, instance: int, n: int, generator: torch.Generator) -> Samples:
@@ -55,7 +56,8 @@ class FragmentPolicy(nn.Module):
         return Samples(torch.stack(chosen, 1), log_pf, torch.zeros_like(log_pf.detach()))
 
 # %% ../../../../nbs/surrogates/domains/drugs/02_problem.ipynb #13b0000a
-WANTED = (-1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0)  # ZINC's molecules have 2.5 on average, with a standard deviation of 1.4
+# ZINC's molecules have 2.5 on average, with a standard deviation of 1.4
+WANTED = (-1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
 
 class DrugProblem:
     "Assemble a drug-like molecule of a wanted logP (an `surrogates.problem.Problem`)."
@@ -70,13 +72,15 @@ class DrugProblem:
     ):
         if drugs.parts is None: raise UserError("this domain was made without fragments; load it with load_drugs")
         self.drugs, self.predict, self.wanted, self.device = drugs, predict, wanted, torch.device(device)
-        self.instances, self.parts, self.fits, self.made = len(wanted), drugs.parts, torch.from_numpy(drugs.parts.fits), {}
+        self.instances, self.parts, self.fits, self.made = (len(wanted), drugs.parts,
+                                                            torch.from_numpy(drugs.parts.fits), {})
         self.core_facts, self.end_facts = _facts(self.parts.cores), _facts(self.parts.ends)
 
     def smiles(self, x: Tensor) -> list[str | None]:
         "The molecules of triples; each is put together once."
         for triple in map(tuple, x.tolist()):
-            if triple not in self.made: self.made[triple] = assemble(self.parts.cores[triple[0]], *(self.parts.ends[e] for e in triple[1:]))
+            if triple not in self.made:
+                self.made[triple] = assemble(self.parts.cores[triple[0]], *(self.parts.ends[e] for e in triple[1:]))
         return [self.made[triple] for triple in map(tuple, x.tolist())]
 
 # %% ../../../../nbs/surrogates/domains/drugs/02_problem.ipynb #13b00010
@@ -90,7 +94,9 @@ def policy(self: DrugProblem, width: int) -> nn.Module:
 def random(self: DrugProblem, instance: int, n: int, generator: torch.Generator) -> Tensor:
     "Triples that fit: n x 3."
     core = torch.randint(len(self.parts.cores), (n,), generator=generator, device=generator.device).cpu()
-    ends = [torch.multinomial(self.fits[side, core].float().to(generator.device), 1, generator=generator).squeeze(1).cpu() for side in (0, 1)]
+    ends = [
+        torch.multinomial(self.fits[side, core].float().to(generator.device), 1, generator=generator).squeeze(1).cpu()
+        for side in (0, 1)]
     return torch.stack([core, *ends], 1).to(self.device)
 
 # %% ../../../../nbs/surrogates/domains/drugs/02_problem.ipynb #13b00011
@@ -123,7 +129,8 @@ def _facts(fragments: tuple[str, ...]) -> Tensor:
     from rdkit import Chem
     from rdkit.Chem import Crippen, rdMolDescriptors as d
     ms = [Chem.MolFromSmiles(f) for f in fragments]
-    return torch.tensor([[m.GetNumHeavyAtoms(), Crippen.MolLogP(m), d.CalcTPSA(m), d.CalcNumHBD(m), d.CalcNumRings(m), d.CalcNumRotatableBonds(m)] for m in ms])
+    return torch.tensor([[m.GetNumHeavyAtoms(), Crippen.MolLogP(m), d.CalcTPSA(m), d.CalcNumHBD(m), d.CalcNumRings(m),
+                          d.CalcNumRotatableBonds(m)] for m in ms])
 
 # %% ../../../../nbs/surrogates/domains/drugs/02_problem.ipynb #5f64046f
 def problems(

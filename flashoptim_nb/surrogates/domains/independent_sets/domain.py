@@ -19,8 +19,10 @@ from torch import nn
 
 from ....base.errors import UserError, check_indices, choose, vouched
 from .graphs import Graph, graphs_folder
-from .partial import SPLITS, Labels, draw_labels, load_labels, make_labels, split_graphs
-from .network import GraphBatch, GraphNet, check_graphs, graphnet_width, pad_graphs
+from .partial import (
+    SPLITS, Labels, draw_labels, load_labels, make_labels, split_graphs)
+from .network import (
+    GraphBatch, GraphNet, check_graphs, graphnet_width, pad_graphs)
 
 # %% ../../../../nbs/surrogates/domains/independent_sets/04_domain.ipynb #12a10006
 INPUTS = 6  # numbers of a node: three states, degree, free degree, chosen neighbours
@@ -37,7 +39,8 @@ class Prepared(NamedTuple):
 
     def near(self, marked: torch.Tensor) -> torch.Tensor:  # int16 (rows, n)
         "How many neighbours of each node are marked, bool (rows, n)."
-        return torch.zeros(marked.shape, dtype=torch.int32, device=marked.device).index_add_(1, self.dst, marked[:, self.src].to(torch.int32)).to(torch.int16)
+        return torch.zeros(marked.shape, dtype=torch.int32, device=marked.device).index_add_(
+            1, self.dst, marked[:, self.src].to(torch.int32)).to(torch.int16)
 
 def prepared(graph: Graph) -> Prepared:
     both = np.concatenate([graph.edges, graph.edges[:, ::-1]]).astype(np.int64)
@@ -64,7 +67,10 @@ def node_counts(graph: Prepared, inside: torch.Tensor) -> torch.Tensor:  # int16
 def node_inputs(degree: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:  # fp32 (..., n, INPUTS)
     "What the network sees, from (n,) and int16 (..., n, 3); counts on a logarithmic scale."
     state = nn.functional.one_hot(counts[..., 0].long(), 3).float()
-    return torch.cat([state, torch.stack([degree.expand(counts.shape[:-1]), counts[..., 1], counts[..., 2]], -1).float().log1p().mul(0.5)], -1)
+    return torch.cat(
+        [state,
+         torch.stack([degree.expand(counts.shape[:-1]), counts[..., 1], counts[..., 2]], -1).float().log1p().mul(0.5)],
+        -1)
 
 # %% ../../../../nbs/surrogates/domains/independent_sets/04_domain.ipynb #12a10008
 def side_by_side(
@@ -100,14 +106,17 @@ class Combinatorial:
         self.lost = torch.from_numpy(labels.lost)[:, None]  # (rows, 1)
         train = self.lost[self.rows["train"]]
         if not all(map(len, self.rows.values())) or train.min() == train.max():
-            raise UserError(f"{len(self.lost)} labels of {len(self.graphs)} graphs leave {', '.join(f'{len(r)} for {s}' for s, r in self.rows.items())}, or all have one value: nothing can be learned; take more graphs or sets")
+            raise UserError(f"{len(self.lost)} labels of {len(self.graphs)} graphs leave "
+                            f"{', '.join(f'{len(r)} for {s}' for s, r in self.rows.items())}, or all have one value: "
+                            "nothing can be learned; take more graphs or sets")
         self.mean, self.std = train.mean(0), train.std(0)
         self.data_hash, self.counts = labels.hash, dict(labels.counts, rows={s: len(r) for s, r in self.rows.items()})
         self.prepared = [prepared(g) for g in self.graphs]
         self.seen = [None] * len(self.lost)  # int16 (n, 3) of each row
         for i, p in enumerate(self.prepared):
             mine = np.flatnonzero(labels.which == i)
-            for row, c in zip(mine, node_counts(p, members(torch.from_numpy(labels.sets[mine]), len(p)))): self.seen[row] = c
+            for row, c in zip(mine, node_counts(p, members(torch.from_numpy(labels.sets[mine]), len(p)))):
+                self.seen[row] = c
         self.largest = max(len(p) for p in self.prepared), max(len(p.src) for p in self.prepared)
 
     def size(self, split: str) -> int: return len(self.rows[choose("split", split, SPLITS)])
@@ -117,7 +126,8 @@ class Combinatorial:
 def batch(self: Combinatorial, split: str, which: np.ndarray) -> GraphBatch:
     "Rows of a split by number."
     rows = self.rows[choose("split", split, SPLITS)][np.asarray(which)]
-    return side_by_side([self.prepared[g] for g in self.labels.which[rows]], [self.seen[r] for r in rows], self.lost[rows])
+    return side_by_side(
+        [self.prepared[g] for g in self.labels.which[rows]], [self.seen[r] for r in rows], self.lost[rows])
 
 @patch
 def batch_of(self: Combinatorial, graph: int, sets: torch.Tensor) -> GraphBatch:
@@ -145,12 +155,14 @@ def width_for(self: Combinatorial, parameters: int) -> int:
 SCALES = dict(
     laptop=dict(families=("random3sat-10",), fallback=("random3sat-10",), instances=40, sets=8, width=24, depth=3),
     gpu=dict(families=("uf20-91",), fallback=("random3sat-20",), instances=1000, sets=16, width=320, depth=8),
-    full=dict(families=("uf20-91", "uf50-218", "uuf50-218"), fallback=("random3sat-20", "random3sat-50"), instances=1000, sets=16, width=384, depth=10),
+    full=dict(families=("uf20-91", "uf50-218", "uuf50-218"), fallback=("random3sat-20", "random3sat-50"),
+              instances=1000, sets=16, width=384, depth=10),
 )
 
 def labels_file(scale: str) -> Path | None:
     "Where a scale's labels lie ready, or None."
-    path = Path(os.environ.get("FLASHOPTIM_DATA") or "/nowhere") / "partial_sets" / f"{choose('scale', scale, [*SCALES])}.npz"
+    path = (Path(os.environ.get("FLASHOPTIM_DATA") or "/nowhere") / "partial_sets"
+            / f"{choose('scale', scale, [*SCALES])}.npz")
     return path if path.is_file() else None
 
 # %% ../../../../nbs/surrogates/domains/independent_sets/04_domain.ipynb #12a10016
@@ -172,7 +184,9 @@ def load_combinatorial(
     if labels is None and not (families or instances or sets or seed or limits): labels = labels_file(scale)
     if labels is not None and Path(labels).is_file(): found = load_labels(labels)
     else:
-        wanted = families or (s["families"] if all(f.startswith("random") or graphs_folder(f) for f in s["families"]) else s["fallback"])
-        how = dict(families=wanted, instances=instances or s["instances"], sets=sets or s["sets"], seed=seed, progress=scale != "laptop" if progress is None else progress, **limits)
+        wanted = families or (
+            s["families"] if all(f.startswith("random") or graphs_folder(f) for f in s["families"]) else s["fallback"])
+        how = dict(families=wanted, instances=instances or s["instances"], sets=sets or s["sets"], seed=seed,
+                   progress=scale != "laptop" if progress is None else progress, **limits)
         found = draw_labels(**how) if labels is None else make_labels(labels, **how)
     return Combinatorial(found, width=width or s["width"], depth=depth or s["depth"], seed=seed)

@@ -37,7 +37,9 @@ def gap(
     optimum: float,  # nodes of a largest one, at least 1
 ) -> float:
     "1 - size / optimum, as the field reports it."
-    if optimum < 1 or size > optimum: raise UserError(f"a set of {size} nodes against an optimum of {optimum}: the optimum is at least 1, and no set exceeds it")
+    if optimum < 1 or size > optimum:
+        raise UserError(
+            f"a set of {size} nodes against an optimum of {optimum}: the optimum is at least 1, and no set exceeds it")
     return 1 - size / optimum
 
 # %% ../../../../nbs/surrogates/domains/independent_sets/01_exact.ipynb #7e010009
@@ -59,7 +61,8 @@ def greedy(graph: Graph, start: Iterable[int] = ()) -> np.ndarray:  # int64, sor
 # %% ../../../../nbs/surrogates/domains/independent_sets/01_exact.ipynb #7e01000c
 def _need(module: str, package: str):
     if importlib.util.find_spec(module) is None:
-        raise UserError(f"{package} is not installed: pip install 'flashoptim_nb[surrogates]'; formulas of up to {MOST} variables can be solved without it (solver='enumeration')")
+        raise UserError(f"{package} is not installed: pip install 'flashoptim_nb[surrogates]'; "
+                        f"formulas of up to {MOST} variables can be solved without it (solver='enumeration')")
 
 def _named(graph: Graph, start: np.ndarray, true: set[int]) -> tuple[int, ...]:
     "The nodes of an assignment: of each satisfied clause one whose literal is true, those of `start` first."
@@ -96,12 +99,16 @@ class Child:
         seconds: float,  # until it is killed
     ):  # the answer's plain values, or None
         "One question; None where the process was killed or died."
-        if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:  # a forked process starts its own
+        # a forked process starts its own
+        if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
             self.owner = os.getpid()
-            self.process = subprocess.Popen([sys.executable, "-P", "-c", self.code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # -P: nothing from the working directory
+            # -P: nothing from the working directory
+            self.process = subprocess.Popen([sys.executable, "-P", "-c", self.code], stdin=subprocess.PIPE,
+                                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         try:
             self.process.stdin.write(json.dumps(question) + "\n"); self.process.stdin.flush()
-            if select.select([self.process.stdout], [], [], seconds)[0] and (line := self.process.stdout.readline()): return json.loads(line)
+            if select.select([self.process.stdout], [], [], seconds)[0] and (line := self.process.stdout.readline()):
+                return json.loads(line)
         except BrokenPipeError: pass
         self.process.kill(); self.process.wait(); self.process = None
 
@@ -147,8 +154,10 @@ def _cpsat(graph: Graph, start: np.ndarray, seconds: float):
     solver = cp_model.CpSolver()
     solver.parameters.max_time_in_seconds, solver.parameters.num_workers, solver.parameters.random_seed = seconds, 1, 0
     status = solver.solve(model)
-    bound = min(graph.target, int(np.floor(solver.best_objective_bound + 1e-6))) if status != cp_model.MODEL_INVALID else graph.target
-    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE): return tuple(fallback.tolist()), max(bound, len(fallback)) if bound > 0 else graph.target, False
+    bound = (min(graph.target, int(np.floor(solver.best_objective_bound + 1e-6))) if status != cp_model.MODEL_INVALID
+             else graph.target)
+    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        return tuple(fallback.tolist()), max(bound, len(fallback)) if bound > 0 else graph.target, False
     return tuple(i for i in range(graph.n) if solver.value(x[i])), bound, status == cp_model.OPTIMAL
 
 # %% ../../../../nbs/surrogates/domains/independent_sets/01_exact.ipynb #7e01001e
@@ -185,7 +194,11 @@ MOST = 20  # variables that are enumerated: 1 MiB a formula
 
 @lru_cache(maxsize=8)
 def _unsatisfied(graph: Graph) -> np.ndarray:  # uint16, v axes of length 2 (false, true)
-    if not graph.clauses or graph.variables > MOST: raise UserError(f"{graph.name!r} cannot be enumerated: {f'its {graph.variables} variables exceed {MOST}' if graph.clauses else 'it is not a formula'}; take solver='{'rc2' if graph.clauses else 'cpsat'}'")
+    if not graph.clauses or graph.variables > MOST:
+        raise UserError(
+            f"{graph.name!r} cannot be enumerated: "
+            f"{f'its {graph.variables} variables exceed {MOST}' if graph.clauses else 'it is not a formula'}; "
+            f"take solver='{'rc2' if graph.clauses else 'cpsat'}'")
     table = np.zeros((2,) * graph.variables, np.uint16)
     for c in map(set, graph.clauses):
         if any(-x in c for x in c): continue  # always satisfied
@@ -206,7 +219,8 @@ def _enumeration(graph: Graph, start: np.ndarray, seconds: float = 0.0):
 SOLVERS = dict(rc2=_rc2, cpsat=_cpsat, branch=_branch, enumeration=_enumeration)
 
 def solver_for(graph: Graph) -> str:
-    "The solver that `auto` stands for: rc2 for formulas, enumeration where it is missing and the formula small; branch for dense graphs, cpsat for others."
+    """The solver that `auto` stands for: rc2 for formulas, enumeration where it is missing and the formula small;
+    branch for dense graphs, cpsat for others."""
     if not graph.clauses: return "branch" if len(graph.edges) > 0.15 * graph.n**2 else "cpsat"
     return "enumeration" if importlib.util.find_spec("pysat") is None and graph.variables <= MOST else "rc2"
 
@@ -216,14 +230,19 @@ def largest_containing(
     solver: str = "auto",  # or a name in `SOLVERS`
     seconds: float = 60.0,  # the time a solver may take
 ) -> Solved:
-    "The largest independent set that contains `start`; raises `UserError` if that is not independent or the solver is missing."
+    """The largest independent set that contains `start`;
+    raises `UserError` if that is not independent or the solver is missing."""
     began, start = time.perf_counter(), checked(graph, start)
-    if not independent(graph, start): raise UserError(f"{start.tolist()} is not independent in {graph.name!r}: no independent set contains it")
+    if not independent(graph, start):
+        raise UserError(f"{start.tolist()} is not independent in {graph.name!r}: no independent set contains it")
     name = solver_for(graph) if choose("solver", solver, ["auto", *SOLVERS]) == "auto" else solver
     if not len(graph.edges): nodes, bound, proven, name = tuple(range(graph.n)), graph.n, True, "no edges"
-    elif name == "rc2" and not graph.clauses: raise UserError(f"rc2 solves formulas, and {graph.name!r} is none; take solver='cpsat'")
+    elif name == "rc2" and not graph.clauses:
+        raise UserError(f"rc2 solves formulas, and {graph.name!r} is none; take solver='cpsat'")
     else: nodes, bound, proven = SOLVERS[name](graph, start, seconds)
     if nodes is None: nodes = tuple(greedy(graph, start).tolist())
-    if not (independent(graph, nodes) and set(start.tolist()) <= set(nodes) and len(nodes) <= bound and (len(nodes) == bound or not proven)):
-        raise AssertionError(f"{name} gave {len(nodes)} nodes and a bound of {bound} for {graph.name}, which do not hold on the graph's own edges")
+    if not (independent(graph, nodes) and set(start.tolist()) <= set(nodes) and len(nodes) <= bound
+            and (len(nodes) == bound or not proven)):
+        raise AssertionError(f"{name} gave {len(nodes)} nodes and a bound of {bound} for {graph.name}, "
+                             "which do not hold on the graph's own edges")
     return Solved(len(nodes), bound, proven or len(nodes) == bound, nodes, name, time.perf_counter() - began)

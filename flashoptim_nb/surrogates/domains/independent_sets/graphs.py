@@ -59,13 +59,19 @@ def make_graph(
     **origin,  # the other fields of `Graph`
 ) -> Graph:
     "A graph from any list of pairs; raises `UserError` for loops and for nodes that are not there."
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 0 < n < 2**31: raise UserError(f"graph {name!r} has {n!r:.40} nodes; give a whole number, at least one")
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 0 < n < 2**31:
+        raise UserError(f"graph {name!r} has {n!r:.40} nodes; give a whole number, at least one")
     try: e = np.asarray(list(edges) if not isinstance(edges, np.ndarray) else edges)
     except (TypeError, ValueError): e = None
-    if e is None or e.size and (e.dtype.kind not in "iu" or e.ndim != 2 or e.shape[1] != 2): raise UserError(f"the edges of graph {name!r} have to be pairs of whole numbers")
+    if e is None or e.size and (e.dtype.kind not in "iu" or e.ndim != 2 or e.shape[1] != 2):
+        raise UserError(f"the edges of graph {name!r} have to be pairs of whole numbers")
     e = e.astype(np.int64).reshape(-1, 2)
-    if e.size and (e.min() < 0 or e.max() >= n): raise UserError(f"graph {name!r} has an edge to node {e.max() if e.max() >= n else e.min()}; its nodes are 0 to {n - 1}")
-    if (e[:, 0] == e[:, 1]).any(): raise UserError(f"graph {name!r} joins node {e[e[:, 0] == e[:, 1]][0, 0]} to itself; such a node can be in no independent set: leave it out")
+    if e.size and (e.min() < 0 or e.max() >= n):
+        raise UserError(
+            f"graph {name!r} has an edge to node {e.max() if e.max() >= n else e.min()}; its nodes are 0 to {n - 1}")
+    if (e[:, 0] == e[:, 1]).any():
+        raise UserError(f"graph {name!r} joins node {e[e[:, 0] == e[:, 1]][0, 0]} to itself; "
+                        "such a node can be in no independent set: leave it out")
     e = np.unique(np.sort(e, axis=1), axis=0) if e.size else e
     return Graph(name, n, e.astype(np.int32), **origin)
 
@@ -76,9 +82,13 @@ def checked(
 ) -> np.ndarray:  # int64, sorted
     "The nodes as a sorted array; raises `UserError` for one twice or one that is not in the graph."
     nodes = list(nodes)
-    if odd := [i for i in nodes if isinstance(i, (bool, np.bool_)) or not isinstance(i, (int, np.integer)) or not -(2**63) <= i < 2**63]: raise UserError(f"{odd[0]!r:.40} is no node of {graph.name!r}; nodes are whole numbers")
+    if odd := [i for i in nodes
+               if isinstance(i, (bool, np.bool_)) or not isinstance(i, (int, np.integer)) or not -(2**63) <= i < 2**63]:
+        raise UserError(f"{odd[0]!r:.40} is no node of {graph.name!r}; nodes are whole numbers")
     s = np.sort(np.array(nodes, np.int64))
-    if s.size and (s[0] < 0 or s[-1] >= graph.n): raise UserError(f"node {s[0] if s[0] < 0 else s[-1]} is not in {graph.name!r}, whose nodes are 0 to {graph.n - 1}")
+    if s.size and (s[0] < 0 or s[-1] >= graph.n):
+        raise UserError(
+            f"node {s[0] if s[0] < 0 else s[-1]} is not in {graph.name!r}, whose nodes are 0 to {graph.n - 1}")
     if (s[1:] == s[:-1]).any(): raise UserError(f"node {s[1:][s[1:] == s[:-1]][0]} is given twice")
     return s
 
@@ -105,17 +115,26 @@ def formula_graph(
 ) -> Graph:
     "One node a literal occurrence; edges within a clause and between contradicting literals."
     try: clauses = tuple(map(tuple, clauses))
-    except TypeError: raise UserError(f"formula {name!r} has to be a list of clauses, each a list of literals, such as [[1, -2, 3], [2, 3]]") from None
-    if odd := [x for c in clauses for x in c if isinstance(x, (bool, np.bool_)) or not isinstance(x, (int, np.integer)) or abs(int(x)) > MOST_VARIABLES]:
-        raise UserError(f"formula {name!r} holds {'an endless number' if isinstance(odd[0], int) and abs(odd[0]) >= 2**63 else repr(odd[0])[:40]}; literals are whole numbers from -{MOST_VARIABLES} to {MOST_VARIABLES}, without 0")
+    except TypeError:
+        raise UserError(f"formula {name!r} has to be a list of clauses, each a list of literals, such as [[1, -2, 3], "
+                        "[2, 3]]") from None
+    if odd := [
+            x for c in clauses for x in c
+            if isinstance(x, (bool, np.bool_)) or not isinstance(x, (int, np.integer)) or abs(int(x)) > MOST_VARIABLES]:
+        raise UserError(
+            f"formula {name!r} holds "
+            f"{'an endless number' if isinstance(odd[0], int) and abs(odd[0]) >= 2**63 else repr(odd[0])[:40]}; "
+            f"literals are whole numbers from -{MOST_VARIABLES} to {MOST_VARIABLES}, without 0")
     clauses = tuple(tuple(int(x) for x in c) for c in clauses)
-    if not clauses or not all(clauses): raise UserError(f"formula {name!r} has {'an empty clause' if clauses else 'no clauses'}: it makes no graph")
+    if not clauses or not all(clauses):
+        raise UserError(f"formula {name!r} has {'an empty clause' if clauses else 'no clauses'}: it makes no graph")
     literals = np.array([x for c in clauses for x in c], np.int32)
     if (literals == 0).any(): raise UserError(f"formula {name!r} holds the literal 0; variables are numbered from 1")
     clause = np.repeat(np.arange(len(clauses)), [len(c) for c in clauses]).astype(np.int32)
     at = {}
     for node, x in enumerate(literals.tolist()): at.setdefault(x, []).append(node)
-    edges = [pair for c in np.split(np.arange(len(literals)), np.flatnonzero(np.diff(clause)) + 1) for pair in combinations(c.tolist(), 2)]
+    edges = [pair for c in np.split(np.arange(len(literals)), np.flatnonzero(np.diff(clause)) + 1)
+             for pair in combinations(c.tolist(), 2)]
     edges += [(i, j) for x in at if x > 0 for i in at[x] for j in at.get(-x, ())]
     return make_graph(name, len(literals), edges, family=family, literals=literals, clause=clause, clauses=clauses)
 
@@ -128,12 +147,15 @@ def random_3sat(
     ratio: float = THRESHOLD,  # clauses a variable
 ) -> Graph:
     "A formula of `round(ratio * variables)` random clauses, as a graph."
-    if not 0 < ratio < float("inf"): raise UserError(f"{ratio} clauses a variable were asked for; give a number above 0, such as {THRESHOLD}")
-    if variables < 3: raise UserError(f"random 3-SAT of {variables} variables: a clause takes three different ones; give 3 or more")
+    if not 0 < ratio < float("inf"):
+        raise UserError(f"{ratio} clauses a variable were asked for; give a number above 0, such as {THRESHOLD}")
+    if variables < 3:
+        raise UserError(f"random 3-SAT of {variables} variables: a clause takes three different ones; give 3 or more")
     rng = np.random.default_rng((seed, variables))
     m = max(1, round(ratio * variables))
     chosen = np.stack([rng.permutation(variables)[:3] + 1 for _ in range(m)])
-    return formula_graph(f"random3sat-{variables}-{seed}", chosen * rng.choice((-1, 1), (m, 3)), f"random3sat-{variables}")
+    return formula_graph(
+        f"random3sat-{variables}-{seed}", chosen * rng.choice((-1, 1), (m, 3)), f"random3sat-{variables}")
 
 # %% ../../../../nbs/surrogates/domains/independent_sets/00_graphs.ipynb #6a010016
 SATLIB = ("uf20-91", "uf50-218", "uuf50-218", "uf75-325", "uuf175-753", "flat100-239", "flat175-417", "flat200-479")
@@ -156,12 +178,14 @@ def graphs_folder(family: str) -> Path | None:
 # %% ../../../../nbs/surrogates/domains/independent_sets/00_graphs.ipynb #6a010017
 def _file(family: str) -> Path:
     if (path := graphs_folder(family)) is None:
-        raise UserError(f"{family} is not here: set FLASHOPTIM_DATA to a folder that holds {'dimacs_clique/dimacs_clique.npz' if family == 'dimacs' else 'satlib/satlib_cnf.npz'}, "
+        raise UserError(f"{family} is not here: set FLASHOPTIM_DATA to a folder that holds "
+                        f"{'dimacs_clique/dimacs_clique.npz' if family == 'dimacs' else 'satlib/satlib_cnf.npz'}, "
                         "or take random3sat-20, which is drawn from a seed")
     return path
 
 def _told(path: Path, family: str, error: Exception) -> UserError:
-    return UserError(f"{path} does not hold {family} as SATLIB's and DIMACS's files do ({type(error).__name__}: {error}); fetch it again")
+    return UserError(f"{path} does not hold {family} as SATLIB's and DIMACS's files do "
+                     f"({type(error).__name__}: {error}); fetch it again")
 
 def read_satlib(family: str, limit: int | None = None) -> list[tuple[str, np.ndarray | list]]:
     "Names and clauses of a SATLIB family, in the file's order; raises `UserError` where the file holds something else."
@@ -173,7 +197,8 @@ def read_satlib(family: str, limit: int | None = None) -> list[tuple[str, np.nda
         names = [x.decode() for x in found[f"{family}/names"][:limit]]
         if family in found: return list(zip(names, found[family][:limit].tolist(), strict=True))
         lits, ptr = found[f"{family}/lits"], found[f"{family}/ptr"]
-        if lits.dtype.kind not in "iu" or ptr.dtype.kind not in "iu" or len(ptr) <= len(names) or ptr[0] < 0 or ptr[-1] > len(lits) or (np.diff(ptr) < 0).any():
+        if (lits.dtype.kind not in "iu" or ptr.dtype.kind not in "iu" or len(ptr) <= len(names) or ptr[0] < 0
+                or ptr[-1] > len(lits) or (np.diff(ptr) < 0).any()):
             raise ValueError(f"its {len(names)} formulas do not lie one after the other in {len(lits)} literals")
         return [(name, clauses(lits[a:b])) for name, a, b in zip(names, ptr, ptr[1:])]
     except (*BAD_ARRAYS, AttributeError, UnicodeError) as error: raise _told(path, family, error) from None
@@ -182,11 +207,13 @@ def read_satlib(family: str, limit: int | None = None) -> list[tuple[str, np.nda
 def _triangle(name: str, found: dict) -> tuple[int, np.ndarray]:
     "Nodes of a clique graph and its upper triangle, one bit a pair."
     n, bits = index(found[f"{name}/n"].item()), found[name]
-    if n < 1 or bits.shape != ((n * (n - 1) // 2 + 7) // 8,): raise ValueError(f"{name} has {n} nodes, and {bits.size} bytes for their pairs")
+    if n < 1 or bits.shape != ((n * (n - 1) // 2 + 7) // 8,):
+        raise ValueError(f"{name} has {n} nodes, and {bits.size} bytes for their pairs")
     return n, np.unpackbits(bits, count=n * (n - 1) // 2).astype(bool)
 
 def read_dimacs(name: str | None = None) -> dict[str, tuple[int, np.ndarray]]:
-    "Nodes and upper triangle (bool, `numpy.triu_indices(n, 1)`) of the clique graphs, or of one; raises `UserError` where the file holds something else."
+    """Nodes and upper triangle (bool, `numpy.triu_indices(n, 1)`) of the clique graphs, or of one;
+    raises `UserError` where the file holds something else."""
     path = _file("dimacs")
     found = read_npz(path, only=lambda key: name in (None, key.partition("/")[0]))
     try: return {key: _triangle(key, found) for key in found if "/" not in key and name in (None, key)}
@@ -214,7 +241,8 @@ def load_graphs(
     seed: int = 0,  # of random ones
 ) -> GraphSet:
     "The graphs of a family; raises `UserError` where the family is unknown or its file is not here."
-    if limit is not None and limit < 0: raise UserError(f"at most {limit} graphs were asked for; give a number from 0 on, or None for all")
+    if limit is not None and limit < 0:
+        raise UserError(f"at most {limit} graphs were asked for; give a number from 0 on, or None for all")
     kind, _, size = family.partition("-")
     if kind == "random3sat" and size.isascii() and size.isdigit() and len(size) < 10:
         read = [(int(size), seed * 1_000_003 + i) for i in range(100 if limit is None else limit)]

@@ -30,7 +30,8 @@ class GraphBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "GraphBatch":
         "The same on another device."
-        return vouched(GraphBatch(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self))), like=self)
+        return vouched(
+            GraphBatch(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self))), like=self)
 
 # %% ../../../../nbs/surrogates/domains/independent_sets/03_network.ipynb #5e010061
 def check_graphs(batch: GraphBatch):
@@ -46,10 +47,13 @@ def pad_graphs(
 ) -> GraphBatch:
     "The batch with filling; raises `UserError` where it does not fit."
     n, e = nodes - len(batch.x), edges - len(batch.src)
-    if n < 1 or e < 0: raise UserError(f"a batch of {len(batch.x)} nodes and {len(batch.src)} edges does not fit into {nodes} and {edges}; one node more is needed at least")
-    fill = len(batch.x) + torch.arange(e, device=batch.src.device) * n // max(e, 1)  # dealt out evenly: a GPU adds to one row one after the other
-    filled = replace(batch, x=F.pad(batch.x, (0, 0, 0, n)), src=torch.cat([batch.src, fill]), dst=torch.cat([batch.dst, fill]),
-                     of=F.pad(batch.of, (0, n), value=len(batch)))
+    if n < 1 or e < 0:
+        raise UserError(f"a batch of {len(batch.x)} nodes and {len(batch.src)} edges does not fit into {nodes} and "
+                        f"{edges}; one node more is needed at least")
+    # dealt out evenly: a GPU adds to one row one after the other
+    fill = len(batch.x) + torch.arange(e, device=batch.src.device) * n // max(e, 1)
+    filled = replace(batch, x=F.pad(batch.x, (0, 0, 0, n)), src=torch.cat([batch.src, fill]),
+                     dst=torch.cat([batch.dst, fill]), of=F.pad(batch.of, (0, n), value=len(batch)))
     return vouched(filled, like=batch)
 
 # %% ../../../../nbs/surrogates/domains/independent_sets/03_network.ipynb #5e01000a
@@ -81,13 +85,15 @@ def neighbour_sum(
 class Norm(nn.LayerNorm):
     "LayerNorm in the dtype of its input."
     def forward(self, h):
-        with torch.autocast(h.device.type, enabled=False): return F.layer_norm(h, self.normalized_shape, self.weight.to(h.dtype), self.bias.to(h.dtype), self.eps)
+        with torch.autocast(h.device.type, enabled=False):
+            return F.layer_norm(h, self.normalized_shape, self.weight.to(h.dtype), self.bias.to(h.dtype), self.eps)
 
 class Layer(nn.Module):
     "One round of messages, by the formula above."
     def __init__(self, width: int, depth: int):
         super().__init__()
-        self.norm, self.own, self.near, self.out = Norm(width), nn.Linear(width, 2 * width), nn.Linear(width, 2 * width, bias=False), nn.Linear(2 * width, width)
+        self.norm, self.own, self.near, self.out = Norm(width), nn.Linear(width, 2 * width), nn.Linear(
+            width, 2 * width, bias=False), nn.Linear(2 * width, width)
         with torch.no_grad(): self.out.weight.mul_(depth**-0.5)
 
     def forward(self, h_NC, src_E, dst_E, scale_N1):
@@ -112,10 +118,12 @@ class GraphEncoder(nn.Module):
 
     def nodes(self, x_NF, src_E, dst_E) -> torch.Tensor:  # (N, C)
         with torch.autocast(x_NF.device.type, enabled=False):
-            degree = torch.zeros(len(x_NF), 1, device=x_NF.device).index_add_(0, dst_E, torch.ones(len(dst_E), 1, device=x_NF.device))
+            degree = torch.zeros(len(x_NF), 1, device=x_NF.device).index_add_(
+                0, dst_E, torch.ones(len(dst_E), 1, device=x_NF.device))
         scale, h = (degree + 1).rsqrt(), self.embed(x_NF.to(self.embed.weight.dtype))
         for layer in self.layers:
-            if self.checkpointing and torch.is_grad_enabled(): h = checkpoint(layer, h, src_E, dst_E, scale, use_reentrant=False)
+            if self.checkpointing and torch.is_grad_enabled():
+                h = checkpoint(layer, h, src_E, dst_E, scale, use_reentrant=False)
             else: h = layer(h, src_E, dst_E, scale)
         return self.norm(h)
 
@@ -130,7 +138,8 @@ class GraphNet(GraphEncoder):
         if not is_vouched(batch): check_graphs(batch)
         g = F.gelu(self.node(self.nodes(batch.x, batch.src, batch.dst))).float()
         total = torch.zeros(len(batch) + 1, g.shape[1], device=g.device).index_add_(0, batch.of, g)[:-1]
-        count = torch.zeros(len(batch) + 1, 1, device=g.device).index_add_(0, batch.of, torch.ones(len(g), 1, device=g.device))[:-1].clamp_(min=1)
+        count = torch.zeros(len(batch) + 1, 1, device=g.device).index_add_(
+            0, batch.of, torch.ones(len(g), 1, device=g.device))[:-1].clamp_(min=1)
         pooled = torch.cat([total / count, total * count.rsqrt()], 1).to(self.mix.weight.dtype)
         return self.head(F.gelu(self.mix(pooled))).float()
 
@@ -138,7 +147,8 @@ class GraphNet(GraphEncoder):
 def graphnet_parameters(inputs: int, width: int, depth: int, targets: int = 1) -> int:
     "How many parameters `GraphNet` has."
     layer = 6 * width**2 + 5 * width
-    return (inputs + 1) * width + depth * layer + 2 * width + (width + 1) * width + (2 * width + 1) * width + (width + 1) * targets
+    return ((inputs + 1) * width + depth * layer + 2 * width + (width + 1) * width + (2 * width + 1) * width
+            + (width + 1) * targets)
 
 def graphnet_width(parameters: int, inputs: int, depth: int, targets: int = 1) -> int:
     "The width whose network comes nearest to so many parameters; a multiple of 8 where that is within 3 % of them."

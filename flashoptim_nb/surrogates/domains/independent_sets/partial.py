@@ -45,7 +45,8 @@ def partial_set(
     return np.sort(np.array(chosen, np.int64))
 
 def most_nodes(graph: Graph, optimum: int) -> int:
-    "How many nodes the largest partial sets have: half the optimum, at most one and a half for each variable of a formula, which settles almost all of them."
+    """How many nodes the largest partial sets have:
+    half the optimum, at most one and a half for each variable of a formula, which settles almost all of them."""
     return max(1, min(optimum // 2, round(1.5 * graph.variables)) if graph.clauses else optimum // 2)
 
 # %% ../../../../nbs/surrogates/domains/independent_sets/02_partial.ipynb #7a010009
@@ -85,7 +86,9 @@ def _valued(graph: Graph, number: int, sets: int, seed: int, solver: str, second
     return found
 
 def _stacked(sets: list[np.ndarray]) -> np.ndarray:
-    if max((int(s.max()) for s in sets if len(s)), default=0) > 2**15 - 1: raise UserError(f"a graph of more than {2**15:,} nodes was given; partial sets are stored in 16 bits: set max_nodes to {2**15:,} at most")
+    if max((int(s.max()) for s in sets if len(s)), default=0) > 2**15 - 1:
+        raise UserError(f"a graph of more than {2**15:,} nodes was given; partial sets are stored in 16 bits: "
+                        f"set max_nodes to {2**15:,} at most")
     out = np.full((len(sets), max(map(len, sets), default=1)), -1, np.int16)
     for row, s in zip(out, sets): row[:len(s)] = s
     return out
@@ -103,21 +106,29 @@ def draw_labels(
     progress: bool = False,  # a bar on the terminal
 ) -> Labels:
     "Partial sets of a family's graphs with their exact values; raises `UserError` where nothing is left to learn from."
-    if max_nodes >= 2**15: raise UserError(f"max_nodes is {max_nodes}; labels number nodes in 16 bits: give less than {2**15:,}")
+    if max_nodes >= 2**15:
+        raise UserError(f"max_nodes is {max_nodes}; labels number nodes in 16 bits: give less than {2**15:,}")
     families = (families,) if isinstance(families, str) else tuple(families)
     read = [load_graphs(f, instances, max_nodes, seed) for f in families]
-    skipped, kept, rows = sum((Counter(r.skipped) for r in read), Counter()), [], []  # rows: graph, nodes, what was found
+    # rows: graph, nodes, what was found
+    skipped, kept, rows = sum((Counter(r.skipped) for r in read), Counter()), [], []
     for number, graph in enumerate(track([g for r in read for g in r.graphs], "exact values", disable=not progress)):
         best, found = _valued(graph, number, sets, seed, solver, seconds)
         if best is None: skipped[found] += 1; continue
         rows += [(len(kept), s, v) for s, v in found]
         kept.append((graph, best.size))
     used = [row for row in rows if row[2].proven]
-    if not used: raise UserError(f"no partial set of {', '.join(families)} has a value to learn from: {dict(skipped) or 'no graphs were asked for, or no sets'}; take another family, more nodes or more time")
+    if not used:
+        raise UserError(
+            f"no partial set of {', '.join(families)} has a value to learn from: "
+            f"{dict(skipped) or 'no graphs were asked for, or no sets'}; take another family, more nodes or more time")
     unproven = {f"value not proven in {seconds:g} s": len(rows) - len(used)} if len(rows) > len(used) else {}
-    counts = dict(graphs=dict(read=sum(r.read for r in read), used=len(kept), skipped=dict(skipped)), sets=dict(read=len(rows), used=len(used), skipped=unproven))
-    settings = dict(families=list(families), instances=instances, sets=sets, seed=seed, max_nodes=max_nodes, solver=solver, seconds=seconds)
-    return Labels(tuple(g for g, _ in kept), np.array([n for _, n in kept], np.int32), np.array([g for g, _, _ in used], np.int32), _stacked([s for _, s, _ in used]),
+    counts = dict(graphs=dict(read=sum(r.read for r in read), used=len(kept), skipped=dict(skipped)),
+                  sets=dict(read=len(rows), used=len(used), skipped=unproven))
+    settings = dict(families=list(families), instances=instances, sets=sets, seed=seed, max_nodes=max_nodes,
+                    solver=solver, seconds=seconds)
+    return Labels(tuple(g for g, _ in kept), np.array([n for _, n in kept], np.int32),
+                  np.array([g for g, _, _ in used], np.int32), _stacked([s for _, s, _ in used]),
                   np.array([v.size for _, _, v in used], np.int32), counts, settings)
 
 # %% ../../../../nbs/surrogates/domains/independent_sets/02_partial.ipynb #7a010010
@@ -130,8 +141,11 @@ def save_labels(path: str | Path, labels: Labels) -> Path:
     edges = [g.edges[:0] if g.clauses else g.edges for g in labels.graphs]
     ends = lambda parts: np.cumsum([len(p) for p in parts])
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(whole, about=np.array(json.dumps(dict(graphs=graphs, counts=labels.counts, settings=labels.settings, hash=labels.hash))), formulas=np.concatenate(formulas),
-                        formula_ends=ends(formulas), edges=np.concatenate(edges), edge_ends=ends(edges), optimum=labels.optimum, which=labels.which, sets=labels.sets, value=labels.value)
+    np.savez_compressed(
+        whole, about=np.array(
+            json.dumps(dict(graphs=graphs, counts=labels.counts, settings=labels.settings, hash=labels.hash))),
+        formulas=np.concatenate(formulas), formula_ends=ends(formulas), edges=np.concatenate(edges),
+        edge_ends=ends(edges), optimum=labels.optimum, which=labels.which, sets=labels.sets, value=labels.value)
     return whole.replace(path)
 
 # %% ../../../../nbs/surrogates/domains/independent_sets/02_partial.ipynb #7a010016
@@ -145,24 +159,36 @@ def _graph(about: dict, literals: np.ndarray, edges: np.ndarray) -> Graph:
 def _parts(d: dict, about: dict) -> tuple[list, ...]:
     "Each graph's entry, literals and edges; as many of each as there are graphs."
     parts = about["graphs"], np.split(d["formulas"], d["formula_ends"][:-1]), np.split(d["edges"], d["edge_ends"][:-1])
-    if len(set(map(len, parts))) != 1: raise ValueError(f"{', '.join(str(len(part)) for part in parts)} graphs, formulas and lists of edges")
+    if len(set(map(len, parts))) != 1:
+        raise ValueError(f"{', '.join(str(len(part)) for part in parts)} graphs, formulas and lists of edges")
     return parts
 
 def load_labels(path: str | Path) -> Labels:
-    "Reads what `save_labels` wrote; raises `UserError` if the file is missing, something else, or not what was written."
-    if not Path(path).is_file(): raise UserError(f"there are no labels at {path}; make them with make_labels({str(path)!r})")
+    """Reads what `save_labels` wrote;
+    raises `UserError` if the file is missing, something else, or not what was written."""
+    if not Path(path).is_file():
+        raise UserError(f"there are no labels at {path}; make them with make_labels({str(path)!r})")
     try: d = read_npz(path, _ARRAYS)
-    except UserError as error: raise UserError(f"{path} is no file of labels, make it with make_labels: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path} is no file of labels, make it with make_labels: {error}") from None
     try:
         about = read_json(str(d["about"]))
-        labels = Labels(tuple(map(_graph, *_parts(d, about))), d["optimum"], d["which"], d["sets"], d["value"], about["counts"], about["settings"])
+        labels = Labels(tuple(map(_graph, *_parts(d, about))), d["optimum"], d["which"], d["sets"], d["value"],
+                        about["counts"], about["settings"])
         written, found = about["hash"], labels.hash
-    except (*BAD_ARRAYS, AttributeError) as error: raise UserError(f"{path} is no file of labels ({type(error).__name__}: {error}); make it with make_labels") from error
-    if found != written: raise UserError(f"the labels in {path} are not those that were written ({found} instead of {str(written)[:12]}); make them again")
+    except (*BAD_ARRAYS, AttributeError) as error:
+        raise UserError(
+            f"{path} is no file of labels ({type(error).__name__}: {error}); make it with make_labels") from error
+    if found != written:
+        raise UserError(f"the labels in {path} are not those that were written "
+                        f"({found} instead of {str(written)[:12]}); make them again")
     return labels
 
 # %% ../../../../nbs/surrogates/domains/independent_sets/02_partial.ipynb #7a010017
-def make_labels(path: str | Path, families: str | Sequence[str] = "uf20-91", instances: int | None = 1000, sets: int = 16, *, progress: bool = True, **options) -> Labels:
+def make_labels(
+    path: str | Path, families: str | Sequence[str] = "uf20-91", instances: int | None = 1000, sets: int = 16, *,
+    progress: bool = True, **options,
+) -> Labels:
     "`draw_labels` with a progress bar, into one file."
     labels = draw_labels(families, instances, sets, progress=progress, **options)
     save_labels(path, labels)
@@ -177,7 +203,8 @@ def split_graphs(
     shares: tuple[float, float] = (0.8, 0.1),  # of training and validation
 ) -> dict[str, np.ndarray]:  # int64, sorted, disjoint, together all
     "Which graphs belong to which split; each gets at least one."
-    if graphs < len(SPLITS): raise UserError(f"{graphs} graph(s) cannot be split into {', '.join(SPLITS)}; give at least {len(SPLITS)}")
+    if graphs < len(SPLITS):
+        raise UserError(f"{graphs} graph(s) cannot be split into {', '.join(SPLITS)}; give at least {len(SPLITS)}")
     order = np.random.default_rng((seed, graphs)).permutation(graphs)
     val = max(1, round(shares[1] * graphs))
     train = min(max(1, round(shares[0] * graphs)), graphs - val - 1)

@@ -29,16 +29,22 @@ def graph_svg(
     u, v = middle + radius * np.cos(angle), middle + radius * np.sin(angle)
     parts = []
     dot = min(5.0, 0.9 * np.pi * radius / (place[-1] + 1.9))
-    same = clause[graph.edges[:, 0]] == clause[graph.edges[:, 1]] if graph.clause is not None else np.ones(len(graph.edges), bool)
-    for some, colour, thick in ((graph.edges[~same], "#e0a080", 0.7 if n < 80 else 0.25), (graph.edges[same], "#555", 1.4)):
-        parts.append(f'<path d="{"".join(f"M{u[i]:.0f} {v[i]:.0f}L{u[j]:.0f} {v[j]:.0f}" for i, j in some)}" stroke="{colour}" stroke-width="{thick}" fill="none"/>')
+    same = (clause[graph.edges[:, 0]] == clause[graph.edges[:, 1]] if graph.clause is not None
+            else np.ones(len(graph.edges), bool))
+    for some, colour, thick in (
+            (graph.edges[~same], "#e0a080", 0.7 if n < 80 else 0.25), (graph.edges[same], "#555", 1.4)):
+        parts.append(f'<path d="{"".join(f"M{u[i]:.0f} {v[i]:.0f}L{u[j]:.0f} {v[j]:.0f}" for i, j in some)}" '
+                     f'stroke="{colour}" stroke-width="{thick}" fill="none"/>')
     for i in range(n):
         fill = "#004c7a" if i in first else "#56b4e9" if i in chosen else "#fff"
         parts.append(f'<circle cx="{u[i]:.1f}" cy="{v[i]:.1f}" r="{dot:.1f}" fill="{fill}" stroke="#333"/>')
         if graph.literals is not None and n < 80:
             x = int(graph.literals[i])
-            parts.append(f'<text x="{middle + 1.14 * (u[i] - middle):.1f}" y="{middle + 1.14 * (v[i] - middle) + 3:.1f}" text-anchor="middle">{"¬" * (x < 0)}x{abs(x)}</text>')
-    return f'<svg viewBox="0 0 {size} {size}" width="{size}" style="max-width:100%" font-size="9" font-family="sans-serif" fill="#222" role="img">{"".join(parts)}</svg>'
+            parts.append(
+                f'<text x="{middle + 1.14 * (u[i] - middle):.1f}" y="{middle + 1.14 * (v[i] - middle) + 3:.1f}" '
+                f'text-anchor="middle">{"¬" * (x < 0)}x{abs(x)}</text>')
+    return (f'<svg viewBox="0 0 {size} {size}" width="{size}" style="max-width:100%" font-size="9" '
+            f'font-family="sans-serif" fill="#222" role="img">{"".join(parts)}</svg>')
 
 # %% ../../../../nbs/surrogates/domains/independent_sets/06_pictures.ipynb #518fa9b2
 def set_of(

@@ -20,7 +20,8 @@ from .exact import Solved, largest_containing
 from .graphs import independent, states
 from .partial import most_nodes
 from .network import GraphEncoder
-from .domain import INPUTS, Combinatorial, Prepared, members, node_counts, node_inputs
+from .domain import (
+    INPUTS, Combinatorial, Prepared, members, node_counts, node_inputs)
 
 # %% ../../../../nbs/surrogates/domains/independent_sets/05_problem.ipynb #12b10006
 def draw_sets(
@@ -37,7 +38,8 @@ def draw_sets(
     for _ in range(picks):
         going = free.any(1)
         z = scores(chosen).float().masked_fill(~free & going[:, None], -torch.inf)
-        noise = torch.rand(n, N, generator=generator, device=generator.device).to(device).clamp_(1e-12, 1 - 1e-7).log().neg().log().neg()
+        noise = (
+            torch.rand(n, N, generator=generator, device=generator.device).to(device).clamp_(1e-12, 1 - 1e-7).log().neg().log().neg())
         pick = (z.detach() + noise).argmax(1)
         log_pf = log_pf + torch.where(going, z.log_softmax(1).gather(1, pick[:, None])[:, 0], 0)
         took = nn.functional.one_hot(pick, N).bool() & going[:, None]
@@ -63,7 +65,8 @@ class SetPolicy(nn.Module):
         self.alone, self.query = nn.Linear(width, 1), nn.Linear(width, width)
 
     def forward(self, instance: int, n: int, generator: torch.Generator) -> Samples:
-        g, nothing = self.graphs[instance], torch.zeros(1, len(self.graphs[instance]), dtype=torch.bool, device=self.adjacency[instance].device)
+        g, nothing = (self.graphs[instance], torch.zeros(
+                          1, len(self.graphs[instance]), dtype=torch.bool, device=self.adjacency[instance].device))
         h = self.encoder.nodes(node_inputs(g.degree, node_counts(g, nothing))[0], g.src, g.dst)  # (N, width)
         own = self.alone(h)[:, 0]
         def scores(chosen):
@@ -88,11 +91,14 @@ class PartialSets:
         solver: str = "auto",
         seconds: float = 20.0,  # the solver's, for one candidate
     ):
-        self.data, self.predict, self.device, self.solver, self.seconds = data, predict, torch.device(device or getattr(predict, "device", "cpu")), solver, seconds
+        self.data, self.predict, self.device, self.solver, self.seconds = (
+            data, predict, torch.device(device or getattr(predict, "device", "cpu")), solver, seconds)
         self.which = [int(g) for g in data.split_graphs["test"][:instances]]
         self.instances, self.graphs = len(self.which), [data.graphs[g] for g in self.which]
         self.optimum = [int(data.labels.optimum[g]) for g in self.which]
-        if not 0 < share <= 1: raise UserError(f"share={share}: partial sets are between 0 (without) and 1 (with) of the largest trained on")
+        if not 0 < share <= 1:
+            raise UserError(
+                f"share={share}: partial sets are between 0 (without) and 1 (with) of the largest trained on")
         self.picks = [max(1, round(share * most_nodes(g, o))) for g, o in zip(self.graphs, self.optimum)]
         self.prepared = [data.prepared[g].to(self.device) for g in self.which]
         self.adjacency = [torch.from_numpy(g.adjacency).to(self.device) for g in self.graphs]
@@ -125,8 +131,11 @@ def completed(self: PartialSets, instance: int, nodes: tuple[int, ...]) -> Solve
     try: ok = independent(graph, nodes)
     except UserError: ok = False
     if not ok: self.refused["not independent"] += 1; return None
-    if len(nodes) < self.picks[instance] and (states(graph, nodes) == 0).any(): self.refused["too few nodes"] += 1; return None
-    if (instance, nodes) not in self.solved: self.solved[instance, nodes] = largest_containing(graph, nodes, self.solver, self.seconds)
+    if len(nodes) < self.picks[instance] and (states(graph, nodes) == 0).any():
+        self.refused["too few nodes"] += 1
+        return None
+    if (instance, nodes) not in self.solved:
+        self.solved[instance, nodes] = largest_containing(graph, nodes, self.solver, self.seconds)
     found = self.solved[instance, nodes]
     if not found.proven: self.refused["not proven in time"] += 1; return None
     return found
@@ -145,7 +154,8 @@ def gap(self: PartialSets, instance: int, x: Tensor) -> Tensor:  # (n,) fp64
 # %% ../../../../nbs/surrogates/domains/independent_sets/05_problem.ipynb #12b10012
 @patch
 def features(self: PartialSets, instance: int, x: Tensor) -> Tensor:  # (n, 7) fp32
-    "Shares of nodes free, free and alone, free with one free neighbour; free neighbours of free nodes; degree of chosen nodes: mean, spread; share of groups gone."
+    """Shares of nodes free, free and alone, free with one free neighbour; free neighbours of free nodes;
+    degree of chosen nodes: mean, spread; share of groups gone."""
     g, graph = self.prepared[instance], self.graphs[instance]
     c = node_counts(g, members(x.to(self.device), len(g))).float()
     free, inside, left = c[..., 0] == 0, c[..., 0] == 1, c[..., 1]
@@ -153,9 +163,13 @@ def features(self: PartialSets, instance: int, x: Tensor) -> Tensor:  # (n, 7) f
     mean = lambda v, mask: (v * mask).sum(1) / mask.sum(1).clamp(min=1)
     degree = mean(g.degree, inside)
     spread = mean((g.degree - degree[:, None]).square(), inside).sqrt()
-    group = torch.from_numpy(np.arange(graph.n) if graph.clause is None else graph.clause.astype(np.int64)).to(self.device)  # at most one node of a clause
-    alive = torch.zeros(len(x), int(group.max()) + 1, device=self.device).index_add_(1, group, (free | inside).float()) > 0
-    return torch.stack([share(free), share(free & (left == 0)), share(free & (left == 1)), mean(left, free) / 10, degree / 10, spread / 10, share(~alive)], 1)
+    # at most one node of a clause
+    group = torch.from_numpy(np.arange(graph.n) if graph.clause is None else graph.clause.astype(np.int64)).to(
+        self.device)
+    alive = (
+        torch.zeros(len(x), int(group.max()) + 1, device=self.device).index_add_(1, group, (free | inside).float()) > 0)
+    return torch.stack([share(free), share(free & (left == 0)), share(free & (left == 1)), mean(left, free) / 10,
+                        degree / 10, spread / 10, share(~alive)], 1)
 
 @patch
 def describe(self: PartialSets, instance: int, x: Tensor, i: int) -> str:
@@ -163,7 +177,8 @@ def describe(self: PartialSets, instance: int, x: Tensor, i: int) -> str:
     graph, nodes = self.graphs[instance], tuple(v for v in x[i].tolist() if v >= 0)
     true = sorted({int(graph.literals[v]) for v in nodes}, key=abs) if graph.clauses else []
     found = self.solved.get((instance, nodes))
-    return (f"nodes {' '.join(map(str, nodes))} of {graph.name}" + (f", which make {' '.join(f'x{v}' if v > 0 else f'not-x{-v}' for v in true)} true" if true else "")
+    return (f"nodes {' '.join(map(str, nodes))} of {graph.name}"
+            + (f", which make {' '.join(f'x{v}' if v > 0 else f'not-x{-v}' for v in true)} true" if true else "")
             + (f": best completion {found.size} of {self.optimum[instance]}" if found else ""))
 
 def problems(data: Combinatorial, predict: Callable, **options) -> list[Problem]:

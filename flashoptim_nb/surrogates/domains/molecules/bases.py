@@ -64,7 +64,8 @@ def bessel_zeros(
     found = np.arange(1, count + degrees) * math.pi
     rows = [found[:count]]
     for l in range(1, degrees):
-        found = np.array([brentq(lambda x: spherical_jn(l, x), a, b, xtol=1e-14, rtol=1e-14) for a, b in zip(found, found[1:])])
+        found = np.array(
+            [brentq(lambda x: spherical_jn(l, x), a, b, xtol=1e-14, rtol=1e-14) for a, b in zip(found, found[1:])])
         rows.append(found[:count])
     return np.stack(rows)
 
@@ -100,7 +101,8 @@ def spherical_radial_reference(
 @triton.jit
 def spherical_radial_kernel(
     dist, zeros, norms, out, edges, cutoff,  # fp32 (E,); fp64 (L * R,) twice; (E, COLUMNS); E; fp64
-    L: tl.constexpr, R: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, TYPE: tl.constexpr,
+    L: tl.constexpr, R: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_E: tl.constexpr, TYPE: tl.constexpr,
 ):
     "Program n: the rows of BLOCK_E edges; columns beyond L * R are zero."
     e, column = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E), tl.arange(0, BLOCK)
@@ -118,7 +120,8 @@ def spherical_radial_kernel(
     for _ in tl.static_range(P - 2): power = power * x
     u = tl.where(x < 1.0, 1.0 / x + power * (-(P + 1) * (P + 2) / 2 + x * (P * (P + 2) - x * (P * (P + 1) / 2))), 0.0)
     value = kept * tl.load(norms + column, mask=real, other=0.0)[None, :] * u[:, None]
-    _put(out + e.to(tl.int64)[:, None] * COLUMNS + column[None, :], value.to(tl.float32), (e < edges)[:, None] & (column < COLUMNS)[None, :], TYPE)
+    _put(out + e.to(tl.int64)[:, None] * COLUMNS + column[None, :], value.to(tl.float32),
+         (e < edges)[:, None] & (column < COLUMNS)[None, :], TYPE)
 
 # %% ../../../../nbs/surrogates/domains/molecules/04_bases.ipynb #6d0c3013
 @torch.no_grad()
@@ -135,11 +138,13 @@ def spherical_radial(
     "`spherical_radial_reference` by the kernel on CUDA, by itself elsewhere."
     dtype, columns = dtype or dist.dtype, columns or degrees * count
     if dist.dtype != torch.float32 or not _fused(dist) or dtype not in TYPES:
-        return F.pad(spherical_radial_reference(dist, degrees, count, cutoff, exponent), (0, columns - degrees * count)).to(dtype)
+        return (F.pad(spherical_radial_reference(dist, degrees, count, cutoff, exponent),
+                      (0, columns - degrees * count)).to(dtype))
     zeros, norms = _constants(degrees, count, dist.device)
     out, block = torch.empty(len(dist), columns, dtype=dtype, device=dist.device), triton.next_power_of_2(columns)
     if len(dist):
         with device_guard(dist.device):
-            spherical_radial_kernel[(triton.cdiv(len(dist), 16),)](dist.contiguous(), zeros, norms, out, len(dist), float(cutoff), L=degrees, R=count, P=exponent + 1,
-                                                                   COLUMNS=columns, BLOCK=block, BLOCK_E=16, TYPE=TYPES[dtype], num_warps=4)
+            spherical_radial_kernel[(triton.cdiv(len(dist), 16),)](
+                dist.contiguous(), zeros, norms, out, len(dist), float(cutoff), L=degrees, R=count, P=exponent + 1,
+                COLUMNS=columns, BLOCK=block, BLOCK_E=16, TYPE=TYPES[dtype], num_warps=4)
     return out

@@ -24,8 +24,9 @@ from .domain import MoleculeDomain, load_molecules
 from ...precision import tf32
 
 # %% ../../../../nbs/surrogates/domains/molecules/09_bench.ipynb #6d0c8005
-IMPLEMENTATIONS = {"pyg": dict(interaction="triplets"), "triplets": dict(interaction="triplets"), "fused": dict(interaction="fused"),
-                   "fused_checkpointing": dict(interaction="fused", checkpointing=True)}
+IMPLEMENTATIONS = {
+    "pyg": dict(interaction="triplets"), "triplets": dict(interaction="triplets"), "fused": dict(interaction="fused"),
+    "fused_checkpointing": dict(interaction="fused", checkpointing=True)}
 PRECISIONS = ("fp32", "tf32", "mixed_bf16", "flash")
 
 def molecule_step(
@@ -58,7 +59,8 @@ def molecule_step(
     return model, optimizer, learn, update
 
 # %% ../../../../nbs/surrogates/domains/molecules/09_bench.ipynb #6d0c8007
-def _tensors(batch: Molecules) -> list[torch.Tensor]: return [v for f in fields(batch) if (v := getattr(batch, f.name)) is not None]
+def _tensors(batch: Molecules) -> list[torch.Tensor]:
+    return [v for f in fields(batch) if (v := getattr(batch, f.name)) is not None]
 
 def captured(
     model: torch.nn.Module,
@@ -66,7 +68,9 @@ def captured(
     batch: Molecules,  # filled up; its tensors become the graph's inputs
 ):
     "A function as `learn` that copies a batch of the same shapes in and replays the graph."
-    static = vouched(replace(batch, **{f.name: v.clone() for f in fields(batch) if (v := getattr(batch, f.name)) is not None}), like=batch)
+    static = vouched(
+        replace(batch, **{f.name: v.clone() for f in fields(batch) if (v := getattr(batch, f.name)) is not None}),
+        like=batch)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -105,13 +109,16 @@ def measure_molecule_step(
 ) -> dict:
     "One row: ms, peak, reserved (bytes; None on a CPU), loss; or why there is none."
     device = torch.device(device)
-    cuda, row = device.type == "cuda", dict(implementation=implementation, precision=precision, batch=len(batches[0]), graph=graph, oom=False, reason="")
-    row |= dict(ms=None, molecules_per_s=None, peak=None, reserved=None, edges=int(np.mean([len(b.source) for b in batches])), nodes=int(np.mean([len(b.z) for b in batches])))
+    cuda, row = device.type == "cuda", dict(
+        implementation=implementation, precision=precision, batch=len(batches[0]), graph=graph, oom=False, reason="")
+    row |= dict(ms=None, molecules_per_s=None, peak=None, reserved=None,
+                edges=int(np.mean([len(b.source) for b in batches])), nodes=int(np.mean([len(b.z) for b in batches])))
     try:
         if cuda:
             free(device)
             torch.cuda.reset_peak_memory_stats(device)
-            row["standing"] = torch.cuda.memory_allocated(device)  # bytes there before the network: the data's tables, the batches
+            # bytes there before the network: the data's tables, the batches
+            row["standing"] = torch.cuda.memory_allocated(device)
         with tf32(precision == "tf32"):
             model, optimizer, learn, update = molecule_step(domain, implementation, precision, device)
             row["parameters"] = sum(p.numel() for p in model.parameters())
@@ -123,7 +130,8 @@ def measure_molecule_step(
                 if not graph: optimizer.zero_grad(set_to_none=True)
             row["ms"] = _timed(step, device, steps, warmup)
         row |= dict(loss=losses[0].item(), molecules_per_s=1000 * row["batch"] / row["ms"])
-        if cuda: row |= dict(peak=torch.cuda.max_memory_allocated(device), reserved=torch.cuda.max_memory_reserved(device))
+        if cuda:
+            row |= dict(peak=torch.cuda.max_memory_allocated(device), reserved=torch.cuda.max_memory_reserved(device))
     except (torch.OutOfMemoryError, MemoryError) as error: row |= dict(oom=True, reason=str(error).splitlines()[0])
     except UserError as error: row["reason"] = str(error)
     return row
@@ -144,7 +152,8 @@ def benchmark_molecules(
 ) -> list[dict]:
     "Rows of `collation` and of `molecule_step`; combinations that cannot run say why."
     device, rows, implementations, precisions = torch.device(device), [], tuple(implementations), tuple(precisions)
-    for given, kind, allowed in ((implementations, "implementation", IMPLEMENTATIONS), (precisions, "precision", PRECISIONS)):
+    for given, kind, allowed in (
+            (implementations, "implementation", IMPLEMENTATIONS), (precisions, "precision", PRECISIONS)):
         for name in given: choose(kind, name, allowed)
     domain = domain or load_molecules("gpu", config=network, device=device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -166,5 +175,6 @@ def benchmark_molecules(
                 given = [domain.padded(b, triplets=needs) for b in plain] if graph else listed if needs else plain
                 given = [b for b in given if b.source.shape == given[0].source.shape] if graph else given
                 for precision in precisions:
-                    add(dict(kind="molecule_step", network=network, triplets=triplets) | measure_molecule_step(domain, implementation, precision, given, device, graph=graph, steps=steps, warmup=warmup))
+                    add(dict(kind="molecule_step", network=network, triplets=triplets) | measure_molecule_step(
+                            domain, implementation, precision, given, device, graph=graph, steps=steps, warmup=warmup))
     return rows

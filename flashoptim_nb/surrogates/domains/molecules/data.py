@@ -41,9 +41,13 @@ class Structures:
     skipped: tuple[tuple[int, str, str], ...] = ()  # place in what was given, what was given, reason
 
     def __post_init__(self):
-        if len(self.z) or len(self.counts): check_structures(torch.as_tensor(self.pos), self.counts, torch.as_tensor(self.z))
-        odd = {name: len(column) for name, column in dict(smiles=self.smiles, **self.labels).items() if len(column) != len(self.counts)}
-        if odd: raise UserError(f"{len(self.counts)} molecules were given with another number of {', '.join(f'{name} ({n})' for name, n in odd.items())}; each molecule has one")
+        if len(self.z) or len(self.counts):
+            check_structures(torch.as_tensor(self.pos), self.counts, torch.as_tensor(self.z))
+        odd = {name: len(column) for name, column in dict(smiles=self.smiles, **self.labels).items()
+               if len(column) != len(self.counts)}
+        if odd:
+            raise UserError(f"{len(self.counts)} molecules were given with another number "
+                            f"of {', '.join(f'{name} ({n})' for name, n in odd.items())}; each molecule has one")
 
     def __len__(self): return len(self.counts)
 
@@ -52,7 +56,8 @@ class Structures:
 def take(self: Structures, which: np.ndarray) -> Structures:
     "These molecules, in this order."
     which = np.asarray(which, np.int64)
-    if len(which) and not 0 <= which.min() <= which.max() < len(self): raise UserError(f"molecules {which.min()} to {which.max()} were asked for; there are 0 to {len(self) - 1}")
+    if len(which) and not 0 <= which.min() <= which.max() < len(self):
+        raise UserError(f"molecules {which.min()} to {which.max()} were asked for; there are 0 to {len(self) - 1}")
     start = np.cumsum(self.counts) - self.counts
     atoms = np.concatenate([np.arange(start[m], start[m] + self.counts[m]) for m in which] or [np.zeros(0, int)])
     return Structures(self.z[atoms], self.pos[atoms], self.counts[which], tuple(self.smiles[m] for m in which),
@@ -75,13 +80,16 @@ def load_qm9(
 def _shipped() -> Structures:
     with np.load(io.BytesIO(read_verified(data_root(), "qm9/qm9_3d_24k.npz"))) as d:
         labels = {str(name): d["props"][:, n].copy() for n, name in enumerate(d["prop_names"])}
-        return Structures(d["z"], (d["xyz_1e4A"] * 1e-4).astype(np.float32), d["n_atoms"].astype(np.int64), tuple(s.decode() for s in d["smiles"]),
-                          labels | dict(index=d["index"].astype(float), gap=labels["HOMO_LUMO_gap_au"] * HARTREE), "shipped")
+        return Structures(
+            d["z"], (d["xyz_1e4A"] * 1e-4).astype(np.float32), d["n_atoms"].astype(np.int64),
+            tuple(s.decode() for s in d["smiles"]),
+            labels | dict(index=d["index"].astype(float), gap=labels["HOMO_LUMO_gap_au"] * HARTREE), "shipped")
 
 # %% ../../../../nbs/surrogates/domains/molecules/01_data.ipynb #6d0c100b
 def qm9_gaps() -> dict[str, float]:  # SMILES -> gap in eV; several molecules of one SMILES: the first
     "HOMO-LUMO gaps of all 130,831 molecules, by SMILES as QM9 writes it."
-    rows = csv.DictReader(io.StringIO(lzma.decompress(read_verified(data_root(), "qm9/qm9_all_labels.csv.xz")).decode()))
+    rows = csv.DictReader(
+        io.StringIO(lzma.decompress(read_verified(data_root(), "qm9/qm9_all_labels.csv.xz")).decode()))
     gaps = {}
     for row in rows: gaps.setdefault(row["SMILES"], float(row["HOMO_LUMO_gap_au"]) * HARTREE)
     return gaps
@@ -90,14 +98,17 @@ def qm9_gaps() -> dict[str, float]:  # SMILES -> gap in eV; several molecules of
 def _packed() -> Structures:
     "All of QM9 from qm9pack's three tables."
     found = importlib.util.find_spec("qm9pack")
-    if found is None: raise DataUnavailable("all of QM9 with its structures is in the package qm9pack (104 MB), which is not installed: `pip install qm9pack==1.0.3`, or take the shipped size \"24k\"")
+    if found is None:
+        raise DataUnavailable("all of QM9 with its structures is in the package qm9pack (104 MB), "
+                              "which is not installed: `pip install qm9pack==1.0.3`, or take the shipped size \"24k\"")
     folder = Path(found.submodule_search_locations[0]) / "data"
     z, pos, counts, smiles, labels = [], [], [], [], []
     for part in (1, 2, 3):
         with open(folder / f"qm9_part{part}.csv", newline="") as file:
             for row in csv.DictReader(file):
                 z.append(np.array([ATOMIC[s] for s in row["Elements"].translate(_PLAIN).split(",")], np.uint8))
-                pos.append(np.array(row["XYZ_Ang"].translate(_PLAIN).split(","), np.float32).reshape(-1, 3))  # numbers may end in a point: no JSON
+                # numbers may end in a point: no JSON
+                pos.append(np.array(row["XYZ_Ang"].translate(_PLAIN).split(","), np.float32).reshape(-1, 3))
                 counts.append(len(z[-1])), smiles.append(row["SMILES"])
                 labels.append([float(row["Index"]), *(float(row[name]) for name in _LABELS)])
     table = np.array(labels).T.copy()
@@ -105,8 +116,9 @@ def _packed() -> Structures:
     return Structures(np.concatenate(z), np.concatenate(pos), np.array(counts), tuple(smiles), named, "qm9pack")
 
 _PLAIN = str.maketrans("", "", "[]' ")
-_LABELS = ("RotA_GHz", "RotB_GHz", "RotC_GHz", "Dipole_debye", "Polarizability_bohr3", "HOMO_au", "LUMO_au", "HOMO_LUMO_gap_au", "R2_bohr2", "ZPVE_au",
-           "InternalEnergy_0K_au", "InternalEnergy_298K_au", "Enthalphy_298K_au", "GibbsFreeEnergy_298K_au", "Heatcapacity_Cv_cal_mol_K")
+_LABELS = ("RotA_GHz", "RotB_GHz", "RotC_GHz", "Dipole_debye", "Polarizability_bohr3", "HOMO_au", "LUMO_au",
+           "HOMO_LUMO_gap_au", "R2_bohr2", "ZPVE_au", "InternalEnergy_0K_au", "InternalEnergy_298K_au",
+           "Enthalphy_298K_au", "GibbsFreeEnergy_298K_au", "Heatcapacity_Cv_cal_mol_K")
 
 # %% ../../../../nbs/surrogates/domains/molecules/01_data.ipynb #6d0c1011
 def split_molecules(
@@ -117,7 +129,8 @@ def split_molecules(
     "Molecules of each split: 110,000 / 10,000 / rest of 130,831, or as many in proportion."
     order = np.random.RandomState(seed).permutation(n)[: n if limit is None else max(0, min(limit, n))]
     train, val = round(len(order) * 110_000 / 130_831), max(1, round(len(order) * 10_000 / 130_831))
-    if train + val >= len(order): raise UserError(f"{len(order)} molecules cannot be split into train, val and test; take at least 13")
+    if train + val >= len(order):
+        raise UserError(f"{len(order)} molecules cannot be split into train, val and test; take at least 13")
     return dict(train=order[:train], val=order[train : train + val], test=order[train + val :])
 
 # %% ../../../../nbs/surrogates/domains/molecules/01_data.ipynb #6d0c1014
@@ -139,9 +152,12 @@ def _embed(smiles: str, seed: int, most: int = MOST_ATOMS):
     others = sorted({a.GetSymbol() for a in mol.GetAtoms()} - set(SYMBOLS))
     if others: return f"has {', '.join(others)}; the surrogate knows {', '.join(SYMBOLS)}"
     if mol.GetNumAtoms() < 1: return "has no atoms"
-    if AllChem.EmbedMolecule(mol, randomSeed=seed) != 0 and AllChem.EmbedMolecule(mol, randomSeed=seed, useRandomCoords=True) != 0: return "no 3-D structure could be embedded"
+    if (AllChem.EmbedMolecule(mol, randomSeed=seed) != 0
+            and AllChem.EmbedMolecule(mol, randomSeed=seed, useRandomCoords=True) != 0):
+        return "no 3-D structure could be embedded"
     if AllChem.MMFFHasAllMoleculeParams(mol): AllChem.MMFFOptimizeMolecule(mol)
-    return np.array([a.GetAtomicNum() for a in mol.GetAtoms()], np.uint8), mol.GetConformer().GetPositions().astype(np.float32)
+    return (np.array([a.GetAtomicNum() for a in mol.GetAtoms()], np.uint8),
+            mol.GetConformer().GetPositions().astype(np.float32))
 
 def _missing(s) -> bool:
     "Whether it stands for no value in some table: None, NaN, pandas' NA."
@@ -153,17 +169,24 @@ def from_smiles(
     seed: int = 0,  # of the embedding
     most_atoms: int = MOST_ATOMS,  # with hydrogen; larger molecules cannot be used
 ) -> Structures:
-    "Structures of SMILES by RDKit; raises `UserError` where RDKit is missing, nothing is left, or `skip` is off and one cannot be used."
-    if importlib.util.find_spec("rdkit") is None: raise UserError("structures from SMILES need RDKit, which is not installed: pip install 'flashoptim_nb[surrogates]'")
+    """Structures of SMILES by RDKit;
+    raises `UserError` where RDKit is missing, nothing is left, or `skip` is off and one cannot be used."""
+    if importlib.util.find_spec("rdkit") is None:
+        raise UserError(
+            "structures from SMILES need RDKit, which is not installed: pip install 'flashoptim_nb[surrogates]'")
     smiles = [smiles] if isinstance(smiles, str) else list(smiles)
-    if odd := [s for s in smiles if not isinstance(s, str) and not _missing(s)]: raise UserError(f"{odd[0]!r:.60} among the SMILES: each is a text, such as 'CCO'")
+    if odd := [s for s in smiles if not isinstance(s, str) and not _missing(s)]:
+        raise UserError(f"{odd[0]!r:.60} among the SMILES: each is a text, such as 'CCO'")
     done = [_embed(s, seed, most_atoms) for s in smiles]
     skipped = tuple((n, s, d) for n, (s, d) in enumerate(zip(smiles, done)) if isinstance(d, str))
     good = [(s, d) for s, d in zip(smiles, done) if not isinstance(d, str)]
-    if skipped and (not skip or not good): raise UserError("; ".join(f"molecule {n}, {s!r:.80}: {why}" for n, s, why in skipped[:5]) + "; correct it, or leave it out")
+    if skipped and (not skip or not good):
+        raise UserError(
+            "; ".join(f"molecule {n}, {s!r:.80}: {why}" for n, s, why in skipped[:5]) + "; correct it, or leave it out")
     if not good: raise UserError("no SMILES were given; give at least one, such as 'CCO'")
-    return Structures(np.concatenate([z for _, (z, _) in good]), np.concatenate([p for _, (_, p) in good]), np.array([len(z) for _, (z, _) in good], np.int64),
-                      tuple(s for s, _ in good), {}, "RDKit ETKDG", skipped)
+    return Structures(
+        np.concatenate([z for _, (z, _) in good]), np.concatenate([p for _, (_, p) in good]),
+        np.array([len(z) for _, (z, _) in good], np.int64), tuple(s for s, _ in good), {}, "RDKit ETKDG", skipped)
 
 # %% ../../../../nbs/surrogates/domains/molecules/01_data.ipynb #6d0c1017
 BOHR = 0.529177210903  # Angstrom
@@ -172,17 +195,21 @@ def gfn2_gaps(
     structures: Structures,
 ) -> tuple[np.ndarray, tuple[tuple[int, str], ...]]:  # fp64 (M,), eV, NaN where it failed; which failed, and why
     "HOMO-LUMO gaps by GFN2-xTB at the given structures; raises `UserError` where tblite is not installed."
-    if importlib.util.find_spec("tblite") is None: raise UserError("GFN2-xTB gaps need tblite, which is not installed: pip install 'flashoptim_nb[surrogates]'")
+    if importlib.util.find_spec("tblite") is None:
+        raise UserError("GFN2-xTB gaps need tblite, which is not installed: pip install 'flashoptim_nb[surrogates]'")
     from tblite.interface import Calculator
     gaps, failed, start = np.full(len(structures), np.nan), [], 0
     for m, count in enumerate(structures.counts):
         atoms, start = slice(start, start + count), start + count
         try:
-            calculator = Calculator("GFN2-xTB", structures.z[atoms].astype(int), structures.pos[atoms].astype(float) / BOHR)
+            calculator = Calculator(
+                "GFN2-xTB", structures.z[atoms].astype(int), structures.pos[atoms].astype(float) / BOHR)
             calculator.set("verbosity", 0)
             found = calculator.singlepoint()
             filled = int((np.asarray(found.get("orbital-occupations")) > 0.5).sum())
             energies = np.asarray(found.get("orbital-energies"))
             gaps[m] = (energies[filled] - energies[filled - 1]) * HARTREE
-        except Exception as error: failed.append((m, f"{type(error).__name__}: {error}"))  # whatever the solver raises for a structure it cannot do
+        except Exception as error:
+            # whatever the solver raises for a structure it cannot do
+            failed.append((m, f"{type(error).__name__}: {error}"))
     return gaps, tuple(failed)

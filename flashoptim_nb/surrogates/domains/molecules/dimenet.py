@@ -23,7 +23,8 @@ from .geometry import ELEMENTS, Molecules
 from .bases import RadialBasis, spherical_radial
 from .gathered import gated_sum
 from .triplets import Edges, check_edges, triplet_sum, zonal_harmonics
-from .lean import gated_down, lin, linear_silu, residual, silu_linear, weight_for
+from .lean import (
+    gated_down, lin, linear_silu, residual, silu_linear, weight_for)
 
 # %% ../../../../nbs/surrogates/domains/molecules/06_dimenet.ipynb #6d0c4005
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +161,8 @@ def by_degree(
     B, LR = weight.shape
     R = LR // degrees
     out = weight.new_zeros(degrees * B, columns)
-    out[:, :LR].unflatten(1, (degrees, R)).unflatten(0, (degrees, B)).diagonal(dim1=0, dim2=2).copy_(weight.view(B, degrees, R).transpose(1, 2))
+    out[:, :LR].unflatten(1, (degrees, R)).unflatten(0, (degrees, B)).diagonal(dim1=0, dim2=2).copy_(
+        weight.view(B, degrees, R).transpose(1, 2))
     return out
 
 @patch
@@ -183,7 +185,8 @@ class DimeNetPP(nn.Module):
     def __init__(
         self,
         config: DimeNetConfig,
-        interaction: str = "triplets",  # "triplets": tensors over triplets, as PyG; "fused": one kernel, and little kept
+        # "triplets": tensors over triplets, as PyG; "fused": one kernel, and little kept
+        interaction: str = "triplets",
         checkpointing: bool = False,  # keep the blocks' inputs only, and compute the rest again
     ):
         super().__init__()
@@ -194,7 +197,8 @@ class DimeNetPP(nn.Module):
         self.interaction_blocks = nn.ModuleList(InteractionPPBlock(c) for _ in range(c.blocks))
 
     def _run(self, block, *given):
-        return checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False) if self.checkpointing and torch.is_grad_enabled() else block(*given)
+        return (checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
+                if self.checkpointing and torch.is_grad_enabled() else block(*given))
 
     def forward(self, g: Molecules) -> torch.Tensor:
         self._check(g)
@@ -202,17 +206,21 @@ class DimeNetPP(nn.Module):
         with torch.autocast(kind, enabled=False): rbf = self.rbf(g.dist)
         per_atom = (self._fused if self.interaction == "fused" else self._plain)(g, rbf)
         sums = per_atom.new_zeros(len(g) + 1, c.targets, dtype=torch.promote_types(per_atom.dtype, torch.float32))
-        return sums.index_put((g.molecule,), per_atom.to(sums.dtype), accumulate=True)[: len(g)]  # atoms that only fill up land behind the last
+        # atoms that only fill up land behind the last
+        return sums.index_put((g.molecule,), per_atom.to(sums.dtype), accumulate=True)[: len(g)]
 
 # %% ../../../../nbs/surrogates/domains/molecules/06_dimenet.ipynb #fa321e39
 def _edges(g: Molecules) -> Edges: return Edges(g.source, g.target, g.unit, g.incoming, g.outgoing, g.out_edge)
 
 @patch
 def _check(self: DimeNetPP, g: Molecules):
-    "Refuses what points outside its table, unless whoever built the batch vouches for it; on a GPU by an assertion on the device."
+    """Refuses what points outside its table, unless whoever built the batch vouches for it;
+    on a GPU by an assertion on the device."""
     if is_vouched(g): return
-    if len(g.z) != len(g.molecule) or len(g.z) != len(g.incoming) - 1 or len(g.dist) != len(g.source) or (g.kj is None) != (g.ji is None):
-        raise UserError(f"a batch does not fit together: {len(g.z)} atoms, {len(g.molecule)} of them in molecules, lists for {len(g.incoming) - 1}; {len(g.source)} edges, {len(g.dist)} distances")
+    if (len(g.z) != len(g.molecule) or len(g.z) != len(g.incoming) - 1 or len(g.dist) != len(g.source)
+            or (g.kj is None) != (g.ji is None)):
+        raise UserError(f"a batch does not fit together: {len(g.z)} atoms, {len(g.molecule)} of them in molecules, "
+                        f"lists for {len(g.incoming) - 1}; {len(g.source)} edges, {len(g.dist)} distances")
     check_edges(_edges(g))
     check_indices(g.z, ELEMENTS + 1, "atomic numbers"), check_indices(g.molecule, len(g) + 1, "numbers of molecules")
     for name in ("kj", "ji"):
@@ -228,7 +236,8 @@ def _plain(self: DimeNetPP, g: Molecules, rbf):
         b = spherical_radial(g.dist, c.spherical, c.radial, c.cutoff)
         y_TL = zonal_harmonics((g.unit[g.kj] * g.unit[g.ji]).sum(-1).to(b.dtype), c.spherical)
         sbf = (b[g.kj].view(len(g.kj), c.spherical, c.radial) * y_TL[:, :, None]).flatten(1)
-    if not torch.is_autocast_enabled(g.dist.device.type): rbf, sbf = (t.to(self.emb.lin.weight.dtype) for t in (rbf, sbf))
+    if not torch.is_autocast_enabled(g.dist.device.type):
+        rbf, sbf = (t.to(self.emb.lin.weight.dtype) for t in (rbf, sbf))
     x = self.emb(g.z, rbf, g.target, g.source)
     out = self.output_blocks[0](x, rbf, g.target, num_nodes=len(g.z))
     for block, output in zip(self.interaction_blocks, self.output_blocks[1:]):
@@ -244,7 +253,8 @@ def _fused(self: DimeNetPP, g: Molecules, rbf):
     edges = _edges(g)
     with torch.autocast(kind, enabled=False):
         rbf = F.pad(rbf.to(dtype), (0, -c.radial % 8))  # rows of whole 16 bytes, as fast products want them
-        b = spherical_radial(g.dist, c.spherical, c.radial, c.cutoff, dtype=dtype, columns=-(-c.spherical * c.radial // 8) * 8)
+        b = spherical_radial(
+            g.dist, c.spherical, c.radial, c.cutoff, dtype=dtype, columns=-(-c.spherical * c.radial // 8) * 8)
         x = self.emb.lean(g.z, rbf, g.target, g.source)
         out = self.output_blocks[0].lean(x, rbf, g)
         for block, output in zip(self.interaction_blocks, self.output_blocks[1:]):
@@ -257,14 +267,21 @@ def _fused(self: DimeNetPP, g: Molecules, rbf):
 def with_pyg_blocks(self: DimeNetPP) -> DimeNetPP:
     "Puts PyG's own blocks in place of ours, in place; raises `UserError` where PyG is not installed."
     try: from torch_geometric.nn.models import dimenet as pyg
-    except ImportError: raise UserError("PyG's blocks need torch_geometric, which is not installed: pip install 'flashoptim_nb[surrogates]'") from None
+    except ImportError:
+        raise UserError("PyG's blocks need torch_geometric, which is not installed: "
+                        "pip install 'flashoptim_nb[surrogates]'") from None
     c, act = self.config, nn.SiLU()
     def swap(own, theirs):
         theirs.load_state_dict(own.state_dict())
         return theirs.to(own.lin.weight.device, own.lin.weight.dtype)
     self.emb = swap(self.emb, pyg.EmbeddingBlock(c.radial, c.hidden, act))
-    self.interaction_blocks = nn.ModuleList(swap(b, pyg.InteractionPPBlock(c.hidden, c.int_emb, c.basis_emb, c.spherical, c.radial, c.before_skip, c.after_skip, act)) for b in self.interaction_blocks)
-    self.output_blocks = nn.ModuleList(swap(b, pyg.OutputPPBlock(c.radial, c.hidden, c.out_emb, c.targets, c.output_layers, act)) for b in self.output_blocks)
+    self.interaction_blocks = nn.ModuleList(
+        swap(b, pyg.InteractionPPBlock(
+                 c.hidden, c.int_emb, c.basis_emb, c.spherical, c.radial, c.before_skip, c.after_skip, act))
+        for b in self.interaction_blocks)
+    self.output_blocks = nn.ModuleList(
+        swap(b, pyg.OutputPPBlock(c.radial, c.hidden, c.out_emb, c.targets, c.output_layers, act))
+        for b in self.output_blocks)
     self.interaction = "triplets"
     return self
 
@@ -274,7 +291,9 @@ def width_for(
     base: DimeNetConfig,  # whose proportions are kept
 ) -> int:  # hidden width, a multiple of 8
     "The hidden width whose network comes nearest; raises `UserError` where the narrowest has more."
-    if parameters < base.scaled(8).parameters: raise UserError(f"{parameters:,} parameters: the narrowest network of {base.blocks} blocks has {base.scaled(8).parameters:,}")
+    if parameters < base.scaled(8).parameters:
+        raise UserError(f"{parameters:,} parameters: "
+                        f"the narrowest network of {base.blocks} blocks has {base.scaled(8).parameters:,}")
     low, high = 1, 2
     while base.scaled(8 * high).parameters < parameters: low, high = high, 2 * high
     while high - low > 1:

@@ -18,7 +18,8 @@ from .dimenet import DIMENET, DimeNetConfig, DimeNetPP
 from .dimenet import width_for as nearest_width
 
 # %% ../../../../nbs/surrogates/domains/molecules/07_domain.ipynb #6d0c7005
-UNITS = {"gap": "eV", "Dipole_debye": "D", "Polarizability_bohr3": "bohr3", "HOMO_au": "Eh", "LUMO_au": "Eh", "R2_bohr2": "bohr2", "ZPVE_au": "Eh", "Heatcapacity_Cv_cal_mol_K": "cal/mol/K"}
+UNITS = {"gap": "eV", "Dipole_debye": "D", "Polarizability_bohr3": "bohr3", "HOMO_au": "Eh", "LUMO_au": "Eh",
+         "R2_bohr2": "bohr2", "ZPVE_au": "Eh", "Heatcapacity_Cv_cal_mol_K": "cal/mol/K"}
 
 class MoleculeDomain:
     "Labelled molecules as rows to train, choose and test on."
@@ -39,14 +40,19 @@ class MoleculeDomain:
         for target in targets: choose("label", target, structures.labels)
         split = split_molecules(len(structures), limit, seed)
         used = np.concatenate(list(split.values()))
-        self.structures, self.targets, self.units = structures.take(used), tuple(targets), tuple(UNITS.get(t, "1") for t in targets)
+        self.structures, self.targets, self.units = (structures.take(used), tuple(targets),
+                                                     tuple(UNITS.get(t, "1") for t in targets))
         ends = np.cumsum([0, *(len(part) for part in split.values())])
         self.splits = {name: np.arange(a, b) for name, a, b in zip(split, ends, ends[1:])}
         self.config = config.replace(targets=len(targets))
-        self.options, self.data_hash = dict(interaction=interaction, checkpointing=checkpointing), self.structures.data_hash
+        self.options, self.data_hash = (dict(interaction=interaction, checkpointing=checkpointing),
+                                        self.structures.data_hash)
         given = len(structures) + len(structures.skipped)
-        self.counts = dict(given=given, used=len(used), skipped={"beyond the limit": len(structures) - len(used), **({"unusable": len(structures.skipped)} if structures.skipped else {})})
-        self.geometry = Geometry(torch.from_numpy(self.structures.z), torch.from_numpy(self.structures.pos), self.structures.counts, config.cutoff, device)
+        self.counts = dict(given=given, used=len(used),
+                           skipped={"beyond the limit": len(structures) - len(used),
+                                    **({"unusable": len(structures.skipped)} if structures.skipped else {})})
+        self.geometry = Geometry(torch.from_numpy(self.structures.z), torch.from_numpy(self.structures.pos),
+                                 self.structures.counts, config.cutoff, device)
         self.y = torch.from_numpy(np.stack([self.structures.labels[t] for t in targets], 1)).float()
         check_labels(self.y, self.targets)
         train = self.y[self.splits["train"]].double()
@@ -88,7 +94,8 @@ def build(
     **options,  # of `DimeNetPP`, instead of the domain's: interaction, checkpointing
 ) -> nn.Module:  # forward(batch) gives (n, targets), standardized; seeded by the caller
     "The network at a width, in fp32 on the CPU."
-    return DimeNetPP(self.config.scaled(width), **(self.options | options | (dict(interaction="fused") if fused else {})))
+    return DimeNetPP(
+        self.config.scaled(width), **(self.options | options | (dict(interaction="fused") if fused else {})))
 
 # %% ../../../../nbs/surrogates/domains/molecules/07_domain.ipynb #6d0c700e
 @patch
@@ -97,9 +104,11 @@ def batch_of(
     structures: Structures,  # of any source
 ) -> Molecules:
     "Any molecules as a batch, to predict on; labels that there are none of are NaN."
-    geometry = Geometry(torch.from_numpy(structures.z), torch.from_numpy(structures.pos), structures.counts, self.config.cutoff, self.geometry.device)
+    geometry = Geometry(torch.from_numpy(structures.z), torch.from_numpy(structures.pos), structures.counts,
+                        self.config.cutoff, self.geometry.device)
     unknown = np.full(len(structures), np.nan)
-    return geometry.batch(np.arange(len(structures)), torch.from_numpy(np.stack([structures.labels.get(t, unknown) for t in self.targets], 1)).float())
+    return geometry.batch(np.arange(len(structures)), torch.from_numpy(
+                              np.stack([structures.labels.get(t, unknown) for t in self.targets], 1)).float())
 
 # %% ../../../../nbs/surrogates/domains/molecules/07_domain.ipynb #6d0c7008
 @patch
@@ -108,16 +117,19 @@ def padded(
     batch: Molecules,
     triplets: bool = False,  # with triplets listed, as the plain interaction needs them
 ) -> Molecules:
-    "The batch filled up to shapes that practically all batches of its size share, as CUDA graphs need them; the few larger ones get the next size."
-    if len(batch) not in self._rooms: self._rooms[len(batch)] = self.geometry.room(len(batch), np.arange(len(self.geometry)))
+    """The batch filled up to shapes that practically all batches of its size share, as CUDA graphs need them;
+    the few larger ones get the next size."""
+    if len(batch) not in self._rooms:
+        self._rooms[len(batch)] = self.geometry.room(len(batch), np.arange(len(self.geometry)))
     batch, sizes = batch.with_triplets() if triplets else batch, self._rooms[len(batch)]
     have = (len(batch.z) + 1, len(batch.source) + 1, len(batch.kj) + 1 if triplets else 0)
     while any(h > s for h, s in zip(have, sizes)): sizes = tuple(s + -(-s // 640) * 64 for s in sizes)  # a tenth more
     return batch.pad(sizes[0], sizes[1], sizes[2] if triplets else None, self.config.cutoff)
 
 # %% ../../../../nbs/surrogates/domains/molecules/07_domain.ipynb #6d0c700a
-SCALES = {"laptop": dict(config=DimeNetConfig(hidden=16, blocks=1, int_emb=8, basis_emb=4, out_emb=16, output_layers=2), limit=300),
-          "gpu": dict(config=DIMENET["protocol"], limit=None), "full": dict(config=DIMENET["protocol"], limit=None, data="all")}
+SCALES = {"laptop": dict(config=DimeNetConfig(hidden=16, blocks=1, int_emb=8, basis_emb=4, out_emb=16, output_layers=2),
+                         limit=300), "gpu": dict(config=DIMENET["protocol"], limit=None),
+          "full": dict(config=DIMENET["protocol"], limit=None, data="all")}
 
 def load_molecules(
     scale: str = "laptop",  # a name in `SCALES`
@@ -132,5 +144,8 @@ def load_molecules(
     chosen = dict(choose("scale", scale, SCALES))
     structures = load_qm9(data or chosen.get("data", "24k")) if structures is None else structures
     if isinstance(config, str): config = choose("network", config, DIMENET)
-    if not structures.labels: raise UserError("the molecules have no labels to train on; give `labels` with a value of each target for each molecule")
-    return MoleculeDomain(structures, config or chosen["config"], limit=chosen["limit"] if limit is None else limit, **options)
+    if not structures.labels:
+        raise UserError(
+            "the molecules have no labels to train on; give `labels` with a value of each target for each molecule")
+    return MoleculeDomain(
+        structures, config or chosen["config"], limit=chosen["limit"] if limit is None else limit, **options)

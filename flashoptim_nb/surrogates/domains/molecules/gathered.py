@@ -31,7 +31,8 @@ def gated_sum_reference(
 @triton.jit
 def gated_sum_kernel(
     x, e, w, incoming, out,  # (E, H), (E, R), (H, R), int32 (N + 1,), (N, H)
-    H: tl.constexpr, R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, TILE: tl.constexpr, TYPE: tl.constexpr, DOT: tl.constexpr,
+    H: tl.constexpr, R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, TILE: tl.constexpr,
+    TYPE: tl.constexpr, DOT: tl.constexpr,
 ):
     "Program (n, m): block m of atom n's row, from the edges into it, a tile of them at a time."
     n = tl.program_id(0)
@@ -40,46 +41,57 @@ def gated_sum_kernel(
     total, end = tl.zeros([BLOCK_H], tl.float32), tl.load(incoming + n + 1)
     for start in range(tl.load(incoming + n), end, TILE):
         edge = (start + tl.arange(0, TILE)).to(tl.int64)
-        e_TR = _operand(tl.load(e + edge[:, None] * R + r[None, :], mask=(edge < end)[:, None] & (r < R)[None, :], other=0.0), TYPE)
-        x_TH = tl.load(x + edge[:, None] * H + h[None, :], mask=(edge < end)[:, None] & (h < H)[None, :], other=0.0).to(tl.float32)
+        e_TR = _operand(
+            tl.load(e + edge[:, None] * R + r[None, :], mask=(edge < end)[:, None] & (r < R)[None, :], other=0.0), TYPE)
+        x_TH = tl.load(x + edge[:, None] * H + h[None, :], mask=(edge < end)[:, None] & (h < H)[None, :], other=0.0).to(
+            tl.float32)
         total += tl.sum(x_TH * tl.dot(e_TR, w_RH, input_precision=DOT), axis=0)
     _put(out + tl.cast(n, tl.int64) * H + h, total, h < H, TYPE)
 
 # %% ../../../../nbs/surrogates/domains/molecules/03_gathered.ipynb #6d0c500a
 @triton.jit
 def gated_sum_backward_kernel(
-    grad, x, e, w, target, dx, de, dw,  # (N, H), as before, int64 (E,); (E, H), (blocks of H, E, R), fp32 (programs, R, H)
+    # (N, H), as before, int64 (E,); (E, H), (blocks of H, E, R), fp32 (programs, R, H)
+    grad, x, e, w, target, dx, de, dw,
     edges,  # E
-    H: tl.constexpr, R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, TILE: tl.constexpr, TYPE: tl.constexpr, DOT: tl.constexpr,
+    H: tl.constexpr, R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, TILE: tl.constexpr,
+    TYPE: tl.constexpr, DOT: tl.constexpr,
 ):
     "Program (n, m): tiles n, n + programs, ... of edges, block m of the channels."
     h, r = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_R)
     in_RH = (r < R)[:, None] & (h < H)[None, :]
-    w_RH, dw_RH = _operand(tl.load(w + h[None, :] * R + r[:, None], mask=in_RH, other=0.0), TYPE), tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
+    w_RH, dw_RH = (_operand(tl.load(w + h[None, :] * R + r[:, None], mask=in_RH, other=0.0), TYPE),
+                   tl.zeros([BLOCK_R, BLOCK_H], tl.float32))
     for tile in range(tl.program_id(0), tl.cdiv(edges, TILE), tl.num_programs(0)):
         edge = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
         in_TH, in_TR = (edge < edges)[:, None] & (h < H)[None, :], (edge < edges)[:, None] & (r < R)[None, :]
         to = tl.load(target + edge, mask=edge < edges, other=0)
         g_TH = tl.load(grad + to[:, None] * H + h[None, :], mask=in_TH, other=0.0).to(tl.float32)
         e_TR = _operand(tl.load(e + edge[:, None] * R + r[None, :], mask=in_TR, other=0.0), TYPE)
-        dgate_TH = _operand(g_TH * tl.load(x + edge[:, None] * H + h[None, :], mask=in_TH, other=0.0).to(tl.float32), TYPE)
+        dgate_TH = _operand(
+            g_TH * tl.load(x + edge[:, None] * H + h[None, :], mask=in_TH, other=0.0).to(tl.float32), TYPE)
         _put(dx + edge[:, None] * H + h[None, :], g_TH * tl.dot(e_TR, w_RH, input_precision=DOT), in_TH, TYPE)
-        _put(de + (tl.program_id(1) * edges + edge[:, None]) * R + r[None, :], tl.dot(dgate_TH, tl.trans(w_RH), input_precision=DOT), in_TR, TYPE)
+        _put(de + (tl.program_id(1) * edges + edge[:, None]) * R + r[None, :],
+             tl.dot(dgate_TH, tl.trans(w_RH), input_precision=DOT), in_TR, TYPE)
         dw_RH = tl.dot(tl.trans(e_TR), dgate_TH, dw_RH, input_precision=DOT)
     tl.store(dw + (tl.program_id(0) * R + r[:, None]) * H + h[None, :], dw_RH, mask=in_RH)
 
 # %% ../../../../nbs/surrogates/domains/molecules/03_gathered.ipynb #6d0c5007
 def _blocks(x, e):
     H, R = x.shape[1], e.shape[1]
-    return dict(H=H, R=R, BLOCK_H=min(128, max(16, triton.next_power_of_2(H))), BLOCK_R=max(16, triton.next_power_of_2(R)), TYPE=TYPES[x.dtype], DOT=_dot(x))
+    return dict(H=H, R=R, BLOCK_H=min(128, max(16, triton.next_power_of_2(H))),
+                BLOCK_R=max(16, triton.next_power_of_2(R)), TYPE=TYPES[x.dtype], DOT=_dot(x))
 
 def _backward(grad, x, e, w, target):
     "The three gradients by the kernel."
     sizes, E = _blocks(x, e), len(x)
     programs, blocks = max(1, min(triton.cdiv(E, 16), _programs(x.device))), triton.cdiv(x.shape[1], sizes["BLOCK_H"])
-    dx, de, dw = torch.empty_like(x), e.new_empty(blocks, *e.shape), torch.zeros(programs, e.shape[1], x.shape[1], device=x.device)
+    dx, de, dw = (torch.empty_like(x), e.new_empty(blocks, *e.shape),
+                  torch.zeros(programs, e.shape[1], x.shape[1], device=x.device))
     if E:
-        with device_guard(x.device): gated_sum_backward_kernel[(programs, blocks)](grad, x, e, w, target, dx, de, dw, E, **sizes, TILE=16, num_warps=8 if x.dtype == torch.float32 else 4)
+        with device_guard(x.device):
+            gated_sum_backward_kernel[(programs, blocks)](
+                grad, x, e, w, target, dx, de, dw, E, **sizes, TILE=16, num_warps=8 if x.dtype == torch.float32 else 4)
     return dx, de[0] if blocks == 1 else de.sum(0), dw.sum(0).T.to(w.dtype)
 
 class _GatedSum(torch.autograd.Function):
@@ -90,7 +102,9 @@ class _GatedSum(torch.autograd.Function):
         if not _fused(x): return gated_sum_reference(x, e, w, target, atoms)
         out, sizes = x.new_empty(atoms, x.shape[1]), _blocks(x, e)
         if atoms:
-            with device_guard(x.device): gated_sum_kernel[(atoms, triton.cdiv(x.shape[1], sizes["BLOCK_H"]))](x, e, w, incoming, out, **sizes, TILE=16, num_warps=2)
+            with device_guard(x.device):
+                gated_sum_kernel[(atoms, triton.cdiv(x.shape[1], sizes["BLOCK_H"]))](
+                    x, e, w, incoming, out, **sizes, TILE=16, num_warps=2)
         return out
 
     @staticmethod
@@ -110,12 +124,18 @@ def gated_sum(
     incoming: torch.Tensor,  # int32 (N + 1,): edges into atom n are incoming[n] .. incoming[n + 1]
     checked: bool = False,  # whether target and lists were checked, as `check_edges` does
 ) -> torch.Tensor:  # (N, H)
-    "Sums of messages into their atoms, each weighed by a linear function of its basis; edges of no atom's list count on a CPU only."
-    if (not x_EH.dim() == e_ER.dim() == w_HR.dim() == 2 or w_HR.shape != (x_EH.shape[1], e_ER.shape[1]) or not len(x_EH) == len(e_ER) == target_E.numel()
-            or target_E.dim() != 1 or incoming.dim() != 1 or not x_EH.device == target_E.device == incoming.device):
-        raise UserError(f"these do not belong together: messages {tuple(x_EH.shape)} (E, H) on {x_EH.device}, basis {tuple(e_ER.shape)} (E, R), weight {tuple(w_HR.shape)} (H, R), "
-                        f"targets {tuple(target_E.shape)} (E,) on {target_E.device}, lists {tuple(incoming.shape)} (N + 1,) on {incoming.device}")
+    """Sums of messages into their atoms, each weighed by a linear function of its basis;
+    edges of no atom's list count on a CPU only."""
+    if (not x_EH.dim() == e_ER.dim() == w_HR.dim() == 2 or w_HR.shape != (x_EH.shape[1], e_ER.shape[1])
+            or not len(x_EH) == len(e_ER) == target_E.numel() or target_E.dim() != 1 or incoming.dim() != 1
+            or not x_EH.device == target_E.device == incoming.device):
+        raise UserError(
+            f"these do not belong together: messages {tuple(x_EH.shape)} (E, H) on {x_EH.device}, basis "
+            f"{tuple(e_ER.shape)} (E, R), weight {tuple(w_HR.shape)} (H, R), targets {tuple(target_E.shape)} (E,) "
+            f"on {target_E.device}, lists {tuple(incoming.shape)} (N + 1,) on {incoming.device}")
     if not checked:
-        check_indices(target_E, len(incoming) - 1, "targets of edges"), check_indices(incoming, len(target_E) + 1, "ends of lists")
+        check_indices(target_E, len(incoming) - 1, "targets of edges"), check_indices(
+            incoming, len(target_E) + 1, "ends of lists")
         check_lists(target_E, incoming, "incoming edges")
-    return _GatedSum.apply(x_EH.contiguous(), e_ER.contiguous(), w_HR.contiguous(), target_E.contiguous(), incoming.contiguous())
+    return _GatedSum.apply(
+        x_EH.contiguous(), e_ER.contiguous(), w_HR.contiguous(), target_E.contiguous(), incoming.contiguous())

@@ -24,27 +24,41 @@ def check_structures(
     counts_M: np.ndarray,  # atoms of each
     z_N: torch.Tensor | None = None,  # atomic numbers
 ):
-    "Raises `UserError` for structures that are none: counts and atoms that do not match, positions that are not finite, elements that there are not."
+    """Raises `UserError` for structures that are none:
+    counts and atoms that do not match, positions that are not finite, elements that there are not."""
     counts = np.asarray(counts_M)
     if counts.ndim != 1 or not len(counts) or counts.dtype.kind not in "iu" or counts.min() < 1:
-        raise UserError(f"counts of atoms have to be whole numbers from 1 on, one for each of at least one molecule; given was {np.array2string(counts, threshold=5)} ({counts.dtype})")
-    if pos_N3.shape != (counts.sum(), 3): raise UserError(f"the counts say {counts.sum()} atoms; give a position (x, y, z) for each: the positions' shape is {tuple(pos_N3.shape)}")
-    def whose(bad): return f"atom {(n := int(bad.nonzero()[0, 0]))}, in molecule {int(np.searchsorted(counts.cumsum(), n, side='right'))} (both from 0)"
-    if (bad := ~pos_N3.float().isfinite().all(1)).any(): raise UserError(f"{whose(bad)} has the position {pos_N3[bad][0].tolist()}; correct the structure, or leave it out")
+        raise UserError("counts of atoms have to be whole numbers from 1 on, one for each of at least one molecule; "
+                        f"given was {np.array2string(counts, threshold=5)} ({counts.dtype})")
+    if pos_N3.shape != (counts.sum(), 3):
+        raise UserError(f"the counts say {counts.sum()} atoms; give a position (x, y, z) for each: "
+                        f"the positions' shape is {tuple(pos_N3.shape)}")
+    def whose(bad):
+        return (f"atom {(n := int(bad.nonzero()[0, 0]))}, "
+                f"in molecule {int(np.searchsorted(counts.cumsum(), n, side='right'))} (both from 0)")
+    if (bad := ~pos_N3.float().isfinite().all(1)).any():
+        raise UserError(
+            f"{whose(bad)} has the position {pos_N3[bad][0].tolist()}; correct the structure, or leave it out")
     if z_N is None: return
-    if z_N.shape != pos_N3.shape[:1]: raise UserError(f"atomic numbers of the shape {tuple(z_N.shape)} were given for {len(pos_N3)} positions; each atom has one")
-    if (bad := ~((z_N >= 1) & (z_N <= ELEMENTS) & (z_N == z_N.long()))).any(): raise UserError(f"{whose(bad)} has the atomic number {z_N[bad][0].item()}; known are 1 to {ELEMENTS}")
+    if z_N.shape != pos_N3.shape[:1]:
+        raise UserError(
+            f"atomic numbers of the shape {tuple(z_N.shape)} were given for {len(pos_N3)} positions; each atom has one")
+    if (bad := ~((z_N >= 1) & (z_N <= ELEMENTS) & (z_N == z_N.long()))).any():
+        raise UserError(f"{whose(bad)} has the atomic number {z_N[bad][0].item()}; known are 1 to {ELEMENTS}")
 
 def edges_within(
     pos_N3: torch.Tensor,  # fp32, Angstrom: molecules one after the other
     counts_M: torch.Tensor,  # int64: atoms of each
     cutoff: float = 5.0,  # Angstrom
     chunk: int = 2048,  # molecules at a time
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # source and target within the molecule, int16 (E,); edges of each molecule, int64 (M,)
+    # source and target within the molecule, int16 (E,); edges of each molecule, int64 (M,)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Directed edges between different atoms of a molecule closer than `cutoff`, sorted by molecule, target, source."
     check_structures(pos_N3, counts_M.numpy())
-    if not 0 < cutoff < float("inf"): raise UserError(f"a cutoff of {cutoff} was given; it is a distance in Angstrom, such as 5")
-    if counts_M.max() > 2**15: raise UserError(f"a molecule of {int(counts_M.max())} atoms was given; at most {2**15} are possible")
+    if not 0 < cutoff < float("inf"):
+        raise UserError(f"a cutoff of {cutoff} was given; it is a distance in Angstrom, such as 5")
+    if counts_M.max() > 2**15:
+        raise UserError(f"a molecule of {int(counts_M.max())} atoms was given; at most {2**15} are possible")
     found, first = [], 0
     for counts in counts_M.split(chunk):
         total, most = int(counts.sum()), int(counts.max())
@@ -54,7 +68,8 @@ def edges_within(
         first += total
         apart = (square[:, :, None] - square[:, None]).square().sum(-1)  # NaN where there is no atom: not near
         near = (apart < cutoff**2) & ~torch.eye(most, dtype=torch.bool)
-        if bool((near & (apart < NEAREST**2)).any()): raise UserError("a molecule has two atoms in one place; correct its structure, or leave it out")
+        if bool((near & (apart < NEAREST**2)).any()):
+            raise UserError("a molecule has two atoms in one place; correct its structure, or leave it out")
         _, target, source = near.nonzero(as_tuple=True)
         found.append((source.short(), target.short(), near.sum((1, 2))))
     return tuple(map(torch.cat, zip(*found)))
@@ -82,7 +97,8 @@ class Molecules:
     def to(self, device, non_blocking: bool = True):
         "The same on another device."
         values = (getattr(self, f.name) for f in fields(self))
-        return vouched(Molecules(*(v if v is None else v.to(device, non_blocking=non_blocking) for v in values)), like=self)
+        return vouched(
+            Molecules(*(v if v is None else v.to(device, non_blocking=non_blocking) for v in values)), like=self)
 
 # %% ../../../../nbs/surrogates/domains/molecules/00_geometry.ipynb #6d0c000b
 def list_triplets(
@@ -121,11 +137,14 @@ class Geometry:
         self.edges = edges.numpy()
         self.atom0, self.edge0 = (np.cumsum(n) - n for n in (self.atoms, self.edges))
         shift = torch.repeat_interleave(torch.from_numpy(self.atom0), edges)
-        order = torch.argsort(shift + source, stable=True) - torch.repeat_interleave(torch.from_numpy(self.edge0), edges)
+        order = (torch.argsort(shift + source, stable=True)
+                 - torch.repeat_interleave(torch.from_numpy(self.edge0), edges))
         degrees = [torch.bincount(shift + end, minlength=len(z_N)).int() for end in (target, source)]
         paired = np.concatenate([[0], (degrees[0].long() * degrees[1]).cumsum(0).numpy()])
-        self.triplets = paired[self.atom0 + self.atoms] - paired[self.atom0] - self.edges  # all pairs through an atom, less those that return
-        tables = dict(z=z_N, pos=pos_N3.float(), source=source, target=target, order=order.int(), n_in=degrees[0], n_out=degrees[1])
+        # all pairs through an atom, less those that return
+        self.triplets = paired[self.atom0 + self.atoms] - paired[self.atom0] - self.edges
+        tables = dict(z=z_N, pos=pos_N3.float(), source=source, target=target, order=order.int(), n_in=degrees[0],
+                      n_out=degrees[1])
         self.tables = {name: table.to(self.device) for name, table in tables.items()}
 
     def __len__(self): return len(self.atoms)
@@ -148,18 +167,22 @@ def batch(
     "These molecules as one graph on the tables' device."
     which, t, dev = np.asarray(which), self.tables, self.device
     if which.ndim != 1 or not len(which) or which.dtype.kind not in "iu" or which.min() < 0 or which.max() >= len(self):
-        raise UserError(f"molecules {np.array2string(which, threshold=5)} were asked for; give at least one whole number from 0 to {len(self) - 1}")
-    if y.dim() != 2 or len(y) != len(which): raise UserError(f"labels of the shape {tuple(y.shape)} were given for {len(which)} molecules; give one row for each, (molecules, targets)")
+        raise UserError(f"molecules {np.array2string(which, threshold=5)} were asked for; "
+                        f"give at least one whole number from 0 to {len(self) - 1}")
+    if y.dim() != 2 or len(y) != len(which):
+        raise UserError(f"labels of the shape {tuple(y.shape)} were given for {len(which)} molecules; "
+                        "give one row for each, (molecules, targets)")
     which = which.astype(np.int64)
     molecule, a, n = _spread(self.atoms[which], self.atom0[which], dev)
     whose, e, _ = _spread(self.edges[which], self.edge0[which], dev)
-    node0, edge0 = (torch.from_numpy(np.cumsum(c) - c).to(dev, non_blocking=True)[whose] for c in (self.atoms[which], self.edges[which]))
+    node0, edge0 = (torch.from_numpy(np.cumsum(c) - c).to(dev, non_blocking=True)[whose]
+                    for c in (self.atoms[which], self.edges[which]))
     source, target, pos = t["source"][e] + node0, t["target"][e] + node0, t["pos"][a]
     between = pos[target] - pos[source]
     dist = between.square().sum(-1).sqrt()
     incoming, outgoing = (F.pad(t[name][a].cumsum(0), (1, 0)).int() for name in ("n_in", "n_out"))
-    return vouched(Molecules(t["z"][a].long(), molecule, source, target, dist, between / dist[:, None], incoming, outgoing,
-                             (t["order"][e] + edge0).int(), y.to(dev, torch.float32, non_blocking=True)))
+    return vouched(Molecules(t["z"][a].long(), molecule, source, target, dist, between / dist[:, None], incoming,
+                             outgoing, (t["order"][e] + edge0).int(), y.to(dev, torch.float32, non_blocking=True)))
 
 # %% ../../../../nbs/surrogates/domains/molecules/00_geometry.ipynb #6d0c0014
 @patch
@@ -173,13 +196,16 @@ def pad(
     "The batch filled up to fixed shapes; raises `UserError` where it does not fit."
     n, e, t = nodes - len(self.z), edges - len(self.source), 0 if self.kj is None else (triplets or 0) - len(self.kj)
     if n < 1 or e < (self.kj is not None) or t < 0:
-        raise UserError(f"a batch of {len(self.z)} atoms, {len(self.source)} edges and {0 if self.kj is None else len(self.kj)} triplets does not fit "
-                        f"into {nodes}, {edges} and {triplets}: at least one atom, and one edge where triplets are listed, have to be left over")
+        raise UserError(f"a batch of {len(self.z)} atoms, {len(self.source)} edges and "
+                        f"{0 if self.kj is None else len(self.kj)} triplets does not fit into {nodes}, {edges} and "
+                        f"{triplets}: at least one atom, and one edge where triplets are listed, have to be left over")
     def dealt(names, new, old, last):  # `new` entries, evenly over the rows from `old` to `last`
         rows = old + torch.arange(new, device=self.z.device) * (last - old) // max(new, 1)
         return {name: torch.cat([getattr(self, name), rows]) for name in names}
-    more = dict(z=(n, 1), molecule=(n, len(self)), dist=(e, cutoff), incoming=(n, len(self.source)), outgoing=(n, len(self.source)), out_edge=(e, 0))
-    out = {name: F.pad(getattr(self, name), (0, by), value=value) for name, (by, value) in more.items()} | dealt(("source", "target"), e, len(self.z), nodes)
+    more = dict(z=(n, 1), molecule=(n, len(self)), dist=(e, cutoff), incoming=(n, len(self.source)),
+                outgoing=(n, len(self.source)), out_edge=(e, 0))
+    out = ({name: F.pad(getattr(self, name), (0, by), value=value) for name, (by, value) in more.items()}
+           | dealt(("source", "target"), e, len(self.z), nodes))
     if self.kj is not None: out |= dealt(("kj", "ji"), t, len(self.source), edges)
     return vouched(replace(self, unit=F.pad(self.unit, (0, 0, 0, e), value=3**-0.5), **out), like=self)
 

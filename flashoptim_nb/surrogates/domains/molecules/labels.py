@@ -31,5 +31,6 @@ def label_ways(
     fine = full[: max(1, int(len(full) - seconds / DFT_SECONDS))]
     first = RelabeledDataset(domain, cheap[good], torch.from_numpy(gaps[good]).float()[:, None])
     ways = dict(full=[RelabeledDataset(domain, full)], cheap_then_fine=[first, RelabeledDataset(domain, fine)])
-    said = f"GFN2-xTB at {seconds / len(cheap):.3g} s a label ({len(failed)} failed), then DFT at an assumed {DFT_SECONDS:g} s"
+    said = (f"GFN2-xTB at {seconds / len(cheap):.3g} s a label ({len(failed)} failed), "
+            f"then DFT at an assumed {DFT_SECONDS:g} s")
     return LabelWays(ways, dict(full=len(full) * DFT_SECONDS, cheap_then_fine=seconds + len(fine) * DFT_SECONDS), said)

@@ -10,7 +10,8 @@ from html import escape
 
 # %% ../../../../nbs/surrogates/domains/molecules/11_pictures.ipynb #a7feb145
 def _smiles_svg(smiles: str) -> str:
-    return f'<svg viewBox="0 0 170 40" width="170" role="img"><text x="4" y="24" font-size="11">{escape(smiles[:30])}</text></svg>'
+    return ('<svg viewBox="0 0 170 40" width="170" role="img"><text x="4" y="24" '
+            f'font-size="11">{escape(smiles[:30])}</text></svg>')
 
 def molecule_svg(
     smiles: str,

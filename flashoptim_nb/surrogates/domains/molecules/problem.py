@@ -23,12 +23,15 @@ from .domain import MoleculeDomain
 def at_a_glance(
     structures: Structures,
 ) -> np.ndarray:  # fp32 (M, 13)
-    "Counts of H, C, N, O, F; atoms; degree of unsaturation; in the SMILES: double and triple bonds, rings, carbonyls, aromatic atoms, charges."
+    """Counts of H, C, N, O, F; atoms; degree of unsaturation; in the SMILES:
+    double and triple bonds, rings, carbonyls, aromatic atoms, charges."""
     start = np.cumsum(structures.counts) - structures.counts
     atoms = np.stack([np.add.reduceat(structures.z == n, start) for n in (1, 6, 7, 8, 9)], 1).astype(np.float32)
     unsaturated = atoms[:, 1] + 1 + atoms[:, 2] / 2 - (atoms[:, 0] + atoms[:, 4]) / 2
-    written = [[s.count("="), s.count("#"), sum(map(str.isdigit, s)) / 2, s.count("=O") + s.count("O="), sum(map(s.count, "cno")), s.count("+") + s.count("-]")] for s in structures.smiles]
-    return np.concatenate([atoms, structures.counts[:, None], unsaturated[:, None], np.array(written)], 1).astype(np.float32)
+    written = [[s.count("="), s.count("#"), sum(map(str.isdigit, s)) / 2, s.count("=O") + s.count("O="),
+                sum(map(s.count, "cno")), s.count("+") + s.count("-]")] for s in structures.smiles]
+    return np.concatenate([atoms, structures.counts[:, None], unsaturated[:, None], np.array(written)], 1).astype(
+        np.float32)
 
 # %% ../../../../nbs/surrogates/domains/molecules/08_problem.ipynb #6d0c9009
 WIDTH = 0.5  # eV, over which the score falls to 1/e
@@ -42,25 +45,32 @@ class WantedGap:
         data: MoleculeDomain,
         predict: Callable,  # batch -> (n, targets) in units: the frozen surrogate
         *,
-        wanted: tuple[float, ...] | None = None,  # eV; None: `instances` gaps between the 5th and 95th percentile of the training molecules
+        # eV; None: `instances` gaps between the 5th and 95th percentile of the training molecules
+        wanted: tuple[float, ...] | None = None,
         instances: int = 8,
         splits: tuple[str, ...] = ("val", "test"),  # the pool: what no weight was trained on
         pool: Structures | None = None,  # other molecules, instead of the splits
-        oracle: str = "labels",  # the true gap: the molecules' labels, or "gfn2": GFN2-xTB, on a scale of its own, for molecules that have none
+        # the true gap: the molecules' labels, or "gfn2": GFN2-xTB, a scale of its own, for those that have none
+        oracle: str = "labels",
         chunk: int = 256,  # molecules that the surrogate sees at a time
     ):
-        if "gap" not in data.targets: raise UserError(f"the surrogate predicts {', '.join(data.targets)}; a wanted gap needs one that predicts 'gap'")
-        if "train" in splits: raise UserError("the pool may not hold molecules that the surrogate was trained on; choose from val, test")
+        if "gap" not in data.targets:
+            raise UserError(
+                f"the surrogate predicts {', '.join(data.targets)}; a wanted gap needs one that predicts 'gap'")
+        if "train" in splits:
+            raise UserError("the pool may not hold molecules that the surrogate was trained on; choose from val, test")
         self.data, self.predict, self.chunk, self.column = data, predict, chunk, data.targets.index("gap")
         self.device = data.geometry.device
         self.pool = data.structures.take(np.concatenate([data.splits[s] for s in splits])) if pool is None else pool
         if choose("oracle", oracle, ("labels", "gfn2")) == "labels" and "gap" not in self.pool.labels:
             raise UserError("the molecules of the pool have no labels; have their gaps computed by oracle=\"gfn2\"")
-        self.true = torch.from_numpy(self.pool.labels["gap"].copy()) if oracle == "labels" else torch.full((len(self.pool),), torch.nan, dtype=torch.float64)
+        self.true = (torch.from_numpy(self.pool.labels["gap"].copy()) if oracle == "labels"
+                     else torch.full((len(self.pool),), torch.nan, dtype=torch.float64))
         self.failed = {}  # molecules that the oracle could not do, and why; they score 0
         self.oracle = oracle
         trained = data.y[data.splits["train"], self.column].double().numpy()
-        self.wanted = torch.tensor(np.quantile(trained, np.linspace(0.05, 0.95, instances)) if wanted is None else wanted, dtype=torch.float64)
+        self.wanted = torch.tensor(
+            np.quantile(trained, np.linspace(0.05, 0.95, instances)) if wanted is None else wanted, dtype=torch.float64)
         self.instances, self._predicted = len(self.wanted), None
         seen = torch.from_numpy(at_a_glance(self.pool))
         self.seen = ((seen - seen.mean(0)) / seen.std(0).clamp(min=1e-6)).to(self.device)
@@ -72,15 +82,19 @@ class WantedGap:
     def random(self, instance: int, n: int, generator: torch.Generator) -> Tensor:  # int64 (n,)
         return torch.randint(len(self.pool), (n,), generator=generator, device=generator.device).to(self.device)
 
-    def score(self, instance: int, gap: Tensor) -> Tensor: return torch.exp(-(gap - self.wanted[instance].to(gap)).abs() / WIDTH)
+    def score(self, instance: int, gap: Tensor) -> Tensor:
+        return torch.exp(-(gap - self.wanted[instance].to(gap)).abs() / WIDTH)
 
 # %% ../../../../nbs/surrogates/domains/molecules/08_problem.ipynb #6d0c900a
 @patch
 def gaps(self: WantedGap) -> Tensor:  # fp32, eV
     "The surrogate's gaps of the whole pool, asked for once."
     if self._predicted is None:
-        parts = [self.pool.take(np.arange(at, min(at + self.chunk, len(self.pool)))) for at in range(0, len(self.pool), self.chunk)]
-        with torch.no_grad(): self._predicted = torch.cat([self.predict(self.data.batch_of(part))[:, self.column].float() for part in parts]).to(self.device)
+        parts = [self.pool.take(np.arange(at, min(at + self.chunk, len(self.pool))))
+                 for at in range(0, len(self.pool), self.chunk)]
+        with torch.no_grad():
+            self._predicted = torch.cat(
+                [self.predict(self.data.batch_of(part))[:, self.column].float() for part in parts]).to(self.device)
     return self._predicted
 
 @patch
@@ -92,7 +106,8 @@ def predicted(self: WantedGap, instance: int, x: Tensor) -> Tensor:  # fp32 (n,)
 def objective(self: WantedGap, instance: int, x: Tensor) -> Tensor:  # fp64 (n,)
     "Scores by the true gaps; 0 where there is none."
     x = x.cpu()
-    todo = [m for m in x.unique().tolist() if self.true[m].isnan() and m not in self.failed] if self.oracle == "gfn2" else []
+    todo = ([m for m in x.unique().tolist() if self.true[m].isnan() and m not in self.failed] if self.oracle == "gfn2"
+            else [])
     if todo:
         gaps, failed = gfn2_gaps(self.pool.take(np.array(todo)))
         self.true[todo] = torch.from_numpy(gaps)

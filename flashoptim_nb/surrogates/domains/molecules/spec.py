@@ -19,7 +19,8 @@ def load(preset: str = "laptop", *, device="cpu", cache=None, **limits) -> Molec
     "The domain at a preset, its tables on the device."
     return load_molecules(preset, device=device, **limits)
 
-def _measured(device, network: str = "published", **_) -> MoleculeDomain: return load("gpu", device=device, config=network)
+def _measured(device, network: str = "published", **_) -> MoleculeDomain:
+    return load("gpu", device=device, config=network)
 
 _configs = ALL + tuple(FUSED) + tuple(REFERENCE)
 _more = dict(configs=_configs, searched=SEARCHED + tuple(FUSED), labels=("fp32", "mixed_bf16", "flash"))
@@ -29,6 +30,6 @@ DOMAIN = DomainSpec(
     plans=dict(laptop=smoke_plan(1, configs=_configs, labels=("fp32",), budget=256 << 20),
                gpu=gpu_plan(2, limits=dict(config="published"), **_more), full=full_plan(**_more)),
     cuts=dict(gpu=("molecules: 110,000 training rows -> the 20,179 of the shipped 24,000; "
-                   "hidden 256 and 6 blocks -> the published 128 and 4",)),
-    benchmark=Benchmark(run="molecule-steps", choices=dict(implementations=tuple(IMPLEMENTATIONS), precisions=PRECISIONS),
-                        load=_measured, rows=benchmark_molecules))
+                   "hidden 256 and 6 blocks -> the published 128 and 4",)), benchmark=Benchmark(
+        run="molecule-steps", choices=dict(implementations=tuple(IMPLEMENTATIONS), precisions=PRECISIONS),
+        load=_measured, rows=benchmark_molecules))

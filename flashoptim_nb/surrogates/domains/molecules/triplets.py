@@ -76,23 +76,32 @@ def check_lists(
 ):
     "Refuses lists of other places than the atom's own; on a GPU by an assertion on the device."
     N, P = len(first) - 1, len(atom_P)
-    refuse_where(torch.cat([first.diff() < 0, first[:1] != 0, first[-1:] > P]), f"{what}: the lists' ends have to rise from 0 to at most {P}")
+    refuse_where(torch.cat([first.diff() < 0, first[:1] != 0, first[-1:] > P]),
+                 f"{what}: the lists' ends have to rise from 0 to at most {P}")
     place = torch.arange(P, device=atom_P.device)
     own = (first[atom_P] <= place) & (place < first[atom_P + 1])
     refuse_where((place < first[-1:]) & ~own, f"{what}: an edge stands in the list of another atom than its own")
 
 def check_edges(g: Edges):
-    "Raises `UserError` for edges and lists that do not belong together; on a GPU wrong numbers are an assertion on the device, and nothing waits."
+    """Raises `UserError` for edges and lists that do not belong together;
+    on a GPU wrong numbers are an assertion on the device, and nothing waits."""
     E, N = len(g.source), len(g.incoming) - 1
-    if (N < 0 or any(t.dim() != 1 for t in (g.source, g.target, g.incoming, g.outgoing, g.out_edge)) or g.unit.shape != (E, 3) or not len(g.target) == len(g.out_edge) == E
-            or len(g.outgoing) != N + 1):
-        raise UserError(f"edges do not belong together: {', '.join(f'{name} {tuple(t.shape)}' for name, t in g._asdict().items())}; lists have (N + 1,), directions (E, 3), all others (E,)")
-    if len({t.device for t in g}) > 1: raise UserError(f"edges lie on several devices: {', '.join(f'{name} on {t.device}' for name, t in g._asdict().items())}")
-    for name, t, size in (("sources of edges", g.source, N), ("targets of edges", g.target, N), ("outgoing edges", g.out_edge, E), ("ends of lists", g.incoming, E + 1), ("ends of lists", g.outgoing, E + 1)):
+    if (N < 0 or any(t.dim() != 1 for t in (g.source, g.target, g.incoming, g.outgoing, g.out_edge))
+            or g.unit.shape != (E, 3) or not len(g.target) == len(g.out_edge) == E or len(g.outgoing) != N + 1):
+        raise UserError("edges do not belong together: "
+                        f"{', '.join(f'{name} {tuple(t.shape)}' for name, t in g._asdict().items())}; "
+                        "lists have (N + 1,), directions (E, 3), all others (E,)")
+    if len({t.device for t in g}) > 1:
+        raise UserError(
+            f"edges lie on several devices: {', '.join(f'{name} on {t.device}' for name, t in g._asdict().items())}")
+    for name, t, size in (
+            ("sources of edges", g.source, N), ("targets of edges", g.target, N), ("outgoing edges", g.out_edge, E),
+            ("ends of lists", g.incoming, E + 1), ("ends of lists", g.outgoing, E + 1)):
         check_indices(t, size, name)
     check_lists(g.target, g.incoming, "incoming edges")
     check_lists(g.source[g.out_edge.long()], g.outgoing, "outgoing edges")
-    times = torch.zeros(E, dtype=torch.int32, device=g.source.device).index_add_(0, g.out_edge.long(), (torch.arange(E, device=g.source.device) < g.outgoing[-1:]).int())
+    times = torch.zeros(E, dtype=torch.int32, device=g.source.device).index_add_(
+        0, g.out_edge.long(), (torch.arange(E, device=g.source.device) < g.outgoing[-1:]).int())
     refuse_where(times > 1, "outgoing edges: an edge stands in the lists twice")
 
 
@@ -110,12 +119,15 @@ def _put(at, v, mask, TYPE: tl.constexpr):
 
 @triton.jit
 def _cosines(unit, out_edge, kj, k_in, i, i_in, source, target):
-    "Of outgoing edges i with incoming ones kj: cosines (I, K), which pairs are triplets, and the outgoing edges' numbers."
+    """Of outgoing edges i with incoming ones kj:
+    cosines (I, K), which pairs are triplets, and the outgoing edges' numbers."""
     ji = tl.load(out_edge + i, mask=i_in, other=0).to(tl.int64)
     to, fro = tl.load(target + ji, mask=i_in, other=-1), tl.load(source + kj, mask=k_in, other=-1)
     z = tl.load(unit + 3 * ji, mask=i_in, other=0.0)[:, None] * tl.load(unit + 3 * kj, mask=k_in, other=0.0)[None, :]
-    z += tl.load(unit + 3 * ji + 1, mask=i_in, other=0.0)[:, None] * tl.load(unit + 3 * kj + 1, mask=k_in, other=0.0)[None, :]
-    z += tl.load(unit + 3 * ji + 2, mask=i_in, other=0.0)[:, None] * tl.load(unit + 3 * kj + 2, mask=k_in, other=0.0)[None, :]
+    z += (tl.load(unit + 3 * ji + 1, mask=i_in, other=0.0)[:, None]
+          * tl.load(unit + 3 * kj + 1, mask=k_in, other=0.0)[None, :])
+    z += (tl.load(unit + 3 * ji + 2, mask=i_in, other=0.0)[:, None]
+          * tl.load(unit + 3 * kj + 2, mask=k_in, other=0.0)[None, :])
     return z, (to[:, None] != fro[None, :]) & i_in[:, None] & k_in[None, :], ji
 
 @triton.jit
@@ -145,12 +157,15 @@ def triplets_forward_kernel(
         for k0 in range(tl.load(incoming + j), k_end, TILE):
             kj = (k0 + tl.arange(0, TILE)).to(tl.int64)
             z, meet, _ = _cosines(unit, out_edge, kj, kj < k_end, i, i < i_end, source, target)
-            x_KC = tl.load(x + kj[:, None] * C + c[None, :], mask=(kj < k_end)[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+            x_KC = tl.load(
+                x + kj[:, None] * C + c[None, :], mask=(kj < k_end)[:, None] & (c < C)[None, :], other=0.0).to(
+                tl.float32)
             p, older = z, z
             for l in tl.static_range(L):
                 new = _next_legendre(l, z, p, older)
                 older, p = p, new
-                q_KB = _operand(tl.load(q + (kj[:, None] * L + l) * B + b[None, :], mask=(kj < k_end)[:, None] & (b < B)[None, :], other=0.0), TYPE)
+                q_KB = _operand(tl.load(q + (kj[:, None] * L + l) * B + b[None, :],
+                                        mask=(kj < k_end)[:, None] & (b < B)[None, :], other=0.0), TYPE)
                 a_KC = x_KC * tl.dot(q_KB, w, input_precision=DOT)
                 y_IK = tl.where(meet, p * ((2.0 * l + 1.0) * 0.07957747154594767) ** 0.5, 0.0)
                 total = tl.dot(_operand(y_IK, TYPE), _operand(a_KC, TYPE), total, input_precision=DOT)
@@ -182,7 +197,8 @@ def triplets_backward_kernel(
             for i0 in range(i_begin, i_end, TILE):
                 i = i0 + tl.arange(0, TILE)
                 z, meet, ji = _cosines(unit, out_edge, kj, kj < k_end, i, i < i_end, source, target)
-                g_IC = _operand(tl.load(grad + ji[:, None] * C + c[None, :], mask=(i < i_end)[:, None] & (c < C)[None, :], other=0.0), TYPE)
+                g_IC = _operand(tl.load(grad + ji[:, None] * C + c[None, :],
+                                        mask=(i < i_end)[:, None] & (c < C)[None, :], other=0.0), TYPE)
                 p, older = z, z
                 for l in tl.static_range(L):
                     new = _next_legendre(l, z, p, older)
@@ -216,11 +232,13 @@ def _dot(x: torch.Tensor) -> str:
     return "tf32" if x.is_cuda and getattr(torch.backends.cuda.matmul, "fp32_precision", "ieee") == "tf32" else "ieee"
 
 def _tiles(x_EC, w2_CB, q, tile):
-    "Sizes of a launch: tiles and warps such that next to nothing spills from Hopper's registers, as its assembler reports."
+    """Sizes of a launch:
+    tiles and warps such that next to nothing spills from Hopper's registers, as its assembler reports."""
     (C, B), wide = w2_CB.shape, x_EC.dtype == torch.float32
     block = max(16, triton.next_power_of_2(C))
-    return dict(C=C, B=B, L=q.shape[1] // B, BLOCK_C=block, BLOCK_B=max(16, triton.next_power_of_2(B)), TILE=tile or (16 if wide and block > 64 else 32),
-                TYPE=TYPES[x_EC.dtype], DOT=_dot(x_EC), num_warps=8 if wide or block > 64 else 4)
+    return dict(C=C, B=B, L=q.shape[1] // B, BLOCK_C=block, BLOCK_B=max(16, triton.next_power_of_2(B)),
+                TILE=tile or (16 if wide and block > 64 else 32), TYPE=TYPES[x_EC.dtype], DOT=_dot(x_EC),
+                num_warps=8 if wide or block > 64 else 4)
 
 # %% ../../../../nbs/surrogates/domains/molecules/02_triplets.ipynb #6d0c2021
 def _plainly(x_EC, q, w2_CB, g):
@@ -241,7 +259,9 @@ class _TripletSum(torch.autograd.Function):
         if not _fused(x_EC): return _plainly(x_EC, q, w2_CB, g)
         out, atoms = torch.zeros_like(x_EC), len(g.incoming) - 1
         if atoms and len(x_EC):
-            with device_guard(x_EC.device): triplets_forward_kernel[(atoms,)](x_EC, q, w2_CB, g.unit, g.source, g.target, g.incoming, g.outgoing, g.out_edge, out, **_tiles(x_EC, w2_CB, q, tile))
+            with device_guard(x_EC.device):
+                triplets_forward_kernel[(atoms,)](x_EC, q, w2_CB, g.unit, g.source, g.target, g.incoming, g.outgoing,
+                                                  g.out_edge, out, **_tiles(x_EC, w2_CB, q, tile))
         return out
 
     @staticmethod
@@ -255,8 +275,9 @@ class _TripletSum(torch.autograd.Function):
         dx, dq, dw2 = torch.zeros_like(x_EC), torch.zeros_like(q), torch.zeros(programs, B, C, device=q.device)
         if atoms and len(x_EC):
             with device_guard(x_EC.device):
-                triplets_backward_kernel[(programs,)](grad, x_EC, q, w2_CB, g.unit, g.source, g.target, g.incoming, g.outgoing, g.out_edge, dx, dq, dw2, atoms,
-                                                      **_tiles(x_EC, w2_CB, q, ctx.tile))
+                triplets_backward_kernel[(programs,)](
+                    grad, x_EC, q, w2_CB, g.unit, g.source, g.target, g.incoming, g.outgoing, g.out_edge, dx, dq, dw2,
+                    atoms, **_tiles(x_EC, w2_CB, q, ctx.tile))
         return dx, dq, dw2.sum(0).T.to(w2_CB.dtype), None, None
 
 # %% ../../../../nbs/surrogates/domains/molecules/02_triplets.ipynb #6d0c2015
@@ -268,13 +289,19 @@ def triplet_sum(
     tile: int | None = None,  # edges of an atom at a time, a power of two from 16; None: by type and width
     checked: bool = False,  # whether `check_edges` has seen these edges
 ) -> torch.Tensor:  # (E, C) in the messages' type
-    "Each edge's sum over the triplets that end in it: by the kernels on CUDA, by the reference elsewhere. No gradient to positions."
-    if not x_EC.dim() == q_ELB.dim() == w2_CB.dim() == 2 or q_ELB.shape[1] % w2_CB.shape[1] or w2_CB.shape[0] != x_EC.shape[1] or len(q_ELB) != len(x_EC):
-        raise UserError(f"shapes do not belong together: messages {tuple(x_EC.shape)} (E, C), basis {tuple(q_ELB.shape)} (E, L * B), weight {tuple(w2_CB.shape)} (C, B)")
+    """Each edge's sum over the triplets that end in it: by the kernels on CUDA, by the reference elsewhere.
+    No gradient to positions."""
+    if (not x_EC.dim() == q_ELB.dim() == w2_CB.dim() == 2 or q_ELB.shape[1] % w2_CB.shape[1]
+            or w2_CB.shape[0] != x_EC.shape[1] or len(q_ELB) != len(x_EC)):
+        raise UserError(f"shapes do not belong together: messages {tuple(x_EC.shape)} (E, C), "
+                        f"basis {tuple(q_ELB.shape)} (E, L * B), weight {tuple(w2_CB.shape)} (C, B)")
     if not checked: check_edges(g)
-    if len(g.source) != len(x_EC) or g.source.device != x_EC.device: raise UserError(f"{len(x_EC)} messages on {x_EC.device} were given for {len(g.source)} edges on {g.source.device}")
+    if len(g.source) != len(x_EC) or g.source.device != x_EC.device:
+        raise UserError(
+            f"{len(x_EC)} messages on {x_EC.device} were given for {len(g.source)} edges on {g.source.device}")
     q_ELB, w2_CB = q_ELB.to(x_EC.dtype), w2_CB.to(x_EC.dtype)
-    return _TripletSum.apply(x_EC.contiguous(), q_ELB.contiguous(), w2_CB.contiguous(), Edges(*(t.contiguous() for t in g)), tile)
+    return _TripletSum.apply(
+        x_EC.contiguous(), q_ELB.contiguous(), w2_CB.contiguous(), Edges(*(t.contiguous() for t in g)), tile)
 
 # %% ../../../../nbs/surrogates/domains/molecules/02_triplets.ipynb #6d0c2018
 def triplet_errors(
@@ -291,7 +318,8 @@ def triplet_errors(
         leaves = [t.detach().requires_grad_() for t in given[:3]]
         out = f(*leaves)
         return out.detach(), *torch.autograd.grad(out, leaves, given[3])
-    plain = lambda x, q, w2: triplet_sum_reference(x, q, w2, g.unit.to(torch.promote_types(x.dtype, torch.float32)), *pairs)
+    plain = lambda x, q, w2: triplet_sum_reference(
+        x, q, w2, g.unit.to(torch.promote_types(x.dtype, torch.float32)), *pairs)
     ours, same = run(lambda *a: triplet_sum(*a, g, tile), x, q, w2, grad), run(plain, x, q, w2, grad)
     exact = run(plain, *(t.double() for t in (x, q, w2, grad)))
     return dict(zip(("out", "dx", "dq", "dw2"), zip(ours, same, exact)))
@@ -306,6 +334,6 @@ def triplet_floor(
     lists = edges * (3 * 4 + 2 * 8 + 4)
     forward = edges * element * (2 * C + L * B) + lists
     backward = edges * element * (3 * C + 2 * L * B) + lists
-    return dict(bytes_forward=forward, bytes_backward=backward, flops_forward=2 * (triplets * L * C + edges * L * B * C) + edges * L * C,
-                flops_backward=2 * (triplets * L * C + 3 * edges * L * B * C) + 3 * edges * L * C,
+    return dict(bytes_forward=forward, bytes_backward=backward, flops_forward=2 * (triplets * L * C + edges * L * B * C)
+                    + edges * L * C, flops_backward=2 * (triplets * L * C + 3 * edges * L * B * C) + 3 * edges * L * C,
                 bytes_of_one_triplet_tensor=triplets * C * element)

@@ -21,7 +21,8 @@ class ToyBatch:
     x: torch.Tensor  # (n, 8) fp32
     y: torch.Tensor  # (n, 2) fp32, in units
 
-    def to(self, device, non_blocking: bool = False): return ToyBatch(self.x.to(device, non_blocking=non_blocking), self.y.to(device, non_blocking=non_blocking))
+    def to(self, device, non_blocking: bool = False):
+        return ToyBatch(self.x.to(device, non_blocking=non_blocking), self.y.to(device, non_blocking=non_blocking))
     def __len__(self): return len(self.x)  # rows
 
 def toy_answer(
@@ -35,13 +36,15 @@ class ToyNet(nn.Module):
     "Two layers over a row."
     def __init__(self, width: int, checkpointing: bool = False):
         super().__init__()
-        self.first, self.norm, self.last, self.checkpointing = nn.Linear(8, width), nn.LayerNorm(width), nn.Linear(width, 2), checkpointing
+        self.first, self.norm, self.last, self.checkpointing = (nn.Linear(8, width), nn.LayerNorm(width),
+                                                                nn.Linear(width, 2), checkpointing)
 
     def inner(self, x): return torch.nn.functional.silu(self.norm(self.first(x)))
 
     def forward(self, batch) -> torch.Tensor:  # (n, 2), standardized
         x = batch.x.to(self.first.weight.dtype)
-        return self.last(torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False) if self.checkpointing else self.inner(x))
+        return self.last(torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False) if self.checkpointing
+                         else self.inner(x))
 
 # %% ../../../../nbs/surrogates/domains/toy/00_domain.ipynb #6a20c009
 class Toy:
@@ -53,7 +56,8 @@ class Toy:
         rows: int = 320,  # of the training split; a quarter as many for each of the others
         seed: int = 0,  # of the rows
     ):
-        def split(n, key): return torch.from_numpy(np.random.default_rng((seed, key)).normal(size=(n, 8)).astype(np.float32))
+        def split(n, key):
+            return torch.from_numpy(np.random.default_rng((seed, key)).normal(size=(n, 8)).astype(np.float32))
         self.x = dict(train=split(rows, 0), val=split(rows // 4, 1), test=split(rows // 4, 2))
         y = toy_answer(self.x["train"])
         self.mean, self.std = y.mean(0), y.std(0)

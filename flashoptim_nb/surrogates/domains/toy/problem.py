@@ -29,8 +29,10 @@ class ToyProblem:
         device: torch.device | str = "cpu",
     ):
         g = torch.Generator().manual_seed(11)
-        self.kind, self.name, self.instances, self.predict = choose("kind", kind, ["pool", "box", "subset"]), f"toy-{kind}", instances, predict
-        self.table = torch.rand({"pool": 24, "box": 1, "subset": 8}[kind], self.dims, generator=g)  # features of the items
+        self.kind, self.name, self.instances, self.predict = (choose("kind", kind, ["pool", "box", "subset"]),
+                                                              f"toy-{kind}", instances, predict)
+        # features of the items
+        self.table = torch.rand({"pool": 24, "box": 1, "subset": 8}[kind], self.dims, generator=g)
         self.sets = torch.zeros(56, 8, dtype=torch.bool).scatter(1, torch.tensor(list(combinations(range(8), 3))), True)
         every = self.enumerate() if kind != "box" else torch.rand(50, 2, generator=g) * 0.8 + 0.1
         self.wanted = self.features(0, every)[torch.randperm(len(every), generator=g)[:instances]]
@@ -45,23 +47,28 @@ class ToyProblem:
         return self.table[x] if self.kind == "pool" else x.float() if self.kind == "box" else x.float() @ self.table / 3
 
     def policy(self, width: int) -> nn.Module:
-        context = torch.cat([waves(self.wanted), torch.eye(self.instances, device=self.device)], 1)  # which instance it is helps a policy that has few
+        # which instance it is helps a policy that has few
+        context = torch.cat([waves(self.wanted), torch.eye(self.instances, device=self.device)], 1)
         if self.kind == "pool": return PoolPolicy(context, self.table, width)
         return BoxPolicy(context, self.dims, width) if self.kind == "box" else SubsetPolicy(context, 8, 3, width)
 
     def random(self, instance: int, n: int, generator: torch.Generator):
         if self.kind == "box": return torch.rand(n, self.dims, generator=generator, device=self.device)
-        return self.enumerate()[torch.randint(24 if self.kind == "pool" else 56, (n,), generator=generator, device=self.device)]
+        return self.enumerate()[
+            torch.randint(24 if self.kind == "pool" else 56, (n,), generator=generator, device=self.device)]
 
     def objective(self, instance: int, x) -> Tensor:
         return (-(self.features(instance, x).double() - self.wanted[instance]).square().sum(1) / 0.05).exp()
 
     def predicted(self, instance: int, x) -> Tensor:
         if self.predict is None: return self.objective(instance, x).float()
-        with torch.no_grad(): return self.predict(torch.cat([self.features(instance, x), self.wanted[instance].expand(len(x), -1)], 1)).float().squeeze(1)
+        with torch.no_grad():
+            return self.predict(
+                torch.cat([self.features(instance, x), self.wanted[instance].expand(len(x), -1)], 1)).float().squeeze(1)
 
     def describe(self, instance: int, x, i: int) -> str:
-        return f"item {int(x[i])}" if self.kind == "pool" else f"items {x[i].nonzero().flatten().tolist()}" if self.kind == "subset" else f"point ({x[i][0]:.3f}, {x[i][1]:.3f})"
+        return (f"item {int(x[i])}" if self.kind == "pool" else f"items {x[i].nonzero().flatten().tolist()}"
+                    if self.kind == "subset" else f"point ({x[i][0]:.3f}, {x[i][1]:.3f})")
 
 # %% ../../../../nbs/surrogates/domains/toy/01_problem.ipynb #c0000009
 def toy_surrogate(
@@ -74,11 +81,13 @@ def toy_surrogate(
     g = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        net = nn.Sequential(nn.Linear(4, 64), nn.BatchNorm1d(64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
+        net = nn.Sequential(
+            nn.Linear(4, 64), nn.BatchNorm1d(64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     for n in range(steps):
         drawn = [(t, problem.random(t, rows, g)) for t in range(problem.instances)]
-        inputs = torch.cat([torch.cat([problem.features(t, x), problem.wanted[t].expand(rows, -1)], 1) for t, x in drawn])
+        inputs = torch.cat(
+            [torch.cat([problem.features(t, x), problem.wanted[t].expand(rows, -1)], 1) for t, x in drawn])
         targets = torch.cat([problem.objective(t, x).float() for t, x in drawn])
         loss = (net(inputs).squeeze(1) - targets).square().mean()
         for group in optimizer.param_groups: group["lr"] = 1e-2 * (1 - n / steps)

@@ -25,9 +25,12 @@ class HighestRow:
         self.predict, self.rows = predict, torch.randn(2, 30, 8, generator=torch.Generator().manual_seed(0))
 
     def policy(self, width: int) -> nn.Module: return PoolPolicy(torch.eye(2), self.rows[0], width)
-    def random(self, instance: int, n: int, generator: torch.Generator) -> Tensor: return torch.randint(30, (n,), generator=generator)
-    def predicted(self, instance: int, x: Tensor) -> Tensor: return self.predict(ToyBatch(self.rows[instance][x], torch.zeros(len(x), 2)))[:, 0]
-    def objective(self, instance: int, x: Tensor) -> Tensor: return toy_answer(self.rows[instance][x])[:, 0].double().clamp(min=0)
+    def random(self, instance: int, n: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(30, (n,), generator=generator)
+    def predicted(self, instance: int, x: Tensor) -> Tensor:
+        return self.predict(ToyBatch(self.rows[instance][x], torch.zeros(len(x), 2)))[:, 0]
+    def objective(self, instance: int, x: Tensor) -> Tensor:
+        return toy_answer(self.rows[instance][x])[:, 0].double().clamp(min=0)
     def features(self, instance: int, x: Tensor) -> Tensor: return self.rows[instance][x]
     def describe(self, instance: int, x: Tensor, i: int) -> str: return f"row {int(x[i])}"
 
