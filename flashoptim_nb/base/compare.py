@@ -13,7 +13,8 @@ def rel_err(
     out: torch.Tensor,  # any shape and dtype
     ref: torch.Tensor,  # same shape, float64
 ) -> float:
-    "Relative error ||out - ref|| / ||ref|| in float64 (the plain norm of `out` where `ref` is zero); NaN gives infinity."
+    """Relative error ||out - ref|| / ||ref|| in float64 (the plain norm of `out` where `ref` is zero);
+    NaN gives infinity."""
     diff, ref = (out.detach().double().cpu() - ref.detach().double().cpu()).norm(), ref.detach().double().cpu().norm()
     err = float(diff / ref) if ref > 0 else float(diff)
     return float("inf") if err != err else err

@@ -23,7 +23,8 @@ def choose(
     given: str,  # the name that was given
     allowed: Mapping | Iterable[str],  # the table, or the names alone
 ):
-    "`allowed[given]` of a table (`given` itself of plain names); raises `UserError` with the allowed names and the nearest one."
+    """`allowed[given]` of a table (`given` itself of plain names);
+    raises `UserError` with the allowed names and the nearest one."""
     names = [str(name) for name in allowed]
     if given not in names:
         folded = {name.casefold(): name for name in names}
@@ -55,11 +56,14 @@ def refuse_where(
     words: str,  # what has to hold
     given=None,  # tensor of bad's shape, whose bad values are named; None: words say it all
 ):
-    "Raises `UserError` if any is bad; on a GPU, and under torch.compile, an assertion on the device that nothing waits for."
+    """Raises `UserError` if any is bad; on a GPU, and under torch.compile,
+    an assertion on the device that nothing waits for."""
     import torch  # here: the command refuses names before it loads torch
     if bad.is_meta: return
     if bad.device.type != "cpu" or torch.compiler.is_compiling(): torch._assert_async(~bad.any(), words)
-    elif bad.any(): raise UserError(words if given is None else f"{words}; given were {', '.join(map(str, given[bad].unique()[:5].tolist()))}")
+    elif bad.any():
+        raise UserError(
+            words if given is None else f"{words}; given were {', '.join(map(str, given[bad].unique()[:5].tolist()))}")
 
 def check_indices(
     index,  # tensor of integers, any shape and device
@@ -73,7 +77,9 @@ def check_indices(
     index = index.long()  # comparisons are not there for every type
     outside = (index < 0) | (index >= size)
     if ignore is not None: outside &= index != ignore
-    refuse_where(outside, f"{what} have to be 0 to {size - 1}" + ("" if ignore is None else f", or {ignore} where there is none"), index)
+    refuse_where(
+        outside,
+        f"{what} have to be 0 to {size - 1}" + ("" if ignore is None else f", or {ignore} where there is none"), index)
 
 
 # %% ../../nbs/base/00_errors.ipynb #6d1a70c2
@@ -81,7 +87,8 @@ def vouched(
     batch,  # a dataclass of tensors
     like=None,  # another batch, of which this one is the same elsewhere; None: its builder vouches for it
 ):
-    "The batch, marked as one whose indices are right, or as `like` is marked; `dataclasses.replace` does not take the mark along."
+    """The batch, marked as one whose indices are right, or as `like` is marked;
+    `dataclasses.replace` does not take the mark along."""
     if like is None or is_vouched(like): object.__setattr__(batch, "_vouched", True)
     return batch
 
@@ -96,7 +103,8 @@ def is_number(
     most: float = float_info.max,
 ) -> bool:
     "Whether it is a finite real number in these limits. None, NaN, infinities, truth values and text are none."
-    return isinstance(x, Real) and not isinstance(x, bool) and least <= getattr(x, "item", lambda: x)() <= most  # numpy's fp32 would overflow beside the limit
+    # numpy's fp32 would overflow beside the limit
+    return isinstance(x, Real) and not isinstance(x, bool) and least <= getattr(x, "item", lambda: x)() <= most
 
 # %% ../../nbs/base/00_errors.ipynb #057029a8
 def check_labels(
@@ -106,11 +114,12 @@ def check_labels(
     "Raises `UserError` for labels that are missing or not finite."
     for target, column in zip(targets, y.unbind(1), strict=True):
         if len(bad := (~column.isfinite()).nonzero().flatten().tolist()):
-            raise UserError(f"{len(bad)} of {len(column)} labels of {target!r} are not finite numbers, the first in row {bad[0]} (from 0); give each row a label, or leave the row out")
+            raise UserError(f"{len(bad)} of {len(column)} labels of {target!r} are not finite numbers, "
+                            f"the first in row {bad[0]} (from 0); give each row a label, or leave the row out")
 
 
 # %% ../../nbs/base/00_errors.ipynb #3ff96651
-# C0 and C1 controls, line and paragraph separators, what has no width, what turns the direction of writing, half characters, tags
+# controls, separators of lines, what has no width or turns the direction of writing, half characters, tags
 _HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
                      "\ud800-\udfff\U000e0000-\U000e007f]")
 

@@ -32,7 +32,8 @@ def _listed_hash(root: Path, name: str) -> str | None:
     for number, line in enumerate(sums.read_text(errors="replace").split("\n") if sums.is_file() else (), 1):
         if not line.strip(): continue
         if not (found := _SUM.fullmatch(line.rstrip())):
-            raise UserError(f"{sums}, line {number}: {line[:60]!r} is not a SHA-256 of 64 hexadecimal digits, two blanks and a file's name; write the list with sha256sum, or delete it")
+            raise UserError(f"{sums}, line {number}: {line[:60]!r} is not a SHA-256 of 64 hexadecimal digits, "
+                            "two blanks and a file's name; write the list with sha256sum, or delete it")
         listed[found[2]] = found[1].lower()
     return listed.get(name)
 
@@ -45,7 +46,8 @@ def verify(
     if not expected: return
     with open(path, "rb") as file: found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-        raise UserError(f"{path} is damaged or was changed: SHA256SUMS lists {expected[:16]}..., its SHA-256 is {found[:16]}... ({path.stat().st_size:,} bytes); fetch it again")
+        raise UserError(f"{path} is damaged or was changed: SHA256SUMS lists {expected[:16]}..., "
+                        f"its SHA-256 is {found[:16]}... ({path.stat().st_size:,} bytes); fetch it again")
 
 def read_verified(
     root: Path,  # a folder, with SHA256SUMS or without
@@ -76,7 +78,8 @@ def too_long(
     where: str,  # the line or article stands
 ) -> UserError:
     "The error for what is longer than any document."
-    return UserError(f"{where} is longer than {LONGEST_DOCUMENT:,} characters, which no document is; divide it, or leave it out")
+    return UserError(
+        f"{where} is longer than {LONGEST_DOCUMENT:,} characters, which no document is; divide it, or leave it out")
 
 def _lines(pieces: Iterable[bytes], where: str) -> Iterator[bytes]:
     "The lines of a text that comes in pieces, each with its newline but for a last one without."
@@ -97,7 +100,8 @@ def xz_lines(
         with open(root / name, "rb") as file:
             for line in _lines(_unpacked(file), str(root / name)): yield line.decode()
     except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{root / name} cannot be read ({error}; {(root / name).stat().st_size:,} bytes): it is truncated or not xz-compressed UTF-8; fetch it again") from None
+        raise UserError(f"{root / name} cannot be read ({error}; {(root / name).stat().st_size:,} bytes): "
+                        "it is truncated or not xz-compressed UTF-8; fetch it again") from None
 
 # %% ../../nbs/base/06_files.ipynb #5f11e005
 def bounded(
@@ -117,26 +121,32 @@ def read_xz(
     root: Path,  # a folder, with SHA256SUMS or without
     name: str,  # a file below it, xz-compressed UTF-8
 ) -> str:
-    "The whole text of a verified file; raises `UserError` if it does not decompress, or not to a text of bounded length."
+    """The whole text of a verified file; raises `UserError` if it does not decompress,
+    or not to a text of bounded length."""
     return "".join(bounded(xz_lines(root, name), f"{root / name}: its text", "read it by its lines, or cut it"))
 
 # %% ../../nbs/base/06_files.ipynb #ebeb1c6c
-LARGEST_ARRAYS = 2**32  # bytes of the arrays of one file, unpacked: the largest set of graphs takes some tens of megabytes
-BAD_ARRAYS = (KeyError, IndexError, TypeError, ValueError, OverflowError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile,
-              zlib.error, lzma.LZMAError)  # what numpy and zipfile raise for a file that is none, or another one
+# bytes of the arrays of one file, unpacked: the largest set of graphs takes some tens of megabytes
+LARGEST_ARRAYS = 2**32
+# what numpy and zipfile raise for a file that is none, or another one
+BAD_ARRAYS = (KeyError, IndexError, TypeError, ValueError, OverflowError, EOFError, MemoryError, RuntimeError,
+              zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 def read_npz(
     path: str | Path,
     names: Iterable[str] | None = None,  # arrays that it has to hold, and that are read; None: all
     only: Callable[[str], bool] = lambda name: True,  # of all, those that are read
 ) -> dict[str, np.ndarray]:
-    "Arrays of an npz file; raises `UserError` for a file that is none, lacks an array, or unpacks to more than memory should be given to."
+    """Arrays of an npz file; raises `UserError` for a file that is none, lacks an array,
+    or unpacks to more than memory should be given to."""
     def bad(what): return UserError(f"{path} {what}; write it with numpy.savez, or fetch it again")
     try:
         if not zipfile.is_zipfile(path): raise bad("is no npz file")
         with zipfile.ZipFile(path) as archive: size = sum(entry.file_size for entry in archive.infolist())
-        if size > LARGEST_ARRAYS: raise bad(f"unpacks to {size:,} bytes, more than the {LARGEST_ARRAYS:,} that are read")
+        if size > LARGEST_ARRAYS:
+            raise bad(f"unpacks to {size:,} bytes, more than the {LARGEST_ARRAYS:,} that are read")
         with np.load(path) as arrays:
-            if lacks := [name for name in names or () if name not in arrays.files]: raise bad(f"lacks {', '.join(lacks)}; it holds {', '.join(arrays.files[:8]) or 'nothing'}")
+            if lacks := [name for name in names or () if name not in arrays.files]:
+                raise bad(f"lacks {', '.join(lacks)}; it holds {', '.join(arrays.files[:8]) or 'nothing'}")
             return {name: arrays[name] for name in names or filter(only, arrays.files)}
     except (*BAD_ARRAYS, OSError) as error: raise bad(f"cannot be read ({type(error).__name__}: {error})") from None

@@ -45,7 +45,8 @@ def find_program(
     *names: str,  # the first that is there; a path is taken as it is
 ) -> str | None:
     "Where a program is; None if there is none. An empty or relative folder of PATH is passed over."
-    folders = os.pathsep.join(folder for folder in os.environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(folder))
+    folders = os.pathsep.join(
+        folder for folder in os.environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(folder))
     for name in names:
         if found := shutil.which(name, path=folders): return os.path.abspath(found)
 
@@ -63,7 +64,9 @@ def safe_path():
 def _git(*words) -> str | None:
     # A checkout's own settings can name programs that git runs; of a folder that somebody was given nothing is run.
     quiet = ("-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "--no-optional-locks")
-    try: done = subprocess.run([find_program("git") or "git-is-missing", *quiet, "-C", str(repo_root()), *words], capture_output=True, text=True, timeout=30)
+    try:
+        done = subprocess.run([find_program("git") or "git-is-missing", *quiet, "-C", str(repo_root()), *words],
+                              capture_output=True, text=True, timeout=30)
     except (OSError, UserError, subprocess.TimeoutExpired): return None
     return done.stdout.strip() if done.returncode == 0 else None
 
@@ -73,7 +76,8 @@ def commit() -> str:
     "The commit of the checkout, `+changes` if the package's files differ from it, or a statement that it is not known."
     if given := os.environ.get("FLASHOPTIM_COMMIT"):
         if re.fullmatch(r"(?!unknown|not.reported)[\w./+-]{4,100}", given): return given
-        raise UserError(f"FLASHOPTIM_COMMIT is {given!r}; it has to name the commit that this copy was made from, as `git rev-parse HEAD` prints it there")
+        raise UserError(f"FLASHOPTIM_COMMIT is {given!r}; it has to name the commit that this copy was made from, "
+                        "as `git rev-parse HEAD` prints it there")
     if not (head := _git("rev-parse", "HEAD")): return "unknown: not a git checkout"
     return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no", "--", "flashoptim_nb") else "")
 
@@ -96,8 +100,9 @@ def _cpu_name() -> str:
 
 @lru_cache
 def _driver() -> str:
-    try: done = subprocess.run([find_program("nvidia-smi") or "nvidia-smi-is-missing", "--query-gpu=driver_version", "--format=csv,noheader"],
-                               capture_output=True, text=True, timeout=30)
+    try:
+        done = subprocess.run([find_program("nvidia-smi") or "nvidia-smi-is-missing", "--query-gpu=driver_version",
+                               "--format=csv,noheader"], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired): return "not reported"
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else "not reported"
 
@@ -110,7 +115,8 @@ def pick_device(
         raise UserError(f"unknown device {name!r}; choose one of: auto, cpu, cuda, cuda:N")
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda:") and torch.cuda.is_available() and int(name[5:]) >= torch.cuda.device_count():
-        raise UserError(f"{name!r} was asked for, and there are {torch.cuda.device_count()} CUDA devices here, numbered from 0")
+        raise UserError(
+            f"{name!r} was asked for, and there are {torch.cuda.device_count()} CUDA devices here, numbered from 0")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"{name!r} was asked for, and torch {torch.__version__} sees no CUDA device here; "
                         "use --device cpu, or run `flashoptim-nb doctor` to see what this machine can do")
@@ -143,7 +149,8 @@ def _compiler() -> Capability:
     return Capability(True, str(found))
 
 def _module(name: str) -> Capability:
-    return (Capability(True, "installed") if importlib.util.find_spec(name) else Capability(False, f"{name} is not installed"))
+    return (Capability(True, "installed") if importlib.util.find_spec(name)
+            else Capability(False, f"{name} is not installed"))
 
 # %% ../../nbs/base/02_machine.ipynb #47ac41c2
 def capabilities() -> dict[str, Capability]:
@@ -157,7 +164,8 @@ def capabilities() -> dict[str, Capability]:
         cuda = several = Capability(False, why)
     triton = _module("triton")
     return {"cuda": cuda, "several GPUs": several, "compile": _compiler(),
-            "triton": Capability(triton.ok and cuda.ok, triton.why if not triton.ok or cuda.ok else "Triton's kernels need a GPU; the plain PyTorch references run"),
+            "triton": Capability(triton.ok and cuda.ok, triton.why if not triton.ok or cuda.ok
+                                     else "Triton's kernels need a GPU; the plain PyTorch references run"),
             "flash_attn": _module("flash_attn") if cuda.ok else Capability(False, "flash-attn needs a GPU"),
             "datasets": _module("datasets"), "transformers": _module("transformers")}
 
@@ -173,4 +181,5 @@ def skip_without(
     if not (missing := [name for name in modules if not _module(name).ok]): return
     from IPython import get_ipython
     get_ipython().ast_transformers.append(_Nothing())
-    print(f"The cells below were not run: {', '.join(missing)} is not installed here (pip install {' '.join(missing)}).")
+    print(
+        f"The cells below were not run: {', '.join(missing)} is not installed here (pip install {' '.join(missing)}).")

@@ -31,7 +31,7 @@ from .schema import NUMBERS, lacking, misfits
 
 # %% ../../nbs/base/05_records.ipynb #4acbc4c1
 ROWS = "rows.jsonl"  # the file's name within a run's directory
-LONGEST_ROW = 2**24  # bytes; the longest that was ever written has 6,261, so that a file of one endless line is told after 16 MiB
+LONGEST_ROW = 2**24  # bytes; the longest ever written has 6,261: a file of one endless line is told after 16 MiB
 
 class RecordError(UserError):
     "A record is damaged, incomplete or was altered."
@@ -43,7 +43,8 @@ class RowError(RecordError):
 def finite(
     value,  # plain values, nested
 ):
-    "The value with every float that JSON cannot spell, or no reader would take for a measurement, replaced by None (what is too small by 0)."
+    """The value with every float that JSON cannot spell, or no reader would take for a measurement,
+    replaced by None (what is too small by 0)."""
     if isinstance(value, dict): return {key: finite(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)): return [finite(v) for v in value]
     if not isinstance(value, float) or value == 0 or NUMBERS[0] <= abs(value) <= NUMBERS[1]: return value
@@ -69,7 +70,8 @@ class Run:
 
     @property
     def status(self) -> str:
-        "How the run ended: finished, oom, failed, unavailable, aborted, paused (a study that waits for a confirmation); `unfinished` if it has not."
+        """How the run ended: finished, oom, failed, unavailable, aborted,
+        paused (a study that waits for a confirmation); `unfinished` if it has not."""
         return self.rows[-1].get("status", "unfinished") if self.rows[-1]["kind"] == "end" else "unfinished"
 
     @property
@@ -88,9 +90,13 @@ def _parse(line: bytes, seal: str) -> tuple[dict, str]:
     except ValueError: raise ValueError("is not JSON, the file is damaged") from None
     if not isinstance(row, dict) or not isinstance(row.get("kind"), str): raise ValueError("is not a row of a record")
     try: written, stated, fitting = _line(row), row.pop("seal", None), _seal(seal, row)
-    except (ValueError, RecursionError): raise ValueError("holds what no record can hold (NaN, infinity, endless nesting), the file is damaged") from None
-    if stated != fitting: raise ValueError("its seal does not fit, so this row or one before it was altered, lost or doubled")
-    if written != line: raise ValueError("says what was written in other bytes than it was written in, the file is damaged")
+    except (ValueError, RecursionError):
+        raise ValueError(
+            "holds what no record can hold (NaN, infinity, endless nesting), the file is damaged") from None
+    if stated != fitting:
+        raise ValueError("its seal does not fit, so this row or one before it was altered, lost or doubled")
+    if written != line:
+        raise ValueError("says what was written in other bytes than it was written in, the file is damaged")
     if odd := misfits(row["kind"], row): raise ValueError(f"is no row of kind {row['kind']!r}: {'; '.join(odd[:3])}")
     return row, fitting
 
@@ -109,7 +115,9 @@ def read_run(
     path = Path(folder) / name
     if not path.is_file(): raise RecordError(f"{folder} holds no {name}: not the directory of a run")
     rows, before, mark = [], (0, ""), (0, "")
-    def damaged(what): return RecordError(f"{path}, row {len(rows) + 1}: {what}; restore the file from a copy, or delete the directory and run again")
+    def damaged(what):
+        return RecordError(
+            f"{path}, row {len(rows) + 1}: {what}; restore the file from a copy, or delete the directory and run again")
     with open(path, "rb") as file:
         while (line := file.readline(LONGEST_ROW)).endswith(b"\n"):
             try: row, seal = _parse(line, mark[1])
@@ -126,19 +134,24 @@ def incomplete(
     run: Run,
 ) -> list[str]:
     "What its rows lack, in words; whoever looks into the rows of a kind relies on these fields."
-    return [f"row {n}, of kind {row['kind']!r}: {what}" for n, row in enumerate(run.rows, 1) for what in lacking(row["kind"], row)]
+    return [f"row {n}, of kind {row['kind']!r}: {what}" for n, row in enumerate(run.rows, 1)
+            for what in lacking(row["kind"], row)]
 
 def complete(
     run: Run,
 ) -> Run:
     "The run; raises `RecordError` if one of its rows lacks what a row of its kind has."
-    if lacks := incomplete(run): raise RecordError(f"{run.folder / ROWS}, {lacks[0]}" + (f" ({len(lacks)} fields in all)" if len(lacks) > 1 else "") + "; restore the file from a copy, or delete the directory and run again")
+    if lacks := incomplete(run):
+        raise RecordError(
+            f"{run.folder / ROWS}, {lacks[0]}" + (f" ({len(lacks)} fields in all)" if len(lacks) > 1 else "")
+            + "; restore the file from a copy, or delete the directory and run again")
     return run
 
 def read_study(
     folder: str | Path,  # a directory of runs
 ) -> list[Run]:
-    "All runs directly below a directory, in the order of their names; raises `RecordError` for one that is damaged or incomplete."
+    """All runs directly below a directory, in the order of their names;
+    raises `RecordError` for one that is damaged or incomplete."""
     return [complete(read_run(path.parent)) for path in sorted(Path(folder).glob(f"*/{ROWS}"))]
 
 def frame(
@@ -187,7 +200,8 @@ def find_studies(
 # %% ../../nbs/base/05_records.ipynb #662fcb69
 def _kept(folder: Path) -> list[int]:
     "Numbers of the attempts that were set aside, in order."
-    return sorted(int(found[1]) for path in folder.glob("rows.*.jsonl") if (found := re.fullmatch(r"rows\.([0-9]+)\.jsonl", path.name)))
+    return sorted(int(found[1]) for path in folder.glob("rows.*.jsonl")
+                  if (found := re.fullmatch(r"rows\.([0-9]+)\.jsonl", path.name)))
 
 def attempts(
     folder: str | Path,  # a run's directory
@@ -204,15 +218,18 @@ def _set_aside(record: Path) -> Path:
 _BEGINS = b'{"kind": "'  # every row
 
 def _keep_tail(record: Path, size: int):
-    "Sets a record aside if what stands behind its whole rows, `size` bytes, is not the beginning of a row, and says so."
+    """Sets a record aside if what stands behind its whole rows, `size` bytes,
+    is not the beginning of a row, and says so."""
     with open(record, "rb") as file: tail = file.seek(size) and file.read(len(_BEGINS))
     if tail and not _BEGINS.startswith(tail) and tail != _BEGINS:
-        print(f"{record}: what stands behind its last whole row is no beginning of a row; it is cut off, and the file as it was is kept as {_set_aside(record).name}", file=sys.stderr)
+        print(f"{record}: what stands behind its last whole row is no beginning of a row; "
+              f"it is cut off, and the file as it was is kept as {_set_aside(record).name}", file=sys.stderr)
 
 def _stood_at(record: Path, size: int, seal: str) -> bool:
     "Whether a record, all of whose rows are good, was once `size` bytes long and its last row bore that seal."
     if size == 0: return True
-    with open(record, "rb") as file: lines = (file.seek(max(0, size - LONGEST_ROW)), file.read(min(size, LONGEST_ROW)))[1].split(b"\n")
+    with open(record, "rb") as file:
+        lines = (file.seek(max(0, size - LONGEST_ROW)), file.read(min(size, LONGEST_ROW)))[1].split(b"\n")
     try: return len(lines) > 1 and not lines[-1] and read_json(lines[-2])["seal"] == seal
     except ValueError: return False
 
@@ -223,7 +240,8 @@ class RunWriter:
         self,
         folder: str | Path,  # the run's directory
         header: dict | None = None,  # starts a new record; None reopens the one that is there
-        mark: tuple[int, str] | None = None,  # where to reopen: (bytes, seal) as `mark` gave them; None: after the last whole row, before an `end`
+        # (bytes, seal) of `mark`, where to reopen; None: after the last whole row, before an `end`
+        mark: tuple[int, str] | None = None,
     ):
         self.folder, path = Path(folder), Path(folder) / ROWS
         try: self._open(path.with_suffix(".new") if header is not None else path, header, mark)
@@ -237,8 +255,10 @@ class RunWriter:
         record = path.with_name(ROWS)
         there = read_run(self.folder) if header is None or record.exists() else None
         if mark and not (mark[0] <= there.mark[0] and _stood_at(record, *mark)):
-            raise RecordError(f"{record} is not the record that its checkpoint was taken with (after {mark[0]} bytes it should bear the seal {mark[1]}); delete {self.folder} and run again")
-        if there and (len(there.rows) > 1 if header is not None else mark and there.status != "unfinished"): _set_aside(record)
+            raise RecordError(f"{record} is not the record that its checkpoint was taken with (after {mark[0]} bytes "
+                              f"it should bear the seal {mark[1]}); delete {self.folder} and run again")
+        if there and (len(there.rows) > 1 if header is not None else mark and there.status != "unfinished"):
+            _set_aside(record)
         elif there and header is None: _keep_tail(record, there.mark[0])
         self.size, self.seal = (0, "") if header is not None else mark or there.before_end
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -253,10 +273,13 @@ class RunWriter:
     def append(self, kind: str, **fields):
         "Writes one row; raises `UserError` if the disk is full, with the record as it was before."
         row = {"kind": kind} | finite(fields)
-        if odd := misfits(kind, row): raise RowError(f"a row of kind {kind!r} that nobody could read back: {'; '.join(odd[:3])}")
+        if odd := misfits(kind, row):
+            raise RowError(f"a row of kind {kind!r} that nobody could read back: {'; '.join(odd[:3])}")
         seal = _seal(self.seal, row)
         line = _line(row | {"seal": seal})
-        if len(line) >= LONGEST_ROW: raise RowError(f"a row of kind {kind!r} takes {len(line):,} bytes; a record's row has less than {LONGEST_ROW:,}: divide it")
+        if len(line) >= LONGEST_ROW:
+            raise RowError(f"a row of kind {kind!r} takes {len(line):,} bytes; "
+                           f"a record's row has less than {LONGEST_ROW:,}: divide it")
         try:
             written = 0
             while written < len(line): written += os.write(self._file, line[written:])
@@ -288,10 +311,12 @@ def disk_error(error: Exception, where: Path) -> Exception:
     "What a failed write is told as; the record before it is untouched."
     code = getattr(error, "errno", None)
     if code in FULL or any(word in str(error) for word in ("No space left", "File too large", "quota")):
-        return UserError(f"cannot write to {where}: {os.strerror(code) if code else error}; nothing that was recorded before is lost. "
-                         "Free some space, or name another folder with --out, and give the same command again")
+        return UserError(
+            f"cannot write to {where}: {os.strerror(code) if code else error}; nothing that was recorded before "
+            "is lost. Free some space, or name another folder with --out, and give the same command again")
     if isinstance(error, OSError) and code:
-        return UserError(f"cannot write to {where}: {os.strerror(code)} ({error.filename or where}); name a folder that can be written to with --out")
+        return UserError(f"cannot write to {where}: {os.strerror(code)} ({error.filename or where}); "
+                         "name a folder that can be written to with --out")
     return error
 
 # %% ../../nbs/base/05_records.ipynb #cb1050dc
@@ -309,7 +334,8 @@ def only_writer(
         try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             other = os.read(lock, 32).decode(errors="replace").strip() or "unknown"
-            raise UserError(f"{folder} is being written by another run (process {other}); wait for it, stop it, or name another folder with --out") from None
+            raise UserError(f"{folder} is being written by another run (process {other}); "
+                            "wait for it, stop it, or name another folder with --out") from None
         try: os.ftruncate(lock, 0), os.write(lock, str(os.getpid()).encode())
         except OSError as error: raise disk_error(error, folder) from error
         yield folder
@@ -327,16 +353,19 @@ def check_place(
         if not os.access(there, os.W_OK | os.X_OK): raise PermissionError(errno.EACCES, "", str(there))
     except OSError as error: raise disk_error(error, folder) from error
     for path in (folder, *folder.parents):
-        if (path / ROWS).is_file() or study_origin(path).get("study") == path.name or path == folder and any(path.glob(f"*/{ROWS}")):
-            raise UserError(f"{folder} lies within the records in {path}; name a folder of studies, or another place, with --out")
+        if ((path / ROWS).is_file() or study_origin(path).get("study") == path.name
+                or path == folder and any(path.glob(f"*/{ROWS}"))):
+            raise UserError(
+                f"{folder} lies within the records in {path}; name a folder of studies, or another place, with --out")
 
 # %% ../../nbs/base/05_records.ipynb #d04f07ab
-REQUIRED = dict(run="which run it is", hypothesis="the hypothesis", study="the study", scale="the scale", role="the size that it stands for",
-                size="the size that was run", arm="the arm", config="the configuration's name",
-                seed="the seed", settings="the settings", settings_hash="the settings' hash", criteria_hash="the criteria's hash",
-                package_version="the package's version", commit="the commit", device="the device", device_kind="the kind of device",
-                driver="the driver", libraries="the libraries' versions", data_hash="the data's hash", started="when it began",
-                command="the command")
+REQUIRED = dict(
+    run="which run it is", hypothesis="the hypothesis", study="the study", scale="the scale",
+    role="the size that it stands for", size="the size that was run", arm="the arm", config="the configuration's name",
+    seed="the seed", settings="the settings", settings_hash="the settings' hash", criteria_hash="the criteria's hash",
+    package_version="the package's version", commit="the commit", device="the device", device_kind="the kind of device",
+    driver="the driver", libraries="the libraries' versions", data_hash="the data's hash", started="when it began",
+    command="the command")
 PLACEHOLDER = re.compile(r"unknown\b|not reported\b", re.I)  # what is written where the machine could not tell
 NO_SIZE = ("role", "size")  # a study's journal belongs to none
 
@@ -346,9 +375,11 @@ def _origin_problems(header: dict) -> list[str]:
     told = {key: header.get(key) for key in wanted}
     settings = header.get("settings") or {}
     return ([f"misses {REQUIRED[key]} (header field {key!r})" for key, value in told.items() if value in (None, "", {})]
-            + [f"does not say {REQUIRED[key]}, but {value!r} (header field {key!r}); mend the machine (FLASHOPTIM_COMMIT names a commit where git cannot) and run again"
+            + [f"does not say {REQUIRED[key]}, but {value!r} (header field {key!r}); "
+               "mend the machine (FLASHOPTIM_COMMIT names a commit where git cannot) and run again"
                for key, value in told.items() if isinstance(value, str) and PLACEHOLDER.match(value)]
-            + [f"its header says {key} {header[key]!r}, its settings {settings[key]!r}" for key in wanted if key in settings and key in header and settings[key] != header[key]])
+            + [f"its header says {key} {header[key]!r}, its settings {settings[key]!r}" for key in wanted
+               if key in settings and key in header and settings[key] != header[key]])
 
 def examine(
     folder: str | Path,  # a run's directory
@@ -357,9 +388,13 @@ def examine(
     try: run, _ = read_run(folder), attempts(folder)
     except RecordError as error: return None, [str(error)]
     found = [*_origin_problems(run.header), *(words for words in incomplete(run) if not words.startswith("row 1,"))]
-    if run.header.get("settings") and content_hash(run.header["settings"]) != run.header.get("settings_hash"): found.append("its settings do not have the hash that it states")
-    if run.header.get("run") not in (None, Path(folder).resolve().name): found.append(f"holds the run {run.id}, so it was copied or renamed")
-    if run.status == "unfinished": found.append(f"the run did not end, or its last rows are missing; its command finishes it: {run.header.get('command')}")
+    if run.header.get("settings") and content_hash(run.header["settings"]) != run.header.get("settings_hash"):
+        found.append("its settings do not have the hash that it states")
+    if run.header.get("run") not in (None, Path(folder).resolve().name):
+        found.append(f"holds the run {run.id}, so it was copied or renamed")
+    if run.status == "unfinished":
+        found.append(
+            f"the run did not end, or its last rows are missing; its command finishes it: {run.header.get('command')}")
     return run, [f"{folder}: {words}" for words in found]
 
 def problems(

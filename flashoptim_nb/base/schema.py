@@ -13,7 +13,8 @@ from .errors import visible
 
 # %% ../../nbs/base/04_schema.ipynb #2c453951
 SCALES = ("laptop", "gpu", "full")  # from least to most
-NUMBERS = 1e-100, 1e100  # the sizes of numbers other than 0: far beyond fp32's, and their squares and ratios are still finite
+# the sizes of numbers other than 0: far beyond fp32's, and their squares and ratios are still finite
+NUMBERS = 1e-100, 1e100
 LONGEST_NAME = 300  # characters; a run's name is also a directory's
 
 def _is_number(v) -> bool: return type(v) in (int, float) and (v == 0 or NUMBERS[0] <= abs(v) <= NUMBERS[1])
@@ -94,16 +95,20 @@ def _part(name): return lambda v: isinstance(v, dict) and not misfits(name, v) a
 
 def _form(form: str, null: str, many: str, null_all: str) -> tuple[Callable[[object], bool], str]:
     "What decides whether a value has a form, and the form in words."
-    test, words = (_part(form), f"an object of this form: {' '.join(TABLES[form].split())}") if form[0] == "." else FORMS[form]
+    test, words = ((_part(form), f"an object of this form: {' '.join(TABLES[form].split())}") if form[0] == "."
+                   else FORMS[form])
     if null: test, words = _nullable(test), f"{words}, or null"
-    if many: test, words = (_list if many == "[]" else _values)(test), f"{'a list' if many == '[]' else 'an object'} of this: {words}"
+    if many:
+        test, words = ((_list if many == "[]" else _values)(test),
+                       f"{'a list' if many == '[]' else 'an object'} of this: {words}")
     return (_nullable(test), f"{words}, or null") if null_all else (test, words)
 
 # %% ../../nbs/base/04_schema.ipynb #f8bdcb2f
 def _compiled(table: str) -> tuple[dict, list]:
     "A table's forms by field, and its needs: (field, the field that wants it or none)."
     found = [_FIELD.fullmatch(field).groups("") for field in table.split()]
-    return {name: _form(*form) for name, _, _, *form in found}, [(name, other) for name, need, other, *_ in found if need]
+    return ({name: _form(*form) for name, _, _, *form in found},
+            [(name, other) for name, need, other, *_ in found if need])
 
 _COMPILED = {kind: _compiled(table) for kind, table in TABLES.items()}
 
@@ -115,7 +120,8 @@ def _told(value) -> str:
 def _misfit(kind: str, name: str, value) -> str:
     "A field that does not have its form; of an object, the field within it."
     forms, part = _COMPILED[kind][0], f".{name}"
-    if part in _COMPILED and isinstance(value, dict): return f"{name}: {(misfits(part, value) + lacking(part, value))[0]}"
+    if part in _COMPILED and isinstance(value, dict):
+        return f"{name}: {(misfits(part, value) + lacking(part, value))[0]}"
     return f"{name} is {_told(value)}; it has to be {forms[name][1]}"
 
 # %% ../../nbs/base/04_schema.ipynb #75c6070a

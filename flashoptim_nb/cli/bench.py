@@ -30,13 +30,17 @@ from ..train.optimizers import TIMED
 
 # %% ../../nbs/cli/00_bench.ipynb #41c7be02
 @contextmanager
-def _recorded(out: str | Path, device: torch.device, run: str, config: str, settings: dict, data: object, role: str = "all", arm: str = "bench") -> Iterator[RunWriter]:
+def _recorded(
+    out: str | Path, device: torch.device, run: str, config: str, settings: dict, data: object, role: str = "all",
+    arm: str = "bench",
+) -> Iterator[RunWriter]:
     "A benchmark's record, ended when all was measured; one made before is set aside, not lost."
     origin, scale = provenance(device), "gpu" if device.type == "cuda" else REHEARSAL
     study = study_name("bench", scale, origin["device"], origin["device_kind"])
-    header = dict(run=run, hypothesis="bench", study=study, scale=scale, role=role, size="all", arm=arm, config=config, seed=0, settings=settings,
-                  settings_hash=content_hash(settings), criteria_hash=CRITERIA_HASH, data_hash=content_hash(data),
-                  started=datetime.now(timezone.utc).isoformat(timespec="seconds"), command=shlex.join(["flashoptim-nb", *sys.argv[1:]]), **origin)
+    header = dict(run=run, hypothesis="bench", study=study, scale=scale, role=role, size="all", arm=arm, config=config,
+                  seed=0, settings=settings, settings_hash=content_hash(settings), criteria_hash=CRITERIA_HASH,
+                  data_hash=content_hash(data), started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                  command=shlex.join(["flashoptim-nb", *sys.argv[1:]]), **origin)
     with only_writer(Path(out) / study):
         writer = RunWriter(Path(out) / study / run, header=header)
         print(f"{origin['device']}, torch {torch.__version__}")
@@ -61,13 +65,16 @@ def bench(
     for work in works: choose("tensor set", work, TENSOR_SETS)
     for name in names: choose("optimizer", name, TIMED)
     run = "-".join(["optimizer-steps", *(() if works == [*WORKS] else works)])
-    with _recorded(out, where := pick_device(device), run, "optimizers", dict(works=works, names=names, times=times), {work: TENSOR_SETS[work] for work in works}) as writer:
+    with _recorded(out, where := pick_device(device), run, "optimizers", dict(works=works, names=names, times=times),
+                   {work: TENSOR_SETS[work] for work in works}) as writer:
         for row in benchmark(where, works, names, times):
             writer.append("optimizer", **row)
             print(row_text(row), flush=True)
         for work in works if "FlashAdamW" in names else ():
             writer.append("released", **(row := released_peak(work, where)))
-            print(f"{work:6} FlashAdamW, released: {row['between']:.3f} B a parameter between steps, at the peak {format(row['peak'], '.3f') if row['peak'] else 'not counted on a CPU'}, of them the largest gradient {row['largest_gradient']:.3f}", flush=True)
+            print(f"{work:6} FlashAdamW, released: {row['between']:.3f} B a parameter between steps, "
+                  f"at the peak {format(row['peak'], '.3f') if row['peak'] else 'not counted on a CPU'}, "
+                  f"of them the largest gradient {row['largest_gradient']:.3f}", flush=True)
     return writer.folder
 
 # %% ../../nbs/cli/00_bench.ipynb #41c7be04
@@ -80,14 +87,16 @@ def bench_domain(
     **measured,  # arguments of the benchmark
 ) -> Path:
     "Times a domain's training steps in its own ways and records them; returns the run's folder."
-    if measured.get("steps", 1) < 1: raise UserError(f"{measured['steps']} timed steps were asked for; at least 1 is needed")
+    if measured.get("steps", 1) < 1:
+        raise UserError(f"{measured['steps']} timed steps were asked for; at least 1 is needed")
     benchmark = find_domain(name).benchmark
     if benchmark is None: raise UserError(f"{name} has no benchmark of its own")
     for option, known in benchmark.choices.items():
         for chosen in measured.get(option, ()): choose(option.removesuffix("s"), chosen, known)
     where = pick_device(device)
     if where.type != "cuda" and domain is None:
-        raise UserError(f"the training steps of all {name} want a GPU, and the device is {where}: on a CPU they take most of an hour; leave that benchmark out here")
+        raise UserError(f"the training steps of all {name} want a GPU, and the device is {where}: "
+                        "on a CPU they take most of an hour; leave that benchmark out here")
     domain = domain or benchmark.load(where, **measured)
     settings = {option: list(v) if isinstance(v, tuple) else v for option, v in measured.items()}
     with _recorded(out, where, benchmark.run, name, settings, domain.data_hash) as writer:
@@ -113,11 +122,14 @@ def bench_largest(
     "Searches for the largest DimeNet++ within a budget, one record a configuration; returns the study's folder."
     for config in (configs := [*configs]): choose("configuration", config, SURROGATE_CONFIGS)
     where, recipe = pick_device(device), SURROGATE_RECIPE.replace(epochs=1, batch=batch)
-    if domain is None and where.type != "cuda": raise UserError(f"a search up to {budget / 2**30:g} GiB wants a GPU, and the device is {where}; leave `bench capacity` out here")
+    if domain is None and where.type != "cuda":
+        raise UserError(f"a search up to {budget / 2**30:g} GiB wants a GPU, and the device is {where}; "
+                        "leave `bench capacity` out here")
     spec = find_domain("molecules")
     domain = domain or spec.load("gpu", device=where, **spec.plans["gpu"].limits)
     for config in configs:
-        with _recorded(out, where, f"largest-{batch}-{config}", config, dict(batch=batch, budget=budget), domain.data_hash, "molecules", "largest") as writer:
+        with _recorded(out, where, f"largest-{batch}-{config}", config, dict(batch=batch, budget=budget),
+                       domain.data_hash, "molecules", "largest") as writer:
             row, tries = largest(domain, SURROGATE_CONFIGS[config], recipe, budget, where)
             print(f"{config}: {keep_search(writer, row, tries)}", flush=True)
     return writer.folder.parent

@@ -8,7 +8,8 @@ __all__ = ['main']
 # %% ../../nbs/cli/02_main.ipynb #b518a5cb
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded: threads that wait must not spin where other work needs the cores
+# read when torch is loaded: threads that wait must not spin where other work needs the cores
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import json
@@ -24,16 +25,21 @@ from ..base.errors import UserError, choose, missing_module, visible
 
 # %% ../../nbs/cli/02_main.ipynb #c6e882a7
 def _studies(given: list[str]) -> list[Path]:
-    "The studies that were named, at whatever level, or those where records usually are; raises `UserError` for a place that holds none and for a study named twice."
+    """The studies that were named, at whatever level, or those where records usually are;
+    raises `UserError` for a place that holds none and for a study named twice."""
     from flashoptim_nb.base.records import find_studies
     from flashoptim_nb.report.render import record_folders, study_folders
     for folder in given:
-        if not find_studies(folder): raise UserError(f"{folder} holds no records; name a folder of studies or a study, or make one with `flashoptim-nb run h1 --preset laptop`")
-    return list(study_folders(given, overlaid=False).values()) if given else list(study_folders(record_folders()).values())
+        if not find_studies(folder):
+            raise UserError(f"{folder} holds no records; name a folder of studies or a study, "
+                            "or make one with `flashoptim-nb run h1 --preset laptop`")
+    return (list(study_folders(given, overlaid=False).values()) if given
+            else list(study_folders(record_folders()).values()))
 
 # %% ../../nbs/cli/02_main.ipynb #ba429dc0
 def _check_surroundings(args):
-    "Raises `UserError` for a place that cannot be written to and for a variable of this package that does not hold what it names, before anything is begun."
+    """Raises `UserError` for a place that cannot be written to and for a variable of this package that does not hold
+    what it names, before anything is begun."""
     from flashoptim_nb.base.machine import commit, repo_root
     from flashoptim_nb.base.records import check_place
     from flashoptim_nb.lm.text import data_folder
@@ -42,7 +48,8 @@ def _check_surroundings(args):
     data_folder(), known_platforms(), record_folders(), commit()
     if cache := os.environ.get("FLASHOPTIM_CACHE"):
         try: check_place(cache)
-        except UserError as error: raise UserError(f"FLASHOPTIM_CACHE: {error}".replace("with --out", "in FLASHOPTIM_CACHE")) from None
+        except UserError as error:
+            raise UserError(f"FLASHOPTIM_CACHE: {error}".replace("with --out", "in FLASHOPTIM_CACHE")) from None
     if hasattr(args, "out"): check_place(args.out or repo_root() / ("_book" if args.command == "book" else "runs"))
 
 class _Stop:
@@ -54,7 +61,8 @@ class _Stop:
         if number is None: return bool(self.asked)
         self.asked += 1
         if self.asked > 1: os._exit(128 + number)
-        print("\nstopping after this step; the same command goes on from there (once more stops at once)", file=sys.stderr)
+        print("\nstopping after this step; the same command goes on from there (once more stops at once)",
+              file=sys.stderr)
 
 def _run(args) -> int:
     from flashoptim_nb.base.machine import repo_root
@@ -71,14 +79,17 @@ def _run(args) -> int:
     if args.device: device_for(preset, args.device)
     chosen = dict(workloads=args.sizes or args.domains, configs=args.configs)
     if args.dry_run: return dry_run(protocol, select_runs(preset, **chosen, what=protocol.workload), args.arms)
-    study = Study(protocol, preset, args.out or repo_root() / "runs", device=args.device or preset.device, experiments=args.arms,
-                  workers=workers, graphs=bool(args.graphs), minutes=args.minutes, stopped=_Stop(), **chosen)
+    study = Study(
+        protocol, preset, args.out or repo_root() / "runs", device=args.device or preset.device, experiments=args.arms,
+        workers=workers, graphs=bool(args.graphs), minutes=args.minutes, stopped=_Stop(), **chosen)
     return study.run(args.confirm)
 
-_OTHERS = {  # options of the other hypothesis, and why they are none here
+_OTHERS = {
+    # options of the other hypothesis, and why they are none here
     "h1": (("domains", "arms", "workers", "graphs", "minutes"),
            "its runs are chosen by --sizes and --configs, and one is made at a time"),
-    "h2": (("sizes",), "its runs are chosen by --domains, --configs and --arms; 1x and 2x are part of a configuration's name"),
+    "h2": (("sizes",),
+           "its runs are chosen by --domains, --configs and --arms; 1x and 2x are part of a configuration's name"),
 }
 
 def _refuse_others(args):
@@ -93,14 +104,19 @@ def _tell_hidden(studies: list[Path]):
     from flashoptim_nb.base.machine import data_root
     for study in studies:
         shipped = data_root() / "records" / study.name
-        if shipped.is_dir() and study.resolve() != shipped.resolve(): print(f"{study} stands in for the shipped study {shipped}, whole; name that one with --records to judge it", file=sys.stderr)
+        if shipped.is_dir() and study.resolve() != shipped.resolve():
+            print(f"{study} stands in for the shipped study {shipped}, whole; name that one with --records to judge it",
+                  file=sys.stderr)
 
 def _tell_unfinished(studies: list[Path]):
     "Says which runs are left out because they did not end."
     from flashoptim_nb.base.records import read_study
     for study in studies:
         runs = [run.id for run in read_study(study) if run.status == "unfinished"]
-        if runs: print(visible(f"{study}: {len(runs)} of its runs did not end and are left out ({', '.join(runs[:3])}{', ...' * (len(runs) > 3)}); `flashoptim-nb check` says how to finish them"), file=sys.stderr)
+        if runs:
+            print(visible(f"{study}: {len(runs)} of its runs did not end and are left out "
+                          f"({', '.join(runs[:3])}{', ...' * (len(runs) > 3)}); "
+                          "`flashoptim-nb check` says how to finish them"), file=sys.stderr)
 
 def _verdict(args) -> int:
     from flashoptim_nb.study.hypotheses import HYPOTHESES
@@ -113,9 +129,13 @@ def _verdict(args) -> int:
     if not args.records: _tell_hidden(studies)
     _tell_unfinished(studies)
     runs = [run for run in load_runs(studies, args.hypothesis) if args.scale in (None, run.header["scale"])]
-    if not runs: raise UserError(f"there are no records of {args.hypothesis}{f' at scale {args.scale}' if args.scale else ''} to judge; name others with --records, or make some with `flashoptim-nb run {args.hypothesis} --preset {args.scale or 'laptop'}`")
+    if not runs:
+        raise UserError(f"there are no records of {args.hypothesis}{f' at scale {args.scale}' if args.scale else ''} "
+                        "to judge; name others with --records, "
+                        f"or make some with `flashoptim-nb run {args.hypothesis} --preset {args.scale or 'laptop'}`")
     entries = verdict(runs, HYPOTHESES[args.hypothesis])
-    print(visible(json.dumps(entries, indent=1, allow_nan=False) if args.json else verdict_text(entries, args.statements), keep="\n"))
+    print(visible(json.dumps(entries, indent=1, allow_nan=False) if args.json
+                      else verdict_text(entries, args.statements), keep="\n"))
     return 0
 
 def _book(args) -> int:
@@ -124,7 +144,8 @@ def _book(args) -> int:
     if args.serve: check_port(args.port)
     studies = _studies(args.records)
     _tell_unfinished(studies)
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # children are ended, and what is half made is removed
+    # children are ended, and what is half made is removed
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try: out = build_book(args.out or repo_root() / "_book", studies if args.records else None)
     finally: signal.signal(signal.SIGTERM, before)
     print(f"the book is at {out / 'index.html'}")
@@ -132,13 +153,16 @@ def _book(args) -> int:
 
 # %% ../../nbs/cli/02_main.ipynb #df423cf7
 def _benchmark(args) -> str:
-    "Which benchmark is asked for, by its name or by the option that stood for it before; raises `UserError` for options of another."
+    """Which benchmark is asked for, by its name or by the option that stood for it before;
+    raises `UserError` for options of another."""
     asked = dict.fromkeys(filter(None, (args.benchmark, args.molecules and "dimenet", args.largest and "capacity")))
     if len(asked) > 1: raise UserError(f"{' and '.join(asked)} are two benchmarks; ask for one at a time")
     name = next(iter(asked), "optimizers")
-    if (args.tensors or args.optimizers) and name != "optimizers": raise UserError(f"--tensors and --optimizers belong to `bench optimizers`; leave them out with {name}")
+    if (args.tensors or args.optimizers) and name != "optimizers":
+        raise UserError(f"--tensors and --optimizers belong to `bench optimizers`; leave them out with {name}")
     if args.blocks and name != "dimenet" or args.precisions and name == "optimizers":
-        raise UserError(f"--blocks belongs to `bench dimenet`, --precisions to that and to `bench capacity`; leave them out with {name}")
+        raise UserError("--blocks belongs to `bench dimenet`, --precisions to that and to `bench capacity`; "
+                        f"leave them out with {name}")
     return name
 
 def _bench(args) -> int:
@@ -146,7 +170,9 @@ def _bench(args) -> int:
     from flashoptim_nb.cli.bench import bench, bench_domain, bench_largest
     name, out = _benchmark(args), args.out or repo_root() / "runs"
     def given(**options): return {key: tuple(value) for key, value in options.items() if value}
-    if name == "dimenet": folder = bench_domain("molecules", out, device=args.device, steps=args.times, **given(implementations=args.blocks, precisions=args.precisions))
+    if name == "dimenet":
+        folder = bench_domain("molecules", out, device=args.device, steps=args.times,
+                              **given(implementations=args.blocks, precisions=args.precisions))
     elif name == "capacity": folder = bench_largest(out, device=args.device, **given(configs=args.precisions))
     else: folder = bench(out, device=args.device, times=args.times, **given(works=args.tensors, names=args.optimizers))
     print(f"recorded in {folder}")
@@ -159,11 +185,13 @@ def _quality(args) -> int:
     from flashoptim_nb.study.h1.quantities import OPTIMIZER_MARGIN_NATS
     from flashoptim_nb.report.optimizers import format_gaps
     chosen = dict(configs=args.configs) if args.configs else {}
-    folder = quality(args.out or repo_root() / "runs", scale=args.scale, device=args.device, seeds=args.seeds, schedule=args.schedule, steps=args.steps, minutes=args.minutes, **chosen)
+    folder = quality(args.out or repo_root() / "runs", scale=args.scale, device=args.device, seeds=args.seeds,
+                     schedule=args.schedule, steps=args.steps, minutes=args.minutes, **chosen)
     runs = read_study(folder)
     for text in sorted({row["set"] for run in runs for row in run.of("eval") if "tracked" not in row["set"]}):
         for _, gap in format_gaps(text, OPTIMIZER_MARGIN_NATS, runs, SCHEDULES[args.schedule]["role"]).iterrows():
-            print(f"  {gap['what']}, {text}: {gap['value']:+.4f} nats a token over {gap['n']} pair{'s' * (gap['n'] != 1)}, {gap['says']} at a margin of {OPTIMIZER_MARGIN_NATS}")
+            print(f"  {gap['what']}, {text}: {gap['value']:+.4f} nats a token over {gap['n']} "
+                  f"pair{'s' * (gap['n'] != 1)}, {gap['says']} at a margin of {OPTIMIZER_MARGIN_NATS}")
     print(f"recorded in {folder}; next: flashoptim-nb book --records {folder.parent}")
     return 0
 
@@ -174,7 +202,8 @@ def _deciding(runs: list, wanted) -> list:
 
 def _standing(run) -> object:
     "The run with the decisions that stand: in a journal, of each checkpoint the last."
-    last = {row["checkpoint"]: n for n, row in enumerate(run.rows) if row["kind"] == "decision"} if run.header.get("arm") == "protocol" else {}
+    last = ({row["checkpoint"]: n for n, row in enumerate(run.rows) if row["kind"] == "decision"}
+            if run.header.get("arm") == "protocol" else {})
     gone = [row for n, row in enumerate(run.rows) if row["kind"] == "decision" and last.get(row["checkpoint"], n) != n]
     return _deciding([run], lambda row: not any(row is old for old in gone))[0]
 
@@ -187,16 +216,22 @@ def _replayed(study: Path, runs_of) -> list[str]:
     if not any(run.of("decision") for run in runs): return []
     scale, hypothesis = origin.get("scale"), hypothesis_of(origin.get("hypothesis", "h1"))
     between = _deciding(runs, lambda row: row["checkpoint"] == "H1-CF")
-    beside = [folder for folder in sorted(study.parent.iterdir()) if folder != study and scale and study_origin(folder).get("scale") == scale]
+    beside = [folder for folder in sorted(study.parent.iterdir())
+              if folder != study and scale and study_origin(folder).get("scale") == scale]
     others = _deciding([run for folder in beside for run in runs_of(folder)], lambda row: False)
-    taken = replay(_deciding(runs, lambda row: row["checkpoint"] != "H1-CF"), hypothesis) + replay(between + others, hypothesis)
-    return [f"{study / one['run']}: {one['checkpoint']} does not replay: {one['difference']}" for one in taken if not one["agrees"]]
+    taken = (replay(_deciding(runs, lambda row: row["checkpoint"] != "H1-CF"), hypothesis)
+             + replay(between + others, hypothesis))
+    return [f"{study / one['run']}: {one['checkpoint']} does not replay: {one['difference']}" for one in taken
+            if not one["agrees"]]
 
 def _without_journal(study: Path, runs: list) -> list[str]:
-    "Says that runs of a hypothesis lie in a study without the journal that each such study begins with: its decisions are lost, and what was cut."
+    """Says that runs of a hypothesis lie in a study without the journal that each such study begins with:
+    its decisions are lost, and what was cut."""
     judged = [run for run in runs if run.header.get("hypothesis") in ("h1", "h2")]
     if not judged or (study / "protocol").exists(): return []
-    return [f"{study}: {len(judged)} runs of {judged[0].header['hypothesis']} and no protocol record, where the study's decisions stand; restore the folder protocol from a copy, or give the study's command again: {judged[0].header.get('command')}"]
+    return [f"{study}: {len(judged)} runs of {judged[0].header['hypothesis']} and no protocol record, where "
+            "the study's decisions stand; restore the folder protocol from a copy, or give the study's command again: "
+            f"{judged[0].header.get('command')}"]
 
 def _check(args) -> int:
     from flashoptim_nb.base.records import ROWS, complete, examine, read_study
@@ -204,12 +239,15 @@ def _check(args) -> int:
     runs_of = lru_cache(maxsize=None)(read_study)
     for study in _studies(args.folders):
         looked = [examine(path.parent) for path in sorted(study.glob(f"*/{ROWS}"))]
-        bad = [line for _, lines in looked for line in lines] + _without_journal(study, [run for run, _ in looked if run])
+        bad = ([line for _, lines in looked for line in lines]
+               + _without_journal(study, [run for run, _ in looked if run]))
         n += len(looked)
         try:
             for run, _ in looked:
                 if run: complete(run)
-            if all(run for run, _ in looked): bad += _replayed(study, lambda folder: [run for run, _ in looked] if folder == study else runs_of(folder))
+            if all(run for run, _ in looked):
+                bad += _replayed(
+                    study, lambda folder: [run for run, _ in looked] if folder == study else runs_of(folder))
         except UserError as error:
             if not bad: bad = [f"{study}: its decisions cannot be taken again: {error}"]
         found += bad
@@ -223,7 +261,8 @@ def _data() -> dict[str, dict]:
     from flashoptim_nb.lm.text import SETS, find_text
     def found(name, split):
         try: return dict(ok=True, why=find_text(name, split)[0])
-        except UserError as error: return dict(ok=False, why=str(error).split(". Set")[0].partition(" is not available: ")[2] or str(error))
+        except UserError as error:
+            return dict(ok=False, why=str(error).split(". Set")[0].partition(" is not available: ")[2] or str(error))
     return {f"{name} {split}": found(name, split) for name, splits in SETS.items() for split in splits}
 
 def _grouped(found: dict[str, dict]) -> list[tuple[bool, str, str]]:
@@ -231,7 +270,8 @@ def _grouped(found: dict[str, dict]) -> list[tuple[bool, str, str]]:
     groups = defaultdict(list)
     for name, can in found.items():
         for part in can["why"].split("; "): groups[can["ok"], part].append(name)
-    return [(ok, why, ", ".join(names)) for (ok, why), names in sorted(groups.items(), key=lambda group: not group[0][0])]
+    return [
+        (ok, why, ", ".join(names)) for (ok, why), names in sorted(groups.items(), key=lambda group: not group[0][0])]
 
 def _doctor(args) -> int:
     import torch
@@ -239,15 +279,21 @@ def _doctor(args) -> int:
     from flashoptim_nb.lm.attention import attention_backends
     device = pick_device("auto")
     origin, data = provenance(device), _data()
-    able = capabilities() | {f"attention {name}": one for name, one in attention_backends(device, torch.bfloat16, 64).items()}
+    able = (capabilities()
+            | {f"attention {name}": one for name, one in attention_backends(device, torch.bfloat16, 64).items()})
     found = {name: dict(ok=one.ok, why=one.why) for name, one in able.items()}
-    if args.json: print(json.dumps(origin | {"can": found | {f"data {name}": can for name, can in data.items()}}, indent=1)); return 0
-    print(f"flashoptim_nb {origin['package_version']}, commit {origin['commit'][:12]}\n{origin['device']} ({'driver ' if device.type == 'cuda' else ''}{origin['driver']})")
+    if args.json:
+        print(json.dumps(origin | {"can": found | {f"data {name}": can for name, can in data.items()}}, indent=1))
+        return 0
+    print(f"flashoptim_nb {origin['package_version']}, commit {origin['commit'][:12]}\n"
+          f"{origin['device']} ({'driver ' if device.type == 'cuda' else ''}{origin['driver']})")
     print("  ".join(f"{name} {version}" for name, version in origin["libraries"].items()) + "\n")
-    for name, can in found.items(): print(f"  {'yes' if can['ok'] else 'no':4} {name:{max(map(len, found))}}  {can['why']}")
+    for name, can in found.items():
+        print(f"  {'yes' if can['ok'] else 'no':4} {name:{max(map(len, found))}}  {can['why']}")
     print("\ndata")
     for ok, why, names in _grouped(data): print(f"  {'yes' if ok else 'no':4} {names}\n       {why}")
-    print("\nNext: flashoptim-nb run h1 --preset laptop" + ("   or, on this GPU: flashoptim-nb run h1 --preset gpu --dry-run" if device.type == "cuda" else ""))
+    print("\nNext: flashoptim-nb run h1 --preset laptop"
+          + ("   or, on this GPU: flashoptim-nb run h1 --preset gpu --dry-run" if device.type == "cuda" else ""))
     return 0
 
 # %% ../../nbs/cli/02_main.ipynb #5c6d2f83
@@ -256,7 +302,8 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 class _Parser(argparse.ArgumentParser):
-    "A parser whose help ends with names from tables, read when help is shown: the modules that hold them take seconds to load."
+    """A parser whose help ends with names from tables, read when help is shown:
+    the modules that hold them take seconds to load."""
     def __init__(self, *args, names=lambda: "", **words):
         super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **words)
         self.names = names
@@ -274,7 +321,8 @@ def _where(parser, device: str | None = "auto", default=None, what="studies"):
     "The options of a command that measures: on which device, and where its records go."
     said = "auto" if device else "what the preset says"
     parser.add_argument("--device", default=default or device, help=f"auto, cpu, cuda or cuda:N (default: {said})")
-    parser.add_argument("--out", type=_folder, default=default, help=f"where {what} are kept (default: runs/ of the checkout)")
+    parser.add_argument(
+        "--out", type=_folder, default=default, help=f"where {what} are kept (default: runs/ of the checkout)")
 
 def _preset(parser, help: str, **words): parser.add_argument("--preset", "--scale", dest="scale", help=help, **words)
 
@@ -287,51 +335,76 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
                "  FLASHOPTIM_DATA=/data flashoptim-nb run h1 --preset gpu --sizes 124M\n"
                "  flashoptim-nb run h2 --preset laptop --domains aerodynamics\n"
                "  flashoptim-nb run h2 --preset gpu --workers 8 --minutes 9     as much as fits into nine minutes")
-    run.add_argument("hypothesis", help="h1: the cost of training language models; h2: larger surrogates in reduced precision")
-    _preset(run, "minutes on a CPU; minutes of training, and as much again of searches, on one GPU; the protocol itself", required=True, metavar="{laptop,gpu,full}")
-    run.add_argument("--sizes", nargs="+", metavar="SIZE", help="h1: only these sizes of the protocol (default: all of the preset's)")
-    run.add_argument("--configs", nargs="+", metavar="NAME", help="only these configurations (default: all of the preset's)")
-    run.add_argument("--domains", nargs="+", metavar="NAME", help="h2: only these domains (default: all, which --dry-run lists)")
-    run.add_argument("--experiments", "--arms", dest="arms", nargs="+", metavar="NAME", help="h2: only these of train, speed, largest, labels (default: all)")
-    run.add_argument("--graphs", action="store_true", default=None, help="h2: replay training steps from CUDA graphs where they can be; the same results to rounding, sooner")
-    run.add_argument("--workers", type=int, metavar="N", help="h2: training runs at once on one device (default: 1); memory and time are measured alone")
-    run.add_argument("--minutes", type=float, metavar="M", help="h2: stop after so many minutes, to be gone on with by the same command")
+    run.add_argument(
+        "hypothesis", help="h1: the cost of training language models; h2: larger surrogates in reduced precision")
+    _preset(
+        run, "minutes on a CPU; minutes of training, and as much again of searches, on one GPU; the protocol itself",
+        required=True, metavar="{laptop,gpu,full}")
+    run.add_argument("--sizes", nargs="+", metavar="SIZE",
+                     help="h1: only these sizes of the protocol (default: all of the preset's)")
+    run.add_argument(
+        "--configs", nargs="+", metavar="NAME", help="only these configurations (default: all of the preset's)")
+    run.add_argument(
+        "--domains", nargs="+", metavar="NAME", help="h2: only these domains (default: all, which --dry-run lists)")
+    run.add_argument("--experiments", "--arms", dest="arms", nargs="+", metavar="NAME",
+                     help="h2: only these of train, speed, largest, labels (default: all)")
+    run.add_argument(
+        "--graphs", action="store_true", default=None,
+        help="h2: replay training steps from CUDA graphs where they can be; the same results to rounding, sooner")
+    run.add_argument("--workers", type=int, metavar="N",
+                     help="h2: training runs at once on one device (default: 1); memory and time are measured alone")
+    run.add_argument("--minutes", type=float, metavar="M",
+                     help="h2: stop after so many minutes, to be gone on with by the same command")
     _where(run, device=None)
-    run.add_argument("--confirm", nargs="+", default=[], metavar="CHECKPOINT", help="let a study go on that this checkpoint paused, having looked into its reason")
-    run.add_argument("--dry-run", action="store_true", help="print the preset's configuration and what it would run (h1: with projected time and cost); run nothing")
+    run.add_argument("--confirm", nargs="+", default=[], metavar="CHECKPOINT",
+                     help="let a study go on that this checkpoint paused, having looked into its reason")
+    run.add_argument(
+        "--dry-run", action="store_true",
+        help="print the preset's configuration and what it would run (h1: with projected time and cost); run nothing")
 
 # %% ../../nbs/cli/02_main.ipynb #5c6d2f92
-_RECORDS = dict(nargs="+", default=[], metavar="FOLDER", help="folders of studies, or studies (default: data/records, overlaid by runs/)")
+_RECORDS = dict(nargs="+", default=[], metavar="FOLDER",
+                help="folders of studies, or studies (default: data/records, overlaid by runs/)")
 
 def _verdict_parser(command):
-    verdict = command("verdict", _verdict, help="judge the records", description="Judges every criterion from the records: h1 against `baseline` and `baseline_strong`, h2 for mixed_bf16 and for flash against fp32.")
+    verdict = command("verdict", _verdict, help="judge the records",
+                      description="Judges every criterion from the records: h1 against `baseline` and "
+                                  "`baseline_strong`, h2 for mixed_bf16 and for flash against fp32.")
     verdict.add_argument("hypothesis", help="h1 or h2")
     verdict.add_argument("--statements", action="store_true", help="say under each criterion what it asks, in words")
-    verdict.add_argument("--json", action="store_true", help="a list: id, statement, status, value, threshold, interval, scale, records")
+    verdict.add_argument(
+        "--json", action="store_true", help="a list: id, statement, status, value, threshold, interval, scale, records")
     _preset(verdict, "judge the records of one preset only (default: each criterion from the largest that measured it)")
     verdict.add_argument("--records", **_RECORDS)
 
 def _book_parser(command):
-    book = command("book", _book, help="build the book from the records", description="Executes the chapters over the records and builds the site; offline.")
+    book = command("book", _book, help="build the book from the records",
+                   description="Executes the chapters over the records and builds the site; offline.")
     book.add_argument("--serve", action="store_true", help="serve it on this machine when it is built")
     book.add_argument("--port", type=int, default=8000, help="with --serve (default: 8000; 0: any that is free)")
     book.add_argument("--out", type=_folder, help="where the site goes (default: _book/ of the checkout)")
     book.add_argument("--records", **_RECORDS)
 
 def _check_parser(command):
-    check = command("check", _check, help="verify records", description="Refuses records that miss their origin, are damaged, or whose decisions do not replay; says why.")
-    check.add_argument("folders", nargs="*", metavar="FOLDER", help="folders of studies or runs (default: data/records and runs/)")
+    check = command(
+        "check", _check, help="verify records",
+        description="Refuses records that miss their origin, are damaged, or whose decisions do not replay; says why.")
+    check.add_argument(
+        "folders", nargs="*", metavar="FOLDER", help="folders of studies or runs (default: data/records and runs/)")
 
 def _doctor_parser(command):
-    doctor = command("doctor", _doctor, help="what this machine can do", description="What this machine can do, and why (not).")
+    doctor = command(
+        "doctor", _doctor, help="what this machine can do", description="What this machine can do, and why (not).")
     doctor.add_argument("--json", action="store_true")
 
 # %% ../../nbs/cli/02_main.ipynb #5c6d2f93
 def _timed_names() -> str:
     from flashoptim_nb.cli.bench import TENSOR_SETS
     from flashoptim_nb.train.optimizers import TIMED
-    sets = {name: f"{sum(map(math.prod, shapes)):,} parameters in {len(shapes)} tensors" for name, shapes in TENSOR_SETS.items()}
-    return _listed("tensor sets", sets) + "\n\n" + _listed("optimizers", {name: row.path for name, row in TIMED.items()})
+    sets = {name: f"{sum(map(math.prod, shapes)):,} parameters in {len(shapes)} tensors"
+            for name, shapes in TENSOR_SETS.items()}
+    return (_listed("tensor sets", sets) + "\n\n"
+            + _listed("optimizers", {name: row.path for name, row in TIMED.items()}))
 
 def _dimenet_names() -> str:
     from flashoptim_nb.surrogates.registry import find_domain
@@ -344,30 +417,47 @@ def _capacity_names() -> str:
     return f"configurations: {', '.join(SURROGATE_CONFIGS)}\nby default: {', '.join(LARGEST)}"
 
 # %% ../../nbs/cli/02_main.ipynb #5c6d2f94
-_BENCHMARKS = {  # what each times, and its names
-    "optimizers": ("a step of this package's optimizers and of the peers that are installed, on the tensors of two GPTs and on many small ones", _timed_names),
+_BENCHMARKS = {
+    # what each times, and its names
+    "optimizers": ("a step of this package's optimizers and of the peers that are installed, "
+                   "on the tensors of two GPTs and on many small ones", _timed_names),
     "dimenet": ("a training step of DimeNet++, PyG's blocks beside this package's (wants a GPU)", _dimenet_names),
     "capacity": ("the largest DimeNet++ that trains at batch 512 within 24 GiB (wants a GPU)", _capacity_names),
 }
-_BENCH_OPTIONS = {  # of which benchmarks, and its help
-    ("--tensors", "--works"): ("optimizers", dict(dest="tensors", nargs="+", metavar="SET", help="only these tensor sets (default: 124M, 1.3B, small)")),
+_BENCH_OPTIONS = {
+    # of which benchmarks, and its help
+    ("--tensors", "--works"): ("optimizers", dict(dest="tensors", nargs="+", metavar="SET",
+                                                  help="only these tensor sets (default: 124M, 1.3B, small)")),
     ("--optimizers",): ("optimizers", dict(nargs="+", metavar="NAME", help="only these (default: all)")),
     ("--blocks",): ("dimenet", dict(nargs="+", metavar="NAME", help="only these (default: all)")),
-    ("--precisions", "--configs"): ("dimenet capacity", dict(dest="precisions", nargs="+", metavar="NAME", help="only these")),
-    ("--times",): ("optimizers dimenet", dict(type=int, metavar="N", help="timed steps behind each median (default: 20)")),
+    ("--precisions", "--configs"): (
+        "dimenet capacity", dict(dest="precisions", nargs="+", metavar="NAME", help="only these")),
+    ("--times",): (
+        "optimizers dimenet", dict(type=int, metavar="N", help="timed steps behind each median (default: 20)")),
 }
 
 def _bench_parser(command):
-    bench = command("bench", _bench, help="time the optimizers' steps", description="Times a benchmark beside its peers, in one run, and keeps a record. Without a name: the optimizers.",
-                    epilog="examples:\n  flashoptim-nb bench                                   the optimizers, on this machine's best device\n"
-                           "  flashoptim-nb bench optimizers --tensors small --optimizers FlashAdamW \"torch AdamW (fused)\"\n"
-                           "  flashoptim-nb bench dimenet --blocks pyg fused\n  flashoptim-nb bench capacity --configs fp32 flash")
-    for names, (_, words) in _BENCH_OPTIONS.items(): bench.add_argument(*names, **words | dict(help=argparse.SUPPRESS, default=20 if "--times" in names else None))
-    for name in "--molecules", "--largest": bench.add_argument(name, action="store_true", help=argparse.SUPPRESS)  # the names' forerunners
+    bench = command(
+        "bench", _bench, help="time the optimizers' steps",
+        description="Times a benchmark beside its peers, in one run, and keeps a record. Without a name: "
+                    "the optimizers.",
+        epilog="examples:\n"
+               "  flashoptim-nb bench                                   the optimizers, "
+               "on this machine's best device\n"
+               "  flashoptim-nb bench optimizers --tensors small --optimizers FlashAdamW \"torch AdamW (fused)\"\n"
+               "  flashoptim-nb bench dimenet --blocks pyg fused\n"
+               "  flashoptim-nb bench capacity --configs fp32 flash")
+    for names, (_, words) in _BENCH_OPTIONS.items():
+        bench.add_argument(*names, **words | dict(help=argparse.SUPPRESS, default=20 if "--times" in names else None))
+    # the names' forerunners
+    for name in "--molecules", "--largest":
+        bench.add_argument(name, action="store_true", help=argparse.SUPPRESS)
     _where(bench, what="records")
     known = bench.add_subparsers(dest="benchmark", metavar="BENCHMARK")
     for name, (what, listed) in _BENCHMARKS.items():
-        one = known.add_parser(name, help=what, description=f"Times {what}." if name != "capacity" else f"Searches for {what}.", names=listed)
+        one = known.add_parser(
+            name, help=what, description=f"Times {what}." if name != "capacity" else f"Searches for {what}.",
+            names=listed)
         for names, (of, words) in _BENCH_OPTIONS.items():
             if name in of.split(): one.add_argument(*names, **words, default=argparse.SUPPRESS)
         _where(one, what="records", default=argparse.SUPPRESS)
@@ -376,33 +466,43 @@ def _bench_parser(command):
 def _quality_names() -> str:
     from flashoptim_nb.cli.quality import PARTS, SCHEDULES
     from flashoptim_nb.train.optimizers import OPTIMIZER_CONFIGS, OPTIMIZERS
-    presets = {name: f"GPT of {part.size}, {part.recipe.steps} steps of {part.recipe.batch} sequences" for name, part in PARTS.items()}
-    return "\n\n".join((_listed("presets", presets), _listed("schedules", {name: one["help"] for name, one in SCHEDULES.items()}),
-                        _listed("configurations", {name: OPTIMIZERS[name].help for name in OPTIMIZER_CONFIGS})))
+    presets = {name: f"GPT of {part.size}, {part.recipe.steps} steps of {part.recipe.batch} sequences"
+               for name, part in PARTS.items()}
+    return "\n\n".join(
+        (_listed("presets", presets), _listed("schedules", {name: one["help"] for name, one in SCHEDULES.items()}),
+         _listed("configurations", {name: OPTIMIZERS[name].help for name in OPTIMIZER_CONFIGS})))
 
 def _quality_parser(command):
     quality = command("quality", _quality, help="compare optimizers on whole training runs", names=_quality_names,
-                      description="Trains GPTs with the same data in the same order by AdamW and Lion, and by the same rules in FlashOptim's formats.",
-                      epilog="examples:\n  flashoptim-nb quality --preset laptop\n  flashoptim-nb quality --preset gpu --seeds 0 1 2 3 --configs adamw flash_adamw")
+                      description="Trains GPTs with the same data in the same order by AdamW and Lion, "
+                                  "and by the same rules in FlashOptim's formats.",
+                      epilog="examples:\n  flashoptim-nb quality --preset laptop\n"
+                             "  flashoptim-nb quality --preset gpu --seeds 0 1 2 3 --configs adamw flash_adamw")
     _preset(quality, "how large a GPT, and for how long", required=True, metavar="NAME")
     quality.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="0 or more each (default: 0 1 2)")
     quality.add_argument("--configs", nargs="+", metavar="NAME", help="only these (default: all)")
-    quality.add_argument("--schedule", "--recipe", dest="schedule", default="gentle", metavar="NAME", help="of the learning rate (default: gentle)")
+    quality.add_argument("--schedule", "--recipe", dest="schedule", default="gentle", metavar="NAME",
+                         help="of the learning rate (default: gentle)")
     quality.add_argument("--steps", type=int, help="optimizer steps (default: the preset's)")
-    quality.add_argument("--minutes", type=float, metavar="M", help="stop after so many minutes, to be gone on with by the same command")
+    quality.add_argument(
+        "--minutes", type=float, metavar="M", help="stop after so many minutes, to be gone on with by the same command")
     _where(quality)
 
 # %% ../../nbs/cli/02_main.ipynb #5c6d2f97
 def _parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser("flashoptim-nb", epilog="A first tour: `doctor`, then `run h1 --preset laptop`, `verdict h1`, `book --serve`.",
-        description="Does FlashOptim lower the cost of training, and make larger surrogates fit? Run the protocol, judge its records, read the book.")
+    top = argparse.ArgumentParser(
+        "flashoptim-nb", epilog="A first tour: `doctor`, then `run h1 --preset laptop`, `verdict h1`, `book --serve`.",
+        description="Does FlashOptim lower the cost of training, and make larger surrogates fit? Run the protocol, "
+                    "judge its records, read the book.")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     def command(name, function, **words):
         parser = commands.add_parser(name, **words)
         parser.set_defaults(function=function)
         return parser
-    for add in _run_parser, _verdict_parser, _book_parser, _check_parser, _bench_parser, _quality_parser, _doctor_parser: add(command)
+    for add in (_run_parser, _verdict_parser, _book_parser, _check_parser, _bench_parser, _quality_parser,
+                _doctor_parser):
+        add(command)
     return top
 
 # %% ../../nbs/cli/02_main.ipynb #00d1b2c7

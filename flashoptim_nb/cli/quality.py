@@ -31,8 +31,10 @@ _gpu = SizePlan(size="124M", configs=tuple(OPTIMIZER_CONFIGS), micros=(32,), tra
 _laptop = SizePlan(size="tiny", configs=tuple(OPTIMIZER_CONFIGS), micros=(4,), track_every=10,
                    recipe=Recipe(steps=20, batch=4, micro=4, seq=128, lr=1e-3, warmup=0.1))
 PARTS = dict(laptop=_laptop, gpu=_gpu)
-SCHEDULES = {  # lr: times the preset's
-    "gentle": dict(role="optimizer_gentle", warmup=0.3, lr=0.5, help="half the usual rate after a long warm-up: two runs of a seed stay together"),
+SCHEDULES = {
+    # lr: times the preset's
+    "gentle": dict(role="optimizer_gentle", warmup=0.3, lr=0.5,
+                   help="half the usual rate after a long warm-up: two runs of a seed stay together"),
     "steep": dict(role="optimizer", help="the pilot's: the usual rate after a short warm-up"),
 }
 
@@ -48,7 +50,8 @@ def quality_spec(
 ) -> LMSpec:
     "One training run."
     part, chosen = PARTS[scale], SCHEDULES[schedule]
-    recipe = part.recipe.replace(steps=steps or part.recipe.steps, lr=chosen.get("lr", 1) * part.recipe.lr, warmup=chosen.get("warmup", part.recipe.warmup))
+    recipe = part.recipe.replace(steps=steps or part.recipe.steps, lr=chosen.get("lr", 1) * part.recipe.lr,
+                                 warmup=chosen.get("warmup", part.recipe.warmup))
     recipe = OPTIMIZERS[config].recipe(recipe)
     return LMSpec(preset=scale, workload=chosen["role"], size=part.size, experiment="quality", config=config, seed=seed,
                   stack=OPTIMIZER_CONFIGS[config], recipe=recipe,
@@ -67,30 +70,44 @@ def quality(
     minutes: float | None = None,  # no run is begun after so many, and one that is going on stops
     tell=print,
 ) -> Path:
-    "Trains each configuration with each seed, the seeds one after the other, so that what is cut off by time is whole pairs; returns the study's folder."
+    """Trains each configuration with each seed, the seeds one after the other,
+    so that what is cut off by time is whole pairs; returns the study's folder."""
     choose("preset", scale, PARTS)
     choose("schedule", schedule, SCHEDULES)
     seeds = [*seeds]
-    if steps is not None and steps < 1 or minutes is not None and not minutes > 0 or any(not 0 <= seed < 2**32 for seed in seeds):
-        raise UserError(f"steps {steps}, minutes {minutes}, seeds {seeds}: steps are 1 or more, minutes above 0, seeds from 0 to {2**32 - 1}")
+    if (steps is not None and steps < 1 or minutes is not None and not minutes > 0
+            or any(not 0 <= seed < 2**32 for seed in seeds)):
+        raise UserError(f"steps {steps}, minutes {minutes}, seeds {seeds}: "
+                        f"steps are 1 or more, minutes above 0, seeds from 0 to {2**32 - 1}")
     for config in (configs := [*configs]): choose("configuration", config, OPTIMIZER_CONFIGS)
     where, whole = pick_device(device), PRESETS[scale]
-    if whole.device == "cuda" and where.type != "cuda": raise UserError(f"scale {scale!r} is trained on a GPU, and there is none here; rehearse with --preset laptop")
+    if whole.device == "cuda" and where.type != "cuda":
+        raise UserError(f"scale {scale!r} is trained on a GPU, and there is none here; rehearse with --preset laptop")
     origin, end = provenance(where), time.monotonic() + 60 * (minutes or 1e9)
-    corpus = load_corpus(whole.replace(eval_sets=whole.eval_sets[:1] + (("c4", 65_536),) if scale == "gpu" else whole.eval_sets[:1]))
+    corpus = load_corpus(
+        whole.replace(eval_sets=whole.eval_sets[:1] + (("c4", 65_536),) if scale == "gpu" else whole.eval_sets[:1]))
     folder = Path(out) / study_name("quality", scale, origin["device"], origin["device_kind"])
     with only_writer(folder):
         for seed in seeds:
             for config in configs:
-                spec = quality_spec(scale, config, seed, pad_vocab(corpus.tokenizer.vocab_size), whole.tokenizer, steps, schedule)
-                head = run_header(spec, where, data_hash=corpus.data_hash, study=folder.name, hypothesis="quality", criteria_hash=H1.hash)
+                spec = quality_spec(
+                    scale, config, seed, pad_vocab(corpus.tokenizer.vocab_size), whole.tokenizer, steps, schedule)
+                head = run_header(spec, where, data_hash=corpus.data_hash, study=folder.name, hypothesis="quality",
+                                  criteria_hash=H1.hash)
                 if is_done(folder / spec.id, head): continue
-                if time.monotonic() > end: tell(f"the time is up before {spec.id}; the same command goes on"); return folder
+                if time.monotonic() > end:
+                    tell(f"the time is up before {spec.id}; the same command goes on")
+                    return folder
                 task = make_task(spec, where, corpus)
-                looks = [EvaluationCallback(task, corpus.track, PARTS[scale].track_every, spec.recipe.steps, corpus.evals), ThroughputCallback(task)]
-                try: fit(task, folder / spec.id, head, steps=spec.recipe.steps, callbacks=looks, stopped=lambda: time.monotonic() > end)
+                looks = [
+                    EvaluationCallback(task, corpus.track, PARTS[scale].track_every, spec.recipe.steps, corpus.evals),
+                    ThroughputCallback(task)]
+                try:
+                    fit(task, folder / spec.id, head, steps=spec.recipe.steps, callbacks=looks,
+                        stopped=lambda: time.monotonic() > end)
                 except Interrupted: tell(f"the time is up during {spec.id}; the same command goes on"); return folder
-                tell(f"{spec.id}: " + ", ".join(f"{row['set']} {row['nll'] / row['tokens']:.4f}" for row in read_run(folder / spec.id).of("eval")[-len(corpus.evals):]))
+                tell(f"{spec.id}: " + ", ".join(f"{row['set']} {row['nll'] / row['tokens']:.4f}"
+                                                for row in read_run(folder / spec.id).of("eval")[-len(corpus.evals):]))
                 del task, looks
                 free(where)
     return folder

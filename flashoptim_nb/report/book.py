@@ -36,12 +36,16 @@ from .render import RECORDS, full_name, load_runs, record_folders, study_folders
 
 # %% ../../nbs/report/13_book.ipynb #841b5cce
 RECIPES = {"start": "Start here: the optimizer in your training"}  # folders of pages to run yourself
-CHAPTERS = {"opt": "The optimizers: what they cost, and what they keep", "h1": "Hypothesis 1: cheaper training of language models",
-            "h2": "Hypothesis 2: larger surrogates"}  # folders of pages that argue from records
-SLICES = {"optim": "the optimizers, their formats and kernels", "base": "what every part shares", "train": "one configuration of training, and one table of optimizers",
+# folders of pages that argue from records
+CHAPTERS = {"opt": "The optimizers: what they cost, and what they keep",
+            "h1": "Hypothesis 1: cheaper training of language models", "h2": "Hypothesis 2: larger surrogates"}
+# folders of the library
+SLICES = {"optim": "the optimizers, their formats and kernels", "base": "what every part shares",
+          "train": "one configuration of training, and one table of optimizers",
           "measure": "bytes, seconds, joules, dollars",
-          "lm": "language models", "surrogates": "surrogates of expensive functions", "study": "runs, evidence, verdicts",
-          "report": "figures, tables and pages from rows alone", "cli": "the command"}  # folders of the library
+          "lm": "language models", "surrogates": "surrogates of expensive functions",
+          "study": "runs, evidence, verdicts",
+          "report": "figures, tables and pages from rows alone", "cli": "the command"}
 PARTS = ("start", "opt", "optim", "h1", "h2", *(name for name in SLICES if name != "optim"))  # the order of the book
 
 def is_chapter(
@@ -54,7 +58,8 @@ def notebook_paths(
     nbs: Path,  # the folder of notebooks
 ) -> list[str]:
     "Every notebook of the book, relative to `nbs`, sorted."
-    return sorted(p.relative_to(nbs).as_posix() for p in nbs.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(nbs).parts))
+    return sorted(p.relative_to(nbs).as_posix() for p in nbs.rglob("*.ipynb")
+                  if not any(part[0] in "._" for part in p.relative_to(nbs).parts))
 
 def book_toc(
     nbs: Path,  # the folder of notebooks
@@ -76,7 +81,8 @@ def write_toc(
     "Writes `_toc.yml`, for readers of the repository and for Jupyter Book used by hand."
     nbs = nbs or repo_root() / "nbs"
     path = nbs / "_toc.yml"
-    path.write_text("# Made by flashoptim_nb.report.book.write_toc from the folder tree.\n" + yaml.safe_dump(book_toc(nbs), sort_keys=False))
+    path.write_text("# Made by flashoptim_nb.report.book.write_toc from the folder tree.\n"
+                    + yaml.safe_dump(book_toc(nbs), sort_keys=False))
     return path
 
 # %% ../../nbs/report/13_book.ipynb #61a936b0
@@ -98,9 +104,11 @@ def surroundings(
     repo: Path,
 ) -> str:
     "A hash of all that every page depends on: package, shipped data without the records, libraries, abilities."
-    package, data = _files(repo / "flashoptim_nb"), [p for p in _files(repo / "data") if "records" not in p.relative_to(repo / "data").parts[:1]]
+    package, data = (_files(repo / "flashoptim_nb"),
+                     [p for p in _files(repo / "data") if "records" not in p.relative_to(repo / "data").parts[:1]])
     versions = sorted(f"{d.name} {d.version}" for d in importlib.metadata.distributions())
-    settings = {name: value for name, value in os.environ.items() if name.startswith(("FLASHOPTIM_", "TRITON_", "CUDA_")) and name != RECORDS}
+    settings = {name: value for name, value in os.environ.items()
+                if name.startswith(("FLASHOPTIM_", "TRITON_", "CUDA_")) and name != RECORDS}
     able = {name: capability.ok for name, capability in capabilities().items()}
     return content_hash([tree_hash(repo, package), tree_hash(repo, data), sys.version, versions, settings, able])
 
@@ -116,7 +124,8 @@ class BookError(UserError):
     "The book cannot be published; the message says which page and why."
 
 def _uses_gpu(path: Path) -> bool:
-    return any("cuda" in split_directives("".join(c["source"]))[0] for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code")
+    return any("cuda" in split_directives("".join(c["source"]))[0] for c in json.loads(path.read_text())["cells"]
+               if c["cell_type"] == "code")
 
 def execute_book(
     source: Path,  # a copy of `nbs`
@@ -136,7 +145,8 @@ def execute_book(
         key = content_hash([name, tree_hash(source, [source / name]), common, seen if chapter else ""])
         targets[name] = cache / f"{key}.json"
         env = dict(os.environ) | {RECORDS: os.pathsep.join(map(str, records if chapter else [nothing]))}
-        if not targets[name].is_file(): jobs.append(Job(f"nbs/{name}", source / name, targets[name], env, threads, _uses_gpu(source / name)))
+        if not targets[name].is_file():
+            jobs.append(Job(f"nbs/{name}", source / name, targets[name], env, threads, _uses_gpu(source / name)))
     if failed := execute_all(jobs, workers): raise BookError("the book was not built: " + "\n".join(failed))
     for stale in set(cache.glob("*.json")) - set(targets.values()): stale.unlink()
     return targets
@@ -152,7 +162,8 @@ def _vega(
     path = cache / f"vega-{vl_convert.__version__}.js"
     if not path.is_file():
         cache.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".part").write_text(f"(() => {{{vl_convert.javascript_bundle()}}})();")  # its names would collide with Sphinx's
+        # its names would collide with Sphinx's
+        path.with_suffix(".part").write_text(f"(() => {{{vl_convert.javascript_bundle()}}})();")
         path.with_suffix(".part").replace(path)
     return path
 
@@ -172,12 +183,15 @@ def run_sphinx(
     words = ["build", str(source), "--path-output", str(aside), "--quiet", "--keep-going", *(["-W"] if strict else [])]
     theirs, ours = os.pipe()
     try:
-        with safe_path(): done = subprocess.run([sys.executable, "-P", "-c", _SPHINX, *words], stdin=theirs, capture_output=True, text=True)
+        with safe_path():
+            done = subprocess.run(
+                [sys.executable, "-P", "-c", _SPHINX, *words], stdin=theirs, capture_output=True, text=True)
     finally: os.close(theirs), os.close(ours)
     said = re.sub(r"\x1b\[[0-9;]*m", "", done.stderr).replace(f"{source}/", "nbs/")
     site = aside / "_build" / "html"
     if done.returncode or not (site / "index.html").is_file():
-        raise BookError("the book was not built; Sphinx said:\n" + "\n".join([line for line in said.splitlines() if line.strip()][-40:]))
+        raise BookError("the book was not built; Sphinx said:\n"
+                        + "\n".join([line for line in said.splitlines() if line.strip()][-40:]))
     return site
 
 # %% ../../nbs/report/13_book.ipynb #d05fd258
@@ -187,8 +201,8 @@ def check_site(
     known: Mapping[str, str],  # scale of each run by its name in the book
 ) -> list[str]:
     "Everything that forbids publishing: results that claim too much, and addresses on other hosts."
-    wrong = [problem for name, chapter in pages.items()
-             for problem in page_problems(read_page((site / f"{name}.html").read_text(), f"nbs/{name}.ipynb"), known, chapter)]
+    wrong = [problem for name, chapter in pages.items() for problem in page_problems(
+                 read_page((site / f"{name}.html").read_text(), f"nbs/{name}.ipynb"), known, chapter)]
     return wrong + remote_loads(site)
 
 def run_scales(
@@ -211,7 +225,8 @@ def _replace(new: Path, out: Path, aside: Path):
 
 @contextmanager
 def _aside(out: Path, cache: Path) -> Iterator[Path]:
-    "A working folder beside `out`, for one build at a time. What a killed build left is removed, and a book that it was about to replace comes back."
+    """A working folder beside `out`, for one build at a time.
+    What a killed build left is removed, and a book that it was about to replace comes back."""
     root = out.with_name(f".{out.name}-unfinished")
     def clear():
         if (root / "old").exists() and not out.exists(): (root / "old").rename(out)
@@ -227,12 +242,14 @@ def _aside(out: Path, cache: Path) -> Iterator[Path]:
 def _writable(out: Path):
     check_place(out)
     if out.exists() and not (out / MARKER).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise BookError(f"{out} exists and is not a book that was built here, so it is not replaced; name another folder, or remove it")
+        raise BookError(f"{out} exists and is not a book that was built here, so it is not replaced; "
+                        "name another folder, or remove it")
 
 # %% ../../nbs/report/13_book.ipynb #a1cd54d5
 def build_book(
     out: str | Path,  # folder of the finished site; an earlier book there is replaced
-    records: Iterable[str | Path] | None = None,  # folders of studies, later ones taking precedence; None for `record_folders()`
+    # folders of studies, later ones taking precedence; None for `record_folders()`
+    records: Iterable[str | Path] | None = None,
     *,
     nbs: str | Path | None = None,  # folder of notebooks; None for the repository's
     strict: bool = True,  # a warning of Sphinx is an error
@@ -265,13 +282,15 @@ def check_port(
     "Raises `UserError` for a port at which nothing can be served."
     if not 0 <= port <= 65535: raise UserError(f"{port} is no port; name one from 1 to 65535 with --port")
     try: socket.create_server(("127.0.0.1", port)).close()
-    except OSError as error: raise UserError(f"cannot serve at port {port}: {error.strerror}; name another with --port") from error
+    except OSError as error:
+        raise UserError(f"cannot serve at port {port}: {error.strerror}; name another with --port") from error
 
 def serve(
     site: Path,  # a built book
     port: int = 8000,
 ) -> int:
-    "Serves the book to this machine's browsers until Ctrl-C; returns the exit status. Raises `UserError` where the port is taken."
+    """Serves the book to this machine's browsers until Ctrl-C; returns the exit status.
+    Raises `UserError` where the port is taken."""
     check_port(port)
     handler = partial(SimpleHTTPRequestHandler, directory=str(site))
     server = ThreadingHTTPServer(("127.0.0.1", port), handler)

@@ -19,22 +19,26 @@ from .render import Rendered, full_name, load_runs, provenance_note
 from ..train.optimizers import COLOURS
 
 # %% ../../nbs/report/03_charts.ipynb #5050590f
+# and the optimizers
 CONFIG_COLOURS = {
     "baseline": "#7f7f7f", "baseline_strong": "#0072b2", "flashoptim_full": "#d55e00", "flashoptim_release": "#e69f00",
-    "baseline_bf16": "#56b4e9", "ablation_attn_only": "#009e73", "ablation_ckpt_only": "#cc79a7", "ablation_fused_only": "#6a51a3",
+    "baseline_bf16": "#56b4e9", "ablation_attn_only": "#009e73", "ablation_ckpt_only": "#cc79a7",
+    "ablation_fused_only": "#6a51a3",
     "ablation_compile_only": "#8c6d31", "ablation_states_only": "#3182bd", "ablation_split_only": "#31a354",
-    "ablation_loss_only": "#e7969c", "ablation_release_only": "#b8860b"} | COLOURS  # and the optimizers
+    "ablation_loss_only": "#e7969c", "ablation_release_only": "#b8860b"} | COLOURS
 MEMORY_CLASSES = {"weights": "#0072b2", "gradients": "#56b4e9", "states": "#e69f00", "masters": "#d55e00",
                   "activations": "#009e73", "other": "#999999"}
 
-DASHES = {"baseline": [1, 0], "baseline_strong": [6, 3], "flashoptim_full": [2, 2]}  # lines that coincide are told apart by their gaps
+# lines that coincide are told apart by their gaps
+DASHES = {"baseline": [1, 0], "baseline_strong": [6, 3], "flashoptim_full": [2, 2]}
 
 def config_dash(
     names: Iterable[str],  # the configurations that are shown
 ) -> alt.StrokeDash:
     "The dash pattern of the column `config`; the others' lines are whole."
     known = [name for name in CONFIG_COLOURS if name in set(names)]
-    return alt.StrokeDash("config:N", title=None, legend=None, scale=alt.Scale(domain=known, range=[DASHES.get(name, [1, 0]) for name in known]))
+    return alt.StrokeDash("config:N", title=None, legend=None,
+                          scale=alt.Scale(domain=known, range=[DASHES.get(name, [1, 0]) for name in known]))
 
 def config_colour(
     names: Iterable[str],  # the configurations that are shown
@@ -44,16 +48,19 @@ def config_colour(
     "The colour encoding of the column `config`, the same in every chart."
     known = [name for name in CONFIG_COLOURS if name in set(names)]
     encoding.setdefault("legend", alt.Legend(symbolOpacity=1))
-    return alt.Color("config:N", title=title, **encoding, scale=alt.Scale(domain=known, range=[CONFIG_COLOURS[name] for name in known]))
+    return alt.Color("config:N", title=title, **encoding,
+                     scale=alt.Scale(domain=known, range=[CONFIG_COLOURS[name] for name in known]))
 
 # %% ../../nbs/report/03_charts.ipynb #432e8acc
 def titled(
     chart,  # any Altair chart
     title: str,  # what it shows
-    data: pd.DataFrame,  # the frame behind it: columns scale, and study and run (or runs, lists of names) where rows come from records
+    # the frame behind it: columns scale, and study and run (or runs, lists of names) of rows from records
+    data: pd.DataFrame,
     note: str = "",  # more for the subtitle
 ):
-    "The chart with its title, the scale as its subtitle, and both in the specification for the check of the finished page."
+    """The chart with its title, the scale as its subtitle,
+    and both in the specification for the check of the finished page."""
     scales = sorted(set(data["scale"]))
     said = f"scale: {', '.join(scales)}" + (f"; {note}" if note else "")
     named = set(data["study"] + "/" + data["run"]) if {"study", "run"} <= set(data) else set()
@@ -102,7 +109,8 @@ def ended_early(
     known = rows[np.isfinite(rows[value].astype(float))]
     last, ends = rows["step"].max(), known.groupby(["config", "seed"])["step"].max()
     every = dict.fromkeys(zip(rows["config"], rows["seed"]))
-    return ", ".join(f"{config}, seed {seed} after step {int(ends.get((config, seed), 0))}" for config, seed in every if ends.get((config, seed), 0) < last)
+    return ", ".join(f"{config}, seed {seed} after step {int(ends.get((config, seed), 0))}" for config, seed in every
+                     if ends.get((config, seed), 0) < last)
 
 def loss_curves(
     steps: pd.DataFrame,  # rows of kind "step": config, seed, step, scale and the value
@@ -115,14 +123,18 @@ def loss_curves(
     band = seed_band(steps, value)
     pick = alt.selection_point(fields=["config"], bind="legend")
     scale = alt.Scale(zero=False, type="log" if log else "linear")
-    tips = ["config", "step", alt.Tooltip("mean", format=".4f"), alt.Tooltip("lo", format=".4f"), alt.Tooltip("hi", format=".4f"), "seeds"]
+    tips = ["config", "step", alt.Tooltip("mean", format=".4f"), alt.Tooltip("lo", format=".4f"),
+            alt.Tooltip("hi", format=".4f"), "seeds"]
     base = alt.Chart(band, width=460, height=280).encode(
-        x=alt.X("step:Q", title="step"), color=config_colour(band["config"]), opacity=alt.condition(pick, alt.value(1), alt.value(0.12)))
+        x=alt.X("step:Q", title="step"), color=config_colour(band["config"]),
+        opacity=alt.condition(pick, alt.value(1), alt.value(0.12)))
     area = base.mark_area().encode(alt.Y("lo:Q", title=axis, scale=scale), alt.Y2("hi:Q"),
                                    opacity=alt.condition(pick, alt.value(0.12), alt.value(0.03)))
-    line = base.mark_line(strokeWidth=1.8).encode(alt.Y("mean:Q", title=axis, scale=scale), strokeDash=config_dash(band["config"]), tooltip=tips)
+    line = base.mark_line(strokeWidth=1.8).encode(
+        alt.Y("mean:Q", title=axis, scale=scale), strokeDash=config_dash(band["config"]), tooltip=tips)
     seeds = steps["seed"].nunique()
-    return titled((area + line).add_params(pick), title, steps, f"mean and range of {seeds} seed{'s' * (seeds > 1)}" + (f"; no number: {early}" if (early := ended_early(steps, value)) else ""))
+    return titled((area + line).add_params(pick), title, steps, f"mean and range of {seeds} seed{'s' * (seeds > 1)}"
+                      + (f"; no number: {early}" if (early := ended_early(steps, value)) else ""))
 
 # %% ../../nbs/report/03_charts.ipynb #30eaf1d1
 def paired_difference(
@@ -134,7 +146,9 @@ def paired_difference(
     if rows.empty: return rows
     base = rows[rows["config"] == against].set_index(["seed", "step"])[value]
     rest = rows[rows["config"] != against]
-    return rest.assign(**{value: rest[value] - base.reindex(pd.MultiIndex.from_frame(rest[["seed", "step"]])).to_numpy()}).dropna(subset=[value])
+    return rest.assign(
+        **{value: rest[value] - base.reindex(pd.MultiIndex.from_frame(rest[["seed", "step"]])).to_numpy()}).dropna(
+        subset=[value])
 
 # %% ../../nbs/report/03_charts.ipynb #5ebcf78e
 def run_lines(
@@ -145,9 +159,11 @@ def run_lines(
 ) -> alt.Chart:
     "One line a run, coloured by configuration, a mark at each step."
     data = thin(steps.dropna(subset=[value]))
-    chart = alt.Chart(data[["config", "seed", "step", value]], width=460, height=280).mark_line(strokeWidth=1.4, point=alt.OverlayMarkDef(size=22)).encode(
-        x=alt.X("step:Q", title="step"), y=alt.Y(f"{value}:Q", title=axis, scale=alt.Scale(zero=False)), color=config_colour(data["config"]),
-        detail="seed:N", tooltip=["config", "seed", "step", alt.Tooltip(value, format=".4~g")])
+    chart = alt.Chart(data[["config", "seed", "step", value]], width=460, height=280).mark_line(
+        strokeWidth=1.4, point=alt.OverlayMarkDef(size=22)).encode(
+        x=alt.X("step:Q", title="step"), y=alt.Y(f"{value}:Q", title=axis, scale=alt.Scale(zero=False)),
+        color=config_colour(data["config"]), detail="seed:N",
+        tooltip=["config", "seed", "step", alt.Tooltip(value, format=".4~g")])
     return titled(chart, title, steps, "one line a run")
 
 # %% ../../nbs/report/03_charts.ipynb #211406cc
@@ -164,20 +180,26 @@ def memory_bars(
     by: str = "config",  # the column that names a bar
     title: str = "Peak memory by class",
 ) -> alt.LayerChart:
-    "One bar a configuration (or another column), stacked by what the bytes hold; averaged where a bar has several rows. A row without a peak did not fit, and is named."
-    if "overlap" in memory:  # gradients and activations each at their own peak add up to more than both together ever held
-        memory = memory.assign(activations=memory["activations"] - memory["overlap"].fillna(0), other=memory["other"] + memory["overlap"].fillna(0))
+    """One bar a configuration (or another column), stacked by what the bytes hold;
+    averaged where a bar has several rows. A row without a peak did not fit, and is named."""
+    # gradients and activations each at their own peak add up to more than both together ever held
+    if "overlap" in memory:
+        memory = memory.assign(activations=memory["activations"] - memory["overlap"].fillna(0),
+                               other=memory["other"] + memory["overlap"].fillna(0))
     classes = list(MEMORY_CLASSES)
     unit, size = byte_unit(memory["peak"].max())
     mean = memory.groupby(by, sort=False)[classes + ["peak"]].mean().div(size).reset_index()
-    long = mean.dropna(subset=["peak"]).melt([by, "peak"], classes, "class", "amount").assign(order=lambda d: d["class"].map(classes.index))
+    long = mean.dropna(subset=["peak"]).melt([by, "peak"], classes, "class", "amount").assign(
+        order=lambda d: d["class"].map(classes.index))
     colour = alt.Color("class:N", title="holds", scale=alt.Scale(domain=classes, range=list(MEMORY_CLASSES.values())))
     y = alt.Y(f"{by}:N", title=None, sort=list(mean[by]), scale=alt.Scale(domain=list(mean[by])))
     bars = alt.Chart(long, width=400, height=alt.Step(24)).mark_bar().encode(
-        x=alt.X("sum(amount):Q", title=unit), y=y, color=colour,
-        order="order:Q", tooltip=[by, "class", alt.Tooltip("amount", title=unit, format=".3f"), alt.Tooltip("peak", title=f"peak, {unit}", format=".3f")])
+        x=alt.X("sum(amount):Q", title=unit), y=y, color=colour, order="order:Q",
+        tooltip=[by, "class", alt.Tooltip("amount", title=unit, format=".3f"),
+                 alt.Tooltip("peak", title=f"peak, {unit}", format=".3f")])
     burst = mean[mean["peak"].isna()][[by]].assign(zero=0.0, said="ran out of memory")
-    words = alt.Chart(burst).mark_text(align="left", dx=4, fontStyle="italic", color="#a51414").encode(alt.X("zero:Q", title=unit), y, text="said:N")
+    words = alt.Chart(burst).mark_text(align="left", dx=4, fontStyle="italic", color="#a51414").encode(
+        alt.X("zero:Q", title=unit), y, text="said:N")
     return titled(bars + words if len(burst) else alt.layer(bars), title, memory)
 
 # %% ../../nbs/report/03_charts.ipynb #19c1c036
@@ -190,9 +212,10 @@ def throughput_points(
     "One point a run and a tick at the mean, by configuration."
     known = [name for name in CONFIG_COLOURS if name in set(rates["config"])]
     rates = rates.dropna(subset=[value])
-    base = alt.Chart(rates[["config", "seed", value]], width=420, height=alt.Step(24)).encode(y=alt.Y("config:N", title=None, sort=known))
-    tick = base.mark_tick(thickness=2, size=18).encode(alt.X(f"mean({value}):Q", title=axis, scale=alt.Scale(zero=True)),
-                                                      color=config_colour(known, legend=None))
+    base = alt.Chart(rates[["config", "seed", value]], width=420, height=alt.Step(24)).encode(
+        y=alt.Y("config:N", title=None, sort=known))
+    tick = base.mark_tick(thickness=2, size=18).encode(
+        alt.X(f"mean({value}):Q", title=axis, scale=alt.Scale(zero=True)), color=config_colour(known, legend=None))
     dots = base.mark_circle(size=60, opacity=0.6).encode(alt.X(f"{value}:Q"), color=config_colour(known, legend=None),
                                                         tooltip=["config", "seed", alt.Tooltip(value, format=",.1f")])
     return titled(tick + dots, title, rates, "one point a run, tick at the mean")
@@ -201,7 +224,8 @@ def throughput_points(
 _ROUND = sorted({round(m * 10.0**e, 9) for e in range(-4, 5) for m in (1, 1.2, 1.5, 2, 3, 5, 7)} | {0.8, 0.9, 1.1})
 
 def _labels(found: pd.DataFrame) -> dict:
-    "Round numbers for a logarithmic axis, where there are enough in its range; Vega's own labels stop where a decade does."
+    """Round numbers for a logarithmic axis, where there are enough in its range;
+    Vega's own labels stop where a decade does."""
     ends = found[["value", "lo", "hi", "threshold"]].astype(float).stack()
     inside = [n for n in _ROUND if ends.min() <= n <= ends.max()]
     return dict(values=inside) if len(inside) >= 4 else {}
@@ -220,15 +244,18 @@ def estimates(
     columns = ["what", "against", "n", "value", "lo", "hi", "threshold"]
     base = alt.Chart(found[columns], width=440, height=alt.Step(28)).encode(
         y=alt.Y("what:N", title=None, sort=list(dict.fromkeys(found["what"]))), tooltip=tips,
-        color=alt.Color("against:N", title="against", scale=alt.Scale(range=["#d55e00", "#0072b2", "#009e73"]), legend=alt.Legend() if found["against"].notna().any() else None))
+        color=alt.Color("against:N", title="against", scale=alt.Scale(range=["#d55e00", "#0072b2", "#009e73"]),
+                        legend=alt.Legend() if found["against"].notna().any() else None))
     offset = {"yOffset": "against:N"} if found["against"].nunique() > 1 else {}
     scale = alt.Scale(type="log", nice=False, padding=8) if log else alt.Scale()
-    x = alt.X("value:Q", title=axis, axis=alt.Axis(format="%" if percent else "~g", **(_labels(found) if log else {})), scale=scale)
-    bars = base.mark_rule(strokeWidth=3, opacity=0.55).encode(alt.X("lo:Q", title=axis, scale=scale), alt.X2("hi:Q"), **offset)
+    x = alt.X("value:Q", title=axis, axis=alt.Axis(format="%" if percent else "~g", **(_labels(found) if log else {})),
+              scale=scale)
+    bars = base.mark_rule(strokeWidth=3, opacity=0.55).encode(
+        alt.X("lo:Q", title=axis, scale=scale), alt.X2("hi:Q"), **offset)
     dots = base.mark_point(filled=True, size=80, opacity=1).encode(x, **offset)
-    lines = alt.Chart(found.dropna(subset=["threshold"])[["what", "threshold"]]).mark_tick(
-        thickness=2, size=26).encode(alt.X("threshold:Q", title=axis, scale=scale), alt.Y("what:N", sort=list(dict.fromkeys(found["what"]))),
-                                     color=alt.value("#d6274a"), tooltip=[alt.Tooltip("threshold", format=form)])
+    lines = alt.Chart(found.dropna(subset=["threshold"])[["what", "threshold"]]).mark_tick(thickness=2, size=26).encode(
+        alt.X("threshold:Q", title=axis, scale=scale), alt.Y("what:N", sort=list(dict.fromkeys(found["what"]))),
+        color=alt.value("#d6274a"), tooltip=[alt.Tooltip("threshold", format=form)])
     return titled(bars + dots + lines, title, found, "red: the threshold; bar: the interval")
 
 # %% ../../nbs/report/03_charts.ipynb #c47129a4
@@ -237,7 +264,8 @@ def as_cost(
 ) -> pd.DataFrame:
     "The same as costs, in multiples of the reference's."
     if found.empty: return found
-    return found.assign(value=1 - found["value"], lo=1 - found["hi"], hi=1 - found["lo"], threshold=1 - found["threshold"])
+    return found.assign(
+        value=1 - found["value"], lo=1 - found["hi"], hi=1 - found["lo"], threshold=1 - found["threshold"])
 
 # %% ../../nbs/report/03_charts.ipynb #4e42e928
 def _against_margin(row: dict, margin: float) -> str:
@@ -245,23 +273,30 @@ def _against_margin(row: dict, margin: float) -> str:
     lo, hi = row["lo"], row["hi"]
     if row.get("lost"): return "not all pairs came to a number"
     if lo is None or lo != lo: return "too few pairs for an interval"
-    return "inside the margin" if -margin < lo and hi < margin else "outside" if lo > margin or hi < -margin else "straddles it"
+    return ("inside the margin" if -margin < lo and hi < margin else "outside" if lo > margin or hi < -margin
+            else "straddles it")
 
 def equivalence(
-    gaps: pd.DataFrame,  # config, value, lo, hi (nats per token against the baseline), scale; optional: what (name of the row), against
+    # config, value, lo, hi (nats per token against the baseline), scale; optional: what (name of the row), against
+    gaps: pd.DataFrame,
     margin: float,  # nats per token, fixed beforehand
     title: str = "Difference in loss against the baseline",
     axis: str = "nats per token; right is worse",
 ) -> alt.LayerChart:
     "Paired differences with their intervals against the band in which two configurations count as equal."
-    gaps = gaps.assign(what=gaps.get("what", gaps["config"]), against=gaps.get("against", "baseline")).dropna(subset=["value"]).assign(verdict=lambda d: [_against_margin(row, margin) for row in d.to_dict("records")])
-    band = alt.Chart(pd.DataFrame([dict(lo=-margin, hi=margin)])).mark_rect(opacity=0.15, color="#009e73").encode(alt.X("lo:Q", title=axis), x2="hi:Q")
+    gaps = gaps.assign(what=gaps.get("what", gaps["config"]), against=gaps.get("against", "baseline")).dropna(
+        subset=["value"]).assign(verdict=lambda d: [_against_margin(row, margin) for row in d.to_dict("records")])
+    band = alt.Chart(pd.DataFrame([dict(lo=-margin, hi=margin)])).mark_rect(opacity=0.15, color="#009e73").encode(
+        alt.X("lo:Q", title=axis), x2="hi:Q")
     zero = alt.Chart(pd.DataFrame([dict(x=0.0)])).mark_rule(color="#888888").encode(x="x:Q")
     known = [name for name in CONFIG_COLOURS if name in set(gaps["config"])]
     tips = ["what", "against", "verdict", *(alt.Tooltip(name, format="+.4f") for name in ("value", "lo", "hi"))]
-    base = alt.Chart(gaps[["config", "what", "against", "value", "lo", "hi", "verdict"]], width=400, height=alt.Step(24)).encode(
-        y=alt.Y("what:N", title=None, sort=list(dict.fromkeys(gaps["what"])), axis=alt.Axis(labelLimit=400)), color=config_colour(known, legend=None), tooltip=tips)
-    bars, dots = base.mark_rule(strokeWidth=3, opacity=0.6).encode(x="lo:Q", x2="hi:Q"), base.mark_point(filled=True, size=80, opacity=1).encode(x="value:Q")
+    base = alt.Chart(
+        gaps[["config", "what", "against", "value", "lo", "hi", "verdict"]], width=400, height=alt.Step(24)).encode(
+        y=alt.Y("what:N", title=None, sort=list(dict.fromkeys(gaps["what"])), axis=alt.Axis(labelLimit=400)),
+        color=config_colour(known, legend=None), tooltip=tips)
+    bars, dots = (base.mark_rule(strokeWidth=3, opacity=0.6).encode(x="lo:Q", x2="hi:Q"),
+                  base.mark_point(filled=True, size=80, opacity=1).encode(x="value:Q"))
     return titled(band + zero + bars + dots, title, gaps, f"green: equivalent within ±{margin:g} nats")
 
 # %% ../../nbs/report/03_charts.ipynb #7eed9ffd
@@ -272,10 +307,12 @@ def by_size(
     "A line for each baseline from the smallest size to the largest; hollow points are projected."
     sizes = [size for size in ("tiny", "124M", "1B", "7B", "13B", "70B") if size in set(found["size"])]
     base = alt.Chart(found[["size", "saving", "against", "projected"]], width=420, height=260).encode(
-        x=alt.X("size:O", sort=sizes, title="model size", axis=alt.Axis(labelAngle=0)), y=alt.Y("saving:Q", axis=alt.Axis(format="%"), title="saving"),
+        x=alt.X("size:O", sort=sizes, title="model size", axis=alt.Axis(labelAngle=0)),
+        y=alt.Y("saving:Q", axis=alt.Axis(format="%"), title="saving"),
         color=alt.Color("against:N", title="against", scale=alt.Scale(range=["#d55e00", "#0072b2"])),
         tooltip=["size", "against", alt.Tooltip("saving", format=".1%"), "projected"])
-    dots = base.mark_point(size=90, strokeWidth=2).encode(fill=alt.condition("datum.projected", alt.value("transparent"), alt.value("#555555")))
+    dots = base.mark_point(size=90, strokeWidth=2).encode(
+        fill=alt.condition("datum.projected", alt.value("transparent"), alt.value("#555555")))
     return titled(base.mark_line() + dots, title, found, "hollow: projected")
 
 # %% ../../nbs/report/03_charts.ipynb #53e64a75
@@ -285,9 +322,11 @@ def decision_marks(
 ) -> alt.Chart:
     "How often each checkpoint took each action; the reasons answer to the pointer."
     actions = {"continue": "#009e73", "downgrade": "#e69f00", "pause": "#0072b2", "abort": "#d55e00"}
-    counted = decisions.groupby(["checkpoint", "action"]).agg(runs=("config", "size"), why=("why", "first")).reset_index()
+    counted = decisions.groupby(["checkpoint", "action"]).agg(
+        runs=("config", "size"), why=("why", "first")).reset_index()
     chart = alt.Chart(counted, width=420, height=alt.Step(26)).mark_bar().encode(
         x=alt.X("runs:Q", title="decisions", axis=alt.Axis(tickMinStep=1)), y=alt.Y("checkpoint:N", title=None),
-        color=alt.Color("action:N", title="action", scale=alt.Scale(domain=list(actions), range=list(actions.values()))),
+        color=alt.Color(
+            "action:N", title="action", scale=alt.Scale(domain=list(actions), range=list(actions.values()))),
         tooltip=["checkpoint", "action", "runs", "why"])
     return titled(chart, title, decisions)

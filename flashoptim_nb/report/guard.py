@@ -13,9 +13,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 # %% ../../nbs/report/12_guard.ipynb #2795c167
-RESULT_MARKS = ("data-criterion", "data-provenance", "data-decision", "data-chart-scales", "data-result", "data-verdict")
-LOADS = dict(script="src", img="src", iframe="src", source="src", video="src", audio="src", embed="src", object="data", link="href")
-NOT_LOADED = {"canonical", "next", "prev", "search", "index", "author", "license"}  # link relations that only name an address
+RESULT_MARKS = (
+    "data-criterion", "data-provenance", "data-decision", "data-chart-scales", "data-result", "data-verdict")
+LOADS = dict(script="src", img="src", iframe="src", source="src", video="src", audio="src", embed="src", object="data",
+             link="href")
+# link relations that only name an address
+NOT_LOADED = {"canonical", "next", "prev", "search", "index", "author", "license"}
 
 @dataclass
 class Page(HTMLParser):
@@ -34,7 +37,8 @@ class Page(HTMLParser):
         if any(mark in has for mark in RESULT_MARKS): self.marked.append(has)
         if tag == "table" and "dataframe" in kinds: self.bare_tables += 1
         if tag == "div" and "chart" in kinds and not has.get("data-chart-scales"): self.bare_charts += 1
-        if tag in LOADS and has.get(LOADS[tag]) and not (tag == "link" and set(has.get("rel", "").split()) & NOT_LOADED):
+        if (tag in LOADS and has.get(LOADS[tag])
+                and not (tag == "link" and set(has.get("rel", "").split()) & NOT_LOADED)):
             self.loads.append(has[LOADS[tag]])
 
 def read_page(
@@ -51,20 +55,24 @@ HONEST = {"no evidence at this scale", "not measured", "undecided", "not applica
 
 def _scales(mark: Mapping[str, str], known: Mapping[str, str]) -> set[str]:
     "The scales a result rests on: those of its runs in the records, and those that it states itself."
-    stated = set(re.findall(r"\b(?:laptop|gpu|full)\b", mark.get("data-scale", "") + " " + mark.get("data-chart-scales", "")))
+    stated = set(
+        re.findall(r"\b(?:laptop|gpu|full)\b", mark.get("data-scale", "") + " " + mark.get("data-chart-scales", "")))
     return stated | {known[run] for run in mark.get("data-runs", "").split() if run in known}
 
 def _one(mark: Mapping[str, str], known: Mapping[str, str]) -> list[str]:
     "What is wrong with one result."
     what = next(f"{name[5:]} {mark[name]}" for name in RESULT_MARKS if name in mark)
-    wrong = [f"{what} names the run {run}, which is in no record" for run in mark.get("data-runs", "").split() if run not in known]
+    wrong = [f"{what} names the run {run}, which is in no record" for run in mark.get("data-runs", "").split()
+             if run not in known]
     laptop = "laptop" in _scales(mark, known)
     status = mark.get("data-status")
     if laptop and status is not None and status not in HONEST:
         wrong.append(f"{what} rests on laptop runs and is shown as {status!r}; laptop rows are no evidence")
-    if laptop and mark.get("data-enforced") == "true": wrong.append(f"{what} was taken on a laptop and is shown as enforced")
+    if laptop and mark.get("data-enforced") == "true":
+        wrong.append(f"{what} was taken on a laptop and is shown as enforced")
     if "data-criterion" in mark and status is None: wrong.append(f"{what} is shown without a status")
-    if status not in (None, *HONEST) and not mark.get("data-runs"): wrong.append(f"{what} is shown as {status!r} and names no run")
+    if status not in (None, *HONEST) and not mark.get("data-runs"):
+        wrong.append(f"{what} is shown as {status!r} and names no run")
     return wrong
 
 # %% ../../nbs/report/12_guard.ipynb #b3a16b79
@@ -77,12 +85,17 @@ def page_problems(
     if not chapter: return []
     wrong = [problem for mark in page.marked for problem in _one(mark, known)]
     results = [mark for mark in page.marked if "data-provenance" not in mark]
-    stated = {scale for mark in page.marked if "data-provenance" in mark for scale in _scales({"data-scale": mark["data-provenance"]}, {})}
+    stated = {scale for mark in page.marked if "data-provenance" in mark
+              for scale in _scales({"data-scale": mark["data-provenance"]}, {})}
     shown = set().union(*(_scales(mark, known) for mark in results)) if results else set()
-    if missing := shown - stated: wrong.append(f"shows results of scale {', '.join(sorted(missing))} without their provenance note")
-    if results and not any("data-provenance" in mark for mark in page.marked): wrong.append("shows results without a provenance note")
-    if page.bare_tables: wrong.append(f"shows {page.bare_tables} table(s) that state no scale; show results through report.tables")
-    if page.bare_charts: wrong.append(f"shows {page.bare_charts} chart(s) that state no scale; draw results with report.charts")
+    if missing := shown - stated:
+        wrong.append(f"shows results of scale {', '.join(sorted(missing))} without their provenance note")
+    if results and not any("data-provenance" in mark for mark in page.marked):
+        wrong.append("shows results without a provenance note")
+    if page.bare_tables:
+        wrong.append(f"shows {page.bare_tables} table(s) that state no scale; show results through report.tables")
+    if page.bare_charts:
+        wrong.append(f"shows {page.bare_charts} chart(s) that state no scale; draw results with report.charts")
     return [f"{page.name}: {problem}" for problem in wrong]
 
 # %% ../../nbs/report/12_guard.ipynb #473464bf
@@ -96,8 +109,10 @@ def remote_loads(
     site, found = Path(site), []
     for path in sorted(site.rglob("*.html")):
         text = path.read_text(errors="replace")
-        loads = [a for a in read_page(text).loads if _REMOTE.match(a)] + _CSS_LOAD.findall("\n".join(re.findall(r"<style.*?</style>", text, re.S)))
+        loads = ([a for a in read_page(text).loads if _REMOTE.match(a)]
+                 + _CSS_LOAD.findall("\n".join(re.findall(r"<style.*?</style>", text, re.S))))
         found += [f"{path.relative_to(site)} loads {address}" for address in loads]
     for path in sorted(site.rglob("*.css")):
-        found += [f"{path.relative_to(site)} loads {address}" for address in _CSS_LOAD.findall(path.read_text(errors="replace"))]
+        found += [f"{path.relative_to(site)} loads {address}"
+                  for address in _CSS_LOAD.findall(path.read_text(errors="replace"))]
     return found

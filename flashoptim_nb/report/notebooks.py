@@ -82,8 +82,10 @@ def execute(
         if shell.exc is not None: raise NotebookError(cell_error(name, number, source, shell.exc))
 
 # %% ../../nbs/report/04_notebooks.ipynb #0bbb2617
-PRELOADED = ["torch", "torch.distributed.fsdp", "pandas", "altair", "execnb.shell", "fastcore.test", "matplotlib.pyplot", "scipy.stats", "scipy.integrate", "z3",
-             "flashoptim_nb.report.tables", "flashoptim_nb.report.charts"]  # and not triton: notebooks choose its interpreter before they import it
+# and not triton: notebooks choose its interpreter before they import it
+PRELOADED = [
+    "torch", "torch.distributed.fsdp", "pandas", "altair", "execnb.shell", "fastcore.test", "matplotlib.pyplot",
+    "scipy.stats", "scipy.integrate", "z3", "flashoptim_nb.report.tables", "flashoptim_nb.report.charts"]
 
 @dataclass(frozen=True)
 class Job:
@@ -124,7 +126,8 @@ def _outcome(job: Job, process) -> str | None:
     note = job.target.with_suffix(".error")
     if note.is_file(): return note.read_text()
     if process.exitcode == 0 and job.target.is_file(): return None
-    return f"{job.name}: its process ended with exit code {process.exitcode} and no message (killed, out of memory, or a crash in native code)"
+    return (f"{job.name}: its process ended with exit code {process.exitcode} and no message "
+            "(killed, out of memory, or a crash in native code)")
 
 def execute_all(
     jobs: list[Job],
@@ -147,7 +150,8 @@ def execute_all(
                 if sentinel not in ready and time.monotonic() < until: continue
                 if sentinel not in ready: process.kill()
                 process.join()
-                if what := _outcome(job, process): failed.append(what if sentinel in ready else f"{job.name}: not done after {limit:.0f} s")
+                if what := _outcome(job, process):
+                    failed.append(what if sentinel in ready else f"{job.name}: not done after {limit:.0f} s")
                 del running[sentinel]
     finally:
         for _, process, _ in running.values(): process.kill()  # interrupted: nothing goes on behind the reader's back
@@ -169,8 +173,11 @@ def _dress_cell(cell: dict, chapter: bool, can: Mapping[str, bool]) -> dict | No
     if chapter and _only_imports(source): return None
     tags, prompt = [], {}
     if directives.get("echo", "").lower() == "false": tags = ["remove-input"]
-    elif _only_imports(source): tags, prompt = ["hide-input"], {"code_prompt_show": "Imports", "code_prompt_hide": "Imports"}
-    elif chapter and directives.get("code-fold", "").strip() != "false": tags, prompt = ["hide-input"], {"code_prompt_show": "How this is computed", "code_prompt_hide": "How this is computed"}
+    elif _only_imports(source):
+        tags, prompt = ["hide-input"], {"code_prompt_show": "Imports", "code_prompt_hide": "Imports"}
+    elif chapter and directives.get("code-fold", "").strip() != "false":
+        tags, prompt = (["hide-input"],
+                        {"code_prompt_show": "How this is computed", "code_prompt_hide": "How this is computed"})
     elif {"export", "exporti"} & set(directives): tags = ["exported"]
     outputs = [o for o in map(dress_output, cell.get("outputs", [])) if o]
     reason = why_not_run(directives, can)
@@ -190,8 +197,9 @@ def dress_output(
     title = spec.get("title", "")
     label = escape(title.get("text", "") if isinstance(title, dict) else str(title)) or "chart"
     text = json.dumps(spec, separators=(",", ":")).replace("</", "<\\/")
-    html = (f'<div class="chart"{attributes({"chart_scales": marks.get("scales"), "runs": marks.get("runs")})}>'
-            f'<div class="drawing" role="img" aria-label="{label}"></div><script type="application/json">{text}</script></div>')
+    html = (
+        f'<div class="chart"{attributes({"chart_scales": marks.get("scales"), "runs": marks.get("runs")})}><div '
+        f'class="drawing" role="img" aria-label="{label}"></div><script type="application/json">{text}</script></div>')
     return output | dict(data={"text/html": html})
 
 # %% ../../nbs/report/04_notebooks.ipynb #ac22f164
@@ -207,5 +215,6 @@ def dress(
             module = split_directives("".join(cell["source"]))[0].get("default_exp", module)
             cell = _dress_cell(cell, chapter, can)
         if cell: cells.append(cell)
-    if module: cells.insert(1, dict(cell_type="markdown", id="module", metadata={}, source=f"Module `flashoptim_nb.{module}`"))
+    if module:
+        cells.insert(1, dict(cell_type="markdown", id="module", metadata={}, source=f"Module `flashoptim_nb.{module}`"))
     return notebook | dict(cells=cells)

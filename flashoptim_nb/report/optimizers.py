@@ -24,7 +24,8 @@ from ..train.optimizers import BASELINE_OF
 
 # %% ../../nbs/report/05_optimizers.ipynb #7c65f109
 HELD_OUT = ("c4", "wikitext103", "sotu")
-SETS = {"1.3B": "a GPT of 1.3 billion parameters in 196 tensors", "124M": "GPT-2's 124 million in 100 tensors", "small": "1.9 million in 236 small tensors"}
+SETS = {"1.3B": "a GPT of 1.3 billion parameters in 196 tensors", "124M": "GPT-2's 124 million in 100 tensors",
+        "small": "1.9 million in 236 small tensors"}
 
 
 def step_rows(
@@ -46,7 +47,9 @@ def show_steps(
 ) -> Rendered:
     "The steps over one set of tensors as a table; what could not be measured says why."
     runs = load_runs(hypothesis="bench") if runs is None else list(runs)
-    heads = dict(wholly="optimizer", version="version", ms="ms", wall_ms="ms, host included", bytes_per_parameter="resident B/parameter", moved="moved B/parameter", gbps="GB/s", of_floor="of the floor", reason="not measured")
+    heads = dict(wholly="optimizer", version="version", ms="ms", wall_ms="ms, host included",
+                 bytes_per_parameter="resident B/parameter", moved="moved B/parameter", gbps="GB/s",
+                 of_floor="of the floor", reason="not measured")
     return show_rows(step_rows(work, runs), heads, "bench", runs, "No step over these tensors is recorded.",
                      dict(ms=".3f", wall_ms=".3f", bytes_per_parameter=".2f", moved=".2f", gbps=",.0f", of_floor=".3f"))
 
@@ -54,17 +57,23 @@ def show_steps(
 def step_times(
     rows: pd.DataFrame,  # from `step_rows`
 ) -> alt.LayerChart:
-    "A line for each optimizer, without clipping, from its own floor, its bytes at the rate of a copy, to the time that was measured."
+    """A line for each optimizer, without clipping, from its own floor, its bytes at the rate of a copy,
+    to the time that was measured."""
     shown = rows[(~rows["clip"].astype(bool)) & rows["ms"].notna()]
     order = list(shown.sort_values("ms")["optimizer"])
-    base = alt.Chart(shown[["optimizer", "ms", "floor_ms", "ours", "of_floor", "version"]], width=420, height=alt.Step(20)).encode(
+    base = alt.Chart(
+        shown[["optimizer", "ms", "floor_ms", "ours", "of_floor", "version"]], width=420, height=alt.Step(20)).encode(
         y=alt.Y("optimizer:N", sort=order, title=None, axis=alt.Axis(labelLimit=260)),
         color=alt.Color("ours:N", legend=None, scale=alt.Scale(domain=[True, False], range=["#d55e00", "#777777"])))
-    tips = ["optimizer", "version", alt.Tooltip("ms", format=".3f"), alt.Tooltip("floor_ms", format=".3f", title="floor, ms"), alt.Tooltip("of_floor", format=".3f", title="of its floor")]
+    tips = ["optimizer", "version", alt.Tooltip("ms", format=".3f"),
+            alt.Tooltip("floor_ms", format=".3f", title="floor, ms"),
+            alt.Tooltip("of_floor", format=".3f", title="of its floor")]
     at = alt.X("ms:Q", title="ms a step (logarithmic)", scale=alt.Scale(type="log", nice=True))
     lost = base.mark_rule(strokeWidth=4, opacity=0.5).encode(x=at, x2="floor_ms:Q", tooltip=tips)
-    dots, floors = base.mark_point(filled=True, size=70, opacity=1).encode(x="ms:Q", tooltip=tips), base.mark_tick(thickness=2, color="#222222").encode(x="floor_ms:Q", color=alt.value("#222222"))
-    return titled(lost + dots + floors, "Milliseconds of one step", rows, "tick: the bytes that this optimizer must move, at the rate of a copy")
+    dots, floors = (base.mark_point(filled=True, size=70, opacity=1).encode(x="ms:Q", tooltip=tips),
+                    base.mark_tick(thickness=2, color="#222222").encode(x="floor_ms:Q", color=alt.value("#222222")))
+    return titled(lost + dots + floors, "Milliseconds of one step", rows,
+                  "tick: the bytes that this optimizer must move, at the rate of a copy")
 
 # %% ../../nbs/report/05_optimizers.ipynb #9e871322
 def goal_sentence(
@@ -77,12 +86,15 @@ def goal_sentence(
     "One goal and what was measured, in a sentence."
     runs = load_runs(hypothesis="bench")
     rows = step_rows(work, runs)
-    rows = rows[(rows["optimizer"] == optimizer) & (rows["clip"] == clip) & rows["ms"].notna()] if not rows.empty else rows
+    rows = (rows[(rows["optimizer"] == optimizer) & (rows["clip"] == clip) & rows["ms"].notna()] if not rows.empty
+            else rows)
     what = f"{optimizer}{' with clipping' * clip} over {SETS.get(work, work)}"
     if rows.empty: return sentence(f"{what}: goal {goal:g} ms; not measured.", [])
     row = rows.iloc[0]
     met = "met" if row[column] <= goal else "missed"
-    return sentence(f"{what}: goal {goal:g} ms, measured {row[column]:.3f} ms ({row['of_floor']:.3f} of the floor): {met}.", [run for run in runs if full_name(run) == f"{row['study']}/{row['run']}"])
+    return sentence(
+        f"{what}: goal {goal:g} ms, measured {row[column]:.3f} ms ({row['of_floor']:.3f} of the floor): {met}.",
+        [run for run in runs if full_name(run) == f"{row['study']}/{row['run']}"])
 
 # %% ../../nbs/report/05_optimizers.ipynb #c0ffee11
 PEERS = ("FlashAdamW", "torch AdamW (fused)", "flashoptim AdamW", "bitsandbytes AdamW8bit", "torchao AdamW8bit")
@@ -96,7 +108,8 @@ def show_peers(
     rows = step_rows(work, runs)
     if not rows.empty: rows = rows[rows["optimizer"].isin(PEERS) & ~rows["clip"].astype(bool)]
     heads = dict(optimizer="optimizer", version="version", ms="ms a step", bytes_per_parameter="bytes a parameter")
-    return show_rows(rows, heads, "bench", runs, "No step over these tensors is recorded.", dict(ms=".2f", bytes_per_parameter=".4g"))
+    return show_rows(rows, heads, "bench", runs, "No step over these tensors is recorded.",
+                     dict(ms=".2f", bytes_per_parameter=".4g"))
 
 # %% ../../nbs/report/05_optimizers.ipynb #d2cb5766
 def final_losses(
@@ -104,20 +117,25 @@ def final_losses(
     runs: Iterable[Run] | None = None,
     role: str = "optimizer",  # of the runs: the recipe, see `cli.quality.SCHEDULES`
 ) -> pd.DataFrame:
-    "The loss on a held-out set at the end of each run of the optimizers' comparison, in nats per token; NaN for a run that did not come to one, with what became of it in `ended`."
+    """The loss on a held-out set at the end of each run of the optimizers' comparison, in nats per token;
+    NaN for a run that did not come to one, with what became of it in `ended`."""
     runs = load_runs(hypothesis="quality") if runs is None else list(runs)
     rows = rows_of("eval", runs, arm="quality", role=role)
     if rows.empty or not (rows["set"] == held_out).any(): return pd.DataFrame()
     last = int(rows.loc[rows["set"] == held_out, "step"].max())
     place = dict(arm="quality", role=role, scale=rows["scale"].iloc[0], device=rows["device"].iloc[0])
     found = {}
-    for run in sorted(runs, key=lambda run: str(run.header.get("started"))):  # of runs that were repeated the last counts
+    # of runs that were repeated the last counts
+    for run in sorted(runs, key=lambda run: str(run.header.get("started"))):
         if run.status not in BEGAN or any(run.header.get(key) != value for key, value in place.items()): continue
-        row = next((row for row in reversed(run.of("eval")) if row.get("set") == held_out and row.get("step") == last), {})
+        row = next(
+            (row for row in reversed(run.of("eval")) if row.get("set") == held_out and row.get("step") == last), {})
         loss = per_token(row) if run.status == "finished" else float("nan")
-        found[run.header.get("config"), run.header.get("seed")] = {key: run.header.get(key) for key in ("run", "study", "scale", "device", "config", "seed")} | dict(
+        found[run.header.get("config"), run.header.get("seed")] = {
+            key: run.header.get(key) for key in ("run", "study", "scale", "device", "config", "seed")} | dict(
             set=held_out, step=last, loss=loss, name=full_name(run), status=run.status, reason=short_reason(run.reason),
-            ended="" if is_number(loss) else "no number" if run.status == "finished" else joined(run.status, short_reason(run.reason)))
+            ended="" if is_number(loss) else "no number" if run.status == "finished"
+                else joined(run.status, short_reason(run.reason)))
     return pd.DataFrame(list(found.values()))
 
 
@@ -127,20 +145,27 @@ def format_gaps(
     runs: Iterable[Run] | None = None,
     role: str = "optimizer",
 ) -> pd.DataFrame:
-    "Each format against the optimizer it stands for, paired by seed: mean difference with its 90 % interval, TOST, effect size, power, the seeds that would be needed, and what was lost."
+    """Each format against the optimizer it stands for, paired by seed: mean difference with its 90 % interval, TOST,
+    effect size, power, the seeds that would be needed, and what was lost."""
     losses = final_losses(held_out, runs, role)
     if losses.empty: return losses
     by, found = {(row["config"], row["seed"]): row for row in losses.to_dict("records")}, []
     for config, against in ((config, against) for config, others in BASELINE_OF.items() for against in others):
-        both = [(row, by[against, seed]) for (name, seed), row in by.items() if name == config and (against, seed) in by]
+        both = [
+            (row, by[against, seed]) for (name, seed), row in by.items() if name == config and (against, seed) in by]
         if not both: continue
         pairs = Sorted.of(both, lambda *pair: [is_number(row["loss"]) for row in pair])
         d = [new["loss"] - old["loss"] for new, old in pairs.good]
-        e, test = paired_interval(d, 0.90, lost=len(pairs.lost)), tost([*d, *[float("nan")] * (len(both) - len(d))], margin)
+        e, test = (paired_interval(d, 0.90, lost=len(pairs.lost)),
+                   tost([*d, *[float("nan")] * (len(both) - len(d))], margin))
         s = spread(d)
-        says = "equivalent" if test.equivalent else "not equivalent" if e.ends and (e.ends[0] > margin or e.ends[1] < -margin) else "inconclusive" if pairs.whole else "no result"
-        found.append(dict(config=config, against=against, what=f"{config} against {against}", value=float("nan") if e.value is None else e.value, lo=e.lo, hi=e.hi, n=len(d), p=test.p, spread=s,
-                          effect=test.effect, power=test.power, needed=None if s is None else seeds_needed(s, margin), says=says, lost=pairs.note, scale=both[0][0]["scale"], runs=sorted(pairs.records)))
+        says = "equivalent" if test.equivalent else "not equivalent" if e.ends and (
+            e.ends[0] > margin or e.ends[1] < -margin) else "inconclusive" if pairs.whole else "no result"
+        found.append(
+            dict(config=config, against=against, what=f"{config} against {against}",
+                 value=float("nan") if e.value is None else e.value, lo=e.lo, hi=e.hi, n=len(d), p=test.p, spread=s,
+                 effect=test.effect, power=test.power, needed=None if s is None else seeds_needed(s, margin), says=says,
+                 lost=pairs.note, scale=both[0][0]["scale"], runs=sorted(pairs.records)))
     return pd.DataFrame(found)
 
 # %% ../../nbs/report/05_optimizers.ipynb #d2cb5767
@@ -153,14 +178,19 @@ def gap_sentence(
 ) -> Rendered:
     "One comparison on each held-out text it was made on, in a sentence."
     runs = load_runs(hypothesis="quality") if runs is None else list(runs)
-    found = {text: rows.iloc[0] for text in HELD_OUT if len(rows := format_gaps(text, margin, runs, role)) and len(rows := rows[(rows["config"] == config) & (rows["against"] == against)])}
+    found = {text: rows.iloc[0] for text in HELD_OUT if len(rows := format_gaps(text, margin, runs, role))
+                 and len(rows := rows[(rows["config"] == config) & (rows["against"] == against)])}
     if not found: return sentence(f"{config} against {against}: not measured.", [])
     used = [run for run in runs if full_name(run) in {name for row in found.values() for name in row["runs"]}]
     recipe, size = used[0].header["settings"]["recipe"], used[0].header["size"]
     def value(row): return f"{row['value']:+.4f}" if pd.notna(row["value"]) else "not measured"
-    said = "; ".join(f"{text} {value(row)}" + (f" [{row['lo']:+.4f}, {row['hi']:+.4f}]" if pd.notna(row["lo"]) else "") + f", {row['says']}" + (f" ({row['lost']})" if row["lost"] else "") for text, row in found.items())
+    said = "; ".join(
+        f"{text} {value(row)}" + (f" [{row['lo']:+.4f}, {row['hi']:+.4f}]" if pd.notna(row["lo"]) else "")
+            + f", {row['says']}" + (f" ({row['lost']})" if row["lost"] else "") for text, row in found.items())
     pairs = int(max(row["n"] for row in found.values()))
-    return sentence(f"{config} against {against}, GPT of {size}, {pairs} pair{'s' * (pairs > 1)} of {recipe['steps']} steps at a peak rate of {recipe['lr']:g}; held-out loss, nats a token, margin {margin:g}: {said}.", used)
+    return sentence(
+        f"{config} against {against}, GPT of {size}, {pairs} pair{'s' * (pairs > 1)} of {recipe['steps']} steps "
+        f"at a peak rate of {recipe['lr']:g}; held-out loss, nats a token, margin {margin:g}: {said}.", used)
 
 # %% ../../nbs/report/05_optimizers.ipynb #7d0e5a11
 def paired_paths(
@@ -170,14 +200,19 @@ def paired_paths(
     window: int = 10,  # steps of a mean
     against: str = "adamw",
 ) -> pd.DataFrame:
-    "For each seed and window: how far the training loss is above that of the optimizer it is compared with, and the largest ratio of the two gradient norms, whichever is larger."
+    """For each seed and window: how far the training loss is above that of the optimizer it is compared with,
+    and the largest ratio of the two gradient norms, whichever is larger."""
     steps = rows_of("step", load_runs(hypothesis="quality") if runs is None else runs, arm="quality", role=role)
     if steps.empty: return steps
-    both = steps[steps["config"] == config].merge(steps[steps["config"] == against], on=["seed", "step"], suffixes=("", "_old"))
+    both = steps[steps["config"] == config].merge(
+        steps[steps["config"] == against], on=["seed", "step"], suffixes=("", "_old"))
     ratio = both["grad_norm"] / both["grad_norm_old"]
-    both = both.assign(gap=both["loss"] - both["loss_old"], ratio=ratio.where(ratio > 1, 1 / ratio), step=(both["step"] - 1) // window * window + window)
-    named = {(c, s): f"{study}/{run}" for c, s, study, run in zip(steps["config"], steps["seed"], steps["study"], steps["run"])}
-    means = both.groupby(["seed", "step"], as_index=False).agg(gap=("gap", "mean"), ratio=("ratio", "max"), scale=("scale", "first"))
+    both = both.assign(gap=both["loss"] - both["loss_old"], ratio=ratio.where(ratio > 1, 1 / ratio),
+                       step=(both["step"] - 1) // window * window + window)
+    named = {(c, s): f"{study}/{run}"
+             for c, s, study, run in zip(steps["config"], steps["seed"], steps["study"], steps["run"])}
+    means = both.groupby(["seed", "step"], as_index=False).agg(
+        gap=("gap", "mean"), ratio=("ratio", "max"), scale=("scale", "first"))
     return means.assign(config=config, runs=[[named[config, s], named[against, s]] for s in means["seed"]])
 
 def gap_paths(
@@ -186,11 +221,14 @@ def gap_paths(
 ) -> alt.LayerChart:
     "A line for each seed; a mark is the larger, the more the two gradient norms differed within its steps."
     base = alt.Chart(rows[["seed", "step", "gap", "ratio"]], width=480, height=240).encode(
-        alt.X("step:Q", title="optimizer step"), alt.Y("gap:Q", title="nats per token, mean of ten steps"), color=alt.Color("seed:N", title="seed"))
-    marks = base.mark_point(filled=True, opacity=0.7).encode(size=alt.Size("ratio:Q", title="gradient norms, ratio", scale=alt.Scale(type="log", range=[10, 300])),
-                                                              tooltip=["seed", "step", alt.Tooltip("gap", format="+.4f"), alt.Tooltip("ratio", format=".1f")])
+        alt.X("step:Q", title="optimizer step"), alt.Y("gap:Q", title="nats per token, mean of ten steps"),
+        color=alt.Color("seed:N", title="seed"))
+    marks = base.mark_point(filled=True, opacity=0.7).encode(
+        size=alt.Size("ratio:Q", title="gradient norms, ratio", scale=alt.Scale(type="log", range=[10, 300])),
+        tooltip=["seed", "step", alt.Tooltip("gap", format="+.4f"), alt.Tooltip("ratio", format=".1f")])
     zero = alt.Chart(pd.DataFrame([dict(y=0.0)])).mark_rule(color="#888888").encode(y="y:Q")
-    return titled(zero + base.mark_line(opacity=0.5) + marks, title, rows, "right of a large mark the two runs had different histories")
+    return titled(zero + base.mark_line(opacity=0.5) + marks, title, rows,
+                  "right of a large mark the two runs had different histories")
 
 def paths_sentence(
     rows: pd.DataFrame,  # from `paired_paths`
@@ -201,5 +239,8 @@ def paths_sentence(
     mean, worst = rows.groupby("step")["gap"].mean(), rows.loc[rows["ratio"].idxmax()]
     at = [mean.index[round(f * (len(mean) - 1))] for f in (0, 0.2, 0.4, 0.7, 1)]
     names = {name for some in rows["runs"] for name in some}
-    return sentence("Mean difference in training loss over the ten steps up to step " + ", ".join(f"{n}: {mean[n]:+.4f}" for n in dict.fromkeys(at)) +
-                f". The gradient norms of a pair differed most, {worst['ratio']:.1f} times, in the ten steps up to {worst['step']} of seed {worst['seed']}.", [run for run in runs if full_name(run) in names])
+    return sentence("Mean difference in training loss over the ten steps up to step "
+                        + ", ".join(f"{n}: {mean[n]:+.4f}" for n in dict.fromkeys(at))
+                        + f". The gradient norms of a pair differed most, {worst['ratio']:.1f} times, "
+                          f"in the ten steps up to {worst['step']} of seed {worst['seed']}.",
+                    [run for run in runs if full_name(run) in names])

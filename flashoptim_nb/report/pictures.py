@@ -24,10 +24,16 @@ def gallery(
     "Pictures side by side, on white ground."
     pictures, runs = list(pictures), list(runs)
     if not pictures: return Rendered("<p>There is nothing to draw.</p>", "There is nothing to draw.")
-    cards = "".join(f'<figure style="margin:0;max-width:100%;background:#fff;color:#222;border-radius:4px;padding:4px">{svg}<figcaption style="font-size:0.78rem;max-width:22rem">{escape(said)}</figcaption></figure>' for svg, said in pictures)
-    mark = attributes(dict(result="picture", scale=sorted({scale for scale, _ in runs}), runs=sorted({name for _, name in runs})) if runs else {})
+    cards = "".join(
+        '<figure '
+        f'style="margin:0;max-width:100%;background:#fff;color:#222;border-radius:4px;padding:4px">{svg}<figcaption '
+        f'style="font-size:0.78rem;max-width:22rem">{escape(said)}</figcaption></figure>' for svg, said in pictures)
+    mark = attributes(dict(result="picture", scale=sorted({scale for scale, _ in runs}),
+                           runs=sorted({name for _, name in runs})) if runs else {})
     foot = f'<p style="font-size:0.85rem">{escape(caption)}</p>' if caption else ""
-    return Rendered(f'<div class="pictures"{mark} style="display:flex;flex-wrap:wrap;gap:0.8rem;align-items:flex-start">{cards}</div>{foot}', "\n\n".join(filter(None, [*(f"[picture: {said}]" for _, said in pictures), caption])))
+    return Rendered(f'<div class="pictures"{mark} '
+                    f'style="display:flex;flex-wrap:wrap;gap:0.8rem;align-items:flex-start">{cards}</div>{foot}',
+                    "\n\n".join(filter(None, [*(f"[picture: {said}]" for _, said in pictures), caption])))
 
 # %% ../../nbs/report/10_pictures.ipynb #04d0000b
 def _ticks(lo: float, hi: float, n: int = 5) -> list[float]:
@@ -53,15 +59,21 @@ def lines_svg(
     if equal: height = int((y1 - y0) * sx + low + room + 8)
     sy = sx if equal else (height - low - room) / ((y1 - y0) or 1)
     def at(p): return left + (p[0] - x0) * sx, height - low - (p[1] - y0) * sy
-    def text(u, v, said, anchor="start", colour="#222"): return f'<text x="{u:.1f}" y="{v:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(said)}</text>'
+    def text(u, v, said, anchor="start", colour="#222"):
+        return f'<text x="{u:.1f}" y="{v:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(said)}</text>'
     parts = []
     if x:
-        for v in _ticks(x0, x1): parts.append(f'<path d="M{at((v, 0))[0]:.1f} {height - low} v4" stroke="#555"/>' + text(at((v, 0))[0], height - low + 15, f"{v:g}", anchor="middle"))
-        for v in _ticks(y0, y1): parts.append(f'<path d="M{left} {at((0, v))[1]:.1f} h{width - left - 8}" stroke="#e4e4e4"/>' + text(left - 4, at((0, v))[1] + 3, f"{v:,.4g}", anchor="end"))
+        for v in _ticks(x0, x1):
+            parts.append(f'<path d="M{at((v, 0))[0]:.1f} {height - low} v4" stroke="#555"/>'
+                         + text(at((v, 0))[0], height - low + 15, f"{v:g}", anchor="middle"))
+        for v in _ticks(y0, y1):
+            parts.append(f'<path d="M{left} {at((0, v))[1]:.1f} h{width - left - 8}" stroke="#e4e4e4"/>'
+                         + text(left - 4, at((0, v))[1] + 3, f"{v:,.4g}", anchor="end"))
         parts += [text((left + width) / 2, height - 4, x, anchor="middle"), text(left, 11, y)]
     for i, (line, said) in enumerate(lines):
         colour, dash = colours[i % len(colours)], "5 3" if i == 1 else "none"
         path = "M" + " L".join("{:.1f} {:.1f}".format(*at(p)) for p in np.asarray(line, float))
         parts.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.6" stroke-dasharray="{dash}"/>')
         if said: parts.append(text(width - 8, 11 + 13 * i, said, colour=colour, anchor="end"))
-    return f'<svg viewBox="0 0 {width} {height}" width="{width}" style="max-width:100%" font-size="11" font-family="sans-serif" fill="#222" role="img">{"".join(parts)}</svg>'
+    return (f'<svg viewBox="0 0 {width} {height}" width="{width}" style="max-width:100%" font-size="11" '
+            f'font-family="sans-serif" fill="#222" role="img">{"".join(parts)}</svg>')

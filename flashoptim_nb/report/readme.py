@@ -23,7 +23,8 @@ from .render import RECORDS, Rendered
 ROLES = {
     "nbs": "notebooks, the source of everything: the book's pages and the package's code",
     "flashoptim_nb": "the package, exported from the notebooks; never edited by hand",
-    "data": "what is shipped: text, tokenizers, slices of the evaluation sets, and in `records` the runs the book rests on",
+    "data": "what is shipped: text, tokenizers, slices of the evaluation sets, "
+            "and in `records` the runs the book rests on",
     "tests": "what is too heavy for a notebook: kill and resume, agreement with transformers, the book itself",
     "Makefile": "the two commands, `make` and `make test`, and the smaller ones they are made of",
     "settings.ini": "nbdev's settings: name, version, requirements",
@@ -74,7 +75,8 @@ def repository_tree(
     for path in notebook_paths(nbs): folders.setdefault(path.rpartition("/")[0], []).append(path)
     def leaf(path): return path.rpartition("/")[2], notebook_summary(nbs / path), []
     def role(folder): return (SLICES | RECIPES | CHAPTERS).get(folder, "")
-    inside = [leaf(path) for path in folders.pop("", [])] + [(f"{name}/", role(name), [leaf(p) for p in paths]) for name, paths in sorted(folders.items())]
+    inside = ([leaf(path) for path in folders.pop("", [])]
+              + [(f"{name}/", role(name), [leaf(p) for p in paths]) for name, paths in sorted(folders.items())])
     present = [name for name in ROLES if name in top_level(repo)]
     entries = [(name + "/" * (repo / name).is_dir(), ROLES[name], inside if name == "nbs" else []) for name in present]
     lines = _branches(entries)
@@ -99,7 +101,8 @@ def _as_markdown(outputs: list[dict]) -> str:
     found = []
     for output in outputs:
         data = output.get("data", {})
-        text = data.get("text/markdown") or data.get("text/plain") or (output.get("text") if output.get("name") == "stdout" else None)
+        text = (data.get("text/markdown") or data.get("text/plain")
+                or (output.get("text") if output.get("name") == "stdout" else None))
         if text: found.append("".join(text).rstrip())
     return "\n\n".join(found)
 
@@ -122,7 +125,8 @@ def notebook_markdown(
 def render_readme(
     repo: Path | None = None,  # None for this checkout
 ) -> str:
-    "The README's text: `nbs/index.ipynb` executed over the committed records. Raises `NotebookError` if it does not run."
+    """The README's text: `nbs/index.ipynb` executed over the committed records.
+    Raises `NotebookError` if it does not run."""
     repo = repo or repo_root()
     records, before = repo / "data" / "records", os.environ.get(RECORDS)
     notebook = json.loads((repo / "nbs" / "index.ipynb").read_text())
@@ -131,7 +135,8 @@ def render_readme(
     finally:
         if before is None: del os.environ[RECORDS]
         else: os.environ[RECORDS] = before
-    return "<!-- Rendered from nbs/index.ipynb by flashoptim_nb.report.readme; edit the notebook. -->\n\n" + notebook_markdown(notebook)
+    return ("<!-- Rendered from nbs/index.ipynb by flashoptim_nb.report.readme; edit the notebook. -->\n\n"
+            + notebook_markdown(notebook))
 
 def write_readme(
     repo: Path | None = None,  # None for this checkout

@@ -26,58 +26,82 @@ def first_attempts(
     "The runs with what was measured first in the place of what replaced it."
     def place(run): return tuple(run.header.get(key) for key in ("study", "role", "arm", "config"))
     runs = list(runs)
-    kept = {full_name(run): found[0] for run in runs if run.folder and run.header.get("arm") != "protocol" and (found := attempts(run.folder))}
+    kept = {full_name(run): found[0] for run in runs
+            if run.folder and run.header.get("arm") != "protocol" and (found := attempts(run.folder))}
     again = {place(run) for run in runs if full_name(run) in kept}
     return [kept.get(full_name(run), run) for run in runs if full_name(run) in kept or place(run) not in again]
 
 # %% ../../nbs/report/11_remeasured.ipynb #7b400008
 def _by_quantity(entries: list[dict]) -> dict:
     "What was measured of each quantity, on each side; the criteria that it is part of do not matter."
-    return {(e["stack"], part["term"]): (value_text(part) + (f", n = {part['n']}" if part["n"] else ""), part["records"]) for e in entries if e["kind"] != "overall" for part in e["parts"] if part["value"] is not None}
+    return {
+        (e["stack"], part["term"]): (value_text(part) + (f", n = {part['n']}" if part["n"] else ""), part["records"])
+        for e in entries if e["kind"] != "overall" for part in e["parts"] if part["value"] is not None}
 
 def show_remeasured(
     runs: Iterable[Run] | None = None,
 ) -> Rendered:
-    "Criteria and verdicts with another status, and quantities with another value, by the first attempts and by what is judged."
+    """Criteria and verdicts with another status, and quantities with another value,
+    by the first attempts and by what is judged."""
     runs = h2_runs(runs)
     now, then = judged(runs, H2), judged(first_attempts(runs), H2)
     before = {(e["side"], e["id"]): e for e in then}
-    changed = [dict(side=side_text(e), what=f"{e['id']} ({e['title']})" if e["kind"] != "overall" else "the verdict", then=before[e["side"], e["id"]]["status"], now=e["status"], scale=e["scale"] or "gpu", runs=e["records"])
-               for e in now if e["status"] != before[e["side"], e["id"]]["status"]]
+    changed = [
+        dict(side=side_text(e), what=f"{e['id']} ({e['title']})" if e["kind"] != "overall" else "the verdict",
+             then=before[e["side"], e["id"]]["status"], now=e["status"], scale=e["scale"] or "gpu", runs=e["records"])
+        for e in now if e["status"] != before[e["side"], e["id"]]["status"]]
     old, new = map(_by_quantity, (then, now))
-    moved = [dict(side=stack, what=term, then=old[stack, term][0], now=text, scale="gpu", runs=records) for (stack, term), (text, records) in new.items() if (stack, term) in old and old[stack, term][0] != text]
+    moved = [dict(side=stack, what=term, then=old[stack, term][0], now=text, scale="gpu", runs=records)
+             for (stack, term), (text, records) in new.items() if (stack, term) in old and old[stack, term][0] != text]
     heads = dict(side="precision", what="what", then="measured first", now="measured again")
-    return show_rows(pd.DataFrame(changed), heads, "again", runs, "No run was made again, or no status changed by it.") + show_rows(pd.DataFrame(moved), heads, "again", runs, "")
+    return (show_rows(pd.DataFrame(changed), heads, "again", runs, "No run was made again, or no status changed by it.")
+            + show_rows(pd.DataFrame(moved), heads, "again", runs, ""))
 
 # %% ../../nbs/report/11_remeasured.ipynb #7b40000a
 def capacity_sentence(
     runs: Iterable[Run] | None = None,
     stacks: tuple[str, ...] = (H2.stack, *H2.others),
 ) -> Rendered:
-    "In each domain the error of fp32 at twice the parameters over fp32's, and that of the reduced precisions over it, in sentences."
+    """In each domain the error of fp32 at twice the parameters over fp32's, and that of the reduced precisions over it,
+    in sentences."""
     runs, said, used = h2_runs(runs), [], set()
     def ratios(domain, config, against):
         table = error_table(domain, runs, against=against)
         table = table[(table["config"] == config) & table["value"].notna()] if len(table) else table
         used.update(name for names in table["runs"] for name in names) if len(table) else None
-        return ", ".join(f"{row['target']} {row['value']:.3f}" + (f" [{row['lo']:.3f}, {row['hi']:.3f}]" if pd.notna(row["lo"]) else "") for row in table.to_dict("records"))
+        return ", ".join(f"{row['target']} {row['value']:.3f}"
+                             + (f" [{row['lo']:.3f}, {row['hi']:.3f}]" if pd.notna(row["lo"]) else "")
+                         for row in table.to_dict("records"))
     for domain in DOMAINS:
-        parts = [f"{config} over {against}: {words}" for config, against in [("fp32_2x", "fp32"), *((f"{stack}_2x", "fp32_2x") for stack in stacks)] if (words := ratios(domain, config, against))]
-        said.append(f"{domain}: {'; '.join(parts)}." if parts else f"{domain}: fp32_2x was not run, so the two cannot be told apart.")
-    return sentence("Ratios of the held-out error, with 90 % intervals. " + " ".join(said), [run for run in runs if full_name(run) in used])
+        parts = [f"{config} over {against}: {words}"
+                 for config, against in [("fp32_2x", "fp32"), *((f"{stack}_2x", "fp32_2x") for stack in stacks)]
+                 if (words := ratios(domain, config, against))]
+        said.append(f"{domain}: {'; '.join(parts)}." if parts
+                    else f"{domain}: fp32_2x was not run, so the two cannot be told apart.")
+    return sentence("Ratios of the held-out error, with 90 % intervals. " + " ".join(said),
+                    [run for run in runs if full_name(run) in used])
 
 # %% ../../nbs/report/11_remeasured.ipynb #7b40000d
 def bench_remeasured_sentence(
     runs: Iterable[Run] | None = None,
     work: str = "1.3B",
 ) -> Rendered:
-    "By how much each optimizer's time differed between the first benchmark that is kept and the one that is shown, in a sentence."
-    runs = [run for run in (load_runs(hypothesis="bench") if runs is None else runs) if run.header.get("config") == "optimizers"]
+    """By how much each optimizer's time differed between the first benchmark that is kept and the one that is shown,
+    in a sentence."""
+    runs = [run for run in (load_runs(hypothesis="bench") if runs is None else runs)
+            if run.header.get("config") == "optimizers"]
     old, new = rows_of("optimizer", first_attempts(runs)), rows_of("optimizer", runs)
-    if old.empty or new.empty or {run.header.get("started") for run in runs} == {run.header.get("started") for run in first_attempts(runs)}: return sentence("The benchmark was run once.", runs)
-    both = old.merge(new, on=["optimizer", "work", "clip"], suffixes=("_old", "")).query("work == @work").dropna(subset=["ms", "ms_old"])
+    if old.empty or new.empty or {run.header.get("started") for run in runs} == {
+            run.header.get("started") for run in first_attempts(runs)}:
+        return sentence("The benchmark was run once.", runs)
+    both = old.merge(new, on=["optimizer", "work", "clip"], suffixes=("_old", "")).query("work == @work").dropna(
+        subset=["ms", "ms_old"])
     both = both.assign(ratio=both["ms"].astype(float) / both["ms_old"].astype(float))
     far = both["ratio"].where(both["ratio"] > 1, 1 / both["ratio"])
     ours = both["optimizer"].str.startswith("Flash")
-    def most(some): row = both.loc[far[some].idxmax()]; return f"{far[some].max():.2f} times ({row['optimizer']}{', clipped' * bool(row['clip'])}: {row['ms_old']:.2f} ms first, {row['ms']:.2f} ms here)"
-    return sentence(f"The benchmark was run twice, on two machines of one kind; over {work} the two differ by at most {most(ours)} for this package's optimizers and by at most {most(~ours)} for the others.", runs)
+    def most(some):
+        row = both.loc[far[some].idxmax()]
+        return (f"{far[some].max():.2f} times ({row['optimizer']}{', clipped' * bool(row['clip'])}: "
+                f"{row['ms_old']:.2f} ms first, {row['ms']:.2f} ms here)")
+    return sentence(f"The benchmark was run twice, on two machines of one kind; over {work} the two differ by at most "
+                    f"{most(ours)} for this package's optimizers and by at most {most(~ours)} for the others.", runs)

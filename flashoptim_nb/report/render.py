@@ -47,7 +47,8 @@ def rendered(
 
 # %% ../../nbs/report/00_render.ipynb #19054c61
 def attributes(
-    given: Mapping[str, object],  # name to value; `run_ids` becomes `data-run-ids`; None is left out, a list is joined by blanks
+    # name to value; `run_ids` becomes `data-run-ids`; None is left out, a list is joined by blanks
+    given: Mapping[str, object],
 ) -> str:
     "HTML data attributes, each with a blank before it."
     def value(v): return " ".join(map(str, v)) if isinstance(v, (list, tuple, set, frozenset)) else str(v)
@@ -80,7 +81,8 @@ def plain(
     if value is None or value != value: return ""
     if isinstance(value, (bool, np.bool_)): return "yes" if value else "no"
     if form: return format(value, form)
-    return readable(value.item() if isinstance(value, np.generic) else value) if isinstance(value, (int, float, np.number)) else str(value)
+    return (readable(value.item() if isinstance(value, np.generic) else value)
+            if isinstance(value, (int, float, np.number)) else str(value))
 
 def cells(
     frame: pd.DataFrame,
@@ -88,7 +90,8 @@ def cells(
     formats: Mapping[str, str] = {},  # column -> format specification
 ) -> list[dict]:
     "The rows of a table as text; a column in which nothing stands is left out."
-    rows = [{head: plain(row.get(name), formats.get(name, "")) for name, head in heads.items()} for _, row in frame.iterrows()]
+    rows = [{head: plain(row.get(name), formats.get(name, "")) for name, head in heads.items()}
+            for _, row in frame.iterrows()]
     empty = {head for head in heads.values() if all(row[head] == "" for row in rows)}
     return [{head: cell for head, cell in row.items() if head not in empty} for row in rows]
 
@@ -104,8 +107,10 @@ def figures(
 RECORDS = "FLASHOPTIM_RECORDS"
 
 def record_folders() -> list[Path]:
-    "The folders that hold studies, later ones taking precedence; raises `UserError` for a named folder that is not there."
-    if not (named := os.environ.get(RECORDS)): return [f for f in (data_root() / "records", repo_root() / "runs") if any(f.glob(f"*/*/{ROWS}"))]
+    """The folders that hold studies, later ones taking precedence;
+    raises `UserError` for a named folder that is not there."""
+    if not (named := os.environ.get(RECORDS)):
+        return [f for f in (data_root() / "records", repo_root() / "runs") if any(f.glob(f"*/*/{ROWS}"))]
     folders = [Path(name) for name in named.split(os.pathsep) if name]
     for folder in folders:
         if not folder.is_dir():
@@ -121,7 +126,8 @@ def _name(study: Path) -> str:
     return study_name(*known) if all(isinstance(value, str) for value in known) else study.name
 
 def study_folders(
-    folders: Iterable[str | Path] | None = None,  # folders of studies, studies, or runs of them, later ones taking precedence; by default `record_folders()`
+    # folders of studies, studies, or runs of them, later ones taking precedence; by default `record_folders()`
+    folders: Iterable[str | Path] | None = None,
     overlaid: bool = True,  # False: a study in two places is an error, as it is within one folder
 ) -> dict[str, Path]:
     "The directory of each study by the study's name; raises `UserError` for a study that is there twice."
@@ -130,13 +136,16 @@ def study_folders(
         here = {}
         for study in find_studies(folder):
             other = (here if overlaid else here | found).get(name := _name(study), study)
-            if other != study: raise UserError(f"{other} and {study} both hold the study {name}; only one of them can be judged: name it alone, or move the other away")
+            if other != study:
+                raise UserError(f"{other} and {study} both hold the study {name}; only one of them can be judged: "
+                                "name it alone, or move the other away")
             here[name] = study
         found |= here
     return found
 
 # %% ../../nbs/report/00_render.ipynb #e2481048
-IDENTITY = ("run", "hypothesis", "study", "scale", "config", "device", "device_kind")  # what nothing can be said of a run without
+# what nothing can be said of a run without
+IDENTITY = ("run", "hypothesis", "study", "scale", "config", "device", "device_kind")
 
 @lru_cache(maxsize=4)
 def _read(studies: tuple[Path, ...], stamp: tuple) -> tuple[Run, ...]:
@@ -152,7 +161,9 @@ def load_runs(
     files = sorted(path for study in studies for path in study.glob(f"*/{ROWS}"))
     runs = _read(studies, tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
     for run in runs:
-        if lacks := [key for key in IDENTITY if not run.header.get(key)]: raise RecordError(f"{run.folder}: its header misses {', '.join(lacks)}; `flashoptim-nb check` says what else, and without it the run cannot be judged")
+        if lacks := [key for key in IDENTITY if not run.header.get(key)]:
+            raise RecordError(f"{run.folder}: its header misses {', '.join(lacks)}; "
+                              "`flashoptim-nb check` says what else, and without it the run cannot be judged")
     return [run for run in runs if hypothesis in (None, run.header["hypothesis"]) and run.status != "unfinished"]
 
 # %% ../../nbs/report/00_render.ipynb #03a4eff3
@@ -172,8 +183,8 @@ def _origin(scale: str, runs: list[Run]) -> str:
     def each(key): return ", ".join(sorted({str(run.header.get(key)) for run in runs}))
     torch = ", ".join(sorted({str((run.header.get("libraries") or {}).get("torch", "unknown")) for run in runs}))
     commits = ", ".join(sorted({str(run.header.get("commit"))[:10] for run in runs}))
-    return (f"Scale {scale}: {len(runs)} run{'s' * (len(runs) != 1)}, {_days(runs)}, on {each('device')} ({each('device_kind')}); "
-            f"package {each('package_version')} at {commits}, torch {torch}.")
+    return (f"Scale {scale}: {len(runs)} run{'s' * (len(runs) != 1)}, {_days(runs)}, on {each('device')} "
+            f"({each('device_kind')}); package {each('package_version')} at {commits}, torch {torch}.")
 
 def provenance_note(
     runs: Iterable[Run],  # the runs that the results on the page rest on
@@ -185,7 +196,8 @@ def provenance_note(
     said = [_origin(scale, group) for scale, group in sorted(by_scale.items())]
     if "laptop" in by_scale: said.append("Laptop runs show that everything works; they are never evidence.")
     said = said or [nothing]
-    marks = attributes({"provenance": list(by_scale), "runs": [full_name(run) for group in by_scale.values() for run in group]})
+    marks = attributes(
+        {"provenance": list(by_scale), "runs": [full_name(run) for group in by_scale.values() for run in group]})
     return Rendered(f'<p class="provenance"{marks}>{escape(" ".join(said))}</p>', f"*{' '.join(said)}*")
 
 # %% ../../nbs/report/00_render.ipynb #4b08a7d9
@@ -195,5 +207,6 @@ def sentence(
 ) -> Rendered:
     "Sentences with figures from runs, marked with these."
     runs = list(runs)
-    mark = attributes(dict(result="text", scale=sorted({run.header["scale"] for run in runs}), runs=[full_name(run) for run in runs]) if runs else {})
+    mark = attributes(dict(result="text", scale=sorted({run.header["scale"] for run in runs}),
+                           runs=[full_name(run) for run in runs]) if runs else {})
     return Rendered("\n".join(f"<p{mark}>{escape(part)}</p>" for part in text.split("\n\n")), text)

@@ -53,7 +53,8 @@ def summarize(
     "Groups of rows, each with the names of its runs."
     if rows.empty: return rows
     rows = rows.assign(runs=rows["study"] + "/" + rows["run"])
-    return rows.groupby(list(dict.fromkeys([*by, "scale"])), as_index=False, sort=False).agg(**columns, runs=("runs", lambda names: sorted(set(names))))
+    return rows.groupby(list(dict.fromkeys([*by, "scale"])), as_index=False, sort=False).agg(
+        **columns, runs=("runs", lambda names: sorted(set(names))))
 
 def named_runs(
     rows: pd.DataFrame,  # from `rows_of`
@@ -74,8 +75,9 @@ def show_rows(
 ) -> Rendered:
     "Rows of records as a table with their provenance; one sentence where there are none."
     if rows.empty: return Rendered(f"<p>{escape(nothing)}</p>", nothing)
-    marks = [dict(result=kind, scale=row["scale"], runs=_names(row)) | ({"enforced": str(row["enforced"]).lower()} if kind == "decision" else {})
-             for _, row in rows.iterrows()]
+    marks = [
+        dict(result=kind, scale=row["scale"], runs=_names(row))
+            | ({"enforced": str(row["enforced"]).lower()} if kind == "decision" else {}) for _, row in rows.iterrows()]
     return table(cells(rows, columns, formats), marks) + provenance_note(named_runs(rows, runs))
 
 # %% ../../nbs/report/01_rows.ipynb #7975aa67
@@ -88,64 +90,79 @@ def _action(decision: Decision) -> str: return decision.words.partition(": ")[2]
 def _otherwise(recorded: Decision, again: Decision | None) -> str:
     "What the rule says of another reference, in fewer words; empty where nobody can say."
     if again is None: return ""
-    return "the same" if (again.action, again.why) == (recorded.action, recorded.why) else f"{_action(again)}: {_reads(again.why.partition('; then: ')[0])}"
+    return ("the same" if (again.action, again.why) == (recorded.action, recorded.why)
+            else f"{_action(again)}: {_reads(again.why.partition('; then: ')[0])}")
 
 def show_decisions(
     *ids: str,  # checkpoints, "H1-CA" to "H1-CM"; none for all
     runs: Iterable[Run] | None = None,
     other: str = "baseline_strong",  # the reference that nobody asked about
 ) -> Rendered:
-    "What the checkpoints decided at each scale, and why, and what the same rule says of another reference, where there is one; advice says `would`."
+    """What the checkpoints decided at each scale, and why, and what the same rule says of another reference,
+    where there is one; advice says `would`."""
     hypothesis = hypothesis_of(ids[0]) if ids else H1
     runs = load_runs(hypothesis=hypothesis.id.lower()) if runs is None else list(runs)
     rows = rows_of("decision", runs, every_scale=True)
     if not rows.empty and ids: rows = rows[rows["checkpoint"].isin(ids)]
     if not rows.empty:
-        recorded = [Decision(**{k: r[k] for k in ("checkpoint", "action", "enforced", "why", "values")}) for _, r in rows.iterrows()]
-        again = [decide_against(r, [run for run in runs if run.header["study"] == r["study"]], hypothesis, other) for _, r in rows.iterrows()]
+        recorded = [Decision(**{k: r[k] for k in ("checkpoint", "action", "enforced", "why", "values")})
+                    for _, r in rows.iterrows()]
+        again = [decide_against(r, [run for run in runs if run.header["study"] == r["study"]], hypothesis, other)
+                 for _, r in rows.iterrows()]
         rows = rows.assign(decided=list(map(_action, recorded)), reads=[_reads(d.why) for d in recorded],
                            otherwise=[_otherwise(first, second) for first, second in zip(recorded, again)])
-        rows = rows.sort_values(["checkpoint", "scale", "run"]).drop_duplicates(["checkpoint", "scale", "decided", "why"])
+        rows = rows.sort_values(["checkpoint", "scale", "run"]).drop_duplicates(
+            ["checkpoint", "scale", "decided", "why"])
     columns = {"checkpoint": "checkpoint", "scale": "scale", "decided": "decision", "reads": "because"}
-    return show_rows(rows, columns | ({"otherwise": f"against {other} it says"} if len(hypothesis.references) > 1 else {}), "decision", runs,
-                     "No decision of these checkpoints is recorded.")
+    return show_rows(
+        rows, columns | ({"otherwise": f"against {other} it says"} if len(hypothesis.references) > 1 else {}),
+        "decision", runs, "No decision of these checkpoints is recorded.")
 
 def checkpoint_rules(
     hypothesis: str = "h1",
 ) -> Rendered:
     "When each checkpoint looks, its rules as they are evaluated, and what follows."
-    return table([{"checkpoint": c.id, "day": "always" if c.day is None else str(c.day), "when": c.stage, "rule": _reads(c.text), "then": c.then} for c in hypothesis_of(hypothesis).checkpoints.values()])
+    return table([{"checkpoint": c.id, "day": "always" if c.day is None else str(c.day), "when": c.stage,
+                   "rule": _reads(c.text), "then": c.then} for c in hypothesis_of(hypothesis).checkpoints.values()])
 
 # %% ../../nbs/report/01_rows.ipynb #93af9939
 def _worst(
     rows: pd.DataFrame,  # checks of one run
     fold: Callable[[str], str],  # name of a check -> what it is a case of
 ) -> pd.DataFrame:
-    "One row a group: its worst case, a failed one or else that nearest to its threshold, and how many cases there were."
+    """One row a group: its worst case, a failed one or else that nearest to its threshold,
+    and how many cases there were."""
     rows = rows.assign(of=rows["name"].map(fold), near=rows["value"] / rows["threshold"])
-    rows = rows.assign(cases=rows.groupby("of")["name"].transform("size")).sort_values(["passed", "near"], ascending=[True, False], kind="stable")
+    rows = rows.assign(cases=rows.groupby("of")["name"].transform("size")).sort_values(
+        ["passed", "near"], ascending=[True, False], kind="stable")
     return rows.drop_duplicates("of").sort_index()
 
 def show_checks(
     name: str,  # of the prerequisite: the run's configuration
     runs: Iterable[Run] | None = None,
-    fold: Callable[[str], str] | None = None,  # name of a check -> what it is a case of: only the worst case of each is shown
+    # name of a check -> what it is a case of: only the worst case of each is shown
+    fold: Callable[[str], str] | None = None,
 ) -> Rendered:
-    "A prerequisite's checks, the largest scale first: value, threshold and whether it passed; what could not be done says why."
-    runs = [run for run in (load_runs() if runs is None else runs) if run.header.get("arm") == "prereq" and run.header.get("config") == name]
+    """A prerequisite's checks, the largest scale first: value, threshold and whether it passed;
+    what could not be done says why."""
+    runs = [run for run in (load_runs() if runs is None else runs)
+            if run.header.get("arm") == "prereq" and run.header.get("config") == name]
     if not runs: return Rendered("<p>This prerequisite was not checked.</p>", "This prerequisite was not checked.")
     parts = []
     for run in sorted(runs, key=lambda run: -SCALES.index(run.header["scale"])):
         rows = rows_of("check", [run], every_scale=True)
         where = f"On {run.header['device']} ({run.header['device_kind']}): "
-        said = where + (run.status + (f", {run.reason}" if run.reason else "") if rows.empty else
-                        f"{int(rows['passed'].sum())} of {len(rows)} checks passed{'; shown is the worst case of each' if fold else ''}.")
+        said = where + (run.status + (f", {run.reason}" if run.reason else "") if rows.empty
+                        else f"{int(rows['passed'].sum())} of {len(rows)} checks "
+                             f"passed{'; shown is the worst case of each' if fold else ''}.")
         parts.append(sentence(said, [run]))
         if rows.empty: parts.append(provenance_note([run])); continue
         rows = _worst(rows, fold) if fold else rows
         rows = rows.assign(passed=["passed" if p else "NOT passed" for p in rows["passed"]])
         heads = {"of": "of", "cases": "cases", "name": "worst case"} if fold else {"name": "check"}
-        parts.append(show_rows(rows, heads | {"value": "value", "threshold": "at most", "passed": "outcome", "detail": "detail"}, "check", [run]))
+        parts.append(
+            show_rows(rows, heads | {"value": "value", "threshold": "at most", "passed": "outcome", "detail": "detail"},
+                      "check", [run]))
     return sum(parts[1:], parts[0])
 
 # %% ../../nbs/report/01_rows.ipynb #197a63e8
@@ -155,8 +172,10 @@ def show_skips(
     "What was left out at each scale and why: data that was not there, and stacks that the machine cannot run."
     runs = load_runs() if runs is None else list(runs)
     rows = rows_of("skip", runs, every_scale=True)
-    ended = [{key: run.header.get(key) for key in _BESIDE} | dict(what=f"{run.header['config']} at {run.header.get('role')}", reason=f"{run.status}: {short_reason(run.reason)}")
-             for run in runs if run.status in ("unavailable", "oom", "failed", "aborted")]
+    ended = [
+        {key: run.header.get(key) for key in _BESIDE} | dict(what=f"{run.header['config']} at {run.header.get('role')}",
+                                                             reason=f"{run.status}: {short_reason(run.reason)}")
+        for run in runs if run.status in ("unavailable", "oom", "failed", "aborted")]
     both = pd.concat([rows, pd.DataFrame(ended)], ignore_index=True) if len(ended) + len(rows) else rows
     if not both.empty: both = both.drop_duplicates(["scale", "what", "reason"])
     return show_rows(both, {"scale": "scale", "what": "what", "reason": "why"}, "skip", runs, "Nothing was left out.")
@@ -166,8 +185,11 @@ def show_runs(
 ) -> Rendered:
     "How many runs of each role and arm ended how, at each scale."
     runs = load_runs() if runs is None else list(runs)
-    rows = pd.DataFrame([{key: run.header.get(key) for key in _BESIDE} | dict(ended=run.status) for run in runs if run.header.get("arm") in ("equal", "best", "stress")])
+    rows = pd.DataFrame([{key: run.header.get(key) for key in _BESIDE} | dict(ended=run.status) for run in runs
+                         if run.header.get("arm") in ("equal", "best", "stress")])
     told = lambda ended: ", ".join(f"{n} {how}" for how, n in ended.value_counts().items())
-    counted = summarize(rows, ["device", "role", "size", "arm"], configs=("config", "nunique"), seeds=("seed", "nunique"), ended=("ended", told))
-    heads = dict(scale="scale", device="device", role="stands for", size="size run", arm="arm", configs="configurations", seeds="seeds", ended="runs that ended")
+    counted = summarize(rows, ["device", "role", "size", "arm"], configs=("config", "nunique"),
+                        seeds=("seed", "nunique"), ended=("ended", told))
+    heads = dict(scale="scale", device="device", role="stands for", size="size run", arm="arm",
+                 configs="configurations", seeds="seeds", ended="runs that ended")
     return show_rows(counted, heads, "runs", runs, "No run is recorded.")

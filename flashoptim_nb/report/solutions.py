@@ -20,12 +20,14 @@ from ..study.statistics import paired_interval
 from .charts import titled
 from .rows import named_runs, rows_of, show_rows
 from .render import Rendered, sentence
-from .surrogates import CONDITIONS, METHOD_COLOURS, SURROGATE_COLOURS, at_scale, between, coloured, h2_runs, known_configs, lost_pairs, ordered, surrogates_of, whole_axis
+from .surrogates import (CONDITIONS, METHOD_COLOURS, SURROGATE_COLOURS, at_scale, between, coloured,
+                                             h2_runs, known_configs, lost_pairs, ordered, surrogates_of, whole_axis)
 
 # %% ../../nbs/report/08_solutions.ipynb #04b00019
 def _nth(run: Run) -> Run:
     "The run with the number of each solution called `nth`: `run` is the name of the record."
-    return replace(run, rows=[{"nth" if key == "run" else key: value for key, value in row.items()} if row["kind"] == "solution" else row for row in run.rows])
+    return replace(run, rows=[{"nth" if key == "run" else key: value for key, value in row.items()}
+                                  if row["kind"] == "solution" else row for row in run.rows])
 
 def solution_rows(
     domain: str | None = None,  # None: of all domains
@@ -35,7 +37,9 @@ def solution_rows(
     "What was found, a row for each run of a method."
     where = dict(arm="train") | (dict(role=domain) if domain else {}) | (dict(config=tuple(configs)) if configs else {})
     rows = rows_of("solution", map(_nth, h2_runs(runs)), **where)
-    return rows if rows.empty else ordered(rows.assign(verified=rows["objective"].notna(), objective=rows["objective"].fillna(0.0).astype(float), predicted=rows["predicted"].astype(float), fooled=rows["fooled"].astype(float)))
+    return rows if rows.empty else ordered(
+        rows.assign(verified=rows["objective"].notna(), objective=rows["objective"].fillna(0.0).astype(float),
+                    predicted=rows["predicted"].astype(float), fooled=rows["fooled"].astype(float)))
 
 def best_so_far(
     rows: pd.DataFrame,  # from `solution_rows`
@@ -44,15 +48,21 @@ def best_so_far(
     title: str = "Best true objective so far",
 ):
     "Mean over the runs against the number of true evaluations."
-    long = rows.assign(at=[np.linspace(1, max(n, 1), len(curve)) if len(curve) else [] for n, curve in zip(rows["evaluations"], rows["curve"])])[[by, *{panel, "problem"}, "at", "curve"]]
+    long = rows.assign(at=[np.linspace(1, max(n, 1), len(curve)) if len(curve) else []
+                           for n, curve in zip(rows["evaluations"], rows["curve"])])[
+        [by, *{panel, "problem"}, "at", "curve"]]
     long = long.explode(["at", "curve"]).dropna(subset=["curve"]).astype(dict(at=float, curve=float)).round(dict(at=1))
     mean = long.groupby([by, panel, "at"], sort=False)["curve"].agg(best="mean", runs="count").reset_index()
     colour = coloured(mean[by], by, METHOD_COLOURS if by == "method" else SURROGATE_COLOURS)
     names = list(METHODS if by == "method" else SURROGATE_COLOURS)
-    dashes = alt.StrokeDash(f"{by}:N", legend=None, scale=alt.Scale(domain=names, range=[([1, 0], [6, 3], [2, 2])[i % 3] for i in range(len(names))]))
-    chart = alt.Chart(mean).mark_line(point=True).encode(strokeDash=dashes, x=alt.X("at:Q", title="true evaluations", axis=whole_axis(mean["at"])), y=alt.Y("best:Q", title="best so far, mean over the runs", scale=alt.Scale(zero=False)),
-                                                     color=colour, tooltip=[by, panel, "at", "runs", alt.Tooltip("best", format=".3f")])
-    panels = chart.properties(width=200, height=200).facet(facet=alt.Facet(f"{panel}:N", title=None), columns=2).resolve_scale(y="independent", x="independent")
+    dashes = alt.StrokeDash(f"{by}:N", legend=None, scale=alt.Scale(
+                                domain=names, range=[([1, 0], [6, 3], [2, 2])[i % 3] for i in range(len(names))]))
+    chart = alt.Chart(mean).mark_line(point=True).encode(
+        strokeDash=dashes, x=alt.X("at:Q", title="true evaluations", axis=whole_axis(mean["at"])),
+        y=alt.Y("best:Q", title="best so far, mean over the runs", scale=alt.Scale(zero=False)), color=colour,
+        tooltip=[by, panel, "at", "runs", alt.Tooltip("best", format=".3f")])
+    panels = chart.properties(width=200, height=200).facet(
+        facet=alt.Facet(f"{panel}:N", title=None), columns=2).resolve_scale(y="independent", x="independent")
     return titled(panels, title, rows)
 
 def predicted_true(
@@ -67,10 +77,16 @@ def predicted_true(
     low, high = (float(f(f(few["predicted"]), f(few["objective"]))) for f in (min, max))
     points = few[["config", "method", "problem", "instance", "seed", "objective", "predicted", "what"]]
     base = alt.Chart(points)
-    dots = base.mark_circle(size=45, opacity=0.6).encode(x=alt.X("objective:Q", title="true objective", scale=alt.Scale(zero=False)), y=alt.Y("predicted:Q", title="predicted", scale=alt.Scale(zero=False)),
-                                                     color=coloured(points["config"], legend=alt.Legend(symbolOpacity=1)), tooltip=["config", "method", "instance", "seed", alt.Tooltip("objective", format=".3f"), alt.Tooltip("predicted", format=".3f"), "what"])
-    line = base.mark_rule(color="#888888", strokeDash=[4, 3]).encode(x=alt.datum(low), y=alt.datum(low), x2=alt.datum(high), y2=alt.datum(high))
-    return titled(alt.layer(line, dots).properties(width=220, height=220).facet(facet=alt.Facet(f"{panel}:N", title=None), columns=2), title, rows, "dashed: predicted as it is")
+    dots = base.mark_circle(size=45, opacity=0.6).encode(
+        x=alt.X("objective:Q", title="true objective", scale=alt.Scale(zero=False)),
+        y=alt.Y("predicted:Q", title="predicted", scale=alt.Scale(zero=False)),
+        color=coloured(points["config"], legend=alt.Legend(symbolOpacity=1)),
+        tooltip=["config", "method", "instance", "seed", alt.Tooltip("objective", format=".3f"),
+                 alt.Tooltip("predicted", format=".3f"), "what"])
+    line = base.mark_rule(color="#888888", strokeDash=[4, 3]).encode(
+        x=alt.datum(low), y=alt.datum(low), x2=alt.datum(high), y2=alt.datum(high))
+    return titled(alt.layer(line, dots).properties(width=220, height=220).facet(
+                      facet=alt.Facet(f"{panel}:N", title=None), columns=2), title, rows, "dashed: predicted as it is")
 
 # %% ../../nbs/report/08_solutions.ipynb #04b0001c
 def _seeds(rows: pd.DataFrame, value: str) -> pd.DataFrame:
@@ -83,7 +99,8 @@ def solution_table(
     configs: Iterable[str] | None = None,
     against: str = "fp32",
 ) -> pd.DataFrame:
-    "By problem, method and configuration: mean true objective, what was predicted, how far the surrogate was off on what was evaluated, and the loss against the fp32 surrogate's (paired by seed, 90 % interval)."
+    """By problem, method and configuration: mean true objective, what was predicted, how far the surrogate was off on
+    what was evaluated, and the loss against the fp32 surrogate's (paired by seed, 90 % interval)."""
     runs = h2_runs(runs)
     rows, found = solution_rows(domain, runs, configs), []
     if rows.empty: return rows
@@ -91,15 +108,22 @@ def solution_table(
     for (problem, method, config), mine in rows.groupby(["problem", "method", "config"], sort=False):
         old = rows[(rows["problem"] == problem) & (rows["method"] == method) & (rows["config"] == against)]
         having = {*(mine["study"] + "/" + mine["run"]), *(old["study"] + "/" + old["run"])}
-        pairs = lost_pairs({key: row for key, row in by.items() if key[1][0] == mine["role"].iloc[0]}, config, against, lambda row: row["name"] in having)
-        both = mine.merge(old[old["verified"]], on=["seed", "instance", "nth"], suffixes=("", "_old")).groupby(["seed"])[["objective", "objective_old"]].mean()
+        pairs = lost_pairs({key: row for key, row in by.items() if key[1][0] == mine["role"].iloc[0]}, config, against,
+                           lambda row: row["name"] in having)
+        both = mine.merge(old[old["verified"]], on=["seed", "instance", "nth"], suffixes=("", "_old")).groupby(
+            ["seed"])[["objective", "objective_old"]].mean()
         both = both[both["objective_old"] > 0]
-        e = paired_interval(list(1 - both["objective"] / both["objective_old"]), 0.90, lost=len(pairs.lost)) if len(both) and config != against else None
+        e = (paired_interval(list(1 - both["objective"] / both["objective_old"]), 0.90, lost=len(pairs.lost))
+             if len(both) and config != against else None)
         off = paired_interval(list(_seeds(mine.dropna(subset=["fooled"]), "fooled")["fooled"]), 0.90)
-        found.append(dict(domain=mine["role"].iloc[0], problem=problem, method=method, config=config, unit=mine["unit"].iloc[0], objective=mine["objective"].mean(), best=mine["objective"].max(), predicted=mine["predicted"].mean(),
-                          evaluations=mine["evaluations"].sum(), nothing=mine["infeasible"].sum(), solved=len(mine), seeds=mine["seed"].nunique(), seconds=mine["seconds"].mean(),
-                          fooled=off.value, fooled_lo=off.lo, fooled_hi=off.hi, lost=pairs.note if config != against else "", value=e and e.value, lo=e and e.lo, hi=e and e.hi, scale=mine["scale"].iloc[0],
-                          runs=sorted({*(mine["study"] + "/" + mine["run"]), *([] if e is None else old["study"] + "/" + old["run"])})))
+        found.append(
+            dict(domain=mine["role"].iloc[0], problem=problem, method=method, config=config, unit=mine["unit"].iloc[0],
+                 objective=mine["objective"].mean(), best=mine["objective"].max(), predicted=mine["predicted"].mean(),
+                 evaluations=mine["evaluations"].sum(), nothing=mine["infeasible"].sum(), solved=len(mine),
+                 seeds=mine["seed"].nunique(), seconds=mine["seconds"].mean(), fooled=off.value, fooled_lo=off.lo,
+                 fooled_hi=off.hi, lost=pairs.note if config != against else "", value=e and e.value, lo=e and e.lo,
+                 hi=e and e.hi, scale=mine["scale"].iloc[0], runs=sorted(
+                     {*(mine["study"] + "/" + mine["run"]), *([] if e is None else old["study"] + "/" + old["run"])})))
     return pd.DataFrame(found)
 
 def show_solutions(
@@ -113,10 +137,15 @@ def show_solutions(
     rows = solution_table(domain, runs, configs)
     if not rows.empty:
         rows = rows[rows["method"].isin(set(methods))]
-        rows = rows.assign(interval=[between(lo, hi, "z.1%") for lo, hi in zip(rows["lo"], rows["hi"])], off=[between(lo, hi) for lo, hi in zip(rows["fooled_lo"], rows["fooled_hi"])])
-    heads = (dict() if domain else dict(domain="domain")) | dict(problem="problem", method="method", config="surrogate", solved="runs", seeds="seeds", objective="objective", value="below fp32's", interval="90 % interval",
-                                                                 predicted="predicted of the best", fooled="predicted - true of all", evaluations="evaluated", nothing="scored 0", lost="lost")
-    return show_rows(rows, heads, "solution", runs, "No solution is recorded.", dict(objective=".3f", predicted=".3f", fooled="+z.3f", value="z.1%", evaluations=",.0f", nothing=",.0f"))
+        rows = rows.assign(interval=[between(lo, hi, "z.1%") for lo, hi in zip(rows["lo"], rows["hi"])],
+                           off=[between(lo, hi) for lo, hi in zip(rows["fooled_lo"], rows["fooled_hi"])])
+    heads = (dict() if domain else dict(domain="domain")) | dict(
+        problem="problem", method="method", config="surrogate", solved="runs", seeds="seeds", objective="objective",
+        value="below fp32's", interval="90 % interval", predicted="predicted of the best",
+        fooled="predicted - true of all", evaluations="evaluated", nothing="scored 0", lost="lost")
+    return show_rows(
+        rows, heads, "solution", runs, "No solution is recorded.",
+        dict(objective=".3f", predicted=".3f", fooled="+z.3f", value="z.1%", evaluations=",.0f", nothing=",.0f"))
 
 # %% ../../nbs/report/08_solutions.ipynb #04b00025
 def solutions_sentence(
@@ -134,10 +163,17 @@ def solutions_sentence(
         base, rest = rows[rows["config"] == "fp32"], rows[rows["config"].isin(set(configs))].dropna(subset=["value"])
         if base.empty: continue
         one = base.iloc[0]
-        said.append(f"{at_scale(one['scale'])}, {method} over the fp32 surrogate reaches a mean of {one['objective']:.3f} ({one['unit']}) on {problem}, over {one['solved']} runs and {one['seeds']} surrogates; on what was evaluated these promised {abs(one['fooled']):.3f} too {'much' if one['fooled'] > 0 else 'little'}. "
-                    + ". ".join(f"Over {r['config']} the loss against it is {r['value']:z.1%}" + (f" ({between(r['lo'], r['hi'], 'z.1%')})" if r["lo"] is not None and r["lo"] == r["lo"] else " without an interval") + (f", and may be more, for {r['lost']}" if r["lost"] else "") for _, r in rest.iterrows()) + ". Below 0 is better." * bool(len(rest)))
+        said.append(
+            f"{at_scale(one['scale'])}, {method} over the fp32 surrogate reaches a mean of {one['objective']:.3f} "
+            f"({one['unit']}) on {problem}, over {one['solved']} runs and {one['seeds']} surrogates; on what was "
+            f"evaluated these promised {abs(one['fooled']):.3f} too {'much' if one['fooled'] > 0 else 'little'}. "
+            + ". ".join(f"Over {r['config']} the loss against it is {r['value']:z.1%}" + (
+                            f" ({between(r['lo'], r['hi'], 'z.1%')})" if r["lo"] is not None and r["lo"] == r["lo"]
+                            else " without an interval") + (f", and may be more, for {r['lost']}" if r["lost"] else "")
+                        for _, r in rest.iterrows()) + ". Below 0 is better." * bool(len(rest)))
         used += [base, rest]
-    return sentence("\n\n".join(said) or f"No solution of {method} over the fp32 surrogate is recorded.", named_runs(pd.concat(used), runs) if used else [])
+    return sentence("\n\n".join(said) or f"No solution of {method} over the fp32 surrogate is recorded.",
+                    named_runs(pd.concat(used), runs) if used else [])
 
 # %% ../../nbs/report/08_solutions.ipynb #04b0001e
 def fooled_by(
@@ -145,11 +181,18 @@ def fooled_by(
     title: str = "How far the surrogate was fooled",
 ):
     "Mean of predicted minus true over what was evaluated, by method, with the interval over the surrogates."
-    rows = found.assign(row=[problem if problem == domain else f"{domain}: {problem}" for domain, problem in zip(found["domain"], found["problem"])])[["row", "method", "config", "fooled", "fooled_lo", "fooled_hi", "seeds"]].dropna(subset=["fooled"])
-    base = alt.Chart(rows).encode(y=alt.Y("config:N", title=None, sort=known_configs(rows["config"])), yOffset=alt.YOffset("method:N", sort=list(METHODS)), color=coloured(rows["method"], "method", METHOD_COLOURS),
-                                  tooltip=["row", "method", "config", "seeds", *(alt.Tooltip(name, format="+.3f") for name in ("fooled", "fooled_lo", "fooled_hi"))])
+    rows = found.assign(row=[problem if problem == domain else f"{domain}: {problem}"
+                             for domain, problem in zip(found["domain"], found["problem"])])[
+        ["row", "method", "config", "fooled", "fooled_lo", "fooled_hi", "seeds"]].dropna(subset=["fooled"])
+    base = alt.Chart(rows).encode(
+        y=alt.Y("config:N", title=None, sort=known_configs(rows["config"])),
+        yOffset=alt.YOffset("method:N", sort=list(METHODS)), color=coloured(rows["method"], "method", METHOD_COLOURS),
+        tooltip=["row", "method", "config", "seeds",
+                 *(alt.Tooltip(name, format="+.3f") for name in ("fooled", "fooled_lo", "fooled_hi"))])
     x = dict(title="predicted - true; right: promised too much")
-    bars, dots = base.mark_rule(strokeWidth=2, opacity=0.55).encode(alt.X("fooled_lo:Q", **x), alt.X2("fooled_hi:Q")), base.mark_point(filled=True, size=50, opacity=1).encode(alt.X("fooled:Q", **x))
+    bars, dots = (base.mark_rule(strokeWidth=2, opacity=0.55).encode(alt.X("fooled_lo:Q", **x), alt.X2("fooled_hi:Q")),
+                  base.mark_point(filled=True, size=50, opacity=1).encode(alt.X("fooled:Q", **x)))
     zero = alt.Chart(rows).mark_rule(color="#888888").encode(x=alt.datum(0.0))
-    panels = alt.layer(zero, bars, dots).properties(width=220, height=alt.Step(14)).facet(facet=alt.Facet("row:N", title=None), columns=2).resolve_scale(x="independent", y="independent")
+    panels = alt.layer(zero, bars, dots).properties(width=220, height=alt.Step(14)).facet(
+        facet=alt.Facet("row:N", title=None), columns=2).resolve_scale(x="independent", y="independent")
     return titled(panels, title, found, "bar: 90 % interval over the surrogates")

@@ -38,7 +38,8 @@ def memory_rows(
     if not both: return pd.DataFrame()
     rows = pd.concat(both, ignore_index=True)
     known = rows_of("memory", runs, **where)
-    if not known.empty: rows = rows[(rows["scale"] == known["scale"].iloc[0]) & (rows["device"] == known["device"].iloc[0])]
+    if not known.empty:
+        rows = rows[(rows["scale"] == known["scale"].iloc[0]) & (rows["device"] == known["device"].iloc[0])]
     rows = rows[rows["batch"] == batch]
     if "copies" in rows: rows = rows.assign(activations=rows["activations"] + rows["copies"].fillna(0))
     return ordered(rows)
@@ -54,16 +55,22 @@ def show_memory(
     runs = h2_runs(runs)
     rows = memory_rows(domain, batch, runs, configs)
     if not rows.empty:
-        rows = rows.assign(fixed=rows[["weights", "gradients", "masters", "states"]].sum(axis=1) / rows["peak"], of=rows["activations"] / rows["peak"])
-        rows = summarize(rows, ["config"], parameters=("parameters", "first"), peak=("peak", "mean"), fixed=("fixed", "mean"), of=("of", "mean"), n=("run", "nunique"))
+        rows = rows.assign(fixed=rows[["weights", "gradients", "masters", "states"]].sum(axis=1) / rows["peak"],
+                           of=rows["activations"] / rows["peak"])
+        rows = summarize(rows, ["config"], parameters=("parameters", "first"), peak=("peak", "mean"),
+                         fixed=("fixed", "mean"), of=("of", "mean"), n=("run", "nunique"))
         base = rows[rows["config"] == "fp32"]
         same = rows["parameters"] == (base["parameters"].iloc[0] if len(base) else None)
         unit, size = byte_unit(rows["peak"].max())
-        rows = rows.assign(shown=rows["peak"] / size, saving=(1 - rows["peak"] / (base["peak"].iloc[0] if len(base) else float("nan"))).where(same & (rows["config"] != "fp32")),
+        rows = rows.assign(shown=rows["peak"] / size,
+                           saving=(1 - rows["peak"] / (base["peak"].iloc[0] if len(base) else float("nan"))).where(
+                               same & (rows["config"] != "fp32")),
                            failed=["" if peak == peak else "ran out of memory" for peak in rows["peak"]])
     else: unit = ""
-    heads = dict(scale="scale", config="configuration", parameters="parameters", n="measured", shown=f"peak, {unit}", saving="saving", fixed="weights, gradients, states", of="activations, at their own peak", failed="")
-    return show_rows(rows, heads, "memory", runs, f"No memory of {domain} at batch {batch} is recorded.", dict(shown=",.4g", saving=".1%", fixed=".1%", of=".1%", parameters=",.0f"))
+    heads = dict(scale="scale", config="configuration", parameters="parameters", n="measured", shown=f"peak, {unit}",
+                 saving="saving", fixed="weights, gradients, states", of="activations, at their own peak", failed="")
+    return show_rows(rows, heads, "memory", runs, f"No memory of {domain} at batch {batch} is recorded.",
+                     dict(shown=",.4g", saving=".1%", fixed=".1%", of=".1%", parameters=",.0f"))
 
 # %% ../../nbs/report/07_surrogate_costs.ipynb #7b10000b
 def search_rows(
@@ -84,12 +91,18 @@ def search_tries(
     title: str = "What was tried under the budget",
 ) -> alt.LayerChart:
     "A mark for each try, by its parameters."
-    shown = rows[["config", "parameters", "width", "peak", "reason"]].assign(outcome=outcomes(rows), peak=rows["peak"].astype(float) / 2**20)
-    base = alt.Chart(shown, width=440, height=alt.Step(26)).encode(y=alt.Y("config:N", title=None, sort=list(dict.fromkeys(rows["config"]))), x=alt.X("parameters:Q", scale=alt.Scale(type="log", nice=False, padding=20), title="parameters (logarithmic)"))
+    shown = rows[["config", "parameters", "width", "peak", "reason"]].assign(
+        outcome=outcomes(rows), peak=rows["peak"].astype(float) / 2**20)
+    base = alt.Chart(shown, width=440, height=alt.Step(26)).encode(
+        y=alt.Y("config:N", title=None, sort=list(dict.fromkeys(rows["config"]))),
+        x=alt.X("parameters:Q", scale=alt.Scale(type="log", nice=False, padding=20), title="parameters (logarithmic)"))
     marks = base.mark_point(size=70, filled=True, opacity=0.85).encode(
-        color=alt.Color("outcome:N", title=None, scale=alt.Scale(domain=OUTCOMES, range=["#0072b2", "#d55e00", "#999999"])),
-        shape=alt.Shape("outcome:N", title=None, scale=alt.Scale(domain=OUTCOMES, range=["circle", "cross", "diamond"])),
-        tooltip=["config", "width", alt.Tooltip("parameters", format=","), alt.Tooltip("peak", title="peak, MiB", format=",.1f"), "reason"])
+        color=alt.Color(
+            "outcome:N", title=None, scale=alt.Scale(domain=OUTCOMES, range=["#0072b2", "#d55e00", "#999999"])),
+        shape=alt.Shape(
+            "outcome:N", title=None, scale=alt.Scale(domain=OUTCOMES, range=["circle", "cross", "diamond"])),
+        tooltip=["config", "width", alt.Tooltip("parameters", format=","),
+                 alt.Tooltip("peak", title="peak, MiB", format=",.1f"), "reason"])
     budget = rows["budget"].dropna()
     unit, size = byte_unit(budget.max() if len(budget) else 1)
     return titled(alt.layer(marks), title, rows, f"budget {budget.max() / size:,.4g} {unit}" if len(budget) else "")
@@ -109,7 +122,9 @@ def show_tries(
     rows = search_rows(domain, runs)
     if rows.empty: return Rendered("<p>No try is recorded.</p>", "No try is recorded.")
     rows = rows.assign(peak=rows["peak"].astype(float) / 2**20, outcome=outcomes(rows), reason=rows["reason"].map(_why))
-    page = show_rows(rows, dict(scale="scale", config="configuration", width="width", parameters="parameters", peak="peak, MiB", outcome="outcome", reason="why"), "search", runs, formats=dict(parameters=",.0f", peak=",.1f", width=".0f"))
+    page = show_rows(rows, dict(scale="scale", config="configuration", width="width", parameters="parameters",
+                                peak="peak, MiB", outcome="outcome", reason="why"), "search", runs,
+                     formats=dict(parameters=",.0f", peak=",.1f", width=".0f"))
     return Rendered(f"<details><summary>Each of {len(rows)} tries</summary>{page.html}</details>", page.markdown)
 
 # %% ../../nbs/report/07_surrogate_costs.ipynb #7b10000c
@@ -123,31 +138,45 @@ def show_largest(
     if not rows.empty:
         found = {run.header["config"]: largest(run) for run in named_runs(rows, runs)}
         base = found.get("fp32")
-        def over(config, key): return found[config][key] / base["fits"] if base and found.get(config) and found[config].get(key) else None
-        rows = rows.assign(times=[over(c, "fits") if c != "fp32" else None for c in rows["config"]], below=[over(c, "fails") if c != "fp32" else None for c in rows["config"]],
-                           tries=[(found[c] or {}).get("tried") for c in rows["config"]], peak=rows["peak"].astype(float) / 2**20, budget=rows["budget"].astype(float) / 2**20)
-        for name, times in FITS.items(): rows[name] = [None if t is None or t != t else "reached" if t >= times else "not reached" if b is not None and b == b and b < times else "open" for t, b in zip(rows["times"], rows["below"])]
-    heads = dict(scale="scale", config="configuration", width="width", parameters="parameters", tries="tries", peak="peak, MiB", budget="budget, MiB", times="times fp32's", below="next that did not")
-    table = show_rows(rows, heads | {name: f"{name}: {times:g}x" for name, times in FITS.items()}, "largest", runs, f"No search in {domain} is recorded.",
+        def over(config, key):
+            return found[config][key] / base["fits"] if base and found.get(config) and found[config].get(key) else None
+        rows = rows.assign(times=[over(c, "fits") if c != "fp32" else None for c in rows["config"]],
+                           below=[over(c, "fails") if c != "fp32" else None for c in rows["config"]],
+                           tries=[(found[c] or {}).get("tried") for c in rows["config"]],
+                           peak=rows["peak"].astype(float) / 2**20, budget=rows["budget"].astype(float) / 2**20)
+        for name, times in FITS.items():
+            rows[name] = [None if t is None or t != t else "reached" if t >= times
+                              else "not reached" if b is not None and b == b and b < times else "open"
+                          for t, b in zip(rows["times"], rows["below"])]
+    heads = dict(scale="scale", config="configuration", width="width", parameters="parameters", tries="tries",
+                 peak="peak, MiB", budget="budget, MiB", times="times fp32's", below="next that did not")
+    table = show_rows(rows, heads | {name: f"{name}: {times:g}x" for name, times in FITS.items()}, "largest", runs,
+                      f"No search in {domain} is recorded.",
                       dict(parameters=",.0f", peak=",.1f", budget=",.0f", times=".2f", below=".2f", width=".0f"))
-    return table if rows.empty else sentence("; ".join(dict.fromkeys(rows["note"])) + ".", named_runs(rows, runs)) + table
+    return (table if rows.empty
+            else sentence("; ".join(dict.fromkeys(rows["note"])) + ".", named_runs(rows, runs)) + table)
 
 # %% ../../nbs/report/07_surrogate_costs.ipynb #7b100021
-AIMS = {"mixed_bf16": 3.5, "flash": 3.5, "flash_fused": 10.0}  # times fp32's parameters, at the larger batch of molecules: by precision alone, and with the kernel
+# times fp32's parameters, at the larger batch of molecules: by precision alone, and with the kernel
+AIMS = {"mixed_bf16": 3.5, "flash": 3.5, "flash_fused": 10.0}
 
 def aims_sentence(
     runs: Iterable[Run],  # of the benchmarks
 ) -> Rendered:
     "Whether each aim was reached, in a sentence."
-    found = {run.header["config"]: (one, run) for run in runs if run.header.get("arm") == "largest" and (one := largest(run))}
+    found = {run.header["config"]: (one, run) for run in runs
+             if run.header.get("arm") == "largest" and (one := largest(run))}
     if "fp32" not in found: return sentence("Not measured.", [])
     base = found["fp32"][0]["fits"]
     def said(config, aim):
         if config not in found: return f"{config}: not measured (aim {aim:g})"
         times = found[config][0]["fits"] / base
         return f"{config}: {times:.2f} times, aim {aim:g} {'reached' if times >= aim else 'missed'}"
-    alone = [f"{found[f'{config}_fused'][0]['fits'] / found[config][0]['fits']:.1f} times {config}'s" for config in AIMS if config in found and f"{config}_fused" in found]
-    return sentence("; ".join(said(*one) for one in AIMS.items()) + (f". By the kernel alone, at equal precision: {', '.join(alone)}" if alone else "") + ".", [run for _, run in found.values()])
+    alone = [f"{found[f'{config}_fused'][0]['fits'] / found[config][0]['fits']:.1f} times {config}'s" for config in AIMS
+             if config in found and f"{config}_fused" in found]
+    return sentence("; ".join(said(*one) for one in AIMS.items())
+                        + (f". By the kernel alone, at equal precision: {', '.join(alone)}" if alone else "") + ".",
+                    [run for _, run in found.values()])
 
 # %% ../../nbs/report/07_surrogate_costs.ipynb #7b100010
 LAUNCHES = 1.25  # a step that a graph makes so many times faster waits for launches more than for its own work
@@ -156,29 +185,40 @@ def pace_rows(
     domain: str,
     runs: Iterable[Run] | None = None,
 ) -> pd.DataFrame:
-    "Rows of time: config, seed, batch, way (`launched` one by one, or replayed from a `graph`), ms, samples_per_s, reason."
+    """Rows of time: config, seed, batch, way (`launched` one by one, or replayed from a `graph`), ms,
+    samples_per_s, reason."""
     runs = h2_runs(runs)
-    ways = [rows.assign(way=way) for kind, way in dict(throughput="launched", graphed="graph").items() if not (rows := rows_of(kind, runs, role=domain, arm="speed")).empty]
+    ways = [rows.assign(way=way) for kind, way in dict(throughput="launched", graphed="graph").items()
+            if not (rows := rows_of(kind, runs, role=domain, arm="speed")).empty]
     if not ways: return pd.DataFrame()
-    return ordered(pd.concat(ways, ignore_index=True).assign(reason=lambda d: d["reason"].fillna("") if "reason" in d else ""))
+    return ordered(
+        pd.concat(ways, ignore_index=True).assign(reason=lambda d: d["reason"].fillna("") if "reason" in d else ""))
 
 def pace_table(rows: pd.DataFrame) -> pd.DataFrame:
-    "A row for each configuration and batch: ms launched and from a graph, the gain, speed over fp32's, and what bounds the step."
+    """A row for each configuration and batch: ms launched and from a graph, the gain, speed over fp32's,
+    and what bounds the step."""
     if rows.empty: return rows
     def why(words): return next((w for w in words if w), "")
-    flat = summarize(rows, ["config", "batch", "way"], ms=("ms", "mean"), why=("reason", why), parameters=("parameters", "first"))
+    flat = summarize(
+        rows, ["config", "batch", "way"], ms=("ms", "mean"), why=("reason", why), parameters=("parameters", "first"))
     made = []
     for (config, batch), part in flat.groupby(["config", "batch"], sort=False):
         ms = {way: one["ms"].iloc[0] for way, one in part.groupby("way")}
         launched, graph = ms.get("launched"), ms.get("graph")
         gain = launched / graph if launched and graph and graph == graph else None
-        made.append(dict(config=config, batch=int(batch), parameters=part["parameters"].dropna().max(), ms=launched, graph=graph, gain=gain, bound="" if gain is None else "launches" if gain >= LAUNCHES else "its work",
-                         why=why(part["why"]), scale=part["scale"].iloc[0], runs=sorted(set().union(*part["runs"]))))
+        made.append(
+            dict(config=config, batch=int(batch), parameters=part["parameters"].dropna().max(), ms=launched,
+                 graph=graph, gain=gain, bound="" if gain is None else "launches" if gain >= LAUNCHES else "its work",
+                 why=why(part["why"]), scale=part["scale"].iloc[0], runs=sorted(set().union(*part["runs"]))))
     table = pd.DataFrame(made)
     base = table[table["config"] == "fp32"].set_index("batch")
     first = table[table["batch"] == table["batch"].min()].set_index("config")["ms"]
-    return table.assign(speed=[base["ms"].get(b, float("nan")) / ms if ms else None for b, ms in zip(table["batch"], table["ms"])], graph_speed=[base["graph"].get(b) / g if g and base["graph"].get(b) else None for b, g in zip(table["batch"], table["graph"])],
-                        growth=[ms / first[c] if b != table["batch"].min() and ms and first.get(c) else None for c, b, ms in zip(table["config"], table["batch"], table["ms"])])
+    return table.assign(
+        speed=[base["ms"].get(b, float("nan")) / ms if ms else None for b, ms in zip(table["batch"], table["ms"])],
+        graph_speed=[base["graph"].get(b) / g if g and base["graph"].get(b) else None
+                     for b, g in zip(table["batch"], table["graph"])],
+        growth=[ms / first[c] if b != table["batch"].min() and ms and first.get(c) else None
+                for c, b, ms in zip(table["config"], table["batch"], table["ms"])])
 
 # %% ../../nbs/report/07_surrogate_costs.ipynb #7b100011
 def show_pace(
@@ -187,8 +227,12 @@ def show_pace(
 ) -> Rendered:
     "Times as a table; configurations that no graph could be made of say why."
     runs = h2_runs(runs)
-    heads = dict(scale="scale", config="configuration", batch="batch", parameters="parameters", ms="ms", speed="speed over fp32's", growth=f"times the ms at batch {BATCHES[0]}", graph="ms from a graph", graph_speed="so, over fp32's", gain="gain", bound="bound by", why="no graph because")
-    return show_rows(pace_table(pace_rows(domain, runs)), heads, "throughput", runs, f"No time of a step in {domain} is recorded.", dict(ms=",.2f", graph=",.2f", speed=".2f", graph_speed=".2f", gain=".2f", growth=".2f", parameters=",.0f"))
+    heads = dict(scale="scale", config="configuration", batch="batch", parameters="parameters", ms="ms",
+                 speed="speed over fp32's", growth=f"times the ms at batch {BATCHES[0]}", graph="ms from a graph",
+                 graph_speed="so, over fp32's", gain="gain", bound="bound by", why="no graph because")
+    return show_rows(
+        pace_table(pace_rows(domain, runs)), heads, "throughput", runs, f"No time of a step in {domain} is recorded.",
+        dict(ms=",.2f", graph=",.2f", speed=".2f", graph_speed=".2f", gain=".2f", growth=".2f", parameters=",.0f"))
 
 def step_times(
     rows: pd.DataFrame,  # from `pace_rows`, one batch
@@ -197,10 +241,14 @@ def step_times(
     "A mark a run, by configuration: launched one by one, and from a graph."
     rows = rows.dropna(subset=["ms"])
     colour = alt.Color("way:N", title=None, scale=alt.Scale(domain=["launched", "graph"], range=["#7f7f7f", "#d55e00"]))
-    base = alt.Chart(rows[["config", "seed", "way", "ms", "samples_per_s"]], width=440, height=alt.Step(22)).encode(y=alt.Y("config:N", title=None, sort=list(dict.fromkeys(rows["config"]))))
+    base = alt.Chart(rows[["config", "seed", "way", "ms", "samples_per_s"]], width=440, height=alt.Step(22)).encode(
+        y=alt.Y("config:N", title=None, sort=list(dict.fromkeys(rows["config"]))))
     x = alt.Scale(type="log", nice=False, padding=20)
-    tick = base.mark_tick(thickness=2, size=16).encode(alt.X("mean(ms):Q", title="ms (logarithmic)", scale=x), color=colour)
-    dots = base.mark_circle(size=45, opacity=0.5).encode(alt.X("ms:Q", title="ms (logarithmic)", scale=x), color=colour, tooltip=["config", "seed", "way", alt.Tooltip("ms", format=",.2f"), alt.Tooltip("samples_per_s", format=",.0f")])
+    tick = base.mark_tick(thickness=2, size=16).encode(
+        alt.X("mean(ms):Q", title="ms (logarithmic)", scale=x), color=colour)
+    dots = base.mark_circle(size=45, opacity=0.5).encode(
+        alt.X("ms:Q", title="ms (logarithmic)", scale=x), color=colour, tooltip=[
+            "config", "seed", "way", alt.Tooltip("ms", format=",.2f"), alt.Tooltip("samples_per_s", format=",.0f")])
     return titled(tick + dots, title, rows, "one point a run, tick at the mean")
 
 # %% ../../nbs/report/07_surrogate_costs.ipynb #7b100015
@@ -217,9 +265,13 @@ def launches_sentence(
         if known.empty: said.append(f"At batch {batch} no step of {domain} was replayed from a graph.")
         else:
             waits = known[known["bound"] == "launches"]
-            said.append(f"At batch {batch} a graph makes the steps of {domain} {known['gain'].min():.2f} to {known['gain'].max():.2f} times as fast; {len(waits)} of {len(known)} configurations wait for launches ({LAUNCHES:g} times or more).")
+            said.append(f"At batch {batch} a graph makes the steps of {domain} {known['gain'].min():.2f} "
+                        f"to {known['gain'].max():.2f} times as fast; "
+                        f"{len(waits)} of {len(known)} configurations wait for launches ({LAUNCHES:g} times or more).")
     grown = table.dropna(subset=["growth"]) if not table.empty else table
-    if not grown.empty: said.append(f"A batch {BATCHES[1] / BATCHES[0]:g} times as large takes {grown['growth'].min():.2f} to {grown['growth'].max():.2f} times as long.")
+    if not grown.empty:
+        said.append(f"A batch {BATCHES[1] / BATCHES[0]:g} times as large takes {grown['growth'].min():.2f} "
+                    f"to {grown['growth'].max():.2f} times as long.")
     return sentence(" ".join(said) or f"No time of a step in {domain} is recorded.", named_runs(rows, runs))
 
 # %% ../../nbs/report/07_surrogate_costs.ipynb #7b1000a1
@@ -234,14 +286,20 @@ def replayed_sentence(
         used += named_runs(rows, runs)
         rows = rows[(rows["batch"] == BATCHES[0]) & rows["ms"].notna()]
         for config in configs:
-            both = rows[rows["config"] == "fp32"].merge(rows[rows["config"] == config], on=["seed", "way"], suffixes=("_old", ""))
-            speeds = {way: paired_ratio(list(some["ms_old"]), list(some["ms"]), 0.95).value for way, some in both.groupby("way")}
-            if "graph" in speeds: said.setdefault(config, []).append(f"{domain} {speeds['launched']:.3g} launched, {speeds['graph']:.3g} replayed")
+            both = rows[rows["config"] == "fp32"].merge(
+                rows[rows["config"] == config], on=["seed", "way"], suffixes=("_old", ""))
+            speeds = {way: paired_ratio(list(some["ms_old"]), list(some["ms"]), 0.95).value
+                      for way, some in both.groupby("way")}
+            if "graph" in speeds:
+                said.setdefault(config, []).append(
+                    f"{domain} {speeds['launched']:.3g} launched, {speeds['graph']:.3g} replayed")
     if not said: return sentence("No step was replayed from a graph.", used)
-    return sentence(f"Times fp32's speed at batch {BATCHES[0]}, fp32 launched or replayed in the same way: " + ". ".join(f"{config}: {'; '.join(parts)}" for config, parts in said.items()) + ".", used)
+    return sentence(f"Times fp32's speed at batch {BATCHES[0]}, fp32 launched or replayed in the same way: "
+                        + ". ".join(f"{config}: {'; '.join(parts)}" for config, parts in said.items()) + ".", used)
 
 # %% ../../nbs/report/07_surrogate_costs.ipynb #7b100018
-GOALS = {64: (8.0, 0.5e9), 512: (20.0, 3.5e9)}  # batch -> ms a step, bytes at the peak; DimeNet++, hidden 128, 4 blocks, one H200
+# batch -> ms a step, bytes at the peak; DimeNet++, hidden 128, 4 blocks, one H200
+GOALS = {64: (8.0, 0.5e9), 512: (20.0, 3.5e9)}
 OURS = ("fused", "fused_checkpointing")
 
 def triplet_rows(
@@ -252,7 +310,9 @@ def triplet_rows(
     rows = rows_of("molecule_step", load_runs(hypothesis="bench") if runs is None else runs)
     if rows.empty: return rows
     rows = rows[(rows["batch"] == batch) & (rows["network"] == "published")]
-    return rows.assign(way=rows["graph"].map({True: "graph", False: "launched"}), gb=rows["peak"].astype(float) / 1e9, reserved_gb=rows["reserved"].astype(float) / 1e9, ours=rows["implementation"].isin(OURS)).reset_index(drop=True)
+    return rows.assign(
+        way=rows["graph"].map({True: "graph", False: "launched"}), gb=rows["peak"].astype(float) / 1e9,
+        reserved_gb=rows["reserved"].astype(float) / 1e9, ours=rows["implementation"].isin(OURS)).reset_index(drop=True)
 
 def show_triplets(batch: int, runs: Iterable[Run] | None = None) -> Rendered:
     "Those steps as a table."
@@ -260,9 +320,13 @@ def show_triplets(batch: int, runs: Iterable[Run] | None = None) -> Rendered:
     rows = triplet_rows(batch, runs)
     if not rows.empty:
         ms, gb = GOALS[batch]
-        rows = rows.assign(met=[f"{'ms' if a <= ms else ''}{' and ' if a <= ms and b <= gb else ''}{'memory' if b <= gb else ''}" or "neither" for a, b in zip(rows["ms"], rows["peak"])])
-    heads = dict(implementation="blocks", precision="precision", way="steps", ms="ms", gb="peak, GB", reserved_gb="reserved, GB", molecules_per_s="molecules/s", met="goals met", reason="not measured")
-    return show_rows(rows, heads, "bench", runs, f"No step at batch {batch} is recorded.", dict(ms=".2f", gb=".3f", reserved_gb=".3f", molecules_per_s=",.0f"))
+        rows = rows.assign(
+            met=[f"{'ms' if a <= ms else ''}{' and ' if a <= ms and b <= gb else ''}{'memory' if b <= gb else ''}"
+                     or "neither" for a, b in zip(rows["ms"], rows["peak"])])
+    heads = dict(implementation="blocks", precision="precision", way="steps", ms="ms", gb="peak, GB",
+                 reserved_gb="reserved, GB", molecules_per_s="molecules/s", met="goals met", reason="not measured")
+    return show_rows(rows, heads, "bench", runs, f"No step at batch {batch} is recorded.",
+                     dict(ms=".2f", gb=".3f", reserved_gb=".3f", molecules_per_s=",.0f"))
 
 # %% ../../nbs/report/07_surrogate_costs.ipynb #7b100019
 def triplets_sentence(
@@ -274,13 +338,20 @@ def triplets_sentence(
     rows, (ms, peak) = triplet_rows(batch, runs), GOALS[batch]
     goal = f"Goal at batch {batch}: a step in at most {ms:g} ms at a peak of at most {peak / 1e9:g} GB, on one H200."
     measured = rows_of("molecule_step", runs)
-    ended = [f" ({run.reason})" for run in named_runs(measured, runs) if run.status != "finished" and run.reason] if not measured.empty else []
+    ended = ([f" ({run.reason})" for run in named_runs(measured, runs) if run.status != "finished" and run.reason]
+             if not measured.empty else [])
     rows = rows[rows["ours"]].dropna(subset=["ms", "peak"]) if not rows.empty else rows
     if rows.empty: return sentence(f"{goal} Not measured{''.join(ended)}.", named_runs(measured, runs))
-    def name(row): return f"{row['implementation']} in {row['precision']}, {'from a graph' if row['graph'] else 'launched one by one'}, {row['ms']:.2f} ms and {row['gb']:.2f} GB"
+    def name(row):
+        return (f"{row['implementation']} in {row['precision']}, "
+                f"{'from a graph' if row['graph'] else 'launched one by one'}, "
+                f"{row['ms']:.2f} ms and {row['gb']:.2f} GB")
     both = rows[(rows["ms"] <= ms) & (rows["peak"] <= peak)]
-    said = f"Met by {len(both)} of the {len(rows)} rows of the fused form, among them {name(both.loc[both['ms'].idxmin()])}." if len(both) else (
-        f"None of the {len(rows)} rows of the fused form meets both: the time is met by {int((rows['ms'] <= ms).sum())}, the memory by {int((rows['peak'] <= peak).sum())}. Fastest: {name(rows.loc[rows['ms'].idxmin()])}. Smallest: {name(rows.loc[rows['peak'].idxmin()])}.")
+    said = (f"Met by {len(both)} of the {len(rows)} rows of the fused form, "
+            f"among them {name(both.loc[both['ms'].idxmin()])}." if len(both)
+            else (f"None of the {len(rows)} rows of the fused form meets both: the time is met "
+                  f"by {int((rows['ms'] <= ms).sum())}, the memory by {int((rows['peak'] <= peak).sum())}. Fastest: "
+                  f"{name(rows.loc[rows['ms'].idxmin()])}. Smallest: {name(rows.loc[rows['peak'].idxmin()])}."))
     return sentence(f"{goal} Measured on {rows['device'].iloc[0]}. {said}", named_runs(rows, runs))
 
 # %% ../../nbs/report/07_surrogate_costs.ipynb #7b10001a
@@ -294,11 +365,17 @@ def triplet_points(
     lo = dict(x=min(rows["ms"].min(), ms) / 1.5, y=min(rows["gb"].min(), peak / 1e9) / 1.5)
     scale = lambda least: alt.Scale(type="log", nice=False, padding=15, domainMin=least)
     palette = alt.Scale(domain=["pyg", "triplets", *OURS], range=["#7f7f7f", "#56b4e9", "#d55e00", "#e69f00"])
-    corner = alt.Chart(pd.DataFrame([dict(x=lo["x"], x2=ms, y=lo["y"], y2=peak / 1e9)])).mark_rect(opacity=0.15, color="#009e73").encode(
-        alt.X("x:Q", scale=scale(lo["x"]), title="ms (logarithmic)"), alt.Y("y:Q", scale=scale(lo["y"]), title="peak, GB (logarithmic)"), x2="x2:Q", y2="y2:Q")
-    dots = alt.Chart(rows[["implementation", "precision", "way", "ms", "gb"]], width=440, height=300).mark_point(size=90, strokeWidth=2, filled=False).encode(
-        alt.X("ms:Q", scale=scale(lo["x"]), title="ms (logarithmic)"), alt.Y("gb:Q", scale=scale(lo["y"]), title="peak, GB (logarithmic)"),
-        color=alt.Color("implementation:N", title="blocks", scale=palette), fill=alt.Fill("implementation:N", title="blocks", scale=palette),
-        fillOpacity=alt.condition("datum.way == 'graph'", alt.value(0.9), alt.value(0.0)), shape=alt.Shape("precision:N", title="precision"),
-        tooltip=["implementation", "precision", "way", alt.Tooltip("ms", format=".2f"), alt.Tooltip("gb", format=".3f")])
+    corner = alt.Chart(pd.DataFrame([dict(x=lo["x"], x2=ms, y=lo["y"], y2=peak / 1e9)])).mark_rect(
+        opacity=0.15, color="#009e73").encode(
+        alt.X("x:Q", scale=scale(lo["x"]), title="ms (logarithmic)"),
+        alt.Y("y:Q", scale=scale(lo["y"]), title="peak, GB (logarithmic)"), x2="x2:Q", y2="y2:Q")
+    dots = alt.Chart(rows[["implementation", "precision", "way", "ms", "gb"]], width=440, height=300).mark_point(
+        size=90, strokeWidth=2, filled=False).encode(
+        alt.X("ms:Q", scale=scale(lo["x"]), title="ms (logarithmic)"),
+        alt.Y("gb:Q", scale=scale(lo["y"]), title="peak, GB (logarithmic)"),
+        color=alt.Color("implementation:N", title="blocks", scale=palette),
+        fill=alt.Fill("implementation:N", title="blocks", scale=palette),
+        fillOpacity=alt.condition("datum.way == 'graph'", alt.value(0.9), alt.value(0.0)),
+        shape=alt.Shape("precision:N", title="precision"), tooltip=[
+            "implementation", "precision", "way", alt.Tooltip("ms", format=".2f"), alt.Tooltip("gb", format=".3f")])
     return titled(corner + dots, title, rows, f"batch {batch}; shaded: the goal; filled: from a graph")

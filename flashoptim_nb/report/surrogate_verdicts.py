@@ -28,16 +28,21 @@ def stability_rows(
     runs: Iterable[Run],
     **where,  # header fields: role, config
 ) -> pd.DataFrame:
-    "A row a training run: steps, skipped, share of steps with a scale above 1.0 and the least scale where there is one, and whether it diverged."
+    """A row a training run: steps, skipped, share of steps with a scale above 1.0 and the least scale where there
+    is one, and whether it diverged."""
     runs = list(runs)
     epochs = rows_of("epoch", runs, arm="train", **where)
     if epochs.empty: return epochs
     by = ["study", "run", "scale", "device", "role", "config", "seed"]
-    rows = epochs.groupby(by, as_index=False, sort=False).agg(steps=("steps", "sum"), skipped=("skipped", "sum"), above=("scaled_above", "sum"), least=("least_scale", "min"), last=("loss_scale", "last"))
+    rows = epochs.groupby(by, as_index=False, sort=False).agg(
+        steps=("steps", "sum"), skipped=("skipped", "sum"), above=("scaled_above", "sum"), least=("least_scale", "min"),
+        last=("loss_scale", "last"))
     table = evidence_table(named_runs(epochs, runs), H2)
     grew = {row["run"]: diverged(row) for _, row in table.iterrows()}
     scaled = rows["config"].str.contains("fp16")
-    return ordered(rows.assign(diverged=[bool(grew.get(name)) for name in rows["run"]], above=(rows["above"] / rows["steps"]).where(scaled), least=rows["least"].where(scaled), last=rows["last"].where(scaled)))
+    return ordered(rows.assign(diverged=[bool(grew.get(name)) for name in rows["run"]],
+                               above=(rows["above"] / rows["steps"]).where(scaled), least=rows["least"].where(scaled),
+                               last=rows["last"].where(scaled)))
 
 def show_stability(
     runs: Iterable[Run] | None = None,
@@ -46,9 +51,14 @@ def show_stability(
     "Training runs by domain and configuration: steps, skipped steps, loss scale, and how many diverged."
     runs = h2_runs(runs)
     rows = stability_rows(runs, **where)
-    table = summarize(rows, ["role", "config"], n=("run", "nunique"), steps=("steps", "sum"), skipped=("skipped", "sum"), above=("above", "mean"), least=("least", "min"), last=("last", "median"), diverged=("diverged", "sum"))
-    heads = dict(scale="scale", role="domain", config="configuration", n="runs", steps="steps", skipped="skipped", above="steps with a scale above 1", least="least scale", last="median scale at the end", diverged="runs that diverged")
-    return show_rows(table, heads, "stability", runs, "No training run is recorded.", dict(steps=",.0f", skipped=",.0f", above=".1%", least=",g", last=",g", diverged=".0f"))
+    table = summarize(
+        rows, ["role", "config"], n=("run", "nunique"), steps=("steps", "sum"), skipped=("skipped", "sum"),
+        above=("above", "mean"), least=("least", "min"), last=("last", "median"), diverged=("diverged", "sum"))
+    heads = dict(scale="scale", role="domain", config="configuration", n="runs", steps="steps", skipped="skipped",
+                 above="steps with a scale above 1", least="least scale", last="median scale at the end",
+                 diverged="runs that diverged")
+    return show_rows(table, heads, "stability", runs, "No training run is recorded.",
+                     dict(steps=",.0f", skipped=",.0f", above=".1%", least=",g", last=",g", diverged=".0f"))
 
 # %% ../../nbs/report/09_surrogate_verdicts.ipynb #7b200007
 def scale_rows(
@@ -66,15 +76,20 @@ def scale_lines(
     "A line a run, on a scale of powers of two; below the red line nothing is left to scale."
     data = thin(rows)
     base = alt.Chart(data[["config", "seed", "run", "step", "loss_scale", "skipped"]], width=440, height=220)
-    y = alt.Scale(type="log", base=2, domain=[min(0.5, float(data["loss_scale"].min()) / 2), 2 * float(data["loss_scale"].max())], nice=False)
-    colour = alt.Color("config:N", title=None, scale=alt.Scale(domain=["mixed_fp16", "mixed_fp16_static"], range=["#0072b2", "#e69f00"]))
-    line = base.mark_line(interpolate="step-after", strokeWidth=1.6, opacity=0.7, point=alt.OverlayMarkDef(size=20)).encode(
-        x=alt.X("step:Q", title="step"), y=alt.Y("loss_scale:Q", title="loss scale", scale=y), color=colour, detail="run:N", tooltip=["config", "seed", "step", "loss_scale", "skipped"])
+    y = alt.Scale(type="log", base=2, domain=[
+                      min(0.5, float(data["loss_scale"].min()) / 2), 2 * float(data["loss_scale"].max())], nice=False)
+    colour = alt.Color("config:N", title=None,
+                       scale=alt.Scale(domain=["mixed_fp16", "mixed_fp16_static"], range=["#0072b2", "#e69f00"]))
+    line = base.mark_line(
+        interpolate="step-after", strokeWidth=1.6, opacity=0.7, point=alt.OverlayMarkDef(size=20)).encode(
+        x=alt.X("step:Q", title="step"), y=alt.Y("loss_scale:Q", title="loss scale", scale=y), color=colour,
+        detail="run:N", tooltip=["config", "seed", "step", "loss_scale", "skipped"])
     one = alt.Chart(pd.DataFrame([dict(y=1.0)])).mark_rule(color="#d6274a").encode(alt.Y("y:Q", scale=y))
     return titled(line + one, title, rows, "one line a run; red: 1.0")
 
 # %% ../../nbs/report/09_surrogate_verdicts.ipynb #7b20000c
-_HOLDS = ("met", "inconclusive", "not met", "no evidence at this scale", "not measured")  # of several bounds of a domain, the first of these says what it is
+# of several bounds of a domain, the first of these says what it is
+_HOLDS = ("met", "inconclusive", "not met", "no evidence at this scale", "not measured")
 
 def harm_row(
     entry: dict,  # of a failure criterion, from the judge
@@ -82,40 +97,52 @@ def harm_row(
 ) -> dict:
     "What was found of one failure criterion in one domain."
     parts = [part for part in entry["parts"] if f"[{domain}" in part["term"]]
-    known, status = [part for part in parts if part["value"] is not None], min((part["status"] for part in parts), key=_HOLDS.index)
+    known, status = ([part for part in parts if part["value"] is not None],
+                     min((part["status"] for part in parts), key=_HOLDS.index))
     words = {"met": "holds", "inconclusive": "open", "not met": "does not hold"}.get(status, status)
-    return {"id": entry["id"], "title": entry["title"], "domain": domain, entry["stack"]: words + (f": {'; '.join(map(value_text, known))}" if known else ""),
-            "scale": entry["scale"] if known and entry["scale"] else "", "runs": sorted({name for part in known for name in part["records"]})}
+    return {"id": entry["id"], "title": entry["title"], "domain": domain,
+            entry["stack"]: words + (f": {'; '.join(map(value_text, known))}" if known else ""),
+            "scale": entry["scale"] if known and entry["scale"] else "",
+            "runs": sorted({name for part in known for name in part["records"]})}
 
 def harm_rows(
     runs: Iterable[Run] | None = None,
 ) -> pd.DataFrame:
-    "A row for each domain and failure criterion, with what was found on each side: columns domain, id, title, one a side, scale, runs."
+    """A row for each domain and failure criterion, with what was found on each side:
+    columns domain, id, title, one a side, scale, runs."""
     found = {}
     for domain in DOMAINS:
         for e in (e for e in judged(runs, H2) if e["kind"] == "failure"):
             new, old = harm_row(e, domain), found.get((domain, e["id"]), dict(scale="", runs=[]))
-            found[domain, e["id"]] = old | new | dict(scale=" ".join(sorted({*old["scale"].split(), *new["scale"].split()})), runs=sorted({*old["runs"], *new["runs"]}))
+            found[domain, e["id"]] = old | new | dict(
+                scale=" ".join(sorted({*old["scale"].split(), *new["scale"].split()})),
+                runs=sorted({*old["runs"], *new["runs"]}))
     return pd.DataFrame(list(found.values()))
 
 def show_harms(runs: Iterable[Run] | None = None) -> Rendered:
     "The same as a table."
     runs = h2_runs(runs)
-    return show_rows(harm_rows(runs), dict(domain="domain", id="criterion", title="about") | {stack: stack for stack in (H2.stack, *H2.others)}, "harm", runs, "Nothing is judged.")
+    return show_rows(harm_rows(runs), dict(domain="domain", id="criterion", title="about")
+                         | {stack: stack for stack in (H2.stack, *H2.others)}, "harm", runs, "Nothing is judged.")
 
 # %% ../../nbs/report/09_surrogate_verdicts.ipynb #7b20000f
 def _why(entry: dict) -> str:
     "Why a criterion has no decision, in words."
     if entry["status"] == "no evidence at this scale": return "measured on a CPU or at laptop scale only"
     if entry["status"] != "inconclusive": return entry["reason"]
-    return "; ".join(part_text(part, scale=entry["scale"]) + (f" ({part['reason']})" if part["bound"] else "") for part in entry["parts"] if part["status"] == "inconclusive")
+    return "; ".join(part_text(part, scale=entry["scale"]) + (f" ({part['reason']})" if part["bound"] else "")
+                     for part in entry["parts"] if part["status"] == "inconclusive")
 
 def show_open(runs: Iterable[Run] | None = None) -> Rendered:
     "Criteria without a decision on each side, and why."
     runs = h2_runs(runs)
-    rows = [dict(side=side_text(e), id=e["id"], title=e["title"], status=e["status"], why=why if len(why := _why(e) or "") <= 400 else why[:400].rsplit(" ", 1)[0] + " ...", scale=e["scale"] or "", runs=e["records"])
-            for e in judged(runs, H2) if e["kind"] != "overall" and e["status"] not in (*DECIDED, NOT_APPLICABLE)]
-    return show_rows(pd.DataFrame(rows), dict(side="verdict", id="criterion", title="about", status="status", why="because"), "open", runs, "Every criterion that applies is decided.")
+    rows = [dict(side=side_text(e), id=e["id"], title=e["title"], status=e["status"],
+                 why=why if len(why := _why(e) or "") <= 400 else why[:400].rsplit(" ", 1)[0] + " ...",
+                 scale=e["scale"] or "", runs=e["records"]) for e in judged(runs, H2)
+            if e["kind"] != "overall" and e["status"] not in (*DECIDED, NOT_APPLICABLE)]
+    return show_rows(
+        pd.DataFrame(rows), dict(side="verdict", id="criterion", title="about", status="status", why="because"), "open",
+        runs, "Every criterion that applies is decided.")
 
 def _statements(entries: list[dict], kinds: tuple[str, ...], status: str) -> list[str]:
     "The parts by which criteria have a status, in words, with the criteria that they belong to."
@@ -123,25 +150,38 @@ def _statements(entries: list[dict], kinds: tuple[str, ...], status: str) -> lis
     for e in entries:
         if e["kind"] in kinds and e["status"] == status:
             for part in e["parts"]:
-                if part["status"] == ("met" if e["kind"] != "success" else status) and part["value"] is not None: said.setdefault(part_text(part, scale=e["scale"]), []).append(e["id"])
+                if part["status"] == ("met" if e["kind"] != "success" else status) and part["value"] is not None:
+                    said.setdefault(part_text(part, scale=e["scale"]), []).append(e["id"])
     return [f"{words} ({', '.join(ids)})" for words, ids in said.items()]
 
 def verdict_sentence(runs: Iterable[Run] | None = None) -> Rendered:
-    "Why the verdict on each side is what it is, and what would have to change, in a paragraph each; from the judge's entries alone."
+    """Why the verdict on each side is what it is, and what would have to change, in a paragraph each;
+    from the judge's entries alone."""
     runs = h2_runs(runs)
     entries, said, used = judged(runs, H2), [], set()
     for whole in (e for e in entries if e["kind"] == "overall"):
         mine = [e for e in entries if e["side"] == whole["side"] and e["kind"] != "overall"]
         proven = [e for e in mine if e["status"] in (*DECIDED, "inconclusive")]
-        if not proven: said.append(f"{side_text(whole)}: no criterion was decided by runs on a GPU, so there is nothing to explain."); continue
+        if not proven:
+            said.append(
+                f"{side_text(whole)}: no criterion was decided by runs on a GPU, so there is nothing to explain.")
+            continue
         used.update(name for e in proven for name in e["records"])
-        harms, misses = _statements(mine, ("failure", "falsification"), "met"), _statements(mine, ("success",), "not met")
+        harms, misses = (_statements(mine, ("failure", "falsification"), "met"),
+                         _statements(mine, ("success",), "not met"))
         met = [f"{e['id']} ({e['title']})" for e in mine if e["kind"] == "success" and e["status"] == "met"]
-        said.append(f"{side_text(whole)}: {whole['status']}. " + (f"Against the claim: {'; '.join(harms)}. " if harms else "No failure or falsification criterion is met. ")
-                    + (f"Missed: {'; '.join(misses)}. " if misses else "") + (f"For it: {', '.join(met)}. " if met else "No success criterion is met. ")
-                    + (f"What would change it: the measurements against the claim, {len(harms)} in number, would have to come out on the other side of their thresholds; while one failure or falsification criterion is met, nothing that speaks for the claim counts." if harms else
-                       "What would change it: one measurement beyond one threshold of failure, in one domain, would turn it." if whole["status"] == "success" else "What would change it: the measurements listed below as open."))
-    return sentence("\n\n".join(said), runs_of(used, runs)) + provenance_note(runs_of(used, runs), "No pair of GPU runs decides anything yet.")
+        said.append(f"{side_text(whole)}: {whole['status']}. " + (f"Against the claim: {'; '.join(harms)}. " if harms
+                                                                  else "No failure or falsification criterion is met. ")
+                    + (f"Missed: {'; '.join(misses)}. " if misses else "")
+                    + (f"For it: {', '.join(met)}. " if met else "No success criterion is met. ")
+                    + (f"What would change it: the measurements against the claim, {len(harms)} in number, "
+                       "would have to come out on the other side of their thresholds; "
+                       "while one failure or falsification criterion is met, nothing that speaks for the claim counts."
+                       if harms else "What would change it: one measurement beyond one threshold of failure, "
+                                     "in one domain, would turn it." if whole["status"] == "success"
+                       else "What would change it: the measurements listed below as open."))
+    return (sentence("\n\n".join(said), runs_of(used, runs))
+            + provenance_note(runs_of(used, runs), "No pair of GPU runs decides anything yet."))
 
 # %% ../../nbs/report/09_surrogate_verdicts.ipynb #7b200015
 def side_rows(
@@ -149,7 +189,8 @@ def side_rows(
     name: str,  # of the quantity
     runs: Iterable[Run] | None = None,
 ) -> pd.DataFrame:
-    "A row for each place at which a quantity was measured, on each side: as `part_frame`, named by the place, `against` being the precision."
+    """A row for each place at which a quantity was measured, on each side:
+    as `part_frame`, named by the place, `against` being the precision."""
     found = part_frame(*ids, runs=h2_runs(runs))
     if found.empty: return found
     found = found[found["what"].str.startswith(f"{name}[")]

@@ -26,23 +26,29 @@ from .render import Rendered, full_name, load_runs, sentence
 
 # %% ../../nbs/report/06_surrogates.ipynb #04b00006
 SURROGATE_COLOURS = {
-    "fp32": "#0072b2", "tf32": "#56b4e9", "mixed_bf16": "#d55e00", "mixed_fp16": "#cc79a7", "flash": "#009e73", "fp32_2x": "#3182bd", "mixed_bf16_2x": "#e69f00", "flash_2x": "#74c476",
-    "mixed_fp16_static": "#9e5a80", "mixed_bf16_accumulate": "#b8860b", "flash_release": "#31a354", "mixed_bf16_checkpointing": "#8c6d31",
+    "fp32": "#0072b2", "tf32": "#56b4e9", "mixed_bf16": "#d55e00", "mixed_fp16": "#cc79a7", "flash": "#009e73",
+    "fp32_2x": "#3182bd", "mixed_bf16_2x": "#e69f00", "flash_2x": "#74c476",
+    "mixed_fp16_static": "#9e5a80", "mixed_bf16_accumulate": "#b8860b", "flash_release": "#31a354",
+    "mixed_bf16_checkpointing": "#8c6d31",
     "fp32_fused": "#6a51a3", "mixed_bf16_fused": "#a63603", "flash_fused": "#00695c", "pyg_fp32": "#7f7f7f"}
 METHOD_COLOURS = dict(zip(METHODS, ("#d55e00", "#0072b2", "#009e73")))
 
 def known_configs(names: Iterable[str]) -> list[str]: return [name for name in SURROGATE_COLOURS if name in set(names)]
 
-def coloured(names: Iterable[str], field: str = "config", colours: Mapping[str, str] = SURROGATE_COLOURS, **more) -> alt.Color:
+def coloured(
+    names: Iterable[str], field: str = "config", colours: Mapping[str, str] = SURROGATE_COLOURS, **more,
+) -> alt.Color:
     known = [name for name in colours if name in set(names)]
-    return alt.Color(f"{field}:N", title=None, scale=alt.Scale(domain=known, range=[colours[name] for name in known]), **more)
+    return alt.Color(
+        f"{field}:N", title=None, scale=alt.Scale(domain=known, range=[colours[name] for name in known]), **more)
 
 def _unit(unit: str) -> str: return "" if unit == "1" else unit
 
 def ordered(rows: pd.DataFrame) -> pd.DataFrame:
     "The rows in the order in which configurations are listed everywhere."
     if rows.empty: return rows
-    return rows.sort_values("config", key=lambda c: c.map(list(SURROGATE_COLOURS).index), kind="stable").reset_index(drop=True)
+    return rows.sort_values("config", key=lambda c: c.map(list(SURROGATE_COLOURS).index), kind="stable").reset_index(
+        drop=True)
 
 def h2_runs(runs: Iterable[Run] | None) -> list[Run]: return load_runs(hypothesis="h2") if runs is None else list(runs)
 
@@ -50,8 +56,8 @@ def h2_runs(runs: Iterable[Run] | None) -> list[Run]: return load_runs(hypothesi
 def _counted(what: str, counts: dict, **split) -> dict:
     "One sort of thing: how many were read, used, and skipped by reason."
     skipped = {reason: n for reason, n in counts["skipped"].items() if n}
-    return dict(what=what, given=counts.get("given", counts.get("rows", counts.get("read"))), used=counts["used"], left=sum(skipped.values()),
-                why="; ".join(f"{reason}: {n:,}" for reason, n in skipped.items())) | split
+    return dict(what=what, given=counts.get("given", counts.get("rows", counts.get("read"))), used=counts["used"],
+                left=sum(skipped.values()), why="; ".join(f"{reason}: {n:,}" for reason, n in skipped.items())) | split
 
 def sources(
     domain: str,
@@ -63,8 +69,10 @@ def sources(
     rows, found = rows[rows["set"] == domain].drop_duplicates("sha256", keep="last"), []
     for _, row in rows.iterrows():
         counts, base = row["counts"], {key: row[key] for key in ("run", "study", "scale", "device")}
-        kinds = {"rows": counts} if "used" in counts else {name: part for name, part in counts.items() if isinstance(part, dict) and "used" in part}
-        found += [base | _counted(name, part, **(row["rows"] if name in ("rows", "sets") else {})) for name, part in kinds.items()]
+        kinds = ({"rows": counts} if "used" in counts
+                 else {name: part for name, part in counts.items() if isinstance(part, dict) and "used" in part})
+        found += [base | _counted(name, part, **(row["rows"] if name in ("rows", "sets") else {}))
+                  for name, part in kinds.items()]
     return pd.DataFrame(found)
 
 def show_sources(
@@ -74,11 +82,13 @@ def show_sources(
     "The same as a table, with a sentence on whether the counts add up."
     runs = h2_runs(runs)
     rows = sources(domain, runs)
-    shown = show_rows(rows, dict(what="of", given="given", used="used", left="skipped", why="why", train="train", val="validation", test="test"), "source", runs, "No data of this domain is recorded.",
+    shown = show_rows(rows, dict(what="of", given="given", used="used", left="skipped", why="why", train="train",
+                                 val="validation", test="test"), "source", runs, "No data of this domain is recorded.",
                       dict.fromkeys(("given", "used", "left", "train", "val", "test"), ",.0f"))
     if rows.empty: return shown
     sound = (rows["given"] == rows["used"] + rows["left"]).all()
-    return shown + sentence("What was given is what was used and what was skipped: the counts add up." if sound else "The counts do NOT add up: some rows are unaccounted for.", named_runs(rows, runs))
+    return shown + sentence("What was given is what was used and what was skipped: the counts add up." if sound
+                                else "The counts do NOT add up: some rows are unaccounted for.", named_runs(rows, runs))
 
 # %% ../../nbs/report/06_surrogates.ipynb #04b0000e
 def networks(
@@ -87,13 +97,17 @@ def networks(
 ) -> pd.DataFrame:
     "Width, parameters and recipe of what was trained, a row for each configuration."
     def of(run): return dict(run.header.get("settings") or {})
-    rows = [{key: run.header.get(key) for key in ("run", "study", "scale", "device", "config", "seed")} | {key: of(run).get(key) for key in ("width", "parameters")} | {key: (of(run).get("recipe") or {}).get(key) for key in ("epochs", "batch", "lr")}
-            for run in h2_runs(runs) if run.header.get("role") == domain and run.header.get("arm") == "train" and of(run).get("parameters")]
+    rows = [{key: run.header.get(key) for key in ("run", "study", "scale", "device", "config", "seed")}
+                | {key: of(run).get(key) for key in ("width", "parameters")}
+                | {key: (of(run).get("recipe") or {}).get(key) for key in ("epochs", "batch", "lr")}
+            for run in h2_runs(runs)
+            if run.header.get("role") == domain and run.header.get("arm") == "train" and of(run).get("parameters")]
     if not rows: return pd.DataFrame()
     rows = pd.DataFrame(rows)
     order = ["laptop", "gpu", "full"]
     rows = rows[rows["scale"] == max(rows["scale"].unique(), key=order.index)]
-    rows = summarize(ordered(rows[rows["config"].isin(SURROGATE_COLOURS)]), ["config", "width", "parameters", "epochs", "batch", "lr"], seeds=("seed", "nunique"))
+    rows = summarize(ordered(rows[rows["config"].isin(SURROGATE_COLOURS)]),
+                     ["config", "width", "parameters", "epochs", "batch", "lr"], seeds=("seed", "nunique"))
     one = rows.loc[rows["config"] == "fp32", "parameters"]
     return rows.assign(times=rows["parameters"] / one.iloc[0] if len(one) else None)
 
@@ -102,21 +116,26 @@ def show_networks(
     runs: Iterable[Run] | None = None,
 ) -> Rendered:
     "The same as a table; the last column is the size beside the fp32 network's."
-    heads = dict(config="configuration", width="width", parameters="parameters", times="of fp32's", epochs="epochs", batch="batch", lr="learning rate", seeds="seeds")
-    return show_rows(networks(domain, runs), heads, "network", h2_runs(runs), "No surrogate of this domain was trained.", dict(parameters=",.0f", times=".2f", epochs="g", batch="g", lr="g", width="g"))
+    heads = dict(config="configuration", width="width", parameters="parameters", times="of fp32's", epochs="epochs",
+                 batch="batch", lr="learning rate", seeds="seeds")
+    return show_rows(
+        networks(domain, runs), heads, "network", h2_runs(runs), "No surrogate of this domain was trained.",
+        dict(parameters=",.0f", times=".2f", epochs="g", batch="g", lr="g", width="g"))
 
 # %% ../../nbs/report/06_surrogates.ipynb #04b00011
 def _key(run: Run) -> tuple:
     "What two runs that are compared have in common."
     recipe = (run.header.get("settings") or {}).get("recipe") or {}
-    return run.header.get("seed"), run.header.get("data_hash"), content_hash({key: value for key, value in recipe.items() if key != "micro"})
+    return (run.header.get("seed"), run.header.get("data_hash"),
+            content_hash({key: value for key, value in recipe.items() if key != "micro"}))
 
 def held_out(
     domain: str,
     runs: Iterable[Run] | None = None,
     precision: str = "own",  # of the forward pass: the configuration's own, or fp32
 ) -> pd.DataFrame:
-    "Errors on the test split after the last epoch, a row for each run and target; averaged weights where there are any."
+    """Errors on the test split after the last epoch, a row for each run and target;
+    averaged weights where there are any."""
     runs = h2_runs(runs)
     rows = rows_of("eval", runs, role=domain, arm="train")
     if rows.empty: return rows
@@ -130,12 +149,15 @@ def surrogates_of(
     place: pd.Series | dict,  # scale and device
     runs: Iterable[Run],
 ) -> dict[tuple, dict]:
-    "Training runs that had begun, by configuration and by what a pair has in common, whatever became of them; of runs that were repeated the last counts."
+    """Training runs that had begun, by configuration and by what a pair has in common, whatever became of them;
+    of runs that were repeated the last counts."""
     found = {}
     for run in sorted(runs, key=lambda run: str(run.header.get("started"))):
         where = dict(arm="train", scale=place["scale"], device=place["device"]) | (dict(role=domain) if domain else {})
         if run.status in BEGAN and where.items() <= run.header.items():
-            found[run.header["config"], (run.header["role"], *_key(run))] = dict(name=full_name(run), config=run.header["config"], seed=run.header["seed"], status=run.status, reason=short_reason(run.reason))
+            found[run.header["config"], (run.header["role"], *_key(run))] = dict(
+                name=full_name(run), config=run.header["config"], seed=run.header["seed"], status=run.status,
+                reason=short_reason(run.reason))
     return found
 
 def lost_pairs(
@@ -154,23 +176,29 @@ def error_table(
     against: str = "fp32",
     precision: str = "own",
 ) -> pd.DataFrame:
-    "By configuration and target: mean errors over the seeds, the paired ratio of MAE to the reference's with its 90 % interval, what was lost, and the runs."
+    """By configuration and target: mean errors over the seeds,
+    the paired ratio of MAE to the reference's with its 90 % interval, what was lost, and the runs."""
     runs = h2_runs(runs)
     rows, found = held_out(domain, runs, precision), []
     if rows.empty: return rows
     by = surrogates_of(domain, rows.iloc[0], runs)
-    maes = {(f"{study}/{run}", target): mae for study, run, target, mae in zip(rows["study"], rows["run"], rows["target"], rows["mae"])}
+    maes = {(f"{study}/{run}", target): mae
+            for study, run, target, mae in zip(rows["study"], rows["run"], rows["target"], rows["mae"])}
     empty = [name for name in known_configs({config for config, _ in by} - set(rows["config"]))]
-    for config, target in [*dict.fromkeys(zip(rows["config"], rows["target"])), *((config, target) for config in empty for target in dict.fromkeys(rows["target"]))]:
+    for config, target in [*dict.fromkeys(zip(rows["config"], rows["target"])),
+                           *((config, target) for config in empty for target in dict.fromkeys(rows["target"]))]:
         mine = rows[(rows["config"] == config) & (rows["target"] == target)]
         pairs = lost_pairs(by, config, against, lambda row: positive(maes.get((row["name"], target))))
         if mine.empty and not pairs.lost: continue
-        new, old = ([maes[row["name"], target] for row in side] for side in zip(*pairs.good)) if pairs.good else ([], [])
+        new, old = (([maes[row["name"], target] for row in side] for side in zip(*pairs.good)) if pairs.good
+                    else ([], []))
         e = paired_ratio(new, old, 0.90, lost=len(pairs.lost)) if pairs.records and config != against else None
         unit = rows.loc[rows["target"] == target, "unit"].iloc[0]
-        found.append(dict(config=config, target=target, unit=_unit(unit), mae=mine["mae"].mean(), rmse=mine["rmse"].mean(), held=mine["n"].max(), seeds=len(mine), what=f"{config}: {target}",
-                          value=e and e.value, lo=e and e.lo, hi=e and e.hi, n=e and e.n, threshold=MARGIN_ERROR, scale=rows["scale"].iloc[0], lost=pairs.note if config != against else "",
-                          runs=sorted({*(mine["study"] + "/" + mine["run"]), *(pairs.records if config != against else ())})))
+        found.append(dict(config=config, target=target, unit=_unit(unit), mae=mine["mae"].mean(),
+                          rmse=mine["rmse"].mean(), held=mine["n"].max(), seeds=len(mine), what=f"{config}: {target}",
+                          value=e and e.value, lo=e and e.lo, hi=e and e.hi, n=e and e.n, threshold=MARGIN_ERROR,
+                          scale=rows["scale"].iloc[0], lost=pairs.note if config != against else "", runs=sorted(
+                              {*(mine["study"] + "/" + mine["run"]), *(pairs.records if config != against else ())})))
     return pd.DataFrame(found)
 
 def between(lo: float | None, hi: float | None, form: str = "z.3f") -> str:
@@ -186,8 +214,11 @@ def show_errors(
     runs = h2_runs(runs)
     rows = error_table(domain, runs, precision=precision)
     if not rows.empty: rows = rows.assign(interval=[between(lo, hi) for lo, hi in zip(rows["lo"], rows["hi"])])
-    heads = dict(target="target", config="configuration", mae="MAE", rmse="RMSE", unit="unit", held="rows", seeds="seeds", value="MAE of fp32's", interval="90 % interval", n="pairs", lost="lost")
-    return show_rows(rows.sort_values("target", kind="stable") if len(rows) else rows, heads, "eval", runs, "No held-out error of this domain is recorded.", dict(mae=".4f", rmse=".4f", value=".3f", held="g", n="g"))
+    heads = dict(target="target", config="configuration", mae="MAE", rmse="RMSE", unit="unit", held="rows",
+                 seeds="seeds", value="MAE of fp32's", interval="90 % interval", n="pairs", lost="lost")
+    return show_rows(
+        rows.sort_values("target", kind="stable") if len(rows) else rows, heads, "eval", runs,
+        "No held-out error of this domain is recorded.", dict(mae=".4f", rmse=".4f", value=".3f", held="g", n="g"))
 
 # %% ../../nbs/report/06_surrogates.ipynb #04b00013
 def error_ratios(
@@ -197,17 +228,24 @@ def error_ratios(
     "Each configuration's ratio with its interval, and the band in which two errors count as equal."
     found = found.dropna(subset=["value"])
     rows = found[["config", "target", "value", "lo", "hi", "n"]]
-    band = alt.Chart(rows).transform_aggregate(rows="count()", groupby=["target"]).mark_rect(opacity=0.15, color="#009e73").encode(x=alt.datum(1 / MARGIN_ERROR), x2=alt.datum(MARGIN_ERROR))
-    base = alt.Chart(rows).encode(y=alt.Y("config:N", title=None, sort=known_configs(rows["config"]), axis=alt.Axis(labelLimit=220)), color=coloured(rows["config"], legend=None),
-                                  tooltip=["config", "target", "n", *(alt.Tooltip(name, format=".3f") for name in ("value", "lo", "hi"))])
+    band = alt.Chart(rows).transform_aggregate(rows="count()", groupby=["target"]).mark_rect(
+        opacity=0.15, color="#009e73").encode(x=alt.datum(1 / MARGIN_ERROR), x2=alt.datum(MARGIN_ERROR))
+    base = alt.Chart(rows).encode(
+        y=alt.Y("config:N", title=None, sort=known_configs(rows["config"]), axis=alt.Axis(labelLimit=220)),
+        color=coloured(rows["config"], legend=None),
+        tooltip=["config", "target", "n", *(alt.Tooltip(name, format=".3f") for name in ("value", "lo", "hi"))])
     x = dict(title="ratio; right is worse", scale=alt.Scale(zero=False, type="log", nice=False))
-    bars, dots = base.mark_rule(strokeWidth=3, opacity=0.55).encode(alt.X("lo:Q", **x), alt.X2("hi:Q")), base.mark_point(filled=True, size=80, opacity=1).encode(alt.X("value:Q", **x))
-    one = alt.Chart(rows).transform_aggregate(rows="count()", groupby=["target"]).mark_rule(color="#888888").encode(x=alt.datum(1.0))
+    bars, dots = (base.mark_rule(strokeWidth=3, opacity=0.55).encode(alt.X("lo:Q", **x), alt.X2("hi:Q")),
+                  base.mark_point(filled=True, size=80, opacity=1).encode(alt.X("value:Q", **x)))
+    one = alt.Chart(rows).transform_aggregate(rows="count()", groupby=["target"]).mark_rule(color="#888888").encode(
+        x=alt.datum(1.0))
     layers = alt.layer(band, one, bars, dots).properties(width=300, height=alt.Step(20))
-    return titled(layers.facet(column=alt.Column("target:N", title=None)).resolve_scale(x="independent"), title, found, f"bar: 90 % interval; green: within {MARGIN_ERROR - 1:.0%}")
+    return titled(layers.facet(column=alt.Column("target:N", title=None)).resolve_scale(x="independent"), title, found,
+                  f"bar: 90 % interval; green: within {MARGIN_ERROR - 1:.0%}")
 
 # %% ../../nbs/report/06_surrogates.ipynb #04b00023
-def at_scale(scale: str) -> str: return "At laptop scale, which is no evidence" if scale == "laptop" else f"At {scale} scale"
+def at_scale(scale: str) -> str:
+    return "At laptop scale, which is no evidence" if scale == "laptop" else f"At {scale} scale"
 
 def errors_sentence(
     domain: str,
@@ -221,19 +259,30 @@ def errors_sentence(
     def side(r):
         if r["lost"]: return f"and nothing is called equal, for {r['lost']}"
         if r["lo"] is None or r["lo"] != r["lo"]: return "too few pairs for an interval"
-        if r["config"].endswith("_2x"): return "worse than the margin of 2 % for a larger model" if r["lo"] > MARGIN_LARGER else "better than fp32's at half the size" if r["hi"] < 1 else "no better, within the margin of 2 %" if r["hi"] <= MARGIN_LARGER else "not told apart from the margin of 2 %"
+        if r["config"].endswith("_2x"):
+            return ("worse than the margin of 2 % for a larger model" if r["lo"] > MARGIN_LARGER
+                    else "better than fp32's at half the size" if r["hi"] < 1 else "no better, within the margin of 2 %"
+                    if r["hi"] <= MARGIN_LARGER else "not told apart from the margin of 2 %")
         if r["lo"] > MARGIN_ERROR: return "worse than the margin of 5 %"
-        return "inside the margin of 5 %" if r["hi"] <= MARGIN_ERROR and r["lo"] >= 1 / MARGIN_ERROR else "better than the margin" if r["hi"] < 1 / MARGIN_ERROR else "not told apart from the margin"
+        return ("inside the margin of 5 %" if r["hi"] <= MARGIN_ERROR and r["lo"] >= 1 / MARGIN_ERROR
+                else "better than the margin" if r["hi"] < 1 / MARGIN_ERROR else "not told apart from the margin")
     base = found[found["config"] == "fp32"]
     here = found[found["config"].isin(set(configs))].dropna(subset=["value"])
     first = "; ".join(f"{r['mae']:.4g} {r['unit']}".strip() + f" for {r['target']}" for _, r in base.iterrows())
-    rest = ". ".join(f"{r['config']}: {r['value']:.3f} times that of {r['target']}" + (f" ({between(r['lo'], r['hi'])}, {r['n']:.0f} pairs), {side(r)}" if r["lo"] is not None and r["lo"] == r["lo"] else f", {side(r)}") for _, r in here.iterrows())
+    rest = ". ".join(
+        f"{r['config']}: {r['value']:.3f} times that of {r['target']}"
+            + (f" ({between(r['lo'], r['hi'])}, {r['n']:.0f} pairs), {side(r)}"
+               if r["lo"] is not None and r["lo"] == r["lo"] else f", {side(r)}") for _, r in here.iterrows())
     gone = found[found["config"].isin(set(configs)) & found["value"].isna() & (found["lost"] != "")]
-    rest = ". ".join(filter(None, [rest, *(f"{r['config']}: {r['target']} not measured, {r['lost']}" for _, r in gone.iterrows())]))
-    return sentence(f"{at_scale(found['scale'].iloc[0])}, the fp32 surrogate's mean absolute error is {first or 'not recorded'}. {rest}{'.' * bool(rest)}", named_runs(pd.concat([base, here, gone]), runs))
+    rest = ". ".join(
+        filter(None, [rest, *(f"{r['config']}: {r['target']} not measured, {r['lost']}" for _, r in gone.iterrows())]))
+    return sentence(
+        f"{at_scale(found['scale'].iloc[0])}, the fp32 surrogate's mean absolute error is {first or 'not recorded'}. "
+        f"{rest}{'.' * bool(rest)}", named_runs(pd.concat([base, here, gone]), runs))
 
 # %% ../../nbs/report/06_surrogates.ipynb #04b00016
-_DASHES = {"mixed_bf16": [6, 3], "flash": [2, 2], "flash_2x": [3, 3]}  # lines that coincide are told apart by their gaps
+# lines that coincide are told apart by their gaps
+_DASHES = {"mixed_bf16": [6, 3], "flash": [2, 2], "flash_2x": [3, 3]}
 
 def whole_axis(values: Iterable[float]) -> alt.Axis:
     "An axis that is marked at whole numbers only."
@@ -254,15 +303,24 @@ def learning_curves(
     title: str = "Validation error by epoch",
 ):
     "Mean and range over the seeds, by configuration, a panel for each target."
-    band = rows.groupby(["config", "target", "unit", "epoch"], sort=False)["mae"].agg(mean="mean", lo="min", hi="max", seeds="count").reset_index()
+    band = rows.groupby(["config", "target", "unit", "epoch"], sort=False)["mae"].agg(
+        mean="mean", lo="min", hi="max", seeds="count").reset_index()
     band["what"] = band["target"] + [f", {_unit(unit)}" if _unit(unit) else "" for unit in band["unit"]]
     pick = alt.selection_point(fields=["config"], bind="legend")
     y = dict(title="MAE", scale=alt.Scale(zero=False, type="log", nice=False))
-    dashes = alt.StrokeDash("config:N", legend=None, scale=alt.Scale(domain=known_configs(band["config"]), range=[_DASHES.get(name, [1, 0]) for name in known_configs(band["config"])]))
-    base = alt.Chart(band).encode(x=alt.X("epoch:Q", axis=whole_axis(band["epoch"])), color=coloured(band["config"], legend=alt.Legend(symbolOpacity=1)), opacity=alt.condition(pick, alt.value(1), alt.value(0.1)))
-    area = base.mark_area().encode(alt.Y("lo:Q", **y), alt.Y2("hi:Q"), opacity=alt.condition(pick, alt.value(0.07), alt.value(0.02)))
-    line = base.mark_line(point=True).encode(alt.Y("mean:Q", **y), strokeDash=dashes, tooltip=["config", "epoch", "seeds", *(alt.Tooltip(name, format=".4f") for name in ("mean", "lo", "hi"))])
-    panels = alt.layer(area, line).add_params(pick).properties(width=300, height=220).facet(column=alt.Column("what:N", title=None)).resolve_scale(y="independent")
+    dashes = alt.StrokeDash("config:N", legend=None, scale=alt.Scale(
+                                domain=known_configs(band["config"]),
+                                range=[_DASHES.get(name, [1, 0]) for name in known_configs(band["config"])]))
+    base = alt.Chart(band).encode(x=alt.X("epoch:Q", axis=whole_axis(band["epoch"])),
+                                  color=coloured(band["config"], legend=alt.Legend(symbolOpacity=1)),
+                                  opacity=alt.condition(pick, alt.value(1), alt.value(0.1)))
+    area = base.mark_area().encode(
+        alt.Y("lo:Q", **y), alt.Y2("hi:Q"), opacity=alt.condition(pick, alt.value(0.07), alt.value(0.02)))
+    line = base.mark_line(point=True).encode(
+        alt.Y("mean:Q", **y), strokeDash=dashes,
+        tooltip=["config", "epoch", "seeds", *(alt.Tooltip(name, format=".4f") for name in ("mean", "lo", "hi"))])
+    panels = alt.layer(area, line).add_params(pick).properties(width=300, height=220).facet(
+        column=alt.Column("what:N", title=None)).resolve_scale(y="independent")
     return titled(panels, title, rows, f"mean and range of {rows['seed'].nunique()} seeds")
 
 # %% ../../nbs/report/06_surrogates.ipynb #04b00021
@@ -270,7 +328,8 @@ def label_table(
     domain: str,
     runs: Iterable[Run] | None = None,
 ) -> pd.DataFrame:
-    "Held-out errors of both recipes by configuration and target, what their labels cost, and the paired ratio of the second's to the first's with its 90 % interval."
+    """Held-out errors of both recipes by configuration and target, what their labels cost,
+    and the paired ratio of the second's to the first's with its 90 % interval."""
     rows, found = rows_of("eval", h2_runs(runs), role=domain, arm="labels"), []
     if rows.empty: return rows
     for (config, target), mine in ordered(rows).groupby(["config", "target"], sort=False):
@@ -279,9 +338,16 @@ def label_table(
             both = list(zip(some["mae"], full.reindex(some["seed"])))
             good = [pair for pair in both if all(map(positive, pair))]
             lost = sum(any(map(positive, pair)) for pair in both) - len(good)
-            e = paired_ratio(*(zip(*good) if good else ([], [])), 0.90, lost=lost) if recipe != "full" and len(good) + lost else None
-            found.append(dict(config=config, target=target, unit=_unit(some["unit"].iloc[0]), recipe=recipe, cost=some["cost"].mean(), taught=" then ".join(f"{n:,}" for n in some["rows"].iloc[0]), steps=some["steps"].iloc[0], labels=some["labels"].iloc[0], mae=some["mae"].mean(), rmse=some["rmse"].mean(),
-                              held=some["n"].max(), seeds=some["seed"].nunique(), value=e and e.value, lo=e and e.lo, hi=e and e.hi, n=e and e.n, threshold=1.0, lost=f"{lost} of {len(both)} pairs came to nothing" if lost else "", what=f"{config}: {target}", scale=some["scale"].iloc[0], runs=sorted(set(some["study"] + "/" + some["run"]))))
+            e = (paired_ratio(*(zip(*good) if good else ([], [])), 0.90, lost=lost)
+                 if recipe != "full" and len(good) + lost else None)
+            found.append(
+                dict(config=config, target=target, unit=_unit(some["unit"].iloc[0]), recipe=recipe,
+                     cost=some["cost"].mean(), taught=" then ".join(f"{n:,}" for n in some["rows"].iloc[0]),
+                     steps=some["steps"].iloc[0], labels=some["labels"].iloc[0], mae=some["mae"].mean(),
+                     rmse=some["rmse"].mean(), held=some["n"].max(), seeds=some["seed"].nunique(), value=e and e.value,
+                     lo=e and e.lo, hi=e and e.hi, n=e and e.n, threshold=1.0,
+                     lost=f"{lost} of {len(both)} pairs came to nothing" if lost else "", what=f"{config}: {target}",
+                     scale=some["scale"].iloc[0], runs=sorted(set(some["study"] + "/" + some["run"]))))
     return pd.DataFrame(found)
 
 def show_labels(
@@ -291,7 +357,14 @@ def show_labels(
     "The same as a table, with a sentence on what a label cost."
     runs = h2_runs(runs)
     rows = label_table(domain, runs)
-    if not rows.empty: rows = rows.assign(interval=[between(lo, hi) for lo, hi in zip(rows["lo"], rows["hi"])], recipe=rows["recipe"].replace(dict(full="full labels", cheap_then_fine="inexpensive, then full")))
-    heads = dict(target="target", config="configuration", recipe="recipe", taught="labels trained on", steps="steps", cost="cost of labels, s", mae="MAE", rmse="RMSE", unit="unit", seeds="seeds", value="MAE of the full labels'", interval="90 % interval", lost="lost")
-    shown = show_rows(rows, heads, "eval", runs, "The recipe of inexpensive labels was not tried in this domain.", dict(cost=",.4g", mae=".4f", rmse=".4f", value=".3f"))
-    return shown if rows.empty else sentence(f"Labels: {'; '.join(dict.fromkeys(rows['labels']))}.", named_runs(rows, runs)) + shown
+    if not rows.empty:
+        rows = rows.assign(
+            interval=[between(lo, hi) for lo, hi in zip(rows["lo"], rows["hi"])],
+            recipe=rows["recipe"].replace(dict(full="full labels", cheap_then_fine="inexpensive, then full")))
+    heads = dict(target="target", config="configuration", recipe="recipe", taught="labels trained on", steps="steps",
+                 cost="cost of labels, s", mae="MAE", rmse="RMSE", unit="unit", seeds="seeds",
+                 value="MAE of the full labels'", interval="90 % interval", lost="lost")
+    shown = show_rows(rows, heads, "eval", runs, "The recipe of inexpensive labels was not tried in this domain.",
+                      dict(cost=",.4g", mae=".4f", rmse=".4f", value=".3f"))
+    return (shown if rows.empty
+            else sentence(f"Labels: {'; '.join(dict.fromkeys(rows['labels']))}.", named_runs(rows, runs)) + shown)

@@ -52,7 +52,8 @@ _SYMBOLS = {">=": "≥", "<=": "≤"}
 
 def _asks(parts: Iterable[dict], unit: str, factor: float) -> str:
     "The thresholds, in one unit."
-    return " and ".join(f"{_SYMBOLS.get(p['op'], p['op'])} {readable(float(factor * p['threshold']), unit)}" for p in parts)
+    return " and ".join(
+        f"{_SYMBOLS.get(p['op'], p['op'])} {readable(float(factor * p['threshold']), unit)}" for p in parts)
 
 def part_text(
     part: dict,  # one comparison of an entry
@@ -67,7 +68,8 @@ def part_text(
     also = f", as {readable(value, unit, digits=2)} would be at PPL {REFERENCE_PPL:g}" if as_nats else ""
     pairs = f", n = {part['n']}" if part["n"] else ""
     asks = _asks((part, *more), said["unit"], factor)
-    return f"{part['term']} = {value_text(said, factor)}{also}{pairs}; asks {asks}" + (" (projected)" if part["projected"] else "")
+    return (f"{part['term']} = {value_text(said, factor)}{also}{pairs}; asks {asks}"
+            + (" (projected)" if part["projected"] else ""))
 
 # %% ../../nbs/report/02_tables.ipynb #c1c91013
 def _parts(entry: dict) -> list[str]:
@@ -88,15 +90,18 @@ def verdict_cell(
     "What was found about one criterion on one side."
     label, lines = chip(entry["status"], entry["kind"]), _parts(entry)
     where = f"scale {entry['scale']}" if entry["scale"] else "no runs"
-    mark = attributes(dict(criterion=entry["id"], against=entry["against"], stack=_stack(entry), status=entry["status"], scale=entry["scale"], runs=entry["records"] or None))
+    mark = attributes(dict(criterion=entry["id"], against=entry["against"], stack=_stack(entry), status=entry["status"],
+                           scale=entry["scale"], runs=entry["records"] or None))
     why = f"<details><summary>why</summary>{escape(entry['reason'])}</details>" if entry["reason"] else ""
-    html = f"<div{mark}>{label.html} <small>{escape(where)}</small>" + "".join(f'<div class="part">{escape(line)}</div>' for line in lines) + why + "</div>"
+    html = (f"<div{mark}>{label.html} <small>{escape(where)}</small>"
+            + "".join(f'<div class="part">{escape(line)}</div>' for line in lines) + why + "</div>")
     return Rendered(html, "<br>".join([f"{label.markdown} ({where})", *lines]))
 
 # %% ../../nbs/report/02_tables.ipynb #78e02f49
 _JUDGED = {}  # the last runs that were judged, by their seals, and what was found
 
-def _runs(runs: Iterable[Run] | None, hypothesis: Hypothesis) -> list[Run]: return load_runs(hypothesis=hypothesis.id.lower()) if runs is None else list(runs)
+def _runs(runs: Iterable[Run] | None, hypothesis: Hypothesis) -> list[Run]:
+    return load_runs(hypothesis=hypothesis.id.lower()) if runs is None else list(runs)
 
 def judged(
     runs: Iterable[Run] | None = None,  # None for all there are
@@ -114,7 +119,8 @@ def show_criteria(
     *ids: str,  # "H1-S1", ...; none for all
     runs: Iterable[Run] | None = None,
 ) -> Rendered:
-    "What was found about criteria of one hypothesis, on each side, with the provenance of the runs; raises `UserError` for an unknown id."
+    """What was found about criteria of one hypothesis, on each side, with the provenance of the runs;
+    raises `UserError` for an unknown id."""
     hypothesis = hypothesis_of(ids[0]) if ids else H1
     runs = _runs(runs, hypothesis)
     entries = judged(runs, hypothesis)
@@ -122,23 +128,29 @@ def show_criteria(
     sides = {e["side"]: side_text(e) for e in entries}
     rows = []
     for criterion in [criterion_of(id) for id in ids] or hypothesis.criteria:
-        first = Rendered(f"<strong>{criterion.id}</strong><br>{escape(criterion.title)}", f"**{criterion.id}** {criterion.title}")
+        first = Rendered(
+            f"<strong>{criterion.id}</strong><br>{escape(criterion.title)}", f"**{criterion.id}** {criterion.title}")
         cells = {said: verdict_cell(found[criterion.id, name]) for name, said in sides.items()}
         rows.append({criterion.kind if len(ids) == 1 else "criterion": first, "asks": criterion.statement} | cells)
-    used = {name for id in ids or [c.id for c in hypothesis.criteria] for side in sides for name in found[id, side]["records"]}
-    return table(rows, kind="criteria") + provenance_note([run for run in runs if full_name(run) in used], "No pair of runs decides these.")
+    used = {name for id in ids or [c.id for c in hypothesis.criteria] for side in sides
+            for name in found[id, side]["records"]}
+    return (table(rows, kind="criteria")
+            + provenance_note([run for run in runs if full_name(run) in used], "No pair of runs decides these."))
 
 # %% ../../nbs/report/02_tables.ipynb #4f884a40
 def part_frame(
     *ids: str,  # criteria
     runs: Iterable[Run] | None = None,
 ) -> pd.DataFrame:
-    "A row for each measured quantity: what, at, against, value, lo, hi, n, threshold, scale, runs (their names), status, stack (the configuration that is judged)."
+    """A row for each measured quantity: what, at, against, value, lo, hi, n, threshold, scale, runs (their names),
+    status, stack (the configuration that is judged)."""
     hypothesis = hypothesis_of(ids[0]) if ids else H1
     runs = _runs(runs, hypothesis)
-    rows = [dict(what=part["term"], at=part["at"], against=e["against"], value=part["value"], lo=(part["interval"] or [None])[0], hi=(part["interval"] or [None])[-1],
-                 n=part["n"], threshold=part["threshold"], bound=part["bound"], scale=e["scale"], runs=list(part["records"]), status=part["status"], stack=e["stack"])
-            for e in judged(runs, hypothesis) if e["id"] in ids for part in e["parts"] if part["value"] is not None]
+    rows = [dict(what=part["term"], at=part["at"], against=e["against"], value=part["value"],
+                 lo=(part["interval"] or [None])[0], hi=(part["interval"] or [None])[-1], n=part["n"],
+                 threshold=part["threshold"], bound=part["bound"], scale=e["scale"], runs=list(part["records"]),
+                 status=part["status"], stack=e["stack"]) for e in judged(runs, hypothesis) if e["id"] in ids
+            for part in e["parts"] if part["value"] is not None]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/report/02_tables.ipynb #2d472681
@@ -155,25 +167,30 @@ def show_rules(
 ) -> Rendered:
     "The criteria as they are evaluated, and the quantities they speak of."
     criteria = [criterion_of(id) for id in ids]
-    rules = table([{"criterion": Rendered(f"<strong>{c.id}</strong>", f"**{c.id}**"), "kind": c.kind, "holds if": _folded(c)} for c in criteria])
+    rules = table(
+        [{"criterion": Rendered(f"<strong>{c.id}</strong>", f"**{c.id}**"), "kind": c.kind, "holds if": _folded(c)}
+         for c in criteria])
     measures = {q.name: hypothesis_of(c.id).measures[q.name] for c in criteria for q in quantities(c.formula)}
     def meaning(said): return Rendered(re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(said)), said)
-    return rules + table([{"quantity": Rendered(f"<code>{name}</code>", f"`{name}`"), "unit": measure.unit, "meaning": meaning(measure.meaning)}
-                          for name, measure in measures.items()])
+    return (rules + table([{"quantity": Rendered(f"<code>{name}</code>", f"`{name}`"), "unit": measure.unit,
+                            "meaning": meaning(measure.meaning)} for name, measure in measures.items()]))
 
 # %% ../../nbs/report/02_tables.ipynb #e453c46c
 def decided_runs(
     entries: list[dict],  # of the criteria, against one baseline
 ) -> list[str]:
     "The runs that the decided criteria rest on; laptop runs decide nothing."
-    return sorted({name for e in entries if e["kind"] != "overall" and e["status"] in ("met", "not met", "inconclusive") for name in e["records"]})
+    return sorted({name for e in entries if e["kind"] != "overall" and e["status"] in ("met", "not met", "inconclusive")
+                   for name in e["records"]})
 
 def _in_words(whole: dict, entries: list[dict]) -> str:
     "What decides, as statements with the places where they hold; how much is open where nothing does."
-    if not whole["decided_by"]: return next(iter(re.findall(r"\d+ of \d+ criteria are undecided", whole["reason"])), whole["reason"])
+    if not whole["decided_by"]:
+        return next(iter(re.findall(r"\d+ of \d+ criteria are undecided", whole["reason"])), whole["reason"])
     said = []
     for e in (e for e in entries if e["id"] in whole["decided_by"]):
-        places = list(dict.fromkeys(e["parts"][i]["at"] for i in e["carry"] if e["kind"] != "success" and e["status"] == "met"))
+        places = list(
+            dict.fromkeys(e["parts"][i]["at"] for i in e["carry"] if e["kind"] != "success" and e["status"] == "met"))
         said.append(f"{e['statement'].rstrip('.')} ({e['id']}: {', '.join(places) or e['status']})")
     return ". ".join(said)
 
@@ -187,11 +204,14 @@ def verdict_banner(
     entries, parts = judged(runs, hypothesis), []
     for whole in (e for e in entries if e["kind"] == "overall"):
         mine, said = [e for e in entries if e["side"] == whole["side"]], side_text(whole)
-        head = (said if _stack(whole) else said.replace("against", "Against", 1)) + (" (the headline)" if whole["headline"] else "")
+        head = ((said if _stack(whole) else said.replace("against", "Against", 1))
+                + (" (the headline)" if whole["headline"] else ""))
         reason = _in_words(whole, mine) if brief else whole["reason"]
         reason = reason[:1].upper() + reason[1:]
-        mark = attributes(dict(verdict=whole["id"], against=whole["against"], stack=_stack(whole), status=whole["status"], runs=decided_runs(mine) or None))
-        html = f'<div class="verdict {tone(whole["status"])}"{mark}><p><strong>{escape(head)}: {escape(whole["status"])}</strong></p><p>{escape(reason)}.</p></div>'
+        mark = attributes(dict(verdict=whole["id"], against=whole["against"], stack=_stack(whole),
+                               status=whole["status"], runs=decided_runs(mine) or None))
+        html = (f'<div class="verdict {tone(whole["status"])}"{mark}><p><strong>{escape(head)}: '
+                f'{escape(whole["status"])}</strong></p><p>{escape(reason)}.</p></div>')
         parts.append(Rendered(html, f"- **{head}: {whole['status']}**. {reason}."))
     whole = Rendered("\n".join(p.html for p in parts), "\n".join(p.markdown for p in parts))
     return whole if brief else whole + provenance_note(runs)
@@ -211,13 +231,15 @@ def measured_saving(
 def best_evidence_of(
     against: str = "baseline_strong",
     runs: Iterable[Run] | None = None,
-    change: Callable[[pd.DataFrame], pd.DataFrame] = lambda table: table,  # of the table of runs, to ask what another statistic would give
+    # of the table of runs, to ask what another statistic would give
+    change: Callable[[pd.DataFrame], pd.DataFrame] = lambda table: table,
 ) -> Evidence | None:
     "The evidence of the highest scale and of the device there that has most runs; None without runs."
     table = evidence_table(load_runs() if runs is None else runs, H1)
     if table.empty: return None
     scale, device = rank_devices(table)[0]
-    return Evidence(change(table[(table.scale == scale) & (table.device == device)].copy()), H1, against, scale=scale, device=device)
+    return Evidence(change(table[(table.scale == scale) & (table.device == device)].copy()), H1, against, scale=scale,
+                    device=device)
 
 def runs_of(
     records: Iterable[str],  # names, as an estimate has them
@@ -239,7 +261,8 @@ def paced_by(
         if warm: rates[run.header["scale"], run.id] = warm[0]["tokens"] / statistic([row["seconds"] for row in warm])
     def change(table):
         rate = pd.Series([rates.get(key) for key in zip(table.scale, table.run)], index=table.index, dtype=float)
-        return table.assign(tokens_per_s=rate.fillna(table.tokens_per_s.astype(float)), gpu_s_per_token=(1 / rate).fillna(table.gpu_s_per_token.astype(float)))
+        return table.assign(tokens_per_s=rate.fillna(table.tokens_per_s.astype(float)),
+                            gpu_s_per_token=(1 / rate).fillna(table.gpu_s_per_token.astype(float)))
     return change
 
 # %% ../../nbs/report/02_tables.ipynb #a344f170
@@ -252,7 +275,8 @@ def verdict_text(
     for side in dict.fromkeys(e["side"] for e in entries):
         mine = [e for e in entries if e["side"] == side]
         for whole in (e for e in mine if e["kind"] == "overall"):
-            lines += [f"{whole['id']} {side_text(whole)}{' (the headline)' if whole.get('headline') else ''}: {whole['status'].upper()}", f"  {whole['reason']}", ""]
+            lines += [f"{whole['id']} {side_text(whole)}{' (the headline)' if whole.get('headline') else ''}: "
+                      f"{whole['status'].upper()}", f"  {whole['reason']}", ""]
         for e in (e for e in mine if e["kind"] != "overall"):
             lines.append(f"  {e['id']:6} {e['title']:18} {e['status']:26} {'' if e['scale'] is None else e['scale']}")
             if statements: lines += wrap(e["statement"], 100, initial_indent=" " * 9, subsequent_indent=" " * 9)

@@ -29,8 +29,10 @@ def pack(
             name = f"{len(tensors)}{path}"  # paths alone may coincide: {"a.b": x, "a": {"b": y}}, {1: x, "1": y}
             tensors[name] = node.detach().contiguous()
             return {"tensor": name}
-        if isinstance(node, dict): return {"dict": [[walk(k, f"{path}#"), walk(v, f"{path}.{k}")] for k, v in node.items()]}
-        if isinstance(node, (list, tuple)): return {type(node).__name__: [walk(v, f"{path}.{i}") for i, v in enumerate(node)]}
+        if isinstance(node, dict):
+            return {"dict": [[walk(k, f"{path}#"), walk(v, f"{path}.{k}")] for k, v in node.items()]}
+        if isinstance(node, (list, tuple)):
+            return {type(node).__name__: [walk(v, f"{path}.{i}") for i, v in enumerate(node)]}
         if node is None or isinstance(node, (bool, int, float, str)): return node
         raise TypeError(f"{path or 'the tree'} is a {type(node).__name__}, which a checkpoint cannot hold")
     return walk(tree, ""), tensors
@@ -57,7 +59,8 @@ def save(
     path: str | Path,  # the file; replaced as a whole
     tree,  # what `pack` takes
 ):
-    "Writes a checkpoint aside and renames it into place; raises `UserError` if the disk is full, with the old file as it was."
+    """Writes a checkpoint aside and renames it into place;
+    raises `UserError` if the disk is full, with the old file as it was."""
     path, (packed, tensors) = Path(path), pack(tree)
     text = json.dumps(packed)
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # safetensors refuses shared memory
@@ -72,29 +75,36 @@ def save(
 def clear_aside(
     folder: str | Path,  # a run's directory, which this process alone writes to
 ):
-    "Removes what a process that was killed left half-written beside a run's record: safetensors' temporary files, and files that were to be renamed."
-    for left in [path for pattern in (".tmp??????", "*.new") for path in Path(folder).glob(pattern)]: left.unlink(missing_ok=True)
+    """Removes what a process that was killed left half-written beside a run's record:
+    safetensors' temporary files, and files that were to be renamed."""
+    for left in [path for pattern in (".tmp??????", "*.new") for path in Path(folder).glob(pattern)]:
+        left.unlink(missing_ok=True)
 
 def load(
     path: str | Path,
     device: torch.device | str = "cpu",  # where the tensors go
 ):
     "The tree that was saved; raises `UserError` for a file that is damaged or no checkpoint."
-    def damaged(what): return UserError(f"{path}: {what}; delete it to start that run again, or put back a copy of the file")
+    def damaged(what):
+        return UserError(f"{path}: {what}; delete it to start that run again, or put back a copy of the file")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             meta, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error: raise damaged(f"cannot be read as a checkpoint ({error})") from None
     if "tree" not in meta: raise damaged("is a safetensors file, but not a checkpoint of this package")
-    if _digest(meta["tree"], tensors) != meta.get("sha256"): raise damaged("its checksum does not fit, so its content was altered or damaged")
+    if _digest(meta["tree"], tensors) != meta.get("sha256"):
+        raise damaged("its checksum does not fit, so its content was altered or damaged")
     return unpack(json.loads(meta["tree"]), {name: tensor.to(device) for name, tensor in tensors.items()})
 
 # %% ../../nbs/study/07_checkpoint.ipynb #551ca521
 def load_pt(
     path: str | Path,  # a file written by torch.save
 ) -> dict:
-    "A user's state dict, without running any code from the file; raises `UserError` if it holds more than tensors and plain values."
+    """A user's state dict, without running any code from the file;
+    raises `UserError` if it holds more than tensors and plain values."""
     try: return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError: raise UserError(f"there is no file {path}") from None
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError and others for damaged or unsafe files
-        raise UserError(f"{path} cannot be loaded as weights only ({type(error).__name__}); save it again as a plain state dict of tensors") from None
+    # torch raises UnpicklingError, RuntimeError, EOFError and others for damaged or unsafe files
+    except Exception as error:
+        raise UserError(f"{path} cannot be loaded as weights only ({type(error).__name__}); "
+                        "save it again as a plain state dict of tensors") from None

@@ -28,7 +28,8 @@ TIMEOUT_MS = 2000  # for one question to the solver
 class Answer:
     "Whether there are values at which all formulas hold."
     possible: bool | None  # None: not decided in time
-    witness: dict[str, float] = field(default_factory=dict)  # of the quantities that the question is about or that are not typical
+    # of the quantities that the question is about or that are not typical
+    witness: dict[str, float] = field(default_factory=dict)
 
 # %% ../../nbs/study/05_consistency.ipynb #06949516
 def _value(number) -> float:
@@ -63,7 +64,8 @@ class Logic:
     @property
     def success(self) -> tuple[Criterion, ...]:
         "What is asked of the configuration that is judged."
-        return tuple(c for c in self.hypothesis.criteria if c.kind == "success" and not (c.only and self.hypothesis.stack not in c.only))
+        return tuple(c for c in self.hypothesis.criteria
+                     if c.kind == "success" and not (c.only and self.hypothesis.stack not in c.only))
 
     @property
     def harmful(self) -> tuple[Criterion, ...]: return tuple(c for c in self.hypothesis.criteria if c.kind != "success")
@@ -85,7 +87,8 @@ class Logic:
         solver, known, units = z3.Solver(), [axiom.formula for axiom in (*self.axioms, *also)], self.hypothesis.units
         solver.set("timeout", TIMEOUT_MS)
         solver.add(*map(to_z3, known), *map(to_z3, formulas))
-        solver.add(*(z3.IsInt(to_z3(q)) for formula in formulas for q in quantities(formula) if units[q.name] in ("steps", "events")))
+        solver.add(*(z3.IsInt(to_z3(q)) for formula in formulas for q in quantities(formula)
+                     if units[q.name] in ("steps", "events")))
         found = solver.check()
         if found != z3.sat: return Answer(False if found == z3.unsat else None)
         model, odd = _settled(solver, _free([*formulas, *known], self.typical), self.typical)
@@ -101,7 +104,8 @@ class Finding:
     kind: str  # "possible", "excluded", "overlap", "never binds", "implied", "zone" or "checkpoint"
     claim: str
     proved: bool  # by refutation or by the witness; False: the solver ran out of time
-    witness: dict[str, float] = field(default_factory=dict)  # values at which it occurs; empty where it is a proof that none exist
+    # values at which it occurs; empty where it is a proof that none exist
+    witness: dict[str, float] = field(default_factory=dict)
 
 def conclude(
     id: str,
@@ -156,16 +160,19 @@ def implied(logic: Logic) -> list[Finding]:
 
 # %% ../../nbs/study/05_consistency.ipynb #8a33192b
 def _bound(logic: Logic, leaf: Compare) -> tuple[str, float] | None:
-    "The failure or falsification criterion nearest to a success threshold that decides on this term alone, and its number."
-    decisive = [(c.id, other.right) for c in logic.harmful for other in leaves(c.formula)
-                if other.left == leaf.left and other.op[0] != leaf.op[0] and logic.ask(other, Not(c.formula)).possible is False]
+    """The failure or falsification criterion nearest to a success threshold that decides on this term alone,
+    and its number."""
+    decisive = [
+        (c.id, other.right) for c in logic.harmful for other in leaves(c.formula)
+        if other.left == leaf.left and other.op[0] != leaf.op[0] and logic.ask(other, Not(c.formula)).possible is False]
     return min(decisive, key=lambda bound: abs(bound[1] - leaf.right), default=None)
 
 def _zone_claim(c: Criterion, where: str, leaf: Compare, unit: str, bound: tuple[str, float] | None) -> str:
     "What lies between a success threshold and the failure nearest to it, in words."
     if not bound:
         side = "below" if leaf.op[0] == ">" else "above"
-        return f"{where} {side} {number_text(leaf.right, unit)}: {c.id} is missed, and no failure or falsification decides on this alone"
+        return (f"{where} {side} {number_text(leaf.right, unit)}: "
+                f"{c.id} is missed, and no failure or falsification decides on this alone")
     ends = [number_text(x, unit) for x in sorted((leaf.right, bound[1]))]
     return f"{where} between {ends[0]} and {ends[1]}: neither {c.id} nor {bound[0]} holds, and no other failure need"
 
@@ -175,7 +182,8 @@ def _zone(logic: Logic, c: Criterion, same: list[Compare], bound: tuple[str, flo
     at = ", ".join(str(one.left.at) for one in same if isinstance(one.left, Q))
     where = ", ".join(text(one.left) for one in same) if len(same) == 1 else f"{leaf.left.name} at {at}"
     rest = All(*(other.formula for other in logic.success if other is not c))
-    return conclude(f"{c.id}: {where} {leaf.op} {number_text(leaf.right, unit)}", logic.ask(rest, Not(leaf), logic.unharmed, about=leaf),
+    return conclude(f"{c.id}: {where} {leaf.op} {number_text(leaf.right, unit)}",
+                    logic.ask(rest, Not(leaf), logic.unharmed, about=leaf),
                     ("zone", f"{_zone_claim(c, where, leaf, unit, bound)}; partial"),
                     ("excluded", f"{where}: {c.id} is never missed without a failure"))
 
@@ -194,10 +202,14 @@ def checkpoints(logic: Logic) -> list[Finding]:
     "For each rule that aborts: whether success could still have come, and which criteria then hold for certain."
     def names(formula): return {q.name for q in quantities(formula)}
     found = []
-    rules = [(point, rule.formula) for point in logic.hypothesis.checkpoints.values() for rule in point.rules if rule.action == "abort"]
-    for point, formula in ((point, formula) for point, formula in rules if quantities(formula)[0].name in logic.typical):
-        sure = [c.id for c in logic.harmful if names(c.formula) & names(formula) and logic.ask(formula, Not(c.formula)).possible is False]
-        holds = f"; where it does, {' and '.join(sure)} {'holds' if len(sure) == 1 else 'hold'} for certain" if sure else ""
+    rules = [(point, rule.formula) for point in logic.hypothesis.checkpoints.values() for rule in point.rules
+             if rule.action == "abort"]
+    for point, formula in (
+            (point, formula) for point, formula in rules if quantities(formula)[0].name in logic.typical):
+        sure = [c.id for c in logic.harmful
+                if names(c.formula) & names(formula) and logic.ask(formula, Not(c.formula)).possible is False]
+        holds = (f"; where it does, {' and '.join(sure)} {'holds' if len(sure) == 1 else 'hold'} for certain" if sure
+                 else "")
         found.append(conclude(point.id, logic.ask(logic.successful, formula, about=formula),
                               ("checkpoint", f"{point.id} can abort a study that would have succeeded{holds}"),
                               ("checkpoint", f"{point.id} never aborts a study that would have succeeded{holds}")))

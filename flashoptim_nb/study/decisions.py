@@ -66,7 +66,8 @@ def _called(checkpoint: Checkpoint, values: Mapping[str, float | None]) -> dict[
 # %% ../../nbs/study/04_decisions.ipynb #987bcf31
 def decide(
     checkpoint: Checkpoint,
-    values: Mapping[str, float | None],  # by the quantity's key, as "cost_saving[1B]"; None, absent or not a number: not measured
+    # by the quantity's key, as "cost_saving[1B]"; None, absent or not a number: not measured
+    values: Mapping[str, float | None],
     enforced: bool = False,  # whether the action is carried out
     evidence: dict | None = None,  # noted in the decision
 ) -> Decision:
@@ -74,7 +75,8 @@ def decide(
     called = _called(checkpoint, values)
     action = max(called, key=ACTIONS.index, default="continue")
     why = f"{called[action]}; then: {checkpoint.then}" if called else "no rule applies"
-    return Decision(checkpoint=checkpoint.id, action=action, enforced=enforced, why=why, values=dict(values), evidence=evidence)
+    return Decision(
+        checkpoint=checkpoint.id, action=action, enforced=enforced, why=why, values=dict(values), evidence=evidence)
 
 # %% ../../nbs/study/04_decisions.ipynb #1c635f58
 def _id(name: str) -> str:
@@ -87,7 +89,8 @@ def decide_from(
     enforced: bool = False,
     supplied: Mapping[str, float] = {},  # values that runs do not hold, by key
 ) -> Decision:
-    "A checkpoint decided on the evidence; the decision names the runs that it rests on. Raises `UserError` for an unknown id."
+    """A checkpoint decided on the evidence; the decision names the runs that it rests on.
+    Raises `UserError` for an unknown id."""
     checkpoint = evidence.hypothesis.checkpoint(id)
     estimates = {q.key: evidence.estimate(q) for q in checkpoint.quantities}
     values = {key: estimate.value for key, estimate in estimates.items()} | dict(supplied)
@@ -104,9 +107,11 @@ def still_holds(
     evidence: Evidence,  # of the present records
     supplied: Mapping[str, float] = {},  # values that runs do not hold, by key
 ) -> bool:
-    "Whether the present records give the decision again: the same action for the same reason, on the same values and runs."
+    """Whether the present records give the decision again:
+    the same action for the same reason, on the same values and runs."""
     again = decide_from(row["checkpoint"], evidence, row["enforced"], supplied)
-    alike = all(row[name] == getattr(again, name) for name in ("action", "why")) and row["values"].keys() == again.values.keys()
+    alike = (all(row[name] == getattr(again, name) for name in ("action", "why"))
+             and row["values"].keys() == again.values.keys())
     return (alike and all(_close(value, again.values[key]) for key, value in row["values"].items())
             and list(map(_id, (row.get("evidence") or {}).get("records", ()))) == again.evidence["records"])
 
@@ -128,7 +133,8 @@ def decide_early(
     enforced: bool = False,
 ) -> Decision:
     "A checkpoint at a step of a run."
-    return decide(checkpoint, checkpoint.early(run, baseline, step), enforced, dict(run=run.id, baseline=baseline.id, step=step))
+    return decide(
+        checkpoint, checkpoint.early(run, baseline, step), enforced, dict(run=run.id, baseline=baseline.id, step=step))
 
 # %% ../../nbs/study/04_decisions.ipynb #c9568944
 WINDOW = 100  # steps of the loss's moving average
@@ -191,7 +197,8 @@ class Monitor:
         return dict(memory_share=self.state["peak"] / self.device_bytes) if self.device_bytes else {}
 
     def _overrun(self, step: int) -> dict:
-        "Cost is seconds at a fixed rate, so seconds are compared: those spent, and the steps to come at the pace so far."
+        """Cost is seconds at a fixed rate, so seconds are compared:
+        those spent, and the steps to come at the pace so far."""
         s = self.state
         if not self.projected_seconds or s["warm"] < SETTLED: return {}
         at_end = s["spent"] + (self.steps - step) * s["warm_seconds"] / s["warm"]
@@ -202,7 +209,8 @@ class Instability:
     "Event rows as they happen; one flag of state."
     def __init__(
         self,
-        baseline: Mapping[int, float | None] | None = None,  # the paired baseline's loss by step; None: no spikes are told
+        # the paired baseline's loss by step; None: no spikes are told
+        baseline: Mapping[int, float | None] | None = None,
     ):
         self.baseline, self.above = baseline or {}, False
 
@@ -238,8 +246,10 @@ def _monitor_of(checkpoint: Checkpoint, run: Run, runs: Iterable[Run]) -> Monito
     recipe = (run.header.get("settings") or {}).get("recipe") or {}
     journal, search = _search_of(run, runs)
     budget = next((row.get("budget") for row in search.get("tried", ())), None)
-    if not (budget and recipe.keys() >= {"steps", "batch", "seq"}): return Monitor(checkpoint, steps=recipe.get("steps", 0))
-    asked = ((journal.header.get("settings") or {}).get("whole") or {}).get("memory_bytes")  # a budget of one's own says nothing of the device
+    if not (budget and recipe.keys() >= {"steps", "batch", "seq"}):
+        return Monitor(checkpoint, steps=recipe.get("steps", 0))
+    # a budget of one's own says nothing of the device
+    asked = ((journal.header.get("settings") or {}).get("whole") or {}).get("memory_bytes")
     return Monitor(checkpoint, steps=recipe["steps"], device_bytes=None if asked else round(budget / MEMORY_BUDGET),
                    projected_seconds=projected_seconds(search, recipe["steps"] * recipe["batch"] * recipe["seq"]))
 
@@ -267,7 +277,8 @@ def _recomputed(row: dict, run: Run, hypothesis: Hypothesis, table, by_id: dict[
     checkpoint, evidence = hypothesis.checkpoint(row["checkpoint"]), row.get("evidence")
     if checkpoint is hypothesis.monitor: return _watched(row, run, _monitor_of(checkpoint, run, by_id.values()))
     if not evidence: return {}
-    if "step" in evidence: return checkpoint.early(by_id[evidence["run"]], by_id[evidence["baseline"]], evidence["step"])
+    if "step" in evidence:
+        return checkpoint.early(by_id[evidence["run"]], by_id[evidence["baseline"]], evidence["step"])
     here = Evidence(table[table.run.isin(list(map(_id, evidence.get("records", ()))))], hypothesis, **_place(evidence))
     estimates = {q.key: here.estimate(q) for q in checkpoint.quantities}
     return {key: estimate.value for key, estimate in estimates.items()
@@ -284,14 +295,16 @@ def _replayed(row: dict, run: Run, hypothesis: Hypothesis, table, by_id: dict[st
     differs += [f"{id}: its record is missing; restore it, or take the decision anew" for id in gone]
     differs += [f"{key}: recorded {row['values'].get(key)}, from the records {value}"
                 for key, value in values.items() if not _close(row["values"].get(key), value)]
-    return dict(run=run.id, checkpoint=row["checkpoint"], recorded=row["action"], replayed=again.action, agrees=not differs,
-                difference="; ".join(differs), unchecked=[key for key in row["values"] if key not in values])
+    return dict(
+        run=run.id, checkpoint=row["checkpoint"], recorded=row["action"], replayed=again.action, agrees=not differs,
+        difference="; ".join(differs), unchecked=[key for key in row["values"] if key not in values])
 
 def replay(
     runs: Iterable[Run],  # a whole study: the runs with decisions and those that they rest on
     hypothesis: Hypothesis,
 ) -> list[dict]:
-    "Each decision that stands, taken again: run, checkpoint, recorded and replayed action, agrees, difference, and the values that the records could not give."
+    """Each decision that stands, taken again: run, checkpoint, recorded and replayed action, agrees, difference,
+    and the values that the records could not give."""
     runs = list(runs)
     table, by_id = evidence_table(runs, hypothesis), {run.header.get("run"): run for run in runs}
     return [_replayed(row, run, hypothesis, table, by_id) for run in runs for row in standing(run, hypothesis)]
@@ -303,7 +316,8 @@ def decide_against(
     hypothesis: Hypothesis,
     against: str,  # another reference configuration
 ) -> Decision | None:
-    "The decision as it would have been against another reference; None where the record does not say what it rests on, or there is no such partner."
+    """The decision as it would have been against another reference;
+    None where the record does not say what it rests on, or there is no such partner."""
     runs, evidence = list(runs), row.get("evidence")
     if not isinstance(evidence, Mapping): return None
     if "step" not in evidence:
@@ -311,5 +325,6 @@ def decide_against(
         return decide_from(row["checkpoint"], Evidence(evidence_table(runs, hypothesis), hypothesis, **place))
     ours = next((run for run in runs if run.header.get("run") == evidence["run"]), None)
     same = {key: ours.header.get(key) for key in ("role", "arm", "seed")} if ours else {}
-    partner = next((run for run in runs if ours and run.header.get("config") == against and same.items() <= run.header.items()), None)
+    partner = next((run for run in runs
+                    if ours and run.header.get("config") == against and same.items() <= run.header.items()), None)
     return decide_early(hypothesis.checkpoint(row["checkpoint"]), ours, partner, evidence["step"]) if partner else None

@@ -29,7 +29,8 @@ def nan_steps(
     steps: Sequence[Mapping],  # the run's step rows
     status: str = "finished",  # how the run ended
 ) -> tuple[int, int, int]:
-    "Steps with a NaN or infinite gradient or loss; how many of them the run did not recover from; and from how many nobody can say."
+    """Steps with a NaN or infinite gradient or loss; how many of them the run did not recover from;
+    and from how many nobody can say."""
     bad = [bool(row.get("skipped")) or not is_number(row.get("loss")) for row in steps]
     applied = sum(is_bad and not row.get("skipped") for is_bad, row in zip(bad, steps))
     trailing = len(list(itertools.takewhile(lambda row: row.get("skipped"), reversed(steps))))
@@ -52,7 +53,8 @@ def count_spikes(
     most: bool = False,  # a step at which only one of the two has a number counts as above
 ) -> int:
     "How often the loss rose above the level."
-    above = [most or None if is_number(new) != is_number(old) else spiked(new, old) for new, old in zip(losses, baseline)]
+    above = [
+        most or None if is_number(new) != is_number(old) else spiked(new, old) for new, old in zip(losses, baseline)]
     above = [is_above for is_above in above if is_above is not None]
     return sum(now and not before for before, now in zip([False, *above], above))
 
@@ -62,12 +64,14 @@ def short_reason(
 ) -> str:
     "The part of a recorded reason that says what happened."
     first, _, rest = reason.partition(". ")
-    return visible(f"{first}: {rest.partition('. ')[0]}" if "out of memory" in first and rest.startswith("Tried") else first)
+    return visible(
+        f"{first}: {rest.partition('. ')[0]}" if "out of memory" in first and rest.startswith("Tried") else first)
 
 # %% ../../nbs/study/03_evidence.ipynb #8669ec9c
 _HEADER = ("run", "study", "scale", "role", "size", "arm", "config", "seed", "device", "device_kind", "data_hash",
            "criteria_hash", "started")
-_COLUMNS = (*_HEADER, "name", "evidence", "status", "reason", "steps", "nan_steps", "nan_unrecovered", "nan_open", "losses")
+_COLUMNS = (
+    *_HEADER, "name", "evidence", "status", "reason", "steps", "nan_steps", "nan_unrecovered", "nan_open", "losses")
 
 def evidence_row(
     run: Run,
@@ -89,11 +93,16 @@ def evidence_table(
     runs: Iterable[Run],
     hypothesis: Hypothesis,
 ) -> pd.DataFrame:
-    "One row a run of the hypothesis, whatever became of it; a whole study's, for its journal tells how the micro-batches were found."
-    runs = [run for run in runs if run.header.get("hypothesis", "h1") == hypothesis.id.lower()]  # the first records name none
+    """One row a run of the hypothesis, whatever became of it;
+    a whole study's, for its journal tells how the micro-batches were found."""
+    # the first records name none
+    runs = [run for run in runs if run.header.get("hypothesis", "h1") == hypothesis.id.lower()]
     def place(header): return header.get("study"), header.get("device")
-    found = {(*place(run.header), row["role"], row["config"]): row for run in runs for row in run.of("search") if "role" in row}
-    rows = [evidence_row(run, hypothesis, found.get((*place(run.header), run.header.get("role"), run.header.get("config")))) for run in runs]
+    found = {(*place(run.header), row["role"], row["config"]): row for run in runs for row in run.of("search")
+             if "role" in row}
+    rows = [
+        evidence_row(run, hypothesis, found.get((*place(run.header), run.header.get("role"), run.header.get("config"))))
+        for run in runs]
     return pd.DataFrame(rows, columns=list(rows[0]) if rows else list(_COLUMNS), dtype=object)
 
 # %% ../../nbs/study/03_evidence.ipynb #f8dc05d1
@@ -141,13 +150,15 @@ class Sorted:
     def note(self) -> str:
         "What was lost, by name; empty where nothing was."
         n = len(self.good) + len(self.lost)
-        lost = f"{len(self.lost)} of {n} {self.what} came to nothing: {', '.join(map(_became, self.lost))}" if self.lost else ""
+        lost = (f"{len(self.lost)} of {n} {self.what} came to nothing: {', '.join(map(_became, self.lost))}"
+                if self.lost else "")
         return joined(lost, f"lost on both sides: {', '.join(map(_became, self.gone))}" if self.gone else "")
 
     def nothing(self, why: Estimate) -> Estimate:
         "The estimate where no pair is good: not measured, or open where something was lost."
         if not self.lost or self.refused: return why
-        return replace(why, note=joined(why.note, self.note), records=tuple(dict.fromkeys((*why.records, *self.records))), reach=(-inf, inf))
+        return replace(why, note=joined(why.note, self.note),
+                       records=tuple(dict.fromkeys((*why.records, *self.records))), reach=(-inf, inf))
 
     def estimate(self, of: Callable[..., Estimate], *notes: str, **also) -> Estimate:
         "The estimate from the good pairs, with what was lost and what it rests on."
@@ -174,7 +185,8 @@ class Evidence:
         "The runs of this scale and device, in the order in which they began."
         t = self.table
         here = (t.scale == self.scale) & ((t.device == self.device) | (self.device is None))
-        return sorted(t[t.evidence.astype(bool) if self.pool_all else here].to_dict("records"), key=lambda row: str(row["started"]))
+        return sorted(t[t.evidence.astype(bool) if self.pool_all else here].to_dict("records"),
+                      key=lambda row: str(row["started"]))
 
     @property
     def is_conclusive(self) -> bool:
@@ -188,12 +200,16 @@ class Evidence:
 
     def rows(self, config: str, at: str | None = None, experiment: str | None = None) -> list[dict]:
         "The runs of a configuration."
-        return [row for row in self.runs if row["config"] == config and at in (None, row["role"]) and experiment in (None, row["arm"])]
+        return [row for row in self.runs
+                if row["config"] == config and at in (None, row["role"]) and experiment in (None, row["arm"])]
 
-    def pairs(self, config: str, at: str, experiment: str, against: str | None = None, ended: tuple = ("finished",)) -> list[tuple[dict, dict]]:
+    def pairs(
+        self, config: str, at: str, experiment: str, against: str | None = None, ended: tuple = ("finished",),
+    ) -> list[tuple[dict, dict]]:
         "Runs of `config` that ended so, with their partners; of runs that were repeated the last counts."
         def key(row): return tuple(str(row[name]) for name in self.hypothesis.paired_by)
-        new, old = ({key(row): row for row in self.rows(c, at, experiment) if row["status"] in ended} for c in (config, against or self.against))
+        new, old = ({key(row): row for row in self.rows(c, at, experiment) if row["status"] in ended}
+                    for c in (config, against or self.against))
         return [(new[k], old[k]) for k in sorted(new.keys() & old.keys())]
 
     def sort_pairs(
@@ -216,10 +232,13 @@ class Evidence:
         for name in (config, against or self.against):
             rows = self.rows(name, at, experiment)
             records += [row["name"] for row in rows]
-            endings = sorted({f"{row['status']} ({row['reason']})" if row["reason"] else row["status"] for row in rows if row["status"] != "finished"})
+            endings = sorted({f"{row['status']} ({row['reason']})" if row["reason"] else row["status"] for row in rows
+                              if row["status"] != "finished"})
             if not rows: told.append(f"no run of {name}")
-            elif endings and all(row["status"] != "finished" for row in rows): told.append(f"{name}: {', '.join(endings)}")
-        why = "; ".join(told) or (lacks if self.pairs(config, at, experiment, against) else f"no two runs with the same {self._alike}")
+            elif endings and all(row["status"] != "finished" for row in rows):
+                told.append(f"{name}: {', '.join(endings)}")
+        why = "; ".join(told) or (
+            lacks if self.pairs(config, at, experiment, against) else f"no two runs with the same {self._alike}")
         return missing(f"{self.hypothesis.place_text.format(at=at, experiment=experiment)}: {why}", records)
 
     @property
@@ -264,4 +283,5 @@ def rank_devices(
     "(scale, device) of the runs: evidence before the rest, full before gpu before laptop, then by the number of runs."
     groups = table.groupby(["scale", "device"])
     counts, conclusive = groups.size(), groups.evidence.all()
-    return sorted(counts.index, key=lambda place: (not conclusive[place], -SCALES.index(place[0]), -counts[place], place[1]))
+    return sorted(
+        counts.index, key=lambda place: (not conclusive[place], -SCALES.index(place[0]), -counts[place], place[1]))

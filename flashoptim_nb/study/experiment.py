@@ -96,7 +96,8 @@ class StudyProtocol:
         "Further fields of every record's header."
         return {}
     def rests_on(self, stage: Stage, preset: Preset) -> dict[tuple[str, str, str], str]:
-        "The runs (workload, experiment, configuration) that a stage's checkpoint is decided on, each with its name for a reader."
+        """The runs (workload, experiment, configuration) that a stage's checkpoint is decided on,
+        each with its name for a reader."""
         raise NotImplementedError
     def decided_on(self, study, stage: Stage, runs: list[Run]) -> list[Run]:
         "Of a study's runs those that the decision looks at."

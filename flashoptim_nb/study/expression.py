@@ -135,7 +135,8 @@ def quantities(node: Formula | Term) -> list[Q]:
     "The quantities that occur, each once, in order."
     if isinstance(node, Q): return [node]
     if isinstance(node, Number): return []
-    below = node.parts if isinstance(node, Count) else (node.left,) if isinstance(node, Compare) else (node.left, node.right)
+    below = (node.parts if isinstance(node, Count) else (node.left,) if isinstance(node, Compare)
+             else (node.left, node.right))
     return list(dict.fromkeys(q for part in below for q in quantities(part)))
 
 # %% ../../nbs/study/01_expression.ipynb #0864b26e
@@ -153,7 +154,8 @@ def text(
         case Q(): return node.key
         case Number(): return f"{node.value:g}"
         case Arithmetic():
-            left, right = (f"({text(side)})" if isinstance(side, Arithmetic) else text(side) for side in (node.left, node.right))
+            left, right = (
+                f"({text(side)})" if isinstance(side, Arithmetic) else text(side) for side in (node.left, node.right))
             return f"{left} {node.op} {right}"
         case Compare(): return f"{text(node.left)} {node.op} {number_text(node.right, units.get(quantities(node)[0].name, ''))}"
         case Count(parts=(only,)): return text(only, units)
@@ -203,7 +205,8 @@ class Judged:
 # %% ../../nbs/study/01_expression.ipynb #776a4ccf
 Lookup = Callable[[Q], Estimate]
 Ends = tuple[float, float]
-_OPS = {"+": operator.add, "-": operator.sub, "*": operator.mul, ">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+_OPS = {"+": operator.add, "-": operator.sub, "*": operator.mul, ">=": operator.ge, ">": operator.gt, "<=": operator.le,
+        "<": operator.lt}
 
 _OPEN = (-inf, inf)
 
@@ -222,15 +225,20 @@ def estimate_of(term: Term, lookup: Lookup) -> Estimate:
     sides = [estimate_of(side, lookup) for side in (term.left, term.right)]
     records = tuple(dict.fromkeys(sides[0].records + sides[1].records))
     note = "; ".join(dict.fromkeys(side.note for side in sides if side.note))
-    if unknown := [side for side in sides if side.value is None]: return replace(missing(note, records), reach=(-inf, inf) if all(side.reach for side in unknown) else None)
+    if unknown := [side for side in sides if side.value is None]:
+        return replace(missing(note, records), reach=(-inf, inf) if all(side.reach for side in unknown) else None)
     a, b = sides
     lo, hi = _interval(term.op, *(None if side.lo is None else (side.lo, side.hi) for side in sides)) or (None, None)
-    return Estimate(value=_OPS[term.op](a.value, b.value), lo=lo, hi=hi, reach=_interval(term.op, a.ends or _OPEN, b.ends or _OPEN) if a.reach or b.reach else None,
-                    n=min([side.n for side in sides if side.n], default=0), records=records, note=note, projected=a.projected or b.projected)
+    return Estimate(value=_OPS[term.op](a.value, b.value), lo=lo, hi=hi,
+                    reach=_interval(term.op, a.ends or _OPEN, b.ends or _OPEN) if a.reach or b.reach else None,
+                    n=min([side.n for side in sides if side.n], default=0), records=records, note=note,
+                    projected=a.projected or b.projected)
 
 # %% ../../nbs/study/01_expression.ipynb #2455b9b9
 def _compare(formula: Compare, estimate: Estimate) -> Status:
-    if estimate.value is None: return Status.INCONCLUSIVE if estimate.reach else Status.NOT_MEASURED  # lost is not unmeasured
+    # lost is not unmeasured
+    if estimate.value is None:
+        return Status.INCONCLUSIVE if estimate.reach else Status.NOT_MEASURED
     if not estimate.decides: return Status.INCONCLUSIVE
     holds = {_OPS[formula.op](end, formula.right) for end in estimate.ends}
     return Status.INCONCLUSIVE if len(holds) == 2 else Status.MET if holds == {True} else Status.NOT_MET
@@ -271,4 +279,5 @@ def to_z3(node: Formula | Term):
         case Compare(): return _OPS[node.op](to_z3(node.left), z3.RealVal(repr(node.right)))
         case Count():
             parts = [to_z3(part) for part in node.parts]
-            return z3.And(parts) if node.k is None else z3.Or(parts) if node.k == 1 else z3.PbGe([(part, 1) for part in parts], node.k)
+            return (z3.And(parts) if node.k is None else z3.Or(parts) if node.k == 1
+                    else z3.PbGe([(part, 1) for part in parts], node.k))

@@ -39,7 +39,8 @@ class Criterion:
     statement: str
     formula: Formula
     only: tuple[str, ...] = ()  # the configurations of which it asks something; none: all
-    units: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)  # of the quantities, for the words
+    # of the quantities, for the words
+    units: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def text(self) -> str:
@@ -137,7 +138,9 @@ class Hypothesis:
     @property
     def hash(self) -> str:
         "Content hash of statements, formulas, quantities and margins."
-        rows = [[c.id, c.kind, c.statement, c.text, [leaf.right for leaf in leaves(c.formula)], *c.only] for c in self.criteria]
+        rows = [[c.id, c.kind, c.statement, c.text, [leaf.right for leaf in leaves(c.formula)], *c.only]
+                for c in self.criteria]
         used = sorted({q.name for c in self.criteria for q in quantities(c.formula)})
-        described = {name: {key: getattr(self.measures[name], key) for key in ("unit", "meaning", "confidence")} for name in used}
+        described = {name: {key: getattr(self.measures[name], key) for key in ("unit", "meaning", "confidence")}
+                     for name in used}
         return content_hash([self.id, rows, described, list(self.constants)])

@@ -25,7 +25,8 @@ class Journal:
         self.header, self.first, self.rows, self.writer = None, [], [], None
 
     def reopen(self, header: dict, first: Iterable[tuple[str, dict]] = ()):
-        "Reads it; `header` is the one it would have now, `first` the rows it begins with. Raises `UserError` if it is of another origin."
+        """Reads it; `header` is the one it would have now, `first` the rows it begins with.
+        Raises `UserError` if it is of another origin."""
         begun = recorded(self.folder)
         if begun: same_origin(begun.folder, begun.header, header, ("settings_hash", "data_hash", "device"))
         self.header, self.first, self.rows, self.writer = header, [*first], begun.rows if begun else [], None
@@ -74,7 +75,8 @@ class Journal:
         return {row["checkpoint"]: row for row in self.unconfirmed(rows)}
 
     def waiting(self, ids: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-        "Why each of these checkpoints, of those that are known, waits to be confirmed; raises `UserError` for one that nothing waits for."
+        """Why each of these checkpoints, of those that are known, waits to be confirmed;
+        raises `UserError` for one that nothing waits for."""
         waits = self.pauses() if (ids := [*ids]) else {}
         told = f"what waits: {', '.join(waits)}" if waits else "leave --confirm out"
         for id in ids:

@@ -20,7 +20,8 @@ from .checkpoint import clear_aside, load, save
 # %% ../../nbs/study/08_loop.ipynb #75d85684
 class Task(Protocol):
     "Something that learns in steps."
-    def step(self, n: int) -> dict: "Takes optimizer step `n` (from 1); returns the row's fields: loss, grad_norm, lr, skipped, tokens."
+    def step(self, n: int) -> dict:
+        "Takes optimizer step `n` (from 1); returns the row's fields: loss, grad_norm, lr, skipped, tokens."
     def state_dict(self) -> dict: "All that later steps depend on."
     def load_state_dict(self, state: dict): "Puts the task where `state_dict` was taken."
 
@@ -30,7 +31,8 @@ class Callback:
         "Takes step `n` by calling `take` once; a callback that measures a step wraps it."
         return take()
     def after(self, n: int, row: dict) -> Iterable[tuple[str, dict]]:
-        "Rows (kind, fields) for the record after step `n`. A decision that is enforced ends the run if it says abort, and holds it if it says pause."
+        """Rows (kind, fields) for the record after step `n`.
+        A decision that is enforced ends the run if it says abort, and holds it if it says pause."""
         return ()
     def finish(self) -> Iterable[tuple[str, dict]]:
         "Rows after the last step."
@@ -51,7 +53,8 @@ CHECKPOINT = "checkpoint.safetensors"
 COLD_STEPS = 2  # after each start: the first compiles, the second allocates the optimizer's states or plans memory anew
 
 # %% ../../nbs/study/08_loop.ipynb #23bf0454
-ORIGIN = dict(settings_hash="settings", data_hash="data", device="the device", criteria_hash="criteria", package_version="version of the package")
+ORIGIN = dict(settings_hash="settings", data_hash="data", device="the device", criteria_hash="criteria",
+              package_version="version of the package")
 
 def same_origin(
     path: Path,  # what was begun: a run's directory or its checkpoint
@@ -60,8 +63,11 @@ def same_origin(
     fields: Iterable[str] = tuple(ORIGIN),  # what has to be the same
 ):
     "Raises `UserError` unless both headers say the same, as far as they say it."
-    apart = [f"{ORIGIN[key]} {begun[key]} (now {now[key]})" for key in fields if begun.get(key) and now.get(key) and begun[key] != now[key]]
-    if apart: raise UserError(f"{path} was made with other {', '.join(apart)}; give the command as it was given then, name another folder with --out, or delete this one")
+    apart = [f"{ORIGIN[key]} {begun[key]} (now {now[key]})" for key in fields
+             if begun.get(key) and now.get(key) and begun[key] != now[key]]
+    if apart:
+        raise UserError(f"{path} was made with other {', '.join(apart)}; "
+                        "give the command as it was given then, name another folder with --out, or delete this one")
 
 # %% ../../nbs/study/08_loop.ipynb #32da0935
 def _resume(path: Path, task: Task, header: dict, callbacks: Sequence[Callback]) -> tuple[RunWriter, int]:
@@ -90,7 +96,8 @@ def fit(
     stopped: Callable[[], bool] = lambda: False,  # asked after each step
     keep: Callable[[dict], bool] = lambda row: True,  # which steps are rows of the record; callbacks see all
 ) -> str:
-    "Trains until `steps` or a decision; returns the run's status. Raises `Interrupted` after a stop, `Paused` where a decision wants a pause."
+    """Trains until `steps` or a decision; returns the run's status.
+    Raises `Interrupted` after a stop, `Paused` where a decision wants a pause."""
     path = Path(folder) / CHECKPOINT
     clear_aside(folder)
     writer, start = _resume(path, task, header, callbacks) if path.exists() else (RunWriter(folder, header=header), 0)
@@ -101,12 +108,14 @@ def fit(
                         callbacks=[callback.state_dict() for callback in callbacks]))
     try:
         for n in range(start + 1, steps + 1):
-            row = finite({"step": n, "cold": n - start <= COLD_STEPS} | _take(task, n, callbacks))  # callbacks see what the record holds
+            # callbacks see what the record holds
+            row = finite({"step": n, "cold": n - start <= COLD_STEPS} | _take(task, n, callbacks))
             if keep(row): writer.append("step", **row)
             called = {}
             for kind, fields in [answer for callback in callbacks for answer in callback.after(n, row)]:
                 writer.append(kind, **fields)
-                if kind == "decision" and fields["enforced"]: called.setdefault(fields["action"], f"{fields['checkpoint']}: {fields['why']}")
+                if kind == "decision" and fields["enforced"]:
+                    called.setdefault(fields["action"], f"{fields['checkpoint']}: {fields['why']}")
             if "abort" in called: status, reason = "aborted", called["abort"]; break
             stop = stopped()
             if stop or "pause" in called or (checkpoint_every and n % checkpoint_every == 0): checkpoint(n)
@@ -116,7 +125,7 @@ def fit(
             for kind, fields in callback.finish(): writer.append(kind, **fields)
     except (UserError, KeyboardInterrupt): writer.close(); raise
     except Exception as error:
-        # What never fitted is a finding. What fitted before it was interrupted did not fit beside something else: it is tried again from its checkpoint.
+        # What never fitted is a finding; what fitted before it was interrupted is tried again from its checkpoint.
         if not isinstance(error, torch.OutOfMemoryError) or start:
             writer.end("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             raise

@@ -41,12 +41,14 @@ def select_runs(
     "The preset with only some of its runs; raises `UserError` for what it does not have."
     def chosen(plan): return tuple(c for c in plan.configs if not configs or c in configs)
     for name in workloads or (): choose(what, name, preset.plans)
-    for config in configs or (): choose("configuration", config, sorted({c for plan in preset.plans.values() for c in plan.configs}))
+    for config in configs or ():
+        choose("configuration", config, sorted({c for plan in preset.plans.values() for c in plan.configs}))
     for name in workloads or ():
         known = preset.plans[name].configs
         if not chosen(preset.plans[name]):
             raise UserError(f"{name} has no {', '.join(configs)} at scale {preset.name}; choose of: {', '.join(known)}")
-    plans = {name: plan.replace(configs=chosen(plan)) for name, plan in preset.plans.items() if not workloads or name in workloads}
+    plans = {name: plan.replace(configs=chosen(plan)) for name, plan in preset.plans.items()
+             if not workloads or name in workloads}
     return preset.replace(plans=plans)
 
 # %% ../../nbs/study/09_presets.ipynb #c728cfc9
@@ -55,4 +57,5 @@ def rates(
 ) -> dict[str, float]:
     "Dollars for an hour of the preset's GPU, by platform; of a GPU that nobody is known to rent out, none."
     if not preset.priced: return {}
-    return {name: platform.per_gpu_hour for name, platform in known_platforms().items() if platform.gpu == preset.accelerator.name}
+    return {name: platform.per_gpu_hour for name, platform in known_platforms().items()
+            if platform.gpu == preset.accelerator.name}

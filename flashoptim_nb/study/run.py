@@ -43,7 +43,8 @@ class RunSpec(Config):
 
     def as_settings(self) -> dict:
         fields = super().as_settings()
-        for name, written in dict(preset="scale", workload="role", experiment="arm").items(): fields[written] = fields.pop(name)
+        for name, written in dict(preset="scale", workload="role", experiment="arm").items():
+            fields[written] = fields.pop(name)
         return fields | dict(arm=self.arm)
 
 # %% ../../nbs/study/10_run.ipynb #ee5b24d0
@@ -78,7 +79,9 @@ def is_done(
     header: dict,  # that the run would have now
 ) -> bool:
     "Whether the run's record is there and ended for good. Raises `UserError` if it is of other settings or other data."
-    if not (run := recorded(folder)) or run.status == "unavailable": return False  # what was never made has no settings or data
+    # what was never made has no settings or data
+    if not (run := recorded(folder)) or run.status == "unavailable":
+        return False
     same_origin(folder, run.header, header, ("settings_hash", "data_hash"))
     if run.status in AGAIN: return False
     (folder / CHECKPOINT).unlink(missing_ok=True)  # killed after its last row

@@ -27,7 +27,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..base.errors import UserError, choose
 from ..base.machine import pick_device, provenance, repo_root, safe_path
-from ..base.records import RecordError, RowError, RunWriter, finite, only_writer, read_study, study_name, study_origin
+from ..base.records import (RecordError, RowError, RunWriter, finite, only_writer, read_study, study_name,
+                                        study_origin)
 from ..measure.memory import free
 from .decisions import Decision, decide_from
 from .evidence import Evidence, evidence_table
@@ -53,7 +54,8 @@ def device_for(
     preset: Preset,
     name: str,  # as `pick_device` takes it
 ) -> torch.device:
-    "The device of a preset's runs; raises `UserError` for one that is not here, or on which the preset is not measured."
+    """The device of a preset's runs; raises `UserError` for one that is not here,
+    or on which the preset is not measured."""
     device = pick_device(name)
     if preset.device != "cuda" or device.type == "cuda": return device
     raise UserError(f"scale {preset.name!r} is measured on a GPU, and the device is {name!r}; "
@@ -96,7 +98,8 @@ class Study:
         check_request(workers, minutes)
         until = time.monotonic() + 60 * minutes if minutes else float("inf")
         self.protocol, self.whole, self.experiments = protocol, preset, experiments
-        self.preset, self.device = select_runs(preset, workloads, configs, protocol.workload), device_for(preset, device)
+        self.preset, self.device = (select_runs(preset, workloads, configs, protocol.workload),
+                                    device_for(preset, device))
         self.folder = study_folder(Path(out), preset.name, self.device, protocol.name)
         self.stopped, self.workers, self.graphs = lambda: stopped() or time.monotonic() > until, workers, graphs
         self.console, self.journal, self.loaded = console or Console(stderr=True), Journal(self.folder), {}
@@ -112,7 +115,8 @@ class Study:
         if self.stopped(): raise Interrupted("stopped; give the same command again to go on")
 
     def data(self, workload: str):
-        "A workload's data, loaded once; `Missing` where they cannot be had, which ends a study whose runs all need them."
+        """A workload's data, loaded once; `Missing` where they cannot be had,
+        which ends a study whose runs all need them."""
         key, begin = "" if self.protocol.shared_data else workload, time.perf_counter()
         if key in self.loaded: return self.loaded[key]
         try: self.loaded[key] = self.protocol.load(self, workload)
@@ -137,7 +141,8 @@ class Study:
 
     def header(self, spec: RunSpec, data_hash: str | None = None) -> dict:
         "The header of a run's record."
-        if data_hash is None: data_hash = getattr(self.data(spec.workload), "data_hash", None) or self.protocol.asked_hash(spec)
+        if data_hash is None:
+            data_hash = getattr(self.data(spec.workload), "data_hash", None) or self.protocol.asked_hash(spec)
         return run_header(spec, self.device, data_hash=data_hash, study=self.folder.name, hypothesis=self.protocol.name,
                           criteria_hash=self.protocol.hypothesis.hash) | self.protocol.header_fields(self.whole)
 
@@ -151,13 +156,15 @@ class Study:
         self.journal.reopen(self.header(spec, data_hash) | dict(run="protocol"), self.protocol.journal_rows(self))
 
     def is_done(self, spec: RunSpec) -> bool:
-        "Whether a run is ended for good. Where its data cannot be had now there is nothing to compare its settings with."
+        """Whether a run is ended for good.
+        Where its data cannot be had now there is nothing to compare its settings with."""
         folder, header = self.folder / spec.id, self.header(spec)
         if isinstance(self.data(spec.workload), Missing) and (begun := recorded(folder)): header = begun.header
         return is_done(folder, header)
 
     def run(self, confirm: Iterable[str] = ()) -> int:
-        "Runs what is left of the protocol; `confirm` names checkpoints whose pause somebody has looked into. Returns the exit status."
+        """Runs what is left of the protocol; `confirm` names checkpoints whose pause somebody has looked into.
+        Returns the exit status."""
         return run_study(self, confirm)
 
 # %% ../../nbs/study/13_runner.ipynb #759a9e55
@@ -191,9 +198,13 @@ def perform(
     study.check_stop()
     if why := lacks(study, spec): return record_unavailable(study, spec, why)
     data, before = study.data(spec.workload), _mark(folder)
-    if experiment.alone: study.loaded = {spec.workload: data}  # another workload's tables would count as this one's memory
+    # another workload's tables would count as this one's memory
+    if experiment.alone:
+        study.loaded = {spec.workload: data}
     try: return experiment.perform(study, spec, data)
-    except (Interrupted, Paused, RecordError): raise  # a damaged record or a row that does not fit says nothing of what there is
+    except (Interrupted, Paused, RecordError):
+        # a damaged record or a row that does not fit says nothing of what there is
+        raise
     except UserError as error:
         under_way = (folder / CHECKPOINT).exists() or experiment.trains and _mark(folder) != before
         if under_way or not experiment.may_lack: raise
@@ -204,7 +215,8 @@ def attempt(
     study: Study,
     spec: RunSpec,
 ) -> int:
-    "Performs a run; returns 1 if it failed. What does not fit is recorded as oom, what breaks as failed; both keep their rows."
+    """Performs a run; returns 1 if it failed.
+    What does not fit is recorded as oom, what breaks as failed; both keep their rows."""
     try: return int(bool(perform(study, spec)))
     except RowError as error: return record_failure(study, spec, error)  # nothing that the user could mend
     except UserError: raise
@@ -212,12 +224,14 @@ def attempt(
     finally: free(study.device)
 
 def record_failure(study: Study, spec: RunSpec, error: Exception) -> int:
-    "Ends the record of a run that raised; returns 1 if it failed. A run that was under way did fit, so that it is not oom now."
+    """Ends the record of a run that raised; returns 1 if it failed.
+    A run that was under way did fit, so that it is not oom now."""
     folder, words = study.folder / spec.id, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     status = "oom" if isinstance(error, torch.OutOfMemoryError) and not (folder / CHECKPOINT).exists() else "failed"
     begun = recorded(folder)
     if begun and begun.status == "unfinished": RunWriter(folder).end(status, words)
-    elif not begun or begun.status == "unavailable" or status == "oom": end_at_once(folder, study.header(spec), status, words)
+    elif not begun or begun.status == "unavailable" or status == "oom":
+        end_at_once(folder, study.header(spec), status, words)
     if status == "failed": study.say(f"  {spec.id} failed: {words}; the same command tries it again")
     return int(status == "failed")
 
@@ -248,7 +262,8 @@ class ProgressBar(Callback):
 
 # %% ../../nbs/study/13_runner.ipynb #b8afa400
 def reset_compile_cache(device: torch.device):
-    "As `free`, and forgets compiled code: of a function that torch has compiled for eight shapes it runs every further one uncompiled."
+    """As `free`, and forgets compiled code: of a function that torch has compiled for eight shapes it runs every
+    further one uncompiled."""
     torch.compiler.reset()
     free(device)
 
@@ -256,7 +271,8 @@ def attempt_all(
     study: Study,
     specs: Iterable[RunSpec],
 ) -> int:
-    "Attempts runs; returns how many failed. Training runs go on in several processes where more than one worker is asked for."
+    """Attempts runs; returns how many failed.
+    Training runs go on in several processes where more than one worker is asked for."""
     specs = [spec for spec in specs if not study.is_done(spec)]
     if specs: study.journal.begin()
     shared = [spec for spec in specs if study.workers > 1 and study.protocol.experiments[spec.experiment].trains]
@@ -321,7 +337,8 @@ def run_parallel(
     return failed + lost
 
 def train_all_first(study: Study):
-    "Where checkpoints only advise, all training runs go on together before the stages are gone through: the first configurations first."
+    """Where checkpoints only advise, all training runs go on together before the stages are gone through:
+    the first configurations first."""
     if study.workers < 2 or study.preset.enforced: return
     training, specs = [name for name, one in study.protocol.experiments.items() if one.trains], []
     for stage in study.protocol.stages(study.preset, study.experiments):
@@ -364,7 +381,8 @@ def record_decision(
     if not (id := stage.checkpoint): return "continue"
     journal = study.journal
     if lacking := left_out(study, stage):
-        reason = f"not decided: this study leaves out {', '.join(lacking)}, on which it rests; run without {study.protocol.narrowing}"
+        reason = (f"not decided: this study leaves out {', '.join(lacking)}, on which it rests; "
+                  f"run without {study.protocol.narrowing}")
         if not journal.last_event("skip", what=id, reason=reason): study.say(f"  {id} {reason}")
         journal.note_once("skip", what=id, reason=reason)
     else:
@@ -386,7 +404,8 @@ def say_lacking(study: Study):
     planned = {(stage.workload, name) for stage in stages for name, _ in stage.runs}
     for workload, plan in study.preset.plans.items():
         if lacking := [name for name in study.experiments or () if (workload, name) not in planned]:
-            study.say(f"  nothing to run: {workload} has no {' and no '.join(lacking)} with the configurations {', '.join(plan.configs)}")
+            study.say(f"  nothing to run: {workload} has no {' and no '.join(lacking)} with the configurations "
+                      f"{', '.join(plan.configs)}")
 
 def run_stages(
     study: Study,
@@ -406,7 +425,8 @@ def run_stages(
         failed += attempt_all(study, study.specs(stage))
         action, id = record_decision(study, stage), stage.checkpoint
         if action == "abort": return failed, f"{id}: {action}"
-        if action == "pause": raise Paused(f"the study is paused by {id}: {study.journal.last_event('decision', checkpoint=id)['why']}")
+        if action == "pause":
+            raise Paused(f"the study is paused by {id}: {study.journal.last_event('decision', checkpoint=id)['why']}")
         if action == "downgrade": downgraded = f"{id}: {action}"
     return failed, ""
 
@@ -414,9 +434,11 @@ def run_stages(
 def _say_end(study: Study, failed: int):
     name, out = study.protocol.name, study.folder.parent
     where = "" if out.resolve() == repo_root() / "runs" else f" --records {shlex.quote(str(out))}"
-    if not study.preset.enforced: study.say("  what a checkpoint *would* do is advice at this scale: nothing was cut short")
-    study.say(f"{len(read_study(study.folder))} records in {study.folder}{f', {failed} runs failed' if failed else ''}; "
-              f"next: flashoptim-nb verdict {name}{where}, flashoptim-nb book{where}")
+    if not study.preset.enforced:
+        study.say("  what a checkpoint *would* do is advice at this scale: nothing was cut short")
+    study.say(
+        f"{len(read_study(study.folder))} records in {study.folder}{f', {failed} runs failed' if failed else ''}; "
+        f"next: flashoptim-nb verdict {name}{where}, flashoptim-nb book{where}")
 
 def run_study(
     study: Study,
@@ -432,7 +454,8 @@ def run_study(
         for kind, fields in journal.first: journal.note_once(kind, **fields)
         try: failed, ended = run_stages(study)
         except Paused as pause:
-            study.say(f"  {pause}\n  nothing is lost; to go on, give the same command with --confirm and the checkpoint's name")
+            study.say(f"  {pause}\n  nothing is lost; to go on, "
+                      "give the same command with --confirm and the checkpoint's name")
             journal.close("paused", str(pause))
             return 1
         journal.close("aborted" if ended else "finished", ended)

@@ -28,7 +28,8 @@ class Estimate:
     value: float | None = None  # None: not measured
     lo: float | None = None  # interval; None: unknown
     hi: float | None = None
-    reach: tuple[float, float] | None = None  # what it can be, where that is more than the interval; an infinite end is open
+    # what it can be, where that is more than the interval; an infinite end is open
+    reach: tuple[float, float] | None = None
     n: int = 0  # pairs (or runs) it rests on
     records: tuple[str, ...] = ()  # ids of the runs it rests on
     note: str = ""  # what a reader should know: why it is missing, what was carried over
@@ -57,13 +58,15 @@ class Estimate:
         "What the value is to the quantity, in words; empty where it is the quantity's own."
         if self.value is None or not any(map(isinf, self.reach or ())): return ""
         lo, hi = (nextafter(-inf, 0), nextafter(inf, 0)) if self.lo is None else (self.lo, self.hi)
-        return {(True, True): "not established", (True, False): "at most", (False, True): "at least"}[self.reach[0] < lo, self.reach[1] > hi]
+        return {(True, True): "not established", (True, False): "at most", (False, True): "at least"}[
+            self.reach[0] < lo, self.reach[1] > hi]
 
     def map(self, f: Callable[[float], float]) -> "Estimate":
         "The estimate of `f` of the quantity, for a monotone `f`."
         def mapped(ends): return (None, None) if ends is None else tuple(sorted(map(f, ends)))
         lo, hi = mapped(None if self.lo is None else (self.lo, self.hi))
-        return replace(self, value=None if self.value is None else f(self.value), lo=lo, hi=hi, reach=self.reach and mapped(self.reach))
+        return replace(self, value=None if self.value is None else f(self.value), lo=lo, hi=hi,
+                       reach=self.reach and mapped(self.reach))
 
 # %% ../../nbs/study/00_statistics.ipynb #ee9e41a1
 def exact(value: float, **also) -> Estimate:
@@ -114,7 +117,8 @@ def _without_lost(
     lost: int,  # pairs beside them
     confidence: float,
 ) -> float:
-    "How far from the mean the end lies that is nearest to harm, with the best of all values for the lost pairs; infinite where it can be anything."
+    """How far from the mean the end lies that is nearest to harm, with the best of all values for the lost pairs;
+    infinite where it can be anything."""
     n = len(d) + lost
     if len(d) < 2 or n < MIN_PAIRS: return inf
     room = stats.t.ppf((1 + confidence) / 2, n - 1) ** 2 / (n - 1) - lost / len(d)
@@ -128,7 +132,8 @@ def paired_interval(
     harm: str = "more",  # the side on which such a pair lies: "more" or "less"
     **also,  # the estimate's other fields
 ) -> Estimate:
-    "Mean of paired differences with its t interval; no interval below `MIN_PAIRS`, no value without a pair or where one is not a number; open on the side of harm if pairs are lost."
+    """Mean of paired differences with its t interval; no interval below `MIN_PAIRS`,
+    no value without a pair or where one is not a number; open on the side of harm if pairs are lost."""
     d = _floats(differences)
     if not len(d) + lost: return missing("no pairs")
     note, fields = also.pop("note", ""), dict(n=int(np.isfinite(d).sum())) | also
@@ -137,7 +142,8 @@ def paired_interval(
     with np.errstate(over="ignore"): mean, s = float(d.mean() if spread(d) != 0 else np.median(d)), spread(d)
     if not is_number(mean) or s == inf: return replace(nothing, note=joined(note, "too large to be averaged"))
     few = joined(note, f"{len(d)} paired seed{'s' * (len(d) > 1)}, an interval needs {MIN_PAIRS}")
-    half = float(stats.t.ppf((1 + confidence) / 2, len(d) - 1) * (stats.sem(d) if s else 0.0)) if len(d) >= MIN_PAIRS else None
+    half = (float(stats.t.ppf((1 + confidence) / 2, len(d) - 1) * (stats.sem(d) if s else 0.0)) if len(d) >= MIN_PAIRS
+            else None)
     if lost:
         side, near = (1 if harm == "more" else -1), _without_lost(d, lost, confidence)
         fields["reach"] = (-inf, inf) if isinf(near) else tuple(sorted((mean - side * near, side * inf)))
@@ -155,8 +161,10 @@ def paired_ratio(
     confidence: float = 0.95,
     **also,  # as of `paired_interval`: lost, harm, and the estimate's other fields
 ) -> Estimate:
-    "Geometric mean of `new / old` over pairs, with the interval of the log ratio mapped back; no result where one is not a positive number."
-    if len(new) != len(old): raise UserError(f"a ratio is taken pair by pair: {len(new)} values were given over {len(old)}")
+    """Geometric mean of `new / old` over pairs, with the interval of the log ratio mapped back;
+    no result where one is not a positive number."""
+    if len(new) != len(old):
+        raise UserError(f"a ratio is taken pair by pair: {len(new)} values were given over {len(old)}")
     top, bottom = (np.where(x > 0, x, nan) for x in map(_floats, (new, old)))
     return paired_interval(np.log(top) - np.log(bottom), confidence, **also).map(_exp)
 
@@ -164,7 +172,8 @@ def paired_ratio(
 def hedges_g(
     differences: Sequence[float],  # one a pair
 ) -> float | None:
-    "Paired effect size, in standard deviations of the differences; None where it is undefined: fewer than 3 pairs, no spread, or one that is not a number."
+    """Paired effect size, in standard deviations of the differences; None where it is undefined:
+    fewer than 3 pairs, no spread, or one that is not a number."""
     d, s = _floats(differences), spread(differences)
     if len(d) < MIN_PAIRS or not s or isinf(s): return None
     df = len(d) - 1
@@ -202,7 +211,8 @@ class Equivalence:
         "p-value, effect size and power for a reader."
         if self.p is None: return []
         size = [f"g = {self.effect:.2g}"] if self.effect is not None else ["no spread"]
-        power = f"power {self.power:.0%}" + (f", below the {POWER:.0%} without which nothing is called equivalent" if self.weak else "")
+        power = (f"power {self.power:.0%}"
+                 + (f", below the {POWER:.0%} without which nothing is called equivalent" if self.weak else ""))
         return [f"TOST p = {self.p:.2g}", *size, power]
 
 def tost(
@@ -210,13 +220,17 @@ def tost(
     margin: float,  # > 0, in the differences' unit
     alpha: float = 0.05,
 ) -> Equivalence:
-    "Paired TOST (Schuirmann 1987, doi:10.1007/BF01068419); no test with fewer than `MIN_PAIRS`, or where a difference is not a number."
-    if not (is_number(margin) and margin > 0): raise UserError(f"an equivalence margin must be positive and finite, not {margin}; fix it before the data are seen")
+    """Paired TOST (Schuirmann 1987, doi:10.1007/BF01068419);
+    no test with fewer than `MIN_PAIRS`, or where a difference is not a number."""
+    if not (is_number(margin) and margin > 0):
+        raise UserError(
+            f"an equivalence margin must be positive and finite, not {margin}; fix it before the data are seen")
     estimate, s = paired_interval(differences, 1 - 2 * alpha), spread(differences)
     found = dict(difference=estimate, margin=margin, alpha=alpha, spread=s, effect=hedges_g(differences))
     if estimate.lo is None: return Equivalence(p=None, **found)
     room = margin - abs(estimate.value)
-    return Equivalence(p=float(stats.t.sf(room / stats.sem(differences), estimate.n - 1)) if s else float(room <= 0), **found)
+    return Equivalence(
+        p=float(stats.t.sf(room / stats.sem(differences), estimate.n - 1)) if s else float(room <= 0), **found)
 
 # %% ../../nbs/study/00_statistics.ipynb #6468cfe5
 def tost_power(

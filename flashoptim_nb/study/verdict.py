@@ -44,8 +44,9 @@ def _part(leaf: Leaf, units: dict[str, str], conclusive: bool) -> dict:
     e, first = leaf.estimate, quantities(leaf.compare)[0]
     status = leaf.status if conclusive or e.value is None else Status.NO_EVIDENCE
     return dict(term=text(leaf.compare.left), at=first.where, status=str(status), value=e.value,
-                interval=None if e.lo is None else [e.lo, e.hi], bound=e.bound, op=leaf.compare.op, threshold=leaf.compare.right,
-                unit=units[first.name], n=e.n, records=list(e.records), reason=e.note, projected=e.projected)
+                interval=None if e.lo is None else [e.lo, e.hi], bound=e.bound, op=leaf.compare.op,
+                threshold=leaf.compare.right, unit=units[first.name], n=e.n, records=list(e.records), reason=e.note,
+                projected=e.projected)
 
 def _deciding(judged: Judged) -> int:
     "Index of the part whose value stands for the whole."
@@ -61,7 +62,8 @@ def _reason(status: str, decider: dict, parts: list[dict]) -> str:
     "Why the status is what it is."
     lacking = [f"{part['term']} ({part['reason']})" for part in parts if part["value"] is None]
     lacks = "not measured: " + "; ".join(dict.fromkeys(lacking)) if lacking else ""
-    if status == Status.NOT_MEASURED: return "; ".join(dict.fromkeys([lacks, *(part["reason"] for part in parts if part["bound"])]))
+    if status == Status.NOT_MEASURED:
+        return "; ".join(dict.fromkeys([lacks, *(part["reason"] for part in parts if part["bound"])]))
     return "; ".join(filter(None, [decider["reason"], lacks]))
 
 def entry(
@@ -77,10 +79,11 @@ def entry(
     status = NOT_APPLICABLE if not applies else str(judged.status if conclusive else Status.NO_EVIDENCE)
     decider, shown = parts[_deciding(judged)], status not in (Status.NOT_MEASURED, NOT_APPLICABLE)
     reason = _reason(status, decider, parts) if applies else f"it asks something of {' and '.join(criterion.only)} only"
-    return dict(id=criterion.id, kind=criterion.kind, title=criterion.title, statement=criterion.statement, formula=criterion.text,
-                against=side.against, stack=side.stack, side=side.name, status=status, value=decider["value"] if shown else None,
-                interval=decider["interval"] if shown else None, bound=decider["bound"] if shown else "",
-                op=decider["op"], threshold=decider["threshold"], unit=decider["unit"], scale=scale, device=evidence.device if evidence else None,
+    return dict(id=criterion.id, kind=criterion.kind, title=criterion.title, statement=criterion.statement,
+                formula=criterion.text, against=side.against, stack=side.stack, side=side.name, status=status,
+                value=decider["value"] if shown else None, interval=decider["interval"] if shown else None,
+                bound=decider["bound"] if shown else "", op=decider["op"], threshold=decider["threshold"],
+                unit=decider["unit"], scale=scale, device=evidence.device if evidence else None,
                 records=sorted({run for part in parts for run in part["records"]}), reason=reason, parts=parts,
                 carry=[i for i in judged.carry if parts[i]["value"] is not None])
 
@@ -89,15 +92,19 @@ DECIDED = ("met", "not met")
 
 def _outcome(hypothesis: Hypothesis, entries: list[dict]) -> tuple[str, list[str]]:
     "Status of the whole and the ids that decide it."
-    def having(status, kind=None): return [e["id"] for e in entries if e["status"] == status and kind in (None, e["kind"])]
+    def having(status, kind=None):
+        return [e["id"] for e in entries if e["status"] == status and kind in (None, e["kind"])]
     for kind, status in (("falsification", "falsified"), ("failure", "failed")):
         if met := having("met", kind): return status, met
-    reached, spared = (all(e["status"] in (status, NOT_APPLICABLE) for e in entries if (e["kind"] == "success") == (status == "met"))
-                       for status in DECIDED)
+    reached, spared = (
+        all(e["status"] in (status, NOT_APPLICABLE) for e in entries if (e["kind"] == "success") == (status == "met"))
+        for status in DECIDED)
     if reached and spared: return "success", having("met", "success")
     first = {hypothesis.min_failure: ("not met",), hypothesis.min_success: DECIDED}
-    if not reached and all(e["status"] in first[e["id"]] for e in entries if e["id"] in first): return "partial", list(first)
-    if not any(having(status) for status in (*DECIDED, "inconclusive")) and having(Status.NO_EVIDENCE): return str(Status.NO_EVIDENCE), []
+    if not reached and all(e["status"] in first[e["id"]] for e in entries if e["id"] in first):
+        return "partial", list(first)
+    if not any(having(status) for status in (*DECIDED, "inconclusive")) and having(Status.NO_EVIDENCE):
+        return str(Status.NO_EVIDENCE), []
     return "undecided", []
 
 # %% ../../nbs/study/06_verdict.ipynb #555e256f
@@ -110,7 +117,9 @@ def value_text(
     scale = factor * (100 if part["unit"] == "share" else 1)
     bound = part.get("bound", "")
     shown = [readable(float(scale * end), digits=3) for end in ends] if len(set(ends)) > 1 else []
-    if shown and bound.startswith("at least"): shown[1] = "open"  # the least that it can be, but for the other side's own uncertainty
+    # the least that it can be, but for the other side's own uncertainty
+    if shown and bound.startswith("at least"):
+        shown[1] = "open"
     if shown and bound.startswith("at most"): shown[0] = "open"
     said = readable(value, part["unit"], digits=3) + (f" [{', '.join(shown)}]" if shown else "")
     return f"{bound} {said}".strip() if bound.startswith("at ") else said + f" ({bound})" * bool(bound)
@@ -118,8 +127,10 @@ def value_text(
 def _with_numbers(entry: dict) -> str:
     "The criterion that decides, with the numbers by which it does."
     if entry.get("value") is None: return entry["id"]
-    def asked(part): return f"{'' if part['status'] == 'met' else 'not '}{part['op']} {number_text(part['threshold'], part['unit'])}"
-    said = [f"{part['term']} = {value_text(part)}, {asked(part)}" for part in (entry["parts"][i] for i in entry["carry"])]
+    def asked(part):
+        return f"{'' if part['status'] == 'met' else 'not '}{part['op']} {number_text(part['threshold'], part['unit'])}"
+    said = [
+        f"{part['term']} = {value_text(part)}, {asked(part)}" for part in (entry["parts"][i] for i in entry["carry"])]
     return f"{entry['id']} ({'; '.join(said)})"
 
 # %% ../../nbs/study/06_verdict.ipynb #2de02eb9
@@ -142,14 +153,16 @@ def _open(hypothesis: Hypothesis, entries: list[dict]) -> str:
     counts = ", ".join(f"{n} {name}" for name, n in Counter(e["status"] for e in still).items())
     first = (hypothesis.min_failure, hypothesis.min_success)
     known = [_with_numbers(e) for e in entries if e["id"] in first and e["status"] in DECIDED]
-    bounds = {part["reason"]: part["term"] for e in still for part in e["parts"] if part["bound"] and part["status"] == "inconclusive"}
+    bounds = {part["reason"]: part["term"] for e in still for part in e["parts"]
+              if part["bound"] and part["status"] == "inconclusive"}
     said = [hypothesis.open_text.format(term=term, reason=reason) for reason, term in bounds.items()]
     return "; ".join([counts, *(["known: " + " and ".join(known)] if known else []), *said])
 
 def _words(hypothesis: Hypothesis, status: str, deciding: list[str], entries: list[dict]) -> str:
     "The reason of the whole."
     said, by_id = tally(entries), {e["id"]: e for e in entries}
-    if status == Status.NO_EVIDENCE: return f"{said}; measured only where nothing is evidence, at laptop scale or on a CPU"
+    if status == Status.NO_EVIDENCE:
+        return f"{said}; measured only where nothing is evidence, at laptop scale or on a CPU"
     if status == "undecided": return f"{said}: {_open(hypothesis, entries)}"
     named = [_with_numbers(by_id[id]) for id in deciding]
     return f"{said}; decided by {' and '.join(named) if status != 'success' else 'all criteria'}"
@@ -172,29 +185,35 @@ def overall(
     used = sorted({run for e in entries for run in e["records"]})
     other = table.criteria_hash.notna() & (table.criteria_hash != hypothesis.hash)
     stale = sorted(set(table.name[table.name.isin(used) & other]))
-    if stale: reason += f"; {len(stale)} of {len(used)} runs were taken under other criteria than these ({hypothesis.hash})"
+    if stale:
+        reason += f"; {len(stale)} of {len(used)} runs were taken under other criteria than these ({hypothesis.hash})"
     spoken = (*DECIDED, "inconclusive")
     scale, decisive = _scale(entries, spoken), {run for e in entries if e["status"] in spoken for run in e["records"]}
     if covered := hypothesis.coverage(table, sorted(decisive or used), scale): reason += f"; {covered}"
-    return dict(id=hypothesis.id, kind="overall", title="overall", statement=hypothesis.claim, formula="", against=side.against,
-                stack=side.stack, side=side.name, status=status, value=None, interval=None, op=None, threshold=None, unit="",
-                scale=scale, device=None, records=used, reason=reason, decided_by=deciding, parts=[], stale=stale)
+    return dict(
+        id=hypothesis.id, kind="overall", title="overall", statement=hypothesis.claim, formula="", against=side.against,
+        stack=side.stack, side=side.name, status=status, value=None, interval=None, op=None, threshold=None, unit="",
+        scale=scale, device=None, records=used, reason=reason, decided_by=deciding, parts=[], stale=stale)
 
 # %% ../../nbs/study/06_verdict.ipynb #9eb1cc2e
 def verdict(
     runs: Iterable[Run],
     hypothesis: Hypothesis,
 ) -> list[dict]:
-    "An entry for each criterion and one for the whole, on each side, the headline first; plain JSON values. Runs of other hypotheses are left out."
+    """An entry for each criterion and one for the whole, on each side, the headline first; plain JSON values.
+    Runs of other hypotheses are left out."""
     table, out = evidence_table(runs, hypothesis), []
     for side in hypothesis.sides:
-        evidences = [Evidence(table, hypothesis, side.against, side.stack, scale, device) for scale, device in rank_devices(table)]
+        evidences = [Evidence(table, hypothesis, side.against, side.stack, scale, device)
+                     for scale, device in rank_devices(table)]
         entries = [entry(criterion, evidences, side) for criterion in hypothesis.criteria]
-        out += [e | dict(headline=side == hypothesis.sides[0]) for e in [overall(hypothesis, entries, side, table), *entries]]
+        out += [e | dict(headline=side == hypothesis.sides[0])
+                for e in [overall(hypothesis, entries, side, table), *entries]]
     return out
 
 def side_text(
     entry: dict,  # of the verdict
 ) -> str:
     "Which of the verdicts it belongs to, in words."
-    return f"{entry['stack']} against {entry['against']}" if entry["side"] == entry["stack"] else f"against {entry['against']}"
+    return (f"{entry['stack']} against {entry['against']}" if entry["side"] == entry["stack"]
+            else f"against {entry['against']}")

@@ -79,7 +79,8 @@ class ThroughputCallback(Callback):
 # %% ../../../nbs/study/h1/06_callbacks.ipynb #375f81c8
 class MonitorCallback(Callback):
     "Puts the continuous monitor's decisions and the instability events into the record."
-    def __init__(self, monitor: Monitor, instability: Instability): self.monitor, self.instability = monitor, instability
+    def __init__(self, monitor: Monitor, instability: Instability):
+        self.monitor, self.instability = monitor, instability
 
     def after(self, n, row):
         yield from (("event", event) for event in self.instability.observe(row))
@@ -92,5 +93,6 @@ class MonitorCallback(Callback):
 
 class EarlyDecisionCallback(Callback):
     "Asks for a decision once, after a given step (checkpoint B falls within a run)."
-    def __init__(self, step: int, decide: Callable[[], Iterable[tuple[str, dict]]]): self.step, self.decide = step, decide
+    def __init__(self, step: int, decide: Callable[[], Iterable[tuple[str, dict]]]):
+        self.step, self.decide = step, decide
     def after(self, n, row): return list(self.decide()) if n == self.step else ()

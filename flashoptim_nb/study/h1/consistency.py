@@ -18,7 +18,8 @@ def _equal_hardware(size: str) -> Formula:
     return Equal(saving * speed, speed - steps)
 
 _ALL_SIZES = (*QUALITY_SIZES, "70B")
-_NOT_NEGATIVE = (*map(Q, ("nan_events", "nan_unrecovered", "loss_spikes")), *(Q("platform_gap", size) for size in SIZES))
+_NOT_NEGATIVE = (
+    *map(Q, ("nan_events", "nan_unrecovered", "loss_spikes")), *(Q("platform_gap", size) for size in SIZES))
 AXIOMS = (
     Axiom(id="cost", statement="On equal hardware the cost saving is 1 - steps ratio / throughput ratio.",
           formula=All(*map(_equal_hardware, _ALL_SIZES))),
@@ -27,7 +28,8 @@ AXIOMS = (
     Axiom(id="counts", statement="Counts, shares of steps and distances are not negative.",
           formula=All(*(q >= 0 for q in _NOT_NEGATIVE))),
     Axiom(id="bounded", statement="No saving of memory or of a component is 100 %.",
-          formula=All(*(Q("memory_saving", size) < 1 for size in SIZES), *(Q("component_saving", config=c) < 1 for c in COMPONENTS))),
+          formula=All(*(Q("memory_saving", size) < 1 for size in SIZES),
+                      *(Q("component_saving", config=c) < 1 for c in COMPONENTS))),
     Axiom(id="nan", statement="A step that a run did not recover from is a NaN event.",
           formula=Any(Q("nan_unrecovered") <= 0, Q("nan_events") >= 1)),
 )
@@ -49,11 +51,13 @@ def never_alone(logic: Logic = H1_LOGIC) -> list[Finding]:
         free = logic.ask(*rest, Not(c.formula), about=c.formula)
         assumed = " under the assumption that the stack needs no fewer steps; otherwise it can, as the witness shows"
         claim = f"{c.id} ({c.title}) can never be the only success criterion to fail{assumed if free.possible else ''}"
-        found.append(Finding(id=f"{c.id} alone", kind="never binds", proved=free.possible is not None, witness=free.witness, claim=claim))
+        found.append(Finding(id=f"{c.id} alone", kind="never binds", proved=free.possible is not None,
+                             witness=free.witness, claim=claim))
     return found
 
 # %% ../../../nbs/study/h1/04_consistency.ipynb #7f28912f
-CHECKS = (can_succeed, overlaps, never_binding, never_alone, implied, zones, checkpoints)  # in the order of this chapter
+# in the order of this chapter
+CHECKS = (can_succeed, overlaps, never_binding, never_alone, implied, zones, checkpoints)
 
 def findings() -> list[Finding]:
     "Everything the check finds about hypothesis 1."

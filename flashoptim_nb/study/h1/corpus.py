@@ -45,7 +45,8 @@ def _train(preset: LMPreset, tokenizer: Tokenizer):
                 source, sha256 = "hub", content_hash(tokens[:1_000_000].tolist())
             else:
                 text = load_text(name, split)
-                tokens, source, sha256, overlaps = tokens_of(text, tokenizer), text.source, text.sha256, overlaps | text.overlaps
+                tokens, source, sha256, overlaps = (tokens_of(text, tokenizer), text.source, text.sha256,
+                                                    overlaps | text.overlaps)
         except DataUnavailable as error: skipped.append(dict(what=f"{name}, {split}", reason=str(error)))
         else:
             parts.append(tokens)
@@ -60,7 +61,8 @@ def load_corpus(
     "Loads the preset's sets; raises `UserError` if nothing is there to train on."
     tokenizer = load_tokenizer(preset.tokenizer)
     train, sources, overlaps, skipped = _train(preset, tokenizer)
-    skipped += [dict(what=f"{name}, evaluation", reason="its documents are training text here") for name in sorted(overlaps)]
+    skipped += [
+        dict(what=f"{name}, evaluation", reason="its documents are training text here") for name in sorted(overlaps)]
     def load(name, limit): return load_evalset(name, tokenizer, limit or None, leave_out=overlaps)
     evals = []
     for name, limit in preset.eval_sets:
@@ -68,6 +70,8 @@ def load_corpus(
         except DataUnavailable as error: skipped.append(dict(what=f"{name}, evaluation", reason=str(error)))
     try: track = load(*preset.track_set)[0]
     except DataUnavailable: track = load("sotu", preset.track_set[1])[0]
-    sources += [dict(set=one.name, split="evaluation", source=one.source, sha256=one.sha256, tokens=one.predicted) for one in evals]
-    sources.append(dict(set=track.name, split="tracked", source=track.source, sha256=track.sha256, tokens=track.predicted))
+    sources += [dict(set=one.name, split="evaluation", source=one.source, sha256=one.sha256, tokens=one.predicted)
+                for one in evals]
+    sources.append(
+        dict(set=track.name, split="tracked", source=track.source, sha256=track.sha256, tokens=track.predicted))
     return Corpus(tokenizer, train, track, evals, sources, skipped)

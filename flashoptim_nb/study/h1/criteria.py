@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from functools import partial
 
 from ..expression import All, Any, AnyTested, AtLeast, EveryTested, Falling, Q
-from flashoptim_nb.study.h1.quantities import (
-    ALPHA, COMPONENTS, MARGIN_PPL, OTHER_FLASHOPTIM, QUALITY_SIZES, QUANTITIES, REACHED_AT, REFERENCE_PPL, SIZES, coverage,
-    early_values, language_row)
+from .quantities import (
+    ALPHA, COMPONENTS, MARGIN_PPL, OTHER_FLASHOPTIM, QUALITY_SIZES, QUANTITIES, REACHED_AT, REFERENCE_PPL, SIZES,
+    coverage, early_values, language_row)
 from ..hypothesis import Checkpoint, Criterion, Hypothesis, Rule, units_of
 
 # %% ../../../nbs/study/h1/01_criteria.ipynb #e5538734
@@ -28,27 +28,27 @@ _saving, _memory = ({size: Q(name, size) for size in SIZES} for name in ("cost_s
 # %% ../../../nbs/study/h1/01_criteria.ipynb #2b3f6db3
 SUCCESS = (
     _criterion(id="H1-S1", kind="success", title="cost",
-        statement="Training to equal loss costs at least 20 % less at 1B, 15 % less at 7B and 12 % less at 13B.",
-        formula=All(_saving["1B"] >= 0.20, _saving["7B"] >= 0.15, _saving["13B"] >= 0.12)),
+               statement="Training to equal loss costs at least 20 % less at 1B, 15 % less at 7B and 12 % less at 13B.",
+               formula=All(_saving["1B"] >= 0.20, _saving["7B"] >= 0.15, _saving["13B"] >= 0.12)),
     _criterion(id="H1-S2", kind="success", title="memory",
-        statement="Peak memory is at least 25 % lower at 1B (sequence 2048) and 30 % lower at 7B, at equal micro-batch.",
-        formula=All(_memory["1B"] >= 0.25, _memory["7B"] >= 0.30)),
+               statement="Peak memory is at least 25 % lower at 1B (sequence 2048) and 30 % lower at 7B, "
+                         "at equal micro-batch.", formula=All(_memory["1B"] >= 0.25, _memory["7B"] >= 0.30)),
     _criterion(id="H1-S3", kind="success", title="quality",
-        statement="Held-out perplexity (WikiText-103) is at most 0.5 worse, "
-                  "and equivalent within that margin by two one-sided tests at alpha 0.05.",
-        formula=EveryTested(*(All(gap <= MARGIN_PPL, gap >= -MARGIN_PPL) for gap in _each("quality_gap", QUALITY_SIZES)))),
+               statement="Held-out perplexity (WikiText-103) is at most 0.5 worse, "
+                         "and equivalent within that margin by two one-sided tests at alpha 0.05.", formula=EveryTested(
+                   *(All(gap <= MARGIN_PPL, gap >= -MARGIN_PPL) for gap in _each("quality_gap", QUALITY_SIZES)))),
     _criterion(id="H1-S4", kind="success", title="throughput",
-        statement="Tokens per second are at least the baseline's at each size.",
-        formula=All(*(ratio >= 1.0 for ratio in _each("throughput_ratio")))),
+               statement="Tokens per second are at least the baseline's at each size.",
+               formula=All(*(ratio >= 1.0 for ratio in _each("throughput_ratio")))),
     _criterion(id="H1-S5", kind="success", title="scaling",
-        statement="The saving drops by at most 5 points in all from 1B to 13B.",
-        formula=_saving["1B"] - _saving["13B"] <= 0.05),
+               statement="The saving drops by at most 5 points in all from 1B to 13B.",
+               formula=_saving["1B"] - _saving["13B"] <= 0.05),
     _criterion(id="H1-S6", kind="success", title="reproducibility",
-        statement="On a second GPU model the saving is within 5 points.",
-        formula=EveryTested(*(gap <= 0.05 for gap in _each("platform_gap")))),
+               statement="On a second GPU model the saving is within 5 points.",
+               formula=EveryTested(*(gap <= 0.05 for gap in _each("platform_gap")))),
     _criterion(id="H1-S7", kind="success", title="stability",
-        statement="No run of the stack has a NaN or infinite gradient.",
-        formula=Q("nan_events") <= 0),
+               statement="No run of the stack has a NaN or infinite gradient.",
+               formula=Q("nan_events") <= 0),
 )
 
 # %% ../../../nbs/study/h1/01_criteria.ipynb #d0e87554
@@ -110,32 +110,38 @@ FALSIFICATION = (
 _checkpoint = partial(Checkpoint, units=_UNITS)
 _cost, _gap = Q("cost_saving", "1B"), Q("quality_gap", "1B")
 
-CHECKPOINTS: Mapping[str, Checkpoint] = {checkpoint.id: checkpoint for checkpoint in (
-    _checkpoint(id="H1-CA", day=7, stage="baseline characterized", then="mend the data pipeline or the numerics first",
-                rules=(Rule("abort", Any(Q("utilization") < 0.85, Q("nan_rate") > 1)),)),
-    _checkpoint(id="H1-CB", day=14, stage="1B at 2B tokens", then="reassess the scope", early=early_values,
-                rules=(Rule("abort", Any(_cost < 0.05, _gap > 2.0, _gap < -2.0)), Rule("pause", Q("projected_cost") > 60_000))),
-    _checkpoint(id="H1-CC", day=18, stage="1B complete",
-                then="abort, or from 10 to 15 % report partial support and run the ablations only",
-                rules=(Rule("abort", Any(_cost < 0.10, _memory["1B"] < 0.10)), Rule("downgrade", _cost < 0.15))),
-    _checkpoint(id="H1-CD", day=25, stage="ablations", then="leave out 7B and 13B and look for the cause",
-                rules=(Rule("abort", EveryTested(*(Q("component_saving", config=c) <= 0.03 for c in COMPONENTS))),)),
-    _checkpoint(id="H1-CE", day=38, stage="7B complete", then="leave out 13B (about $18K) and publish 1B and 7B as partial",
-                rules=(Rule("abort", Q("cost_saving", "7B") < 0.08),)),
-    _checkpoint(id="H1-CF", day=62, stage="second platform", then="hold the report and reframe it as specific to the hardware",
-                rules=(Rule("abort", AnyTested(*(Q("platform_gap", size) > 0.20 for size in SIZES))),)),
-    _checkpoint(id="H1-CM", day=None, stage="every step", then="stop the run", unmeasured="continue",
-                rules=(Rule("abort", Any(Q("loss_streak") > 500, Q("memory_share") > 0.95, Q("cost_overrun") > 0.20)),)),
-)}
+CHECKPOINTS: Mapping[str, Checkpoint] = {
+    checkpoint.id: checkpoint for checkpoint in (
+        _checkpoint(
+            id="H1-CA", day=7, stage="baseline characterized", then="mend the data pipeline or the numerics first",
+            rules=(Rule("abort", Any(Q("utilization") < 0.85, Q("nan_rate") > 1)),)),
+        _checkpoint(id="H1-CB", day=14, stage="1B at 2B tokens", then="reassess the scope", early=early_values,
+                    rules=(Rule("abort", Any(_cost < 0.05, _gap > 2.0, _gap < -2.0)),
+                           Rule("pause", Q("projected_cost") > 60_000))),
+        _checkpoint(id="H1-CC", day=18, stage="1B complete",
+                    then="abort, or from 10 to 15 % report partial support and run the ablations only",
+                    rules=(Rule("abort", Any(_cost < 0.10, _memory["1B"] < 0.10)), Rule("downgrade", _cost < 0.15))),
+        _checkpoint(id="H1-CD", day=25, stage="ablations", then="leave out 7B and 13B and look for the cause", rules=(
+                        Rule("abort", EveryTested(*(Q("component_saving", config=c) <= 0.03 for c in COMPONENTS))),)),
+        _checkpoint(
+            id="H1-CE", day=38, stage="7B complete", then="leave out 13B (about $18K) and publish 1B and 7B as partial",
+            rules=(Rule("abort", Q("cost_saving", "7B") < 0.08),)),
+        _checkpoint(id="H1-CF", day=62, stage="second platform",
+                    then="hold the report and reframe it as specific to the hardware",
+                    rules=(Rule("abort", AnyTested(*(Q("platform_gap", size) > 0.20 for size in SIZES))),)),
+        _checkpoint(
+            id="H1-CM", day=None, stage="every step", then="stop the run", unmeasured="continue",
+            rules=(Rule("abort", Any(Q("loss_streak") > 500, Q("memory_share") > 0.95, Q("cost_overrun") > 0.20)),)),
+    )}
 
 # %% ../../../nbs/study/h1/01_criteria.ipynb #e755210b
-H1 = Hypothesis(
-    id="H1", criteria=SUCCESS + FAILURE + FALSIFICATION, measures=QUANTITIES, checkpoints=CHECKPOINTS, stack="flashoptim_full",
-    claim="At 1B parameters and above the FlashOptim stack lowers the cost of training by at least 20 %, "
-          "at equivalent perplexity and equal or faster convergence.",
-    references=("baseline", "baseline_strong"), headline="baseline_strong", min_failure="H1-F1", min_success="H1-S1",
-    constants=(ALPHA, MARGIN_PPL, REFERENCE_PPL, REACHED_AT), row=language_row, coverage=coverage,
-    paired_by=("seed", "size", "scale", "device", "data_hash", "recipe"), place_text="{at}, {experiment} micro-batch",
-    open_text="cost and speed are {reason}")
+H1 = Hypothesis(id="H1", criteria=SUCCESS + FAILURE + FALSIFICATION, measures=QUANTITIES, checkpoints=CHECKPOINTS,
+                stack="flashoptim_full",
+                claim="At 1B parameters and above the FlashOptim stack lowers the cost of training by at least 20 %, "
+                      "at equivalent perplexity and equal or faster convergence.",
+                references=("baseline", "baseline_strong"), headline="baseline_strong", min_failure="H1-F1",
+                min_success="H1-S1", constants=(ALPHA, MARGIN_PPL, REFERENCE_PPL, REACHED_AT), row=language_row,
+                coverage=coverage, paired_by=("seed", "size", "scale", "device", "data_hash", "recipe"),
+                place_text="{at}, {experiment} micro-batch", open_text="cost and speed are {reason}")
 CRITERIA = {criterion.id: criterion for criterion in H1.criteria}
 CRITERIA_HASH = H1.hash

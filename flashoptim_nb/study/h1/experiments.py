@@ -23,11 +23,13 @@ from ...lm.task import LMTask
 from ...measure.memory import device_memory
 from ..decisions import Instability, Monitor, decide_early
 from ..experiment import Experiment, Stage, StudyProtocol
-from .callbacks import EarlyDecisionCallback, EvaluationCallback, MonitorCallback, ThroughputCallback
+from .callbacks import (EarlyDecisionCallback, EvaluationCallback, MonitorCallback,
+                                              ThroughputCallback)
 from .corpus import Corpus, load_corpus
 from .criteria import H1
 from .presets import MAIN, PRESETS, LMPreset, stand_ins
-from .run import LMSpec, lm_spec, make_task, measure_config, search, searched_throughput, unavailable
+from .run import (LMSpec, lm_spec, make_task, measure_config, search, searched_throughput,
+                                        unavailable)
 from ..loop import COLD_STEPS, Callback, fit
 from ..presets import rates
 from ..run import end_at_once, recorded
@@ -36,7 +38,8 @@ from ...train.config import LM_CONFIGS
 
 # %% ../../../nbs/study/h1/08_experiments.ipynb #0c1b325b
 def check_prerequisite(study: Study, spec: LMSpec, data: Corpus) -> bool:
-    "Records a prerequisite's checks; true if they could not be made, which is not the same as checks that did not pass."
+    """Records a prerequisite's checks; true if they could not be made,
+    which is not the same as checks that did not pass."""
     shows, checks = PREREQUISITES[spec.config]
     study.say(f"  prerequisite: {shows}")
     rows, status, reason = [], "finished", ""
@@ -78,7 +81,8 @@ def _monitor(study: Study, spec: LMSpec, found: dict, losses: dict | None) -> Mo
 
 # %% ../../../nbs/study/h1/08_experiments.ipynb #d7ac59e6
 def callbacks(study: Study, spec: LMSpec, corpus: Corpus, task: LMTask, found: dict) -> list[Callback]:
-    "What looks at a training run: evaluations, throughput, the monitor, and checkpoint B in the one run that it is decided in."
+    """What looks at a training run: evaluations, throughput, the monitor,
+    and checkpoint B in the one run that it is decided in."""
     plan, steps = study.preset.plans[spec.workload], spec.recipe.steps
     baseline = recorded(study.folder / spec.replace(config="baseline").id) if spec.config != "baseline" else None
     losses = {row["step"]: row["loss"] for row in baseline.of("step")} if baseline else None
@@ -86,7 +90,9 @@ def callbacks(study: Study, spec: LMSpec, corpus: Corpus, task: LMTask, found: d
     found = [evaluation, ThroughputCallback(task), _monitor(study, spec, found, losses)]
     if losses and (spec.workload, spec.config) == EARLY_RUN and spec.seed == study.preset.seeds[0]:
         at = max(COLD_STEPS + 1, plan.track_every + 1, round(EARLY_SHARE * steps))
-        def early(): return decide_early(H1.checkpoint("H1-CB"), read_run(study.folder / spec.id), baseline, at, study.preset.enforced)
+        def early():
+            return decide_early(
+                H1.checkpoint("H1-CB"), read_run(study.folder / spec.id), baseline, at, study.preset.enforced)
         found.append(EarlyDecisionCallback(at, lambda: [("decision", asdict(early()))]))
     return found
 
@@ -116,7 +122,8 @@ EXPERIMENTS = {experiment.name: experiment for experiment in (
 # %% ../../../nbs/study/h1/08_experiments.ipynb #f0ae49f7
 LARGER = ("7B", "13B")  # sizes that a downgrade leaves out
 
-def _is_ablation(config: str) -> bool: return config.startswith("ablation_") or config in ("flashoptim_release", "baseline_bf16")
+def _is_ablation(config: str) -> bool:
+    return config.startswith("ablation_") or config in ("flashoptim_release", "baseline_bf16")
 
 STAGES = (  # size, which of its configurations, the checkpoint after them
     ("124M", lambda config: True, None),
@@ -150,7 +157,8 @@ def rests_on(
     stage: Stage,
     preset: LMPreset,  # the whole one
 ) -> dict[tuple[str, str, str], str]:
-    "Size, experiment and configuration of the runs that the stage's checkpoint is decided on, each with its name for a reader."
+    """Size, experiment and configuration of the runs that the stage's checkpoint is decided on,
+    each with its name for a reader."""
     pairs = set()
     for q in H1.checkpoint(stage.checkpoint).quantities if stage.checkpoint else ():
         own = () if q.name in OF_BASELINE else (q.config or H1.stack,)
@@ -178,21 +186,23 @@ class H1Protocol(StudyProtocol):
     def spec(self, study, workload, experiment, config, seed):
         preset, lengths = study.preset, long_sequences(study.preset)
         if experiment == "prerequisite":
-            return LMSpec(preset=preset.name, workload=workload, size="small", experiment=experiment, config=config, seed=seed)
+            return LMSpec(
+                preset=preset.name, workload=workload, size="small", experiment=experiment, config=config, seed=seed)
         def made(size, **recipe):
             vocab = pad_vocab(study.data(size).tokenizer.vocab_size)
             return lm_spec(preset, size, experiment, config, seed, vocab, **recipe)
         if experiment == "long_sequence":
             return made(preset.stress_role, seq=lengths[workload], batch=1, micro=1).replace(workload=workload)
         recipe = preset.plans[workload].recipe
-        return made(workload, **(dict(batch=min(recipe.batch, 2 * recipe.micro)) if experiment == "matched_batch" else {}))
+        return made(
+            workload, **(dict(batch=min(recipe.batch, 2 * recipe.micro)) if experiment == "matched_batch" else {}))
 
     def lacks(self, study, spec):
         return unavailable(spec.stack, study.device, spec.model.d_model // spec.model.n_head) if spec.stack else ""
 
     def journal_settings(self, study):
-        spec = _Journal(preset=study.preset.name, workload="", size="", experiment="protocol", config="protocol", seed=0,
-                        tokenizer=study.preset.tokenizer, whole=study.whole)
+        spec = _Journal(preset=study.preset.name, workload="", size="", experiment="protocol", config="protocol",
+                        seed=0, tokenizer=study.preset.tokenizer, whole=study.whole)
         return spec, study.data("").data_hash
 
     def journal_rows(self, study):
@@ -219,7 +229,8 @@ UTILIZATION = 0.45  # of the peak, assumed for projections
 def projection(
     preset: LMPreset,
 ) -> pd.DataFrame:
-    "A row for each size and configuration: runs, tokens of each, hours of the preset's machine over all seeds, dollars at each platform's rate."
+    """A row for each size and configuration: runs, tokens of each, hours of the preset's machine over all seeds,
+    dollars at each platform's rate."""
     rows, seeds = [], len(preset.seeds)
     for size, plan in preset.plans.items():
         recipe, network = plan.recipe, gpt_config(plan.size, plan.style, max_seq=plan.recipe.seq)

@@ -53,13 +53,14 @@ ALL = tuple(LM_CONFIGS)
 MAIN = ("baseline", "baseline_strong", "flashoptim_full")
 
 def _tiny(size, configs, steps):
-    # One candidate for the micro-batch: each further shape is compiled anew, which on two cores takes longer than the runs.
+    # One candidate for the micro-batch: on two cores compiling a further shape takes longer than the runs.
     return SizePlan(size=size, configs=configs, micros=(4,), track_every=max(1, steps // 5),
                     recipe=Recipe(steps=steps, batch=8, micro=4, seq=128, lr=1e-3, warmup=0.1))
 
 LAPTOP = LMPreset(
-    name="laptop", purpose="shows that everything works; never evidence", enforced=False, device="auto", seeds=(0, 1, 2),
-    accelerator=Accelerator(name="two CPU cores", flops=2e11, memory=8e9, bandwidth=2e10), priced=False,
+    name="laptop", purpose="shows that everything works; never evidence", enforced=False, device="auto",
+    seeds=(0, 1, 2), accelerator=Accelerator(name="two CPU cores", flops=2e11, memory=8e9, bandwidth=2e10),
+    priced=False,
     plans={"1B": _tiny("tiny", ALL, 20), "7B": _tiny("tiny-7B", MAIN, 6), "13B": _tiny("tiny-13B", MAIN, 6)},
     tokenizer="sotu-2048", train_sets=(("sotu", "train"),), track_set=("sotu", 2_048),
     eval_sets=(("sotu", 4_096), ("wikitext103", 4_096), ("c4", 2_048), ("lambada", 256), ("pile", 256)),
@@ -72,9 +73,9 @@ GPU = LMPreset(
     plans={"124M": SizePlan(size="124M", configs=MAIN, micros=halves(64), track_every=4,
                             recipe=Recipe(steps=48, batch=64, micro=16, seq=1024, lr=6e-4, warmup=0.1)),
            "1B": SizePlan(size="1B", configs=MAIN, micros=halves(32), track_every=3,
-                          recipe=Recipe(steps=15, batch=32, micro=4, seq=2048, warmup=0.1))},
-    tokenizer="gpt2", train_sets=(("c4", "train"), ("pile", "train"), ("sotu", "train")), track_set=("wikitext103", 32_768),
-    eval_sets=(("wikitext103", 0), ("lambada", 2_048), ("pile", 8_192), ("c4", 65_536)), stress_lengths=(4096, 8192, 16384))
+                          recipe=Recipe(steps=15, batch=32, micro=4, seq=2048, warmup=0.1))}, tokenizer="gpt2",
+    train_sets=(("c4", "train"), ("pile", "train"), ("sotu", "train")), track_set=("wikitext103", 32_768), eval_sets=(
+        ("wikitext103", 0), ("lambada", 2_048), ("pile", 8_192), ("c4", 65_536)), stress_lengths=(4096, 8192, 16384))
 
 # %% ../../../nbs/study/h1/02_presets.ipynb #c45faa7c
 def _full(size, micro, tokens):
@@ -96,5 +97,6 @@ def stand_ins(
 ) -> str:
     "Which networks stand for sizes that are not run; empty where every network is of the size that it is called."
     def count(plan): return count_parameters(gpt_config(plan.size, plan.style, max_seq=plan.recipe.seq))["total"]
-    played = ", ".join(f"for {size} one of {count(plan):,} parameters" for size, plan in preset.plans.items() if plan.size != size)
+    played = ", ".join(
+        f"for {size} one of {count(plan):,} parameters" for size, plan in preset.plans.items() if plan.size != size)
     return f"sizes are roles at {preset.name} scale, played by small networks: {played}" if played else ""

@@ -34,8 +34,10 @@ from ..statistics import (
 # %% ../../../nbs/study/h1/00_quantities.ipynb #c857a04f
 SIZES = ("1B", "7B", "13B")
 QUALITY_SIZES = ("124M", *SIZES)  # 124M is where loss parity can be had on one GPU
-COMPONENTS = tuple(f"ablation_{part}_only" for part in ("attn", "ckpt", "fused", "compile", "states", "split", "loss", "release"))
-OTHER_FLASHOPTIM = ("flashoptim_release", "ablation_states_only", "ablation_split_only", "ablation_release_only")  # beside the stack itself
+COMPONENTS = tuple(
+    f"ablation_{part}_only" for part in ("attn", "ckpt", "fused", "compile", "states", "split", "loss", "release"))
+# beside the stack itself
+OTHER_FLASHOPTIM = ("flashoptim_release", "ablation_states_only", "ablation_split_only", "ablation_release_only")
 SEQUENCE = {"124M": 1024} | {size: 2048 for size in SIZES}  # tokens, at which memory is compared
 
 # %% ../../../nbs/study/h1/00_quantities.ipynb #16300fe7
@@ -44,7 +46,8 @@ MARGIN_PPL = 0.5  # of S3
 REFERENCE_PPL = 20.0  # below protocol scale a gap in nats is read at this perplexity
 MARGIN_NATS = MARGIN_PPL / REFERENCE_PPL  # of S3, below protocol scale
 OPTIMIZER_MARGIN_NATS = 0.005  # of the optimizer's own equivalence to AdamW
-REACHED_AT = 10 / 11  # share of the baseline's steps whose loss is the target: a run that ends before it needs > 10 % more steps
+# share of the baseline's steps whose loss is the target: a run that ends before it needs > 10 % more steps
+REACHED_AT = 10 / 11
 
 # %% ../../../nbs/study/h1/00_quantities.ipynb #b594286e
 def _next_fits(fits: Sequence[Mapping], batch: int) -> bool:
@@ -59,7 +62,8 @@ def search_gap(
     batch: int | None,  # the global batch
     search: Mapping | None = None,  # the journal's row on it: checkpointing and `tried`, a row for each candidate
 ) -> str:
-    "Why a larger micro-batch might be faster, in words; empty where none can be, or where the record does not tell the batches."
+    """Why a larger micro-batch might be faster, in words;
+    empty where none can be, or where the record does not tell the batches."""
     if not micro or not batch or micro >= batch: return ""
     tried = [row for row in (search or {}).get("tried", ()) if row["checkpointing"] == search.get("checkpointing")]
     if any(row["micro_batch"] > micro for row in tried): return ""
@@ -74,7 +78,8 @@ def search_gap(
 def _memory(run: Run) -> dict:
     "The memory row at the protocol's sequence length, else the first."
     rows = run.of("memory")
-    return next((row for row in rows if row.get("seq") == SEQUENCE.get(run.header.get("role"))), rows[0] if rows else {})
+    return next(
+        (row for row in rows if row.get("seq") == SEQUENCE.get(run.header.get("role"))), rows[0] if rows else {})
 
 def per_token(
     row: Mapping,  # `eval`
@@ -104,10 +109,11 @@ def language_row(
     settings, memory = run.header.get("settings") or {}, _memory(run)
     speed, batch = (run.of("throughput") or [{}])[-1], (settings.get("recipe") or {}).get("batch")
     rate = speed.get("tokens_per_s") if is_number(speed.get("tokens_per_s")) else None
-    return dict(
-        recipe=_recipe(settings), curves=_curves(run), tokens_per_s=rate, gpu_s_per_token=settings.get("gpus", 1) / rate if rate else None,
-        untried=search_gap(speed.get("micro_batch"), batch, search), utilization=speed.get("utilization"),
-        energy_j_per_token=speed.get("energy_j_per_token"), peak=memory.get("peak"), seq=memory.get("seq"), micro_batch=memory.get("batch"))
+    return dict(recipe=_recipe(settings), curves=_curves(run), tokens_per_s=rate,
+                gpu_s_per_token=settings.get("gpus", 1) / rate if rate else None,
+                untried=search_gap(speed.get("micro_batch"), batch, search), utilization=speed.get("utilization"),
+                energy_j_per_token=speed.get("energy_j_per_token"), peak=memory.get("peak"), seq=memory.get("seq"),
+                micro_batch=memory.get("batch"))
 
 # %% ../../../nbs/study/h1/00_quantities.ipynb #04117a10
 def steps_to(
@@ -132,13 +138,15 @@ def steps_ratio(
     new: dict[int, float],  # held-out loss by step
     old: dict[int, float],  # the baseline's
 ) -> Estimate:
-    "Steps to the loss the baseline has at 10/11 of its steps, over the baseline's; no value if a curve is too short or does not end in a number."
+    """Steps to the loss the baseline has at 10/11 of its steps, over the baseline's;
+    no value if a curve is too short or does not end in a number."""
     if not all(ends_in_numbers(new, old)): return missing("a curve does not end in a number")
     new, old = ({step: loss for step, loss in sorted(curve.items()) if is_number(loss)} for curve in (new, old))
     if min(len(new), len(old)) < 2 or min(old) > REACHED_AT * max(old): return missing("a curve is too short")
     target = float(np.interp(REACHED_AT * max(old), list(old), list(old.values())))
     ours, theirs = steps_to(new, target), max(1.0, steps_to(old, target))  # one step at the least
-    if ours is None: return opened(exact((max(new) + 1) / theirs), "the loss to be reached was not, by the last step", more=True)
+    if ours is None:
+        return opened(exact((max(new) + 1) / theirs), "the loss to be reached was not, by the last step", more=True)
     return exact(max(1.0, ours) / theirs)
 
 # %% ../../../nbs/study/h1/00_quantities.ipynb #017ab9ba
@@ -153,7 +161,10 @@ def _of(e: Evidence, found: Sorted, estimate: Callable[..., Estimate], note: str
     also = _of_stand_in(e, found.good)
     return found.estimate(estimate, note, also.pop("note", ""), **also)
 
-def _ratio(e: Evidence, q: Q, column: str, experiment: str = "best", config: str | None = None, against: str | None = None, harm: str = "more") -> Estimate:
+def _ratio(
+    e: Evidence, q: Q, column: str, experiment: str = "best", config: str | None = None, against: str | None = None,
+    harm: str = "more",
+) -> Estimate:
     "Paired ratio of a column."
     config = config or q.config or e.stack
     found = e.sort_pairs(config, q.at, experiment, lambda *pair: [positive(row[column]) for row in pair], against)
@@ -183,10 +194,12 @@ def memory_saving(e: Evidence, q: Q) -> Estimate:
 
 # %% ../../../nbs/study/h1/00_quantities.ipynb #7fd8540e
 _SETS = ("wikitext103", "c4", "sotu")
-HELD_OUT = (*(f"{name} (tracked)" for name in _SETS), *_SETS)  # in the order of preference for the curve: the tokens evaluated along the run, else whole sets
+# in the order of preference for the curve: the tokens evaluated along the run, else whole sets
+HELD_OUT = (*(f"{name} (tracked)" for name in _SETS), *_SETS)
 
 def _compared(new: dict, old: dict) -> tuple[tuple[bool, bool], str, Estimate | None]:
-    "Who of a pair has a curve that ends in a number; the first set on which both were evaluated along the run; the steps ratio on it."
+    """Who of a pair has a curve that ends in a number; the first set on which both were evaluated along the run;
+    the steps ratio on it."""
     for name in HELD_OUT:
         curves = [row["curves"].get(name, {}) for row in (new, old)]
         if not all(curves): continue
@@ -203,7 +216,8 @@ def _censored(estimate: Estimate, steps: list[Estimate]) -> Estimate:
 def steps_to_equal_loss(e: Evidence, q: Q, config: str | None = None, against: str | None = None) -> Estimate:
     config = config or q.config or e.stack
     found = e.sort_pairs(config, q.at, "best", lambda *pair: _compared(*pair)[0], against)
-    if not found.good: return found.nothing(e.lacking(config, q.at, "best", against, "no pair has held-out losses along the run"))
+    if not found.good:
+        return found.nothing(e.lacking(config, q.at, "best", against, "no pair has held-out losses along the run"))
     _, names, steps = zip(*(_compared(*pair) for pair in found.good))
     def of(**also): return paired_ratio([step.value for step in steps], [1.0] * len(steps), **also)
     return _censored(_of(e, found, of, f"on {', '.join(sorted(set(names)))}"), steps)
@@ -215,19 +229,23 @@ def _saving(e: Evidence, q: Q, config: str, against: str | None = None) -> Estim
     time = _ratio(e, q, "gpu_s_per_token", config=config, against=against)
     if time.value is None: return time
     curves = e.sort_pairs(config, q.at, "best", lambda *pair: _compared(*pair)[0], against)
-    if not (curves.good or curves.lost): return _as_searched(e, _projected_saving(e, q, time, config, against), config, q.at, against)
+    if not (curves.good or curves.lost):
+        return _as_searched(e, _projected_saving(e, q, time, config, against), config, q.at, against)
     def have(*pair): return [ok and positive(row["gpu_s_per_token"]) for ok, row in zip(_compared(*pair)[0], pair)]
     found = e.sort_pairs(config, q.at, "best", have, against)
-    if not found.good: return found.nothing(e.lacking(config, q.at, "best", against, "no pair recorded both its speed and its curve"))
+    if not found.good:
+        return found.nothing(e.lacking(config, q.at, "best", against, "no pair recorded both its speed and its curve"))
     steps = [_compared(*pair)[2] for pair in found.good]
-    ratios = [new["gpu_s_per_token"] / old["gpu_s_per_token"] * step.value for (new, old), step in zip(found.good, steps)]
+    ratios = [
+        new["gpu_s_per_token"] / old["gpu_s_per_token"] * step.value for (new, old), step in zip(found.good, steps)]
     ratio = _of(e, found, lambda **also: paired_ratio(ratios, [1.0] * len(ratios), e.confidence(q), **also))
     return _as_searched(e, _censored(ratio, steps).map(lambda ratio: 1 - ratio), config, q.at, against)
 
 def _projected_saving(e: Evidence, q: Q, time: Estimate, config: str, against: str | None) -> Estimate:
     "The saving with the steps ratio of a smaller size."
     smaller = QUALITY_SIZES[:QUALITY_SIZES.index(q.at)][::-1]
-    known = [(size, steps) for size in smaller if tried(steps := steps_to_equal_loss(e, Q("steps_ratio", size), config, against))]
+    known = [(size, steps) for size in smaller
+             if tried(steps := steps_to_equal_loss(e, Q("steps_ratio", size), config, against))]
     size, steps = known[0] if known else (None, missing("the steps to equal loss were not measured"))
     if steps.value is None:
         return replace(steps, note=f"{q.at}: a token costs {1 - time.value:.1%} less, but {steps.note}",
@@ -263,7 +281,8 @@ def _ends(name: str, *pair: dict) -> list[float]:
     last = max(itertools.chain(*curves), default=None)
     return [curve.get(last) for curve in curves]
 
-def _have_ends(name: str, *pair: dict) -> list[bool]: return [is_number(loss) and loss < _LARGEST for loss in _ends(name, *pair)]
+def _have_ends(name: str, *pair: dict) -> list[bool]:
+    return [is_number(loss) and loss < _LARGEST for loss in _ends(name, *pair)]
 
 def _in_ppl(e: Evidence, name: str, gaps: list[float], pairs) -> list[float]:
     "The gaps in points of perplexity: real ones at the protocol's scale, at the reference perplexity below."
@@ -273,7 +292,8 @@ def _in_ppl(e: Evidence, name: str, gaps: list[float], pairs) -> list[float]:
 # %% ../../../nbs/study/h1/00_quantities.ipynb #529d0386
 def quality_gap(e: Evidence, q: Q) -> Estimate:
     name, gaps, found = quality_gaps(e, q)
-    if not gaps: return found.nothing(e.lacking(q.config or e.stack, q.at, "best", lacks=f"no pair was evaluated on {name}"))
+    if not gaps:
+        return found.nothing(e.lacking(q.config or e.stack, q.at, "best", lacks=f"no pair was evaluated on {name}"))
     points = _in_ppl(e, name, gaps, found.good)
     test = tost(points, MARGIN_PPL, ALPHA)
     said = [f"{np.mean(gaps):+.4f} nats on {name}"]
@@ -296,7 +316,8 @@ def nan_unrecovered(e: Evidence, q: Q) -> Estimate:
     if not rows: return missing(f"no run of {e.stack} took a step")
     worst = max(row["nan_unrecovered"] / row["steps"] for row in rows)
     most = max((row["nan_unrecovered"] + row["nan_open"]) / row["steps"] for row in rows)
-    open_ = [f"{row['name']} ended on {row['nan_open']} skipped step{'s' * (row['nan_open'] > 1)}" for row in rows if row["nan_open"]]
+    open_ = [f"{row['name']} ended on {row['nan_open']} skipped step{'s' * (row['nan_open'] > 1)}" for row in rows
+             if row["nan_open"]]
     note = f"recovery cannot be seen: {', '.join(open_)}" if open_ else ""
     return replace(exact(worst, n=len(rows), records=names_of(rows), note=note), hi=most)
 
@@ -306,8 +327,10 @@ def loss_spikes(e: Evidence, q: Q) -> Estimate:
     pairs = [pair for size, experiment in where for pair in e.pairs(e.stack, size, experiment, ended=BEGAN)]
     if not pairs: return missing(f"no run of {e.stack} has a partner of {e.against}")
     counts, most = ([count_spikes(new["losses"], old["losses"], most) for new, old in pairs] for most in (False, True))
-    unsure = [f"{new['name']} may have had {b}, for losses are not numbers" for (new, _), a, b in zip(pairs, counts, most) if b > a]
-    found = exact(max(counts), n=len(pairs), records=names_of(itertools.chain.from_iterable(pairs)), note="; ".join(unsure))
+    unsure = [f"{new['name']} may have had {b}, for losses are not numbers"
+              for (new, _), a, b in zip(pairs, counts, most) if b > a]
+    found = exact(
+        max(counts), n=len(pairs), records=names_of(itertools.chain.from_iterable(pairs)), note="; ".join(unsure))
     return replace(found, hi=max(most))
 
 # %% ../../../nbs/study/h1/00_quantities.ipynb #ee02388c
@@ -323,7 +346,8 @@ def nan_rate(e: Evidence, q: Q) -> Estimate:
     return exact(rate, n=len(rows), records=names_of(rows))
 
 # %% ../../../nbs/study/h1/00_quantities.ipynb #410c573f
-def _unmeasured(lost: Mapping[str, Estimate]) -> str: return "; ".join(f"{device}: {saving.note}" for device, saving in lost.items())
+def _unmeasured(lost: Mapping[str, Estimate]) -> str:
+    return "; ".join(f"{device}: {saving.note}" for device, saving in lost.items())
 
 def platform_gap(e: Evidence, q: Q) -> Estimate:
     known = e.table[(e.table.scale == e.scale) & (e.table.device_kind == "cuda")]
@@ -332,7 +356,8 @@ def platform_gap(e: Evidence, q: Q) -> Estimate:
     savings = {device: saving for device, saving in all_.items() if saving.value is not None}
     if len(savings) < 2 <= len(savings) + len(lost): return replace(missing(_unmeasured(lost)), reach=(-inf, inf))
     if len(savings) < 2: return missing(f"{q.at}: needs two GPU models really measured; here {len(savings)}")
-    gaps = [estimate_of(Q("a") - Q("b"), {Q("a"): savings[a], Q("b"): savings[b]}.get) for a, b in itertools.combinations(savings, 2)]
+    gaps = [estimate_of(Q("a") - Q("b"), {Q("a"): savings[a], Q("b"): savings[b]}.get)
+            for a, b in itertools.combinations(savings, 2)]
     found = _largest(gaps, "; ".join([*savings, *dict.fromkeys(gap.note for gap in gaps if gap.note)]))
     return opened(found, _unmeasured(lost), more=bool(lost))
 
@@ -348,32 +373,39 @@ def _largest(gaps: list[Estimate], note: str) -> Estimate:
 # %% ../../../nbs/study/h1/00_quantities.ipynb #214eaacd
 QUANTITIES: Mapping[str, Measure] = dict(
     cost_saving=Measure(unit="share", estimate=cost_saving,
-        meaning="1 - (GPU-seconds per token ratio x steps to equal loss ratio), best micro-batch"),
+                        meaning="1 - (GPU-seconds per token ratio x steps to equal loss ratio), best micro-batch"),
     component_saving=Measure(unit="share", estimate=component_saving,
-        meaning="cost saving of one component alone, against `baseline`"),
+                             meaning="cost saving of one component alone, against `baseline`"),
     throughput_ratio=Measure(unit="x", estimate=throughput_ratio,
-        meaning="tokens per second over the baseline's, best micro-batch"),
-    steps_ratio=Measure(unit="x", estimate=steps_to_equal_loss,
+                             meaning="tokens per second over the baseline's, best micro-batch"),
+    steps_ratio=Measure(
+        unit="x", estimate=steps_to_equal_loss,
         meaning="steps to the loss that the baseline reaches at 10/11 of its steps, over the baseline's"),
-    memory_saving=Measure(unit="share", estimate=memory_saving,
+    memory_saving=Measure(
+        unit="share", estimate=memory_saving,
         meaning="1 - peak memory ratio over forward, backward and step, equal micro-batch, protocol's sequence length"),
     quality_gap=Measure(unit="PPL", confidence=0.90, estimate=quality_gap,
-        meaning="held-out perplexity minus the baseline's at equal tokens; below protocol scale the gap in nats, read at PPL 20"),
+                        meaning="held-out perplexity minus the baseline's at equal tokens; "
+                                "below protocol scale the gap in nats, read at PPL 20"),
     platform_gap=Measure(unit="share", estimate=platform_gap,
-        meaning="largest difference of cost savings between two GPU models, both measured"),
+                         meaning="largest difference of cost savings between two GPU models, both measured"),
     nan_events=Measure(unit="steps", confidence=None, estimate=nan_events,
-        meaning="steps with a NaN or infinite gradient, over all runs of the stack"),
-    nan_unrecovered=Measure(unit="share", confidence=None, estimate=nan_unrecovered,
+                       meaning="steps with a NaN or infinite gradient, over all runs of the stack"),
+    nan_unrecovered=Measure(
+        unit="share", confidence=None, estimate=nan_unrecovered,
         meaning="steps with a NaN or infinite gradient from which the run did not recover, worst run"),
     loss_spikes=Measure(unit="events", confidence=None, estimate=loss_spikes,
-        meaning="times the loss rose above twice the paired baseline's, worst run"),
-    utilization=Measure(unit="share", estimate=utilization, meaning="busy time of the device over the window, baseline"),
+                        meaning="times the loss rose above twice the paired baseline's, worst run"),
+    utilization=Measure(
+        unit="share", estimate=utilization, meaning="busy time of the device over the window, baseline"),
     nan_rate=Measure(unit="per 1000 steps", confidence=None, estimate=nan_rate, meaning="NaN events of the baseline"),
-    projected_cost=Measure(unit="USD", confidence=None, meaning="cost of the full protocol, projected from what was measured"),
+    projected_cost=Measure(
+        unit="USD", confidence=None, meaning="cost of the full protocol, projected from what was measured"),
     loss_streak=Measure(unit="steps", confidence=None,
-        meaning="consecutive steps with the loss above 3 x its moving average before the spike"),
+                        meaning="consecutive steps with the loss above 3 x its moving average before the spike"),
     memory_share=Measure(unit="share", confidence=None, meaning="peak memory of the device's memory"),
-    cost_overrun=Measure(unit="share", confidence=None, meaning="cost at the end, as it now looks, over the projection, minus 1"),
+    cost_overrun=Measure(
+        unit="share", confidence=None, meaning="cost at the end, as it now looks, over the projection, minus 1"),
 )
 
 # %% ../../../nbs/study/h1/00_quantities.ipynb #bbcfec60
@@ -387,11 +419,13 @@ def _tracked(run: Run, step: int) -> dict[str, dict[int, float]]:
     "The losses tracked along a run before a step, by set."
     found = {}
     for row in run.of("eval"):
-        if row["set"].endswith("(tracked)") and row["step"] < step: found.setdefault(row["set"], {})[row["step"]] = per_token(row)
+        if row["set"].endswith("(tracked)") and row["step"] < step:
+            found.setdefault(row["set"], {})[row["step"]] = per_token(row)
     return found
 
 def _early_gap(run: Run, baseline: Run, step: int) -> float | None:
-    "The gap in points of perplexity where both were last evaluated; a loss that is not a number is no reason to take an earlier one."
+    """The gap in points of perplexity where both were last evaluated;
+    a loss that is not a number is no reason to take an earlier one."""
     new, old = _tracked(run, step), _tracked(baseline, step)
     last = max(((max({*new[name], *old[name]}), name) for name in new.keys() & old.keys()), default=None)
     if not last or not all(ends_in_numbers(new[last[1]], old[last[1]])): return None
@@ -406,8 +440,8 @@ def early_values(
 ) -> dict[str, float | None]:
     "The values of H1-CB at a step; None for what the records do not tell, or where it is not a number."
     ours, theirs = (_pace(side, step) for side in (run, baseline))
-    return {"cost_saving[1B]": 1 - ours / theirs if ours and theirs else None, "quality_gap[1B]": _early_gap(run, baseline, step),
-            "projected_cost": float(plan_protocol().dollars.sum())}
+    return {"cost_saving[1B]": 1 - ours / theirs if ours and theirs else None,
+            "quality_gap[1B]": _early_gap(run, baseline, step), "projected_cost": float(plan_protocol().dollars.sum())}
 
 # %% ../../../nbs/study/h1/00_quantities.ipynb #7c8338e5
 HELD_OUT_SET = "wikitext103"  # whose perplexity says how far the training went
@@ -421,7 +455,8 @@ def _ended_at(part: pd.DataFrame) -> float | None:
     return float(format(np.exp(np.mean(last)), ".2g")) if last else None
 
 def _came_to_nothing(row: dict) -> bool:
-    return row["status"] != "finished" or any(not is_number(curve[max(curve)]) for curve in (row["curves"] or {}).values())
+    return (row["status"] != "finished"
+            or any(not is_number(curve[max(curve)]) for curve in (row["curves"] or {}).values()))
 
 def coverage(
     table: pd.DataFrame,  # from `evidence_table`
@@ -436,7 +471,9 @@ def coverage(
     ends = [f"{end:,.0f} at {size}" for size, part in sizes if (end := _ended_at(part))]
     lost = [row["name"] for row in rows.to_dict("records") if _came_to_nothing(row)]
     absent = [size for size in SIZES if size not in set(rows.role)]
-    return (f"this rests on {len(rows)} training runs ({steps}; {rows.seed.nunique()} seeds) on {_each(rows.device)} at {scale} scale"
+    return (f"this rests on {len(rows)} training runs ({steps}; {rows.seed.nunique()} seeds) "
+            f"on {_each(rows.device)} at {scale} scale"
             + (f", whose models ended at a perplexity of about {', '.join(ends)}" if ends else "")
             + (f"; lost on the way: {', '.join(lost)}" if lost else "")
-            + (f"; of the protocol's sizes, {', '.join(absent)} {'was' if len(absent) == 1 else 'were'} not run" if absent else ""))
+            + (f"; of the protocol's sizes, {', '.join(absent)} {'was' if len(absent) == 1 else 'were'} not run"
+               if absent else ""))

@@ -52,8 +52,8 @@ def lm_spec(
     "The run of one configuration at one size of a preset."
     plan = preset.plans[model_size]
     recipe = plan.recipe.replace(**recipe)
-    return LMSpec(preset=preset.name, workload=model_size, size=plan.size, experiment=experiment, config=config, seed=seed,
-                  stack=LM_CONFIGS[config], recipe=recipe, tokenizer=preset.tokenizer,
+    return LMSpec(preset=preset.name, workload=model_size, size=plan.size, experiment=experiment, config=config,
+                  seed=seed, stack=LM_CONFIGS[config], recipe=recipe, tokenizer=preset.tokenizer,
                   model=gpt_config(plan.size, plan.style, vocab_size=vocab, max_seq=recipe.seq))
 
 # %% ../../../nbs/study/h1/07_run.ipynb #d1dce22e
@@ -111,7 +111,9 @@ def _best(tries: Iterable[dict], rank: str) -> tuple[dict | None, list[dict]]:
     for row in tries:
         tried.append(row)
         if not row["fits"]: continue
-        if best and row["tokens_per_s"] <= best["tokens_per_s"]: break  # smaller is slower, and smaller still is no faster
+        # smaller is slower, and smaller still is no faster
+        if best and row["tokens_per_s"] <= best["tokens_per_s"]:
+            break
         best = row
         if rank == "largest": break
     return best, tried
@@ -129,12 +131,15 @@ def search(
     preset: LMPreset,
     device: torch.device,
 ) -> dict:
-    "The row `search`: every candidate that was tried, and the micro-batch and checkpointing that were chosen (micro None: nothing fits)."
+    """The row `search`: every candidate that was tried,
+    and the micro-batch and checkpointing that were chosen (micro None: nothing fits)."""
     micros, about, tried = preset.plans[spec.workload].micros, dict(role=spec.workload, config=spec.config), []
     if len(micros) == 1:
-        return about | dict(micro=micros[0], checkpointing=kinds_of(spec.stack)[0], why="the only candidate at this scale", tried=[])
+        return about | dict(
+            micro=micros[0], checkpointing=kinds_of(spec.stack)[0], why="the only candidate at this scale", tried=[])
     def attempt(kind, micro):
-        _, (row,) = largest_micro_batch(lambda m: _try_micro(spec, device, kind, m), [micro], preset.memory_bytes or None, device=device)
+        _, (row,) = largest_micro_batch(
+            lambda m: _try_micro(spec, device, kind, m), [micro], preset.memory_bytes or None, device=device)
         reset_compile_cache(device)
         return dict(checkpointing=kind) | row
     for kind in kinds_of(spec.stack):
@@ -157,8 +162,8 @@ def _measure(spec: LMSpec, device, corpus, writer: RunWriter, kind: str, timed: 
     "The rows `memory` and `throughput` under one kind of checkpointing."
     task, micro = make_task(spec, device, corpus, checkpointing=kind), spec.recipe.micro
     step, watch = _stepper(task), Stopwatch(device)
-    memory = memory_by_class(step, model=task.model, optimizer=task.optimizer, device=device, batch=micro, seq=spec.recipe.seq,
-                             checkpointing=kind, attention=task.attention)
+    memory = memory_by_class(step, model=task.model, optimizer=task.optimizer, device=device, batch=micro,
+                             seq=spec.recipe.seq, checkpointing=kind, attention=task.attention)
     writer.append("memory", **memory)
     for _ in range(timed):
         with watch: step()

@@ -17,7 +17,8 @@ from ...base.config import Config
 from ...base.errors import UserError, choose
 
 # %% ../../../nbs/study/h1/05_worth.ipynb #18e1ea56
-_OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.USub: operator.neg}
+_OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+               ast.USub: operator.neg}
 
 def arithmetic(
     formula: str,  # over numbers, names, + - * / and parentheses
@@ -28,9 +29,11 @@ def arithmetic(
         match node:
             case ast.Constant(value=int() | float()): return node.value
             case ast.Name(): return choose("name in a formula", node.id, values)
-            case ast.BinOp(op=op) if type(op) in _OPERATIONS: return _OPERATIONS[type(op)](value(node.left), value(node.right))
+            case ast.BinOp(op=op) if type(op) in _OPERATIONS: return _OPERATIONS[type(op)](
+                value(node.left), value(node.right))
             case ast.UnaryOp(op=ast.USub()): return -value(node.operand)
-        raise UserError(f"the formula {formula!r} holds {ast.unparse(node)!r}; allowed are numbers, names, + - * / and parentheses")
+        raise UserError(
+            f"the formula {formula!r} holds {ast.unparse(node)!r}; allowed are numbers, names, + - * / and parentheses")
     try: return value(ast.parse(formula, mode="eval").body)
     except SyntaxError: raise UserError(f"the formula {formula!r} cannot be read as arithmetic") from None
 
@@ -53,22 +56,30 @@ ASSUMPTIONS = (
     Assumption(item="one frontier run", values=dict(cost=100e6), formulas=_SAVED, units=dict(saved="$"), source="$20M"),
     Assumption(item="one 70B run", values=dict(cost=3e6), formulas=_SAVED, units=dict(saved="$"), source="$600K"),
     Assumption(item="industry", values=dict(runs_a_year=500, cost_a_run=2e6, validation=47e3),
-               formulas={"spent": "runs_a_year * cost_a_run", "saved": "runs_a_year * cost_a_run * saving", "return on validation": "runs_a_year * cost_a_run * saving / validation"},
-               units={"spent": "$ a year", "saved": "$ a year", "return on validation": ": 1"}, source="$1B a year, $200M saved, about 4,255 : 1"),
-    Assumption(item="access", values=dict(budget=500e3), formulas={"does what cost": "budget / (1 - saving)", "more market": _MORE},
+               formulas={"spent": "runs_a_year * cost_a_run", "saved": "runs_a_year * cost_a_run * saving",
+                         "return on validation": "runs_a_year * cost_a_run * saving / validation"},
+               units={"spent": "$ a year", "saved": "$ a year", "return on validation": ": 1"},
+               source="$1B a year, $200M saved, about 4,255 : 1"),
+    Assumption(item="access", values=dict(budget=500e3),
+               formulas={"does what cost": "budget / (1 - saving)", "more market": _MORE},
                units={"does what cost": "$", "more market": "share"}, source="$625K, about 25 % more market"),
     Assumption(item="pace", values=dict(shortest_cycle=15, longest_cycle=30),
-               formulas={"more experiments": _MORE, "shorter at least": "shortest_cycle * saving", "shorter at most": "longest_cycle * saving"},
+               formulas={"more experiments": _MORE, "shorter at least": "shortest_cycle * saving",
+                         "shorter at most": "longest_cycle * saving"},
                units={"more experiments": "share", "shorter at least": "months", "shorter at most": "months"},
                source="25 % more experiments, cycles 3-6 months shorter", inferred=("shortest_cycle", "longest_cycle")),
     Assumption(item="academia", values=dict(budget=50e3, fewest_papers=250, most_papers=500),
-               formulas={"does what cost": "budget / (1 - saving)", "papers at least": "fewest_papers * saving", "papers at most": "most_papers * saving"},
+               formulas={"does what cost": "budget / (1 - saving)", "papers at least": "fewest_papers * saving",
+                         "papers at most": "most_papers * saving"},
                units={"does what cost": "$", "papers at least": "a year", "papers at most": "a year"},
                source="$50K budgets reach 1B models, 50-100 papers a year", inferred=("fewest_papers", "most_papers")),
     Assumption(item="carbon", values=dict(runs_a_year=10_000, gpu_years_a_run=1, tonnes_a_gpu_year=4),
-               formulas={"saved": "runs_a_year * gpu_years_a_run * saving", "not emitted": "runs_a_year * gpu_years_a_run * saving * tonnes_a_gpu_year"},
-               units={"saved": "A100-years a year", "not emitted": "t CO2e a year"}, source="2,000 A100-years, 8,000 t CO2e", inferred=("gpu_years_a_run", "tonnes_a_gpu_year")),
-    Assumption(item="fine-tuning", values=dict(cost=500e6), formulas=_SAVED, units=dict(saved="$ a year"), source="$100M"),
+               formulas={"saved": "runs_a_year * gpu_years_a_run * saving",
+                         "not emitted": "runs_a_year * gpu_years_a_run * saving * tonnes_a_gpu_year"},
+               units={"saved": "A100-years a year", "not emitted": "t CO2e a year"},
+               source="2,000 A100-years, 8,000 t CO2e", inferred=("gpu_years_a_run", "tonnes_a_gpu_year")),
+    Assumption(
+        item="fine-tuning", values=dict(cost=500e6), formulas=_SAVED, units=dict(saved="$ a year"), source="$100M"),
 )
 
 # %% ../../../nbs/study/h1/05_worth.ipynb #7d76bd7e
@@ -86,12 +97,15 @@ def worth(
     saving: float,  # share of cost, below 1; negative where the stack costs more
     assumptions: Iterable[Assumption] = ASSUMPTIONS,
 ) -> pd.DataFrame:
-    "A row for each result: item, result, value, unit, formula, assumed, inferred, source (what the source has at 20 %)."
-    if not -float("inf") < saving < 1: raise UserError(f"a saving of {saving} was given; it is a share of the cost and lies below 1 (0.20 is 20 %)")
-    return pd.DataFrame([
-        dict(item=a.item, result=result, value=arithmetic(formula, a.values | dict(saving=saving)), unit=a.units.get(result, ""), formula=formula,
-             assumed=", ".join(f"{name} = {value:,.10g}" for name, value in a.values.items()), inferred=", ".join(a.inferred), source=a.source)
-        for a in assumptions for result, formula in a.formulas.items()])
+    """A row for each result: item, result, value, unit, formula, assumed, inferred,
+    source (what the source has at 20 %)."""
+    if not -float("inf") < saving < 1:
+        raise UserError(f"a saving of {saving} was given; it is a share of the cost and lies below 1 (0.20 is 20 %)")
+    return pd.DataFrame([dict(item=a.item, result=result, value=arithmetic(formula, a.values | dict(saving=saving)),
+                              unit=a.units.get(result, ""), formula=formula,
+                              assumed=", ".join(f"{name} = {value:,.10g}" for name, value in a.values.items()),
+                              inferred=", ".join(a.inferred), source=a.source) for a in assumptions
+                         for result, formula in a.formulas.items()])
 
 # %% ../../../nbs/study/h1/05_worth.ipynb #531771a3
 def edit(

@@ -8,33 +8,39 @@ __all__ = ['AXIOMS', 'AS_FAST', 'TYPICAL', 'H2_LOGIC', 'CHECKS', 'per_domain', '
 
 # %% ../../../nbs/study/h2/03_consistency.ipynb #a5b7b789
 from ..consistency import Axiom, Finding, Logic, can_succeed, checkpoints, conclude, implied, overlaps
-from ..expression import All, Any, AtLeast, Compare, Equal, Formula, Not, Q, leaves, number_text, quantities
+from ..expression import (All, Any, AtLeast, Compare, Equal, Formula, Not, Q, leaves, number_text,
+                                            quantities)
 from .criteria import H2
 from .quantities import DOMAINS, FITS, PRIMARY
 
 # %% ../../../nbs/study/h2/03_consistency.ipynb #96f0e583
 _RATIOS = [*(Q(name, d) for name in ("capacity_ratio", "speed_ratio", "epoch_ratio") for d in DOMAINS),
-           *(Q(name, d, target=t) for name in ("error_ratio", "rmse_ratio", "larger_error_ratio") for d in DOMAINS for t in DOMAINS[d])]
-_SHARES = [Q("diverged_share"), Q("low_scale_share", PRIMARY, config="mixed_fp16"), *(Q("collapsed_share", d) for d in DOMAINS)]
+           *(Q(name, d, target=t) for name in ("error_ratio", "rmse_ratio", "larger_error_ratio") for d in DOMAINS
+             for t in DOMAINS[d])]
+_SHARES = [Q("diverged_share"), Q("low_scale_share", PRIMARY, config="mixed_fp16"),
+           *(Q("collapsed_share", d) for d in DOMAINS)]
 _ALL_DIVERGED = Q("diverged_share") * len(DOMAINS)
 for _domain in DOMAINS: _ALL_DIVERGED = _ALL_DIVERGED - Q("collapsed_share", _domain)
 
 AXIOMS = (
-    Axiom(id="positive", statement="Ratios of sizes, speeds, times and errors are positive.", formula=All(*(q > 0 for q in _RATIOS))),
-    Axiom(id="bounded", statement="No saving of memory is 100 %, and an objective that is not negative loses at most 100 %.",
+    Axiom(id="positive", statement="Ratios of sizes, speeds, times and errors are positive.",
+          formula=All(*(q > 0 for q in _RATIOS))),
+    Axiom(id="bounded",
+          statement="No saving of memory is 100 %, and an objective that is not negative loses at most 100 %.",
           formula=All(*(Q("peak_saving", d) < 1 for d in DOMAINS), *(Q("solution_loss", d) <= 1 for d in DOMAINS),
                       Q("top_solution_loss", PRIMARY) <= 1)),
     Axiom(id="shares", statement="Shares of runs lie between 0 and 1.",
           formula=All(*(bound for q in _SHARES for bound in (q >= 0, q <= 1)))),
-    Axiom(id="collapse", statement="A seed that collapsed has diverged, and each domain has as many seeds.", formula=_ALL_DIVERGED >= 0),
+    Axiom(id="collapse", statement="A seed that collapsed has diverged, and each domain has as many seeds.",
+          formula=_ALL_DIVERGED >= 0),
 )
 AS_FAST = Axiom(id="time", statement="An epoch takes its samples over the speed.",
                 formula=All(*(Equal(Q("epoch_ratio", d) * Q("speed_ratio", d), 1.0) for d in DOMAINS)))
 
 # %% ../../../nbs/study/h2/03_consistency.ipynb #72043d94
-TYPICAL = dict(peak_saving=0.4, capacity_ratio=2.0, error_ratio=1.0, rmse_ratio=1.0, larger_error_ratio=0.95, solution_loss=0.02,
-               speed_ratio=1.25, epoch_ratio=0.8, collapsed_share=0, diverged_share=0, top_solution_loss=0.02, low_scale_share=0,
-               scaled_share=1)
+TYPICAL = dict(peak_saving=0.4, capacity_ratio=2.0, error_ratio=1.0, rmse_ratio=1.0, larger_error_ratio=0.95,
+               solution_loss=0.02, speed_ratio=1.25, epoch_ratio=0.8, collapsed_share=0, diverged_share=0,
+               top_solution_loss=0.02, low_scale_share=0, scaled_share=1)
 H2_LOGIC = Logic(H2, AXIOMS, TYPICAL)
 
 # %% ../../../nbs/study/h2/03_consistency.ipynb #3a6e8150
@@ -78,16 +84,19 @@ def numbers(logic: Logic = H2_LOGIC) -> list[Finding]:
                           "S1 is missed, and nothing fails or falsifies; partial"),
                  ("excluded", f"between {falsification:g} and {success:g} times something always fails")),
         conclude("falsification's number", logic.ask(logic.unharmed, _fits(None, falsification)),
-                 ("never binds", f"that no model {falsification:g} times as large fits anywhere fails and falsifies nothing as long as "
-                                 "the memory saving is 20 % or more: D3 asks for both, and F3 holds whenever it does"),
+                 ("never binds",
+                  f"that no model {falsification:g} times as large fits anywhere fails and falsifies nothing as long "
+                  "as the memory saving is 20 % or more: D3 asks for both, and F3 holds whenever it does"),
                  ("excluded", f"below {falsification:g} times something always fails"))]
 
 # %% ../../../nbs/study/h2/03_consistency.ipynb #36f1b0f4
 def _groups(logic: Logic) -> dict[tuple, tuple[str, list[Compare]]]:
-    "The comparisons of the success criteria that are the same but for the domain or the target, with the criterion's id."
+    """The comparisons of the success criteria that are the same but for the domain or the target,
+    with the criterion's id."""
     groups = {}
     for c in (c for c in logic.success if c.id != "H2-S6"):
-        for leaf in leaves(c.formula): groups.setdefault((leaf.left.name, leaf.op, leaf.right), (c.id, []))[1].append(leaf)
+        for leaf in leaves(c.formula):
+            groups.setdefault((leaf.left.name, leaf.op, leaf.right), (c.id, []))[1].append(leaf)
     return groups
 
 def _missed(group: list[Compare]) -> Formula:
@@ -100,9 +109,11 @@ def domain_zones(logic: Logic = H2_LOGIC) -> list[Finding]:
     for (name, op, right), (id, group) in _groups(logic).items():
         rest = All(*(c.formula for c in logic.success if c.id not in (id, "H2-S6")))
         side, limit = "below" if op[0] == ">" else "above", number_text(right, logic.hypothesis.units[name])
-        found.append(conclude(f"{id}: {name} {op} {limit}", logic.ask(rest, _missed(group), logic.unharmed),
-                              ("zone", f"{name} {side} {limit} in two domains: {id} is missed, and no failure need hold; partial"),
-                              ("excluded", f"{name} {side} {limit}: {id} is never missed by this without a failure")))
+        found.append(
+            conclude(
+                f"{id}: {name} {op} {limit}", logic.ask(rest, _missed(group), logic.unharmed),
+                ("zone", f"{name} {side} {limit} in two domains: {id} is missed, and no failure need hold; partial"),
+                ("excluded", f"{name} {side} {limit}: {id} is never missed by this without a failure")))
     return found
 
 # %% ../../../nbs/study/h2/03_consistency.ipynb #20fbd8ed
@@ -111,14 +122,16 @@ def timed(logic: Logic = H2_LOGIC) -> list[Finding]:
     slow, d = _missed([Q("speed_ratio", d) >= 0.9 for d in DOMAINS]), PRIMARY
     both = logic.ask(slow, *(Q("epoch_ratio", d) <= 1.15 for d in DOMAINS), also=[AS_FAST])
     alone = logic.ask(Q("speed_ratio", d) >= 0.9, Q("epoch_ratio", d) > 1.15, also=[AS_FAST])
-    return [conclude("speed and epochs", both,
-                     ("zone", "if an epoch takes its samples over the speed, speeds from 0.87 to 0.9 of fp32's miss S5 and are no F6; partial"),
-                     ("excluded", "S5 is never missed without F6")),
-            conclude("overhead alone", alone, ("overlap", "F6 can hold where S5 does"),
-                     ("excluded", "if an epoch takes its samples over the speed, a domain that meets S5 never has F6 or D5"))]
+    return [
+        conclude("speed and epochs", both, ("zone", "if an epoch takes its samples over the speed, "
+                                                    "speeds from 0.87 to 0.9 of fp32's miss S5 and are no F6; partial"),
+                 ("excluded", "S5 is never missed without F6")), conclude(
+            "overhead alone", alone, ("overlap", "F6 can hold where S5 does"),
+            ("excluded", "if an epoch takes its samples over the speed, a domain that meets S5 never has F6 or D5"))]
 
 # %% ../../../nbs/study/h2/03_consistency.ipynb #b0b23ad0
-CHECKS = (can_succeed, overlaps, per_domain, follows, implied, numbers, domain_zones, timed, checkpoints)  # in the order of this chapter
+# in the order of this chapter
+CHECKS = (can_succeed, overlaps, per_domain, follows, implied, numbers, domain_zones, timed, checkpoints)
 
 def findings() -> list[Finding]:
     "Everything the check finds about hypothesis 2."

@@ -11,9 +11,9 @@ from functools import partial
 
 from ...base.errors import choose
 from ..expression import All, Any, AnyTested, AtLeast, Formula, Q
-from flashoptim_nb.study.h2.quantities import (
-    ALPHA, BROKEN, BUDGET, DOMAINS, EPOCHS, EXPECTED, FITS, MARGIN_ERROR, MARGIN_LARGER, METHODS, PRIMARY, PUBLISHED, QUANTITIES,
-    RUNS, SEEDS, coverage)
+from .quantities import (
+    ALPHA, BROKEN, BUDGET, DOMAINS, EPOCHS, EXPECTED, FITS, MARGIN_ERROR, MARGIN_LARGER, METHODS, PRIMARY, PUBLISHED,
+    QUANTITIES, RUNS, SEEDS, coverage)
 from .rows import BATCHES, surrogate_row
 from ..hypothesis import Checkpoint, Criterion, Hypothesis, Rule, units_of
 
@@ -26,7 +26,8 @@ def _small(d: str) -> Formula: return All(Q("peak_saving", d) >= 0.30, Q("capaci
 def _errors(name: str, d: str) -> list[Q]: return [Q(name, d, target=t) for t in DOMAINS[d]]
 
 def _accurate(d: str) -> Formula:
-    return All(*(bound for ratio in _errors("error_ratio", d) for bound in (ratio <= MARGIN_ERROR, ratio >= 1 / MARGIN_ERROR)))
+    return All(
+        *(bound for ratio in _errors("error_ratio", d) for bound in (ratio <= MARGIN_ERROR, ratio >= 1 / MARGIN_ERROR)))
 
 def _useful(d: str) -> Formula: return Q("solution_loss", d) <= 0.10
 
@@ -39,22 +40,23 @@ def _two(*asked) -> Formula:
 # %% ../../../nbs/study/h2/02_criteria.ipynb #0be3d19f
 SUCCESS = (
     _criterion(id="H2-S1", kind="success", title="memory", formula=_two(_small),
-        statement="Peak memory is at least 30 % lower at an equal model, and a model at least 1.8 times larger fits the same budget, "
-                  "in two of three domains."),
+               statement="Peak memory is at least 30 % lower at an equal model, "
+                         "and a model at least 1.8 times larger fits the same budget, in two of three domains."),
     _criterion(id="H2-S2", kind="success", title="accuracy", formula=_two(_accurate),
-        statement="The held-out MAE is within 5 % of fp32's, equivalent by two one-sided tests at alpha 0.05, in two of three domains."),
+               statement="The held-out MAE is within 5 % of fp32's, equivalent by two one-sided tests at alpha 0.05, "
+                         "in two of three domains."),
     _criterion(id="H2-S3", kind="success", title="solutions", formula=_two(_useful),
-        statement="The amortized optimizer's objective is at most 10 % below that with the fp32 surrogate over 100 runs, "
-                  "in two of three domains."),
+               statement="The amortized optimizer's objective is at most 10 % below that with the fp32 surrogate over "
+                         "100 runs, in two of three domains."),
     _criterion(id="H2-S4", kind="success", title="stability", only=("mixed_fp16",),
-        formula=_two(lambda d: Q("scaled_share", d, config="mixed_fp16") >= 0.90),
-        statement="The loss scale is above 1.0 in at least 90 % of the steps, in two of three domains "
-                  "(fp16; not applicable to bf16)."),
+               formula=_two(lambda d: Q("scaled_share", d, config="mixed_fp16") >= 0.90),
+               statement="The loss scale is above 1.0 in at least 90 % of the steps, "
+                         "in two of three domains (fp16; not applicable to bf16)."),
     _criterion(id="H2-S5", kind="success", title="throughput", formula=_two(_fast),
-        statement="Training runs at no less than 0.9 times the speed of fp32, in two of three domains."),
+               statement="Training runs at no less than 0.9 times the speed of fp32, in two of three domains."),
     _criterion(id="H2-S6", kind="success", title="generality", formula=_two(_small, _accurate, _useful, _fast),
-        statement="Memory, accuracy, solutions and throughput (S1, S2, S3, S5) succeed together "
-                  "in at least two of three domains."),
+               statement="Memory, accuracy, solutions and throughput (S1, S2, S3, S5) "
+                         "succeed together in at least two of three domains."),
 )
 
 # %% ../../../nbs/study/h2/02_criteria.ipynb #5c3f8e20
@@ -78,17 +80,19 @@ def failing(
 # %% ../../../nbs/study/h2/02_criteria.ipynb #76d1b0ce
 FAILURE = (
     _criterion(id="H2-F1", kind="failure", title="accuracy", formula=_any("F1"),
-        statement="The held-out MAE is more than 5 % worse than fp32's in some domain."),
-    _criterion(id="H2-F2", kind="failure", title="stability", formula=_any("F2"),
+               statement="The held-out MAE is more than 5 % worse than fp32's in some domain."),
+    _criterion(
+        id="H2-F2", kind="failure", title="stability", formula=_any("F2"),
         statement="More than 2 of 5 seeds of a domain (40 %) diverge, with a loss scale below 1.0 where there is one."),
     _criterion(id="H2-F3", kind="failure", title="memory", formula=_any("F3"),
-        statement="Peak memory is less than 20 % lower in some domain."),
+               statement="Peak memory is less than 20 % lower in some domain."),
     _criterion(id="H2-F4", kind="failure", title="larger model", formula=_any("F4"),
-        statement="The reduced-precision surrogate of twice the parameters is worse than the 1x fp32 one by more than 2 % of its MAE."),
+               statement="The reduced-precision surrogate of twice the parameters is worse than the 1x fp32 one "
+                         "by more than 2 % of its MAE."),
     _criterion(id="H2-F5", kind="failure", title="solutions", formula=_any("F5"),
-        statement="Solutions are more than 10 % worse in some domain."),
+               statement="Solutions are more than 10 % worse in some domain."),
     _criterion(id="H2-F6", kind="failure", title="overhead", formula=_any("F6"),
-        statement="An epoch takes more than 15 % longer in some domain."),
+               statement="An epoch takes more than 15 % longer in some domain."),
 )
 
 # %% ../../../nbs/study/h2/02_criteria.ipynb #39e6b1d4
@@ -138,11 +142,11 @@ CHECKPOINTS: Mapping[str, Checkpoint] = {checkpoint.id: checkpoint for checkpoin
 )}
 
 # %% ../../../nbs/study/h2/02_criteria.ipynb #1ad9e4b6
-H2 = Hypothesis(
-    id="H2", criteria=SUCCESS + FAILURE + FALSIFICATION, measures=QUANTITIES, checkpoints=CHECKPOINTS, stack="mixed_bf16",
-    others=("flash",), references=("fp32",), headline="fp32", min_failure="H2-F3", min_success="H2-S1",
-    claim="Reduced-precision training over high-precision master weights lets a surrogate of at least twice the parameters train within "
-          "a fixed memory budget, with a prediction error within 5 % of fp32's, and without degrading the amortized optimizer's solutions "
-          "by more than 10 %.",
-    constants=(ALPHA, MARGIN_ERROR, METHODS[0], BATCHES[0], SEEDS, EPOCHS, RUNS, BUDGET), row=surrogate_row, coverage=coverage,
-    paired_by=("seed", "scale", "device", "data_hash", "recipe"))
+H2 = Hypothesis(id="H2", criteria=SUCCESS + FAILURE + FALSIFICATION, measures=QUANTITIES, checkpoints=CHECKPOINTS,
+                stack="mixed_bf16", others=("flash",), references=("fp32",), headline="fp32", min_failure="H2-F3",
+                min_success="H2-S1",
+                claim="Reduced-precision training over high-precision master weights lets a surrogate of at least "
+                      "twice the parameters train within a fixed memory budget, with a prediction error within 5 % "
+                      "of fp32's, and without degrading the amortized optimizer's solutions by more than 10 %.",
+                constants=(ALPHA, MARGIN_ERROR, METHODS[0], BATCHES[0], SEEDS, EPOCHS, RUNS, BUDGET), row=surrogate_row,
+                coverage=coverage, paired_by=("seed", "scale", "device", "data_hash", "recipe"))

@@ -20,7 +20,8 @@ from ..experiment import Experiment, Stage, StudyProtocol, all_seeds, first_seed
 from .criteria import H2
 from .presets import PRESETS, SurrogatePreset
 from .quantities import DOMAINS, PRIMARY
-from .run import EpochCallback, HeldOutCallback, SurrogateSpec, keep_search, label_rows, measure_speed, surrogate_spec, task_of
+from .run import (EpochCallback, HeldOutCallback, SurrogateSpec, keep_search, label_rows,
+                                        measure_speed, surrogate_spec, task_of)
 from ..loop import fit
 from ..presets import rates
 from ..runner import Missing, ProgressBar, Study
@@ -58,7 +59,8 @@ def measure(study: Study, spec: SurrogateSpec, domain: Domain):
 def search_largest(study: Study, spec: SurrogateSpec, domain: Domain):
     "The largest network that trains within the budget."
     tries = study.preset.plans[spec.workload].tries
-    row, tried = largest(domain, spec.precision, spec.recipe, spec.budget, study.device, most=tries, stopped=study.check_stop)
+    row, tried = largest(
+        domain, spec.precision, spec.recipe, spec.budget, study.device, most=tries, stopped=study.check_stop)
     writer = study.writer(spec)
     found = keep_search(writer, row, tried)
     writer.end("finished" if row["width"] else "oom", "" if row["width"] else row["note"])
@@ -94,7 +96,8 @@ def _domain_stages(domain: str, plan: DomainPlan) -> list[Stage]:
     timed = of(c for c in plan.configs if c != "pyg_fp32")
     return [Stage(domain, (("train", of(FIRST)),), "H2-CA"), Stage(domain, (("train", of(HALF)),), "H2-CB"),
             Stage(domain, (("speed", timed), ("largest", of(plan.searched))), "H2-CC"),
-            Stage(domain, (("train", of(LARGER)),), "H2-CD"), Stage(domain, (("train", rest), ("labels", of(plan.labels))), "H2-CE")]
+            Stage(domain, (("train", of(LARGER)),), "H2-CD"),
+            Stage(domain, (("train", rest), ("labels", of(plan.labels))), "H2-CE")]
 
 def stages(
     preset: SurrogatePreset,
@@ -122,8 +125,10 @@ def rests_on(
     stage: Stage,
     preset: SurrogatePreset,  # the whole one
 ) -> dict[tuple[str, str, str], str]:
-    "Domain, experiment and configuration of the runs that the stage's checkpoint is decided on, each with its name for a reader."
-    everything = [(name, config) for config in ("fp32", H2.stack) for name in ("train", "speed")] + [("train", f"{H2.stack}_2x")]
+    """Domain, experiment and configuration of the runs that the stage's checkpoint is decided on,
+    each with its name for a reader."""
+    everything = ([(name, config) for config in ("fp32", H2.stack) for name in ("train", "speed")]
+                  + [("train", f"{H2.stack}_2x")])
     domains = [PRIMARY] if stage.checkpoint in RESTS else list(DOMAINS) if stage.checkpoint else []
     return {(domain, name, config): f"{config} ({name}) of {domain}" for domain in domains if domain in preset.plans
             for name, config in RESTS.get(stage.checkpoint, everything) if config in preset.plans[domain].configs}
@@ -147,7 +152,8 @@ class H2Protocol(StudyProtocol):
 
     def spec(self, study, workload, experiment, config, seed):
         domain = study.data(workload)
-        return surrogate_spec(study.preset, workload, experiment, config, seed, None if isinstance(domain, Missing) else domain)
+        return surrogate_spec(
+            study.preset, workload, experiment, config, seed, None if isinstance(domain, Missing) else domain)
 
     def load(self, study, workload):
         plan = study.preset.plans[workload]
@@ -156,19 +162,22 @@ class H2Protocol(StudyProtocol):
     def asked_hash(self, spec): return content_hash([spec.workload, spec.load, spec.limits])
 
     def journal_settings(self, study):
-        spec = _Journal(preset=study.preset.name, workload="", size="", experiment="protocol", config="protocol", seed=0, whole=study.whole)
+        spec = _Journal(preset=study.preset.name, workload="", size="", experiment="protocol", config="protocol",
+                        seed=0, whole=study.whole)
         return spec, content_hash({domain: [plan.load, plan.limits] for domain, plan in study.whole.plans.items()})
 
     def stage_rows(self, study, stage):
         "Where a domain's rows come from, or why it cannot be had."
         domain = study.data(stage.workload)
         if isinstance(domain, Missing): return [("skip", dict(what=stage.workload, reason=domain.why))]
-        counts, rows = json.loads(json.dumps(domain.counts, default=int)), {split: domain.size(split) for split in ("train", "val", "test")}
+        counts, rows = (json.loads(json.dumps(domain.counts, default=int)),
+                        {split: domain.size(split) for split in ("train", "val", "test")})
         return [("source", dict(set=stage.workload, sha256=domain.data_hash, counts=counts, rows=rows))]
 
     def decided_on(self, study, stage, runs):
         if stage.checkpoint != "H2-CF": return super().decided_on(study, stage, runs)
-        wanted = [(domain, name, config) for domain in DOMAINS for name in EXPERIMENTS for config in ("fp32", H2.stack, f"{H2.stack}_2x")]
+        wanted = [(domain, name, config) for domain in DOMAINS for name in EXPERIMENTS
+                  for config in ("fp32", H2.stack, f"{H2.stack}_2x")]
         return [run for run in runs if run_key(run) in wanted]
 
 PROTOCOL = H2Protocol()
@@ -185,12 +194,14 @@ def projection(
             plan, seeds = preset.plans[stage.workload], len(EXPERIMENTS[name].seeds(preset, stage.workload))
             trained, solve = name == "train", plan.solve
             solved = sum(c in plan.solved for c in configs) * seeds if trained and solve else 0
-            rows.append(dict(domain=stage.workload, arm=name, configs=len(configs), runs=len(configs) * seeds,
-                             epochs=plan.recipe.epochs * len(configs) * seeds if trained else 0,
-                             solutions=solved * sum(solve.few.get(m, solve.runs) for m in solve.methods) if solved else 0))
+            rows.append(
+                dict(domain=stage.workload, arm=name, configs=len(configs), runs=len(configs) * seeds,
+                     epochs=plan.recipe.epochs * len(configs) * seeds if trained else 0,
+                     solutions=solved * sum(solve.few.get(m, solve.runs) for m in solve.methods) if solved else 0))
     if rows: return pd.DataFrame(rows).groupby(["domain", "arm"], sort=False, as_index=False).sum()
-    raise UserError(f"nothing is to be run: none of {', '.join(preset.plans)} has {', '.join(experiments or EXPERIMENTS)} "
-                    "with these configurations; choose others, or leave --arms and --configs out")
+    raise UserError(
+        f"nothing is to be run: none of {', '.join(preset.plans)} has {', '.join(experiments or EXPERIMENTS)} with "
+        "these configurations; choose others, or leave --arms and --configs out")
 
 # %% ../../../nbs/study/h2/06_experiments.ipynb #8d00e133
 PROTOCOL_HOURS, PROTOCOL_DOLLARS = 420, (1200, 4800)  # GPU-hours of the protocol, and what it calls least and full cost
@@ -206,4 +217,5 @@ def plan_text(
     if preset.cut: return "\n".join([*lines, "Cut against the protocol: " + "; ".join(preset.cut)])
     least, full = PROTOCOL_DOLLARS
     lines.append(f"The protocol's own budget: {PROTOCOL_HOURS} GPU-hours, ${least:,} at least, ${full:,} in full")
-    return "\n".join(lines + [f"  {PROTOCOL_HOURS} hours at {name}'s rate: ${PROTOCOL_HOURS * rate:,.0f}" for name, rate in rates(preset).items()])
+    return "\n".join(lines + [f"  {PROTOCOL_HOURS} hours at {name}'s rate: ${PROTOCOL_HOURS * rate:,.0f}"
+                              for name, rate in rates(preset).items()])

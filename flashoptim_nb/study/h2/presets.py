@@ -25,7 +25,8 @@ class SurrogatePreset(Preset):
     cut: tuple[str, ...] = ()  # what the protocol asks for beyond this
 
     def __post_init__(self):
-        if self.budget <= 0: raise UserError(f"a budget of {self.budget} bytes for the largest model; it has to be above 0")
+        if self.budget <= 0:
+            raise UserError(f"a budget of {self.budget} bytes for the largest model; it has to be above 0")
 
 def plans_of(
     preset: str,
@@ -37,7 +38,8 @@ def plans_of(
 def _laptop_cuts(plans: dict[str, DomainPlan], budget: int) -> tuple[str, ...]:
     "What a smoke run cuts against the protocol."
     epochs = " or ".join(f"{n:g}" for n in sorted({plan.recipe.epochs for plan in plans.values()}))
-    own = "".join(f", of {plan.budget >> 20} for {domains()[name].candidates}" for name, plan in plans.items() if plan.budget)
+    own = "".join(
+        f", of {plan.budget >> 20} for {domains()[name].candidates}" for name, plan in plans.items() if plan.budget)
     return (f"epochs 100 -> {epochs}", "rows: a few hundred", "seeds 5 -> 3", "surrogates of some thousand parameters",
             "learning rate 3e-4 -> 3e-3 with a cosine", "100 optimizer runs -> 6 (2 for each surrogate)",
             f"a budget of {budget >> 20} MiB{own}")
@@ -54,14 +56,14 @@ def _gpu_cuts(plans: dict[str, DomainPlan]) -> tuple[str, ...]:
 
 _laptop, _gpu, _budget = plans_of("laptop"), plans_of("gpu"), 48 << 20
 LAPTOP = SurrogatePreset(
-    name="laptop", purpose="shows that everything works; never evidence", enforced=False, device="auto", seeds=(0, 1, 2),
-    plans=_laptop, budget=_budget, checkpoints=1, priced=False, cut=_laptop_cuts(_laptop, _budget),
+    name="laptop", purpose="shows that everything works; never evidence", enforced=False, device="auto",
+    seeds=(0, 1, 2), plans=_laptop, budget=_budget, checkpoints=1, priced=False, cut=_laptop_cuts(_laptop, _budget),
     accelerator=Accelerator(name="two CPU cores", flops=2e11, memory=8e9, bandwidth=2e10))
 GPU = SurrogatePreset(
-    name="gpu", purpose="errors, memory, speed and solutions on one GPU", enforced=False, device="cuda", seeds=(0, 1, 2, 3, 4),
-    plans=_gpu, budget=24 << 30, keep=10, accelerator=H200, cut=_gpu_cuts(_gpu))
+    name="gpu", purpose="errors, memory, speed and solutions on one GPU", enforced=False, device="cuda",
+    seeds=(0, 1, 2, 3, 4), plans=_gpu, budget=24 << 30, keep=10, accelerator=H200, cut=_gpu_cuts(_gpu))
 FULL = SurrogatePreset(
-    name="full", purpose="the protocol: its sizes, epochs and rules", enforced=True, device="cuda", seeds=(0, 1, 2, 3, 4),
-    plans=plans_of("full"), budget=24 << 30, checkpoints=100, keep=50, accelerator=A100_40)
+    name="full", purpose="the protocol: its sizes, epochs and rules", enforced=True, device="cuda",
+    seeds=(0, 1, 2, 3, 4), plans=plans_of("full"), budget=24 << 30, checkpoints=100, keep=50, accelerator=A100_40)
 
 PRESETS = {preset.name: preset for preset in (LAPTOP, GPU, FULL)}

@@ -27,7 +27,9 @@ from ..statistics import (
     MIN_PAIRS, Estimate, exact, joined, missing, opened, paired_interval, paired_ratio, tost)
 
 # %% ../../../nbs/study/h2/01_quantities.ipynb #f60c8a3d
-DOMAINS: Mapping[str, tuple[str, ...]] = {"molecules": ("gap",), "aerodynamics": ("CL", "log CD"), "combinatorial": ("lost",)}  # targets of each
+# targets of each
+DOMAINS: Mapping[str, tuple[str, ...]] = {
+    "molecules": ("gap",), "aerodynamics": ("CL", "log CD"), "combinatorial": ("lost",)}
 PRIMARY = "molecules"  # the domain that the checkpoints before the replication look at
 METHODS = ("reinforce", "gflownet", "bayes")  # samplers; the first decides
 ALPHA = 0.05  # of the equivalence test
@@ -44,7 +46,9 @@ def _at_batch(e: Evidence, q: Q, column: str, harm: str) -> Estimate:
     config, batch = q.config or e.stack, q.batch or BATCHES[0]
     def have(*pair): return [batch in row[column] for row in pair]
     found = e.sort_pairs(config, q.at, "speed", have, what="surrogates", ended=("finished", "oom"))
-    if not found.good: return replace(found, what="runs").nothing(e.lacking(config, q.at, "speed", lacks=f"no pair recorded batch {batch}"))
+    if not found.good:
+        return replace(found, what="runs").nothing(
+            e.lacking(config, q.at, "speed", lacks=f"no pair recorded batch {batch}"))
     sizes = [(new["run"], new["sizes"].get(batch), old["sizes"].get(batch)) for new, old in found.good]
     odd = [f"{run} has {a} parameters, its partner {b}" for run, a, b in sizes if a != b]
     if odd: return missing(f"not comparable: {'; '.join(odd)}", found.records)
@@ -70,7 +74,8 @@ def epoch_ratio(e: Evidence, q: Q) -> Estimate:
     if not found.good and any(row["shared"] for pair in e.pairs(config, q.at, "train") for row in pair):
         why = "from the speed measured alone, for the training runs shared the device or replayed graphs"
         return replace(by_speed, note=joined(why, by_speed.note))
-    if not found.good: return found.nothing(e.lacking(config, q.at, "train", lacks="no pair recorded the seconds of an epoch"))
+    if not found.good:
+        return found.nothing(e.lacking(config, q.at, "train", lacks="no pair recorded the seconds of an epoch"))
     new, old = ([row["epoch_seconds"] for row in side] for side in zip(*found.good))
     other = sorted({row["batch"] for pair in found.good for row in pair} - {BATCHES[0]})
     note = f"at batch {', '.join(map(str, other))}" if other else ""
@@ -91,14 +96,16 @@ def capacity_ratio(e: Evidence, q: Q) -> Estimate:
     if odd := _unlike(new, old): return missing(f"not comparable: {'; '.join(odd)}", names_of(rows))
     a, b = new["largest"], old["largest"]
     budget = f", in a budget of {a['budget'] / 2**30:.3g} GiB" if a["budget"] != BUDGET and a["budget"] else ""
-    found = Estimate(value=a["fits"] / b["fits"], lo=a["fits"] / (b["fails"] or b["fits"]), hi=(a["fails"] or a["fits"]) / b["fits"], n=1,
-                     records=names_of(rows), note=f"{a['fits']:,} against {b['fits']:,} parameters{budget}")
+    found = Estimate(
+        value=a["fits"] / b["fits"], lo=a["fits"] / (b["fails"] or b["fits"]), hi=(a["fails"] or a["fits"]) / b["fits"],
+        n=1, records=names_of(rows), note=f"{a['fits']:,} against {b['fits']:,} parameters{budget}")
     return opened(found, "no larger model is known not to fit", less=b["fails"] is None, more=a["fails"] is None)
 
 # %% ../../../nbs/study/h2/01_quantities.ipynb #662f20ed
 def _evaluation(pairs: list, target: str, q: Q) -> tuple[str, str, bool]:
     "Target, precision, and whether the weights are averaged: as the pairs were evaluated, or one of each at least."
-    tried = [(target, q.precision or "own", averaged) for averaged in ((False,) if q.weights == "raw" else (True, False))]
+    tried = [
+        (target, q.precision or "own", averaged) for averaged in ((False,) if q.weights == "raw" else (True, False))]
     def known(at, by): return any(by(at in row["errors"] for row in pair) for pair in pairs)
     return next((at for by in (all, any) for at in tried if known(at, by)), tried[0])
 
@@ -113,7 +120,8 @@ def error_pairs(
     config, target = config or q.config or e.stack, q.target or DOMAINS[q.at][0]
     at = _evaluation(e.pairs(config, q.at, "train", against), target, q)
     def error(row): return row["errors"].get(at, {}).get(column)
-    found = e.sort_pairs(config, q.at, "train", lambda *pair: [positive(error(row)) for row in pair], against, "surrogates")
+    found = e.sort_pairs(
+        config, q.at, "train", lambda *pair: [positive(error(row)) for row in pair], against, "surrogates")
     fallback = "" if at[2] or q.weights == "raw" else "last weights, no average was recorded, "
     return f"{fallback}{column.upper()} of {target}", [(error(new), error(old)) for new, old in found.good], found
 
@@ -125,10 +133,12 @@ def _error_ratio(e: Evidence, q: Q, column: str = "mae", config: str | None = No
     return found.estimate(lambda **also: paired_ratio(*zip(*values), e.confidence(q), **also), of)
 
 def _sized(e: Evidence, q: Q, config: str, times: float) -> str:
-    "What is wrong with the sizes of a pair, in words; the model is to have `times` the parameters, within 10 %, for widths come in steps."
+    """What is wrong with the sizes of a pair, in words;
+    the model is to have `times` the parameters, within 10 %, for widths come in steps."""
     sizes = [(new["parameters"], old["parameters"]) for new, old in e.pairs(config, q.at, "train")]
     odd = sorted(ratio for ratio in {a / b for a, b in sizes if a and b} if abs(ratio / times - 1) > 0.10)
-    return f"not comparable: {config} has {odd[0]:.3g} times the parameters of {e.against}, not {times:g}" if odd else ""
+    return (f"not comparable: {config} has {odd[0]:.3g} times the parameters of {e.against}, not {times:g}" if odd
+            else "")
 
 # %% ../../../nbs/study/h2/01_quantities.ipynb #04dd6bf2
 def error_ratio(e: Evidence, q: Q) -> Estimate:
@@ -169,11 +179,13 @@ def solution_ratio(
     q: Q,
     share: float = 1.0,  # of the runs, the best
 ) -> tuple[float | None, int]:
-    "Mean objective over the partner's, and of how many runs; none where there is nothing in common or nothing positive. A run that found nothing scores 0; one whose partner found nothing is left out."
+    """Mean objective over the partner's, and of how many runs; none where there is nothing in common or nothing
+    positive. A run that found nothing scores 0; one whose partner found nothing is left out."""
     ours, theirs, ratios, runs = _chosen(q, new), _chosen(q, old), [], 0
     for problem in sorted(ours.keys() & theirs.keys()):
         both = [key for key in ours[problem].keys() & theirs[problem].keys() if theirs[problem][key] is not None]
-        mine, other = (_top([side[problem][key] or 0.0 for key in both], share) if both else 0.0 for side in (ours, theirs))
+        mine, other = (
+            _top([side[problem][key] or 0.0 for key in both], share) if both else 0.0 for side in (ours, theirs))
         if both and other > 0: ratios.append(max(mine, 0.0) / other)
         runs += len({key[2] for key in both})
     return (None, runs) if not ratios else (exp(np.mean(np.log(ratios))) if min(ratios) > 0 else 0.0, runs)
@@ -199,8 +211,10 @@ def _solution_loss(e: Evidence, q: Q, share: float = 1.0) -> Estimate:
     if not found.good: return found.nothing(e.lacking(config, q.at, "train", lacks=lacks))
     sides = [(new["solutions"], old["solutions"]) for new, old in found.good]
     ratios, counts = zip(*(solution_ratio(*side, q, share) for side in sides))
-    note = f"{sum(counts)} runs over {len(sides)} surrogates" + (f", the protocol asks for {RUNS}" if sum(counts) < RUNS else "")
-    loss = found.estimate(lambda **also: paired_interval([1 - ratio for ratio in ratios], e.confidence(q), **also), note)
+    note = (f"{sum(counts)} runs over {len(sides)} surrogates"
+            + (f", the protocol asks for {RUNS}" if sum(counts) < RUNS else ""))
+    loss = found.estimate(
+        lambda **also: paired_interval([1 - ratio for ratio in ratios], e.confidence(q), **also), note)
     left = sum(blind(*side, q) for side in sides)
     return opened(loss, f"{left} runs have no partner's solution to be held against", more=bool(left))
 
@@ -274,42 +288,51 @@ def baseline_error(e: Evidence, q: Q) -> Estimate:
 
 def reference_ratio(e: Evidence, q: Q) -> Estimate:
     if e.scale == "full":
-        return replace(baseline_error(e, q).map(lambda error: error / PUBLISHED), note=f"against the published {PUBLISHED} eV")
+        return replace(
+            baseline_error(e, q).map(lambda error: error / PUBLISHED), note=f"against the published {PUBLISHED} eV")
     of, values, found = error_pairs(e, q, config=e.against, against="pyg_fp32")
-    if not values: return found.nothing(e.lacking(e.against, q.at, "train", "pyg_fp32", f"no pair was evaluated on {of}"))
-    return found.estimate(lambda **also: paired_ratio(*zip(*values), **also), "against PyG's own blocks, trained for the same budget")
+    if not values:
+        return found.nothing(e.lacking(e.against, q.at, "train", "pyg_fp32", f"no pair was evaluated on {of}"))
+    return found.estimate(
+        lambda **also: paired_ratio(*zip(*values), **also), "against PyG's own blocks, trained for the same budget")
 
 # %% ../../../nbs/study/h2/01_quantities.ipynb #dca40f32
 QUANTITIES: Mapping[str, Measure] = dict(
     peak_saving=Measure(unit="share", estimate=peak_saving,
-        meaning="1 - peak memory ratio to fp32 over forward, backward and step, equal model and batch (64 unless said)"),
+                        meaning="1 - peak memory ratio to fp32 over forward, backward and step, "
+                                "equal model and batch (64 unless said)"),
     capacity_ratio=Measure(unit="x", confidence=None, estimate=capacity_ratio,
-        meaning="parameters of the largest model that trains within the memory budget, over fp32's"),
-    error_ratio=Measure(unit="x", confidence=0.90, estimate=error_ratio,
+                           meaning="parameters of the largest model that trains within the memory budget, over fp32's"),
+    error_ratio=Measure(
+        unit="x", confidence=0.90, estimate=error_ratio,
         meaning="held-out MAE over the fp32 surrogate's, averaged weights, in the condition's own precision"),
-    rmse_ratio=Measure(unit="x", confidence=0.90, estimate=rmse_ratio,
+    rmse_ratio=Measure(
+        unit="x", confidence=0.90, estimate=rmse_ratio,
         meaning="held-out RMSE over the fp32 surrogate's, averaged weights, in the condition's own precision"),
-    larger_error_ratio=Measure(unit="x", confidence=0.90, estimate=larger_error_ratio,
+    larger_error_ratio=Measure(
+        unit="x", confidence=0.90, estimate=larger_error_ratio,
         meaning="held-out MAE of the surrogate of twice the parameters over the 1x fp32 surrogate's"),
     solution_loss=Measure(unit="share", confidence=0.90, estimate=solution_loss,
-        meaning="1 - true objective of what the amortized optimizer (REINFORCE) found over what it found with the fp32 surrogate; "
-                "runs averaged within a seed"),
+                          meaning="1 - true objective of what the amortized optimizer (REINFORCE) "
+                                  "found over what it found with the fp32 surrogate; runs averaged within a seed"),
     speed_ratio=Measure(unit="x", estimate=speed_ratio,
-        meaning="training samples per second over fp32's, equal model and batch (64 unless said)"),
+                        meaning="training samples per second over fp32's, equal model and batch (64 unless said)"),
     epoch_ratio=Measure(unit="x", estimate=epoch_ratio, meaning="seconds of a training epoch over fp32's, batch 64"),
-    scaled_share=Measure(unit="share", estimate=scaled_share, meaning="share of a run's steps with a loss scale above 1.0"),
-    collapsed_share=Measure(unit="share", confidence=None, estimate=collapsed_share,
+    scaled_share=Measure(
+        unit="share", estimate=scaled_share, meaning="share of a run's steps with a loss scale above 1.0"),
+    collapsed_share=Measure(
+        unit="share", confidence=None, estimate=collapsed_share,
         meaning="share of seeds that diverged, with a loss scale below 1.0 where there is a loss scale"),
     diverged_share=Measure(unit="share", confidence=None, estimate=diverged_share,
-        meaning="share of runs, over all domains, that diverged without recovery"),
+                           meaning="share of runs, over all domains, that diverged without recovery"),
     baseline_error=Measure(unit="eV", estimate=baseline_error, meaning="held-out MAE of the fp32 baseline"),
     reference_ratio=Measure(unit="x", estimate=reference_ratio,
-        meaning="MAE of the fp32 baseline over the published one at full scale; below it over that of PyG's own blocks (`pyg_fp32`) "
-                "trained for the same budget"),
+                            meaning="MAE of the fp32 baseline over the published one at full scale; "
+                                    "below it over that of PyG's own blocks (`pyg_fp32`) trained for the same budget"),
     low_scale_share=Measure(unit="share", confidence=None, estimate=low_scale_share,
-        meaning="share of seeds whose loss scale fell below 1.0"),
+                            meaning="share of seeds whose loss scale fell below 1.0"),
     top_solution_loss=Measure(unit="share", estimate=top_solution_loss,
-        meaning="as solution_loss, of the mean of the best tenth of the runs"),
+                              meaning="as solution_loss, of the mean of the best tenth of the runs"),
 )
 
 # %% ../../../nbs/study/h2/01_quantities.ipynb #4651db81
@@ -331,5 +354,7 @@ def coverage(
     gaps = [gap for errors in primary.errors if (gap := _gap_error(errors)) is not None]
     return (f"this rests on {len(rows)} training runs ({domains}; {seeds} of the protocol's {SEEDS} seeds) "
             f"on {', '.join(sorted(set(rows.device)))} at {scale} scale"
-            + (f"; fp32's error of the gap is {sum(gaps) / len(gaps):.3f} eV, the published one {PUBLISHED} eV" if gaps else "")
-            + (f"; of the protocol's domains, {', '.join(absent)} {'was' if len(absent) == 1 else 'were'} not run" if absent else ""))
+            + (f"; fp32's error of the gap is {sum(gaps) / len(gaps):.3f} eV, the published one {PUBLISHED} eV" if gaps
+               else "")
+            + (f"; of the protocol's domains, {', '.join(absent)} {'was' if len(absent) == 1 else 'were'} not run"
+               if absent else ""))

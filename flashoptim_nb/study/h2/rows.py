@@ -21,9 +21,11 @@ def _number(x) -> float | None: return x if is_number(x) else None
 
 def errors(run: Run) -> dict[tuple[str, str, bool], dict]:
     "Held-out errors by (target, precision, averaged): mae, rmse, n and unit."
-    rows = sorted((row for row in run.of("eval") if row.get("set") == "test" and "target" in row), key=lambda row: row.get("epoch") or 0)
+    rows = sorted((row for row in run.of("eval") if row.get("set") == "test" and "target" in row),
+                  key=lambda row: row.get("epoch") or 0)
     def at(row): return row["target"], row.get("precision", "own"), bool(row.get("ema"))
-    return {at(row): {key: _number(row.get(key)) for key in ("mae", "rmse", "n")} | dict(unit=row.get("unit")) for row in rows}
+    return {at(row): {key: _number(row.get(key)) for key in ("mae", "rmse", "n")} | dict(unit=row.get("unit"))
+            for row in rows}
 
 # %% ../../../nbs/study/h2/00_rows.ipynb #dd134e73
 GROWN = 2.0  # times the loss at the beginning
@@ -43,7 +45,8 @@ def last_epoch_skipped(run: Run) -> bool:
 
 # %% ../../../nbs/study/h2/00_rows.ipynb #b6ab0d46
 def scales(run: Run) -> dict:
-    "Steps with a loss scale, how many of them above 1.0, and the smallest; one that is not a number counts as 0; none where the precision has no loss scale."
+    """Steps with a loss scale, how many of them above 1.0, and the smallest; one that is not a number counts as 0;
+    none where the precision has no loss scale."""
     if "fp16" not in (run.header.get("config") or ""): return dict(n=0, above=0, least=None)
     def scale(x): return x if is_number(x) else 0.0
     if epochs := [row for row in run.of("epoch") if row.get("steps") and row.get("scaled_above") is not None]:
@@ -56,44 +59,53 @@ def scales(run: Run) -> dict:
 # %% ../../../nbs/study/h2/00_rows.ipynb #aab1843c
 def _by_batch(run: Run, kind: str, value: str) -> dict[int, dict]:
     "The last row of a kind at each batch that has the value and fitted."
-    return {row.get("batch"): row for row in run.of(kind) if _number(row.get(value)) and row.get("fits") is not False and not row.get("oom")}
+    return {row.get("batch"): row for row in run.of(kind)
+            if _number(row.get(value)) and row.get("fits") is not False and not row.get("oom")}
 
 _UNITS = dict(KiB=10, MiB=20, GiB=30)
-_ASKED = re.compile(r"Tried to allocate ([\d.]+) ([KMG]iB).* of which ([\d.]+) ([KMG]iB) is free", re.DOTALL)  # as PyTorch words it
+# as PyTorch words it
+_ASKED = re.compile(r"Tried to allocate ([\d.]+) ([KMG]iB).* of which ([\d.]+) ([KMG]iB) is free", re.DOTALL)
 
 def oom_by_others(
     row: dict,  # `search`
 ) -> bool:
     "Whether a try failed for the device was full, with what others held of it, and not for the budget."
     found = _ASKED.search(row.get("reason") or "")
-    asked, free = (float(n) * 2 ** _UNITS[unit] for n, unit in zip(found.groups()[::2], found.groups()[1::2])) if found else (0, 0)
+    asked, free = ((float(n) * 2 ** _UNITS[unit] for n, unit in zip(found.groups()[::2], found.groups()[1::2])) if found
+                   else (0, 0))
     return not row.get("fits") and asked > free
 
 # %% ../../../nbs/study/h2/00_rows.ipynb #ba483658
 def largest(run: Run) -> dict | None:
-    "Parameters of the largest model that fitted, of the next that did not (none: nothing larger was tried), budget and batch; none without a search."
+    """Parameters of the largest model that fitted, of the next that did not (none: nothing larger was tried),
+    budget and batch; none without a search."""
     tried = [row for row in run.of("search") if row.get("parameters") and not oom_by_others(row)]
-    fits = [row["parameters"] for row in tried if row.get("fits")] + [row["parameters"] for row in run.of("largest") if row.get("parameters")]
+    fits = ([row["parameters"] for row in tried if row.get("fits")]
+            + [row["parameters"] for row in run.of("largest") if row.get("parameters")])
     if not fits: return None
     last = (run.of("largest") or [{}])[-1]
     above = [row["parameters"] for row in tried if not row.get("fits") and row["parameters"] > max(fits)]
     budget = last.get("budget") or next((row["budget"] for row in tried if row.get("budget")), None)
-    return dict(fits=max(fits), fails=min(above, default=None), budget=budget, batch=last.get("batch"), tried=len(tried))
+    return dict(
+        fits=max(fits), fails=min(above, default=None), budget=budget, batch=last.get("batch"), tried=len(tried))
 
 def _at_its_pace(epoch: dict) -> bool:
     "Whether an epoch had the device for itself and launched its steps, as the protocol does."
     return (epoch.get("workers") or 1) == 1 and not epoch.get("graphed")
 
 def epoch_seconds(run: Run) -> float | None:
-    "Median over the epochs at the protocol's pace; the first, which compiles and warms up, only counts where it is the only one."
+    """Median over the epochs at the protocol's pace;
+    the first, which compiles and warms up, only counts where it is the only one."""
     found = [row["seconds"] for row in run.of("epoch") if _number(row.get("seconds")) and _at_its_pace(row)]
     return median(found[1:] or found) if found else None
 
 # %% ../../../nbs/study/h2/00_rows.ipynb #4043c54c
 def solutions(run: Run) -> dict[tuple, dict]:
-    "By (problem, method, instance, run): the true objective of the best that was found, what the surrogate predicted, and the unit."
+    """By (problem, method, instance, run): the true objective of the best that was found, what the surrogate predicted,
+    and the unit."""
     def key(row): return tuple(row.get(name) for name in ("problem", "method", "instance", "run"))
-    return {key(row): dict(objective=_number(row.get("objective")), predicted=_number(row.get("predicted")), unit=row.get("unit"))
+    return {key(row): dict(
+                objective=_number(row.get("objective")), predicted=_number(row.get("predicted")), unit=row.get("unit"))
             for row in run.of("solution")}
 
 # %% ../../../nbs/study/h2/00_rows.ipynb #c3be1e06
@@ -106,10 +118,11 @@ def surrogate_row(
     recipe = settings.get("recipe") or {}
     samples = sum(row.get("samples") or 0 for row in epochs) or sum(row.get("tokens") or 0 for row in run.of("step"))
     peaks, speeds = _by_batch(run, "memory", "peak"), _by_batch(run, "throughput", "samples_per_s")
-    return dict(
-        recipe=content_hash({key: value for key, value in recipe.items() if key != "micro"}), batch=recipe.get("batch", BATCHES[0]),
-        parameters=settings.get("parameters"), epochs=len(epochs), samples=samples // max(1, len(epochs)),
-        shared=not all(map(_at_its_pace, epochs)), epoch_seconds=epoch_seconds(run), errors=errors(run), solutions=solutions(run),
-        scales=scales(run), loss_grew=last_epoch_skipped(run) or loss_grew([row.get("loss") for row in run.of("step")]),
-        peaks={batch: row["peak"] for batch, row in peaks.items()}, sizes={batch: row.get("parameters") for batch, row in peaks.items()},
-        speeds={batch: row["samples_per_s"] for batch, row in speeds.items()}, largest=largest(run))
+    return dict(recipe=content_hash({key: value for key, value in recipe.items() if key != "micro"}),
+                batch=recipe.get("batch", BATCHES[0]), parameters=settings.get("parameters"), epochs=len(epochs),
+                samples=samples // max(1, len(epochs)), shared=not all(map(_at_its_pace, epochs)),
+                epoch_seconds=epoch_seconds(run), errors=errors(run), solutions=solutions(run), scales=scales(run),
+                loss_grew=last_epoch_skipped(run) or loss_grew([row.get("loss") for row in run.of("step")]),
+                peaks={batch: row["peak"] for batch, row in peaks.items()},
+                sizes={batch: row.get("parameters") for batch, row in peaks.items()},
+                speeds={batch: row["samples_per_s"] for batch, row in speeds.items()}, largest=largest(run))

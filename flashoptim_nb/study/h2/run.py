@@ -55,14 +55,16 @@ def surrogate_spec(
     width, parameters = sized(data, precision.times) if data else (0, 0)
     own = dict(train=dict(solve=plan.solve if config in plan.solved else None), speed=dict(batches=plan.batches),
                largest=dict(budget=plan.budget or preset.budget)).get(experiment, {})
-    return SurrogateSpec(preset=preset.name, workload=domain, size=precision.size, experiment=experiment, config=config, seed=seed,
-                         precision=precision, recipe=plan.recipe, width=width, parameters=parameters, load=plan.load,
-                         limits=plan.limits, **own)
+    return SurrogateSpec(preset=preset.name, workload=domain, size=precision.size, experiment=experiment, config=config,
+                         seed=seed, precision=precision, recipe=plan.recipe, width=width, parameters=parameters,
+                         load=plan.load, limits=plan.limits, **own)
 
 def task_of(spec: SurrogateSpec, domain: Domain, device, graphs: bool = False, **recipe) -> SurrogateTask:
-    "The task of a run, on its device; with `graphs` its steps are replayed where they can be: a loss scale decides on the host whether to step."
+    """The task of a run, on its device; with `graphs` its steps are replayed where they can be:
+    a loss scale decides on the host whether to step."""
     replayed = graphs and spec.precision.scaling == "none" and not why_not(domain, spec.precision, device)
-    return (GraphedTask if replayed else SurrogateTask)(domain, spec.precision, spec.recipe.replace(**recipe), width=spec.width, seed=spec.seed, device=device)
+    return (GraphedTask if replayed else SurrogateTask)(
+        domain, spec.precision, spec.recipe.replace(**recipe), width=spec.width, seed=spec.seed, device=device)
 
 # %% ../../../nbs/study/h2/05_run.ipynb #6a70c008
 class EpochCallback(Callback):
@@ -96,19 +98,23 @@ class EpochCallback(Callback):
         s, device = self.state, self.task.device
         memory = {name: getattr(torch.cuda, f)(device) if self.on_gpu else None for name, f in
                   dict(allocated="memory_allocated", reserved="memory_reserved", peak="max_memory_allocated").items()}
-        return dict(epoch=epoch, loss_scale=scale, scaled_above=s["above"], least_scale=s["least"], workers=self.workers, graphed=isinstance(self.task, GraphedTask)) | memory | {
-            key: s[key] for key in ("seconds", "steps", "samples", "skipped", "partial")} | dict(loss=s["loss"] / max(1, s["steps"] - s["skipped"]))
+        return dict(epoch=epoch, loss_scale=scale, scaled_above=s["above"], least_scale=s["least"],
+                    workers=self.workers, graphed=isinstance(self.task, GraphedTask)) | memory | {
+            key: s[key] for key in ("seconds", "steps", "samples", "skipped", "partial")} | dict(
+            loss=s["loss"] / max(1, s["steps"] - s["skipped"]))
 
     def state_dict(self): return dict(self.state)
     def load_state_dict(self, state): self.state = dict(state)
 
 def _errors(task, split, epoch, precision, ema, limit=None) -> Iterator[tuple[str, dict]]:
     averaged = task.ema_weights is not None if ema is None else ema
-    for row in task.evaluate(split, precision, averaged, limit): yield "eval", dict(set=split, precision=precision, ema=averaged, epoch=epoch) | row
+    for row in task.evaluate(split, precision, averaged, limit):
+        yield "eval", dict(set=split, precision=precision, ema=averaged, epoch=epoch) | row
 
 # %% ../../../nbs/study/h2/05_run.ipynb #6a70c009
 class HeldOutCallback(Callback):
-    "Errors on the test split after the last step, in the run's own precision and in fp32, of the mean of the weights and of the weights; then the solutions."
+    """Errors on the test split after the last step, in the run's own precision and in fp32,
+    of the mean of the weights and of the weights; then the solutions."""
     def __init__(
         self,
         task: SurrogateTask,
@@ -121,7 +127,8 @@ class HeldOutCallback(Callback):
     def finish(self):
         task = self.task
         for ema in (True, False) if task.ema_weights is not None else (False,):
-            for precision in ("own", "fp32"): yield from _errors(task, "test", task.epoch_of(task.steps), precision, ema)
+            for precision in ("own", "fp32"):
+                yield from _errors(task, "test", task.epoch_of(task.steps), precision, ema)
         if self.solve: yield from solutions(task, self.solve, self.domain, self.check)
 
 def solutions(
@@ -130,16 +137,19 @@ def solutions(
     domain: str,
     check: Callable[[], object] = lambda: None,  # called after each; may raise
 ) -> Iterator[tuple[str, dict]]:
-    "Rows `solution`: what the amortized optimizers find over the surrogate, in its own precision, verified. The seeds are the same for all configurations."
+    """Rows `solution`: what the amortized optimizers find over the surrogate, in its own precision, verified.
+    The seeds are the same for all configurations."""
     from flashoptim_nb.surrogates.solutions import solve
     problems = find_domain(domain).problems(task.domain, task.surrogate(), **how.limits)
     for method in how.methods:
-        for row in solve(problems, (method,), how.few.get(method, how.runs), seed=1000 * task.seed, steps=how.steps, batch=how.batch, most=how.most, settings=how.settings):
-            yield "solution", {key: value for key, value in row.items() if key not in ("kind", "seed")} | dict(policy_seed=row.get("seed"))
+        for row in solve(problems, (method,), how.few.get(method, how.runs), seed=1000 * task.seed, steps=how.steps,
+                         batch=how.batch, most=how.most, settings=how.settings):
+            yield "solution", {key: value for key, value in row.items() if key not in ("kind", "seed")} | dict(
+                policy_seed=row.get("seed"))
             check()
 
 # %% ../../../nbs/study/h2/05_run.ipynb #6a70c00c
-SPAN = 0.5  # seconds that timed steps take together at least, on a GPU: a host that launches has slow moments of tens of milliseconds
+SPAN = 0.5  # seconds that timed steps take together at least, on a GPU: a host has slow moments of tens of milliseconds
 
 def extra_steps(watch: Stopwatch, device: torch.device) -> int:
     "How many steps like those timed so far are wanted for `SPAN`."
@@ -158,7 +168,8 @@ def measured(
     task = task_of(spec, domain, device, batch=batch, ema=0)
     worst = [part.to(device) for part in worst_batches(domain, batch, spec.precision)]
     told = dict(batch=batch, parameters=task.parameters)
-    yield "memory", memory_by_class(lambda: task.train_batch(worst), model=task.model, optimizer=task.optimizer, device=device, inputs=worst, **told)
+    yield "memory", memory_by_class(lambda: task.train_batch(worst), model=task.model, optimizer=task.optimizer,
+                                    device=device, inputs=worst, **told)
     worst = None
     typical = min(4, timed)  # ordinary batches, timed in turn
     batches, watch = [task.micros(n + 1) for n in range(typical)], Stopwatch(device)
@@ -168,14 +179,19 @@ def measured(
     for n in range(extra_steps(watch, device)):
         with watch: task.train_batch(batches[n % typical])
     row = throughput(watch.drain(), batch)
-    told |= dict(steps=row["steps"], settling=row["settling"]) | {name: sum(len(getattr(part, field)) for micros in batches for part in micros) / typical
-                                                                   for name, field in dict(edges="source", triplets="kj").items() if getattr(batches[0][0], field, None) is not None}
-    yield "throughput", told | dict(ms=1000 * row["seconds_per_step"], samples_per_s=row["tokens_per_s"], mean_samples_per_s=row["mean_tokens_per_s"])
+    told |= dict(steps=row["steps"], settling=row["settling"]) | {
+        name: sum(len(getattr(part, field)) for micros in batches for part in micros) / typical for name, field in dict(
+            edges="source", triplets="kj").items() if getattr(batches[0][0], field, None) is not None}
+    yield "throughput", told | dict(ms=1000 * row["seconds_per_step"], samples_per_s=row["tokens_per_s"],
+                                    mean_samples_per_s=row["mean_tokens_per_s"])
 
-def graphed(spec: SurrogateSpec, domain: Domain, device: torch.device, batch: int, timed: int) -> Iterator[tuple[str, dict]]:
+def graphed(
+    spec: SurrogateSpec, domain: Domain, device: torch.device, batch: int, timed: int,
+) -> Iterator[tuple[str, dict]]:
     "A row `graphed`: the same training with each step replayed from a CUDA graph, or why there is none."
     try:
-        task = GraphedTask(domain, spec.precision, spec.recipe.replace(batch=batch, ema=0), width=spec.width, seed=spec.seed, device=device)
+        task = GraphedTask(domain, spec.precision, spec.recipe.replace(batch=batch, ema=0), width=spec.width,
+                           seed=spec.seed, device=device)
         batches, watch = [task.micros(1)], Stopwatch(device)
         for _ in range(WARM + COLD_STEPS): task.train_batch(batches[0])
         for _ in range(timed):
@@ -183,10 +199,12 @@ def graphed(spec: SurrogateSpec, domain: Domain, device: torch.device, batch: in
         for _ in range(extra_steps(watch, device)):
             with watch: task.train_batch(batches[0])
         row = throughput(watch.drain(), batch)
-        yield "graphed", dict(batch=batch, parameters=task.parameters, ms=1000 * row["seconds_per_step"], samples_per_s=row["tokens_per_s"], steps=row["steps"])
+        yield "graphed", dict(batch=batch, parameters=task.parameters, ms=1000 * row["seconds_per_step"],
+                              samples_per_s=row["tokens_per_s"], steps=row["steps"])
     except UserError as error: yield "graphed", dict(batch=batch, reason=str(error))
     except torch.OutOfMemoryError: raise
-    except RuntimeError as error: yield "graphed", dict(batch=batch, reason=f"it cannot be captured: {(str(error).splitlines() or [''])[0]}")
+    except RuntimeError as error:
+        yield "graphed", dict(batch=batch, reason=f"it cannot be captured: {(str(error).splitlines() or [''])[0]}")
 
 def measure_speed(
     spec: SurrogateSpec,
@@ -232,11 +250,14 @@ def label_rows(
     for name, turns in ways.items():
         task = None
         for turn in turns:
-            before, task = task, SurrogateTask(turn, spec.precision, spec.recipe, width=spec.width, seed=spec.seed, device=device)
+            before, task = (task, SurrogateTask(
+                                turn, spec.precision, spec.recipe, width=spec.width, seed=spec.seed, device=device))
             task.steps = max(1, steps // len(turns))
             if before: task.begin_from(before)
             for n in range(1, task.steps + 1):
                 task.step(n)
                 check()
         for row in errors(task.surrogate(), "test"):
-            yield "eval", dict(set="test", precision="own", ema=task.ema_weights is not None, recipe=name, cost=cost[name], rows=[turn.size("train") for turn in turns], steps=steps, labels=told) | row
+            yield "eval", dict(
+                set="test", precision="own", ema=task.ema_weights is not None, recipe=name, cost=cost[name],
+                rows=[turn.size("train") for turn in turns], steps=steps, labels=told) | row
