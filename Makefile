@@ -1,6 +1,9 @@
 # Two commands: `make` runs both hypotheses at laptop scale and builds the book, `make test` passes the tests. Each sets itself up once.
 PYTHON ?= python3
 BIN := .venv/bin
+# Modules are compiled when they are first imported, and kept: most of those that come with the libraries never are.
+unexport PYTHONDONTWRITEBYTECODE
+INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
 
 .PHONY: all h1 h2 book test lab clean
 all: h1 h2 book
@@ -11,14 +14,15 @@ h1 h2: .venv/.ready
 book: .venv/.ready
 	$(BIN)/flashoptim-nb book
 
+# The book executes every notebook, and a cell whose assertion fails is named: nothing is executed a second time.
 # One thread a process: two workers run tests beside each other, and threads that wait for a core cost more than they give.
 test: export OMP_NUM_THREADS = 1
 test: .venv/.ready-test
-	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/flashoptim-nb book
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 25 tests
 
 lab: .venv/.ready
-	$(BIN)/python -m pip install -q -e '.[all,lab]'
+	$(INSTALL) -e '.[all,lab]'
 	$(BIN)/jupyter lab nbs
 
 # The version check comes first: an older Python would fail much later, with a message about something else.
@@ -29,13 +33,13 @@ lab: .venv/.ready
 
 .venv/.ready: .venv/bin/python settings.ini setup.py
 	@echo "Setting up .venv (some minutes, once)"
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[all]'
+	$(INSTALL) -e '.[all]'
 	@touch $@
 
-.venv/.ready-test: .venv/.ready
-	@echo "Adding what only the tests need (a minute, once)"
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[all,test]'
-	@touch $@
+.venv/.ready-test: .venv/bin/python settings.ini setup.py
+	@echo "Setting up .venv with what the tests need (some minutes, once)"
+	$(INSTALL) -e '.[all,test]'
+	@touch .venv/.ready $@
 
 clean:
 	rm -rf .venv _book .book-cache
