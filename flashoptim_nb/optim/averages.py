@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..base.errors import UserError, is_number
 from .split import CODE_DTYPE, HALF_FORMATS, decode, encode
-from .base import FlashOptimizer
+from .base import FlashOptimizer, explained
 from .buckets import OptionError, error_bit_width, first_error_bits
 from .shards import held, like, local
 from .state_dict import StateError
@@ -51,9 +51,10 @@ def _masters(opt, params):
 class AveragedMasters:
     "The average of a model's weights over the updates, in fp32: exponential, or uniform with `decay=None`."
 
+    @explained
     def __init__(
         self,
-        optimizer: FlashOptimizer,
+        optimizer: FlashOptimizer,  # whose masters are averaged
         model: nn.Module,  # whose parameters it steps, sharded already if they will be
         # of the exponential average, which begins at the first update; None: the mean of all updates
         decay: float | None = 0.999,

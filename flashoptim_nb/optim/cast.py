@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..base.errors import UserError
 from .split import HALF_FORMATS, decode
+from .base import explained
 from .buckets import first_error_bits, stash_cast_error
 from .shards import like, local
 
@@ -242,6 +243,7 @@ def _tell(module, name, child):
                       ".float() on the AveragedModel", stacklevel=3)
 
 # %% ../../nbs/optim/13_cast.ipynb #b8a67642
+@explained
 def cast_model(
     model: nn.Module,  # changed in place
     dtype: torch.dtype = torch.bfloat16,  # of its parameters: bf16 or fp16

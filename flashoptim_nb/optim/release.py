@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..base.errors import UserError
-from .base import FlashOptimizer
+from .base import FlashOptimizer, explained
 from .gradients import GradScaling, grad_scaling, over_all, sharding, sum_of_squares
 from .shards import local, over_shards
 
@@ -271,6 +271,7 @@ class GradientReleaseHandle:
         state["found_inf_per_device"] = {found_inf.device: found_inf.reshape(1).float()}
 
 # %% ../../nbs/optim/12_release.ipynb #55811bbe
+@explained
 def enable_gradient_release(
     model: nn.Module,  # its parameters' gradients are released
     optimizer: FlashOptimizer,  # steps those parameters, or some of them
