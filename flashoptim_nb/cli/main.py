@@ -160,17 +160,31 @@ def _benchmark(args) -> str:
     name = next(iter(asked), "optimizers")
     if (args.tensors or args.optimizers) and name != "optimizers":
         raise UserError(f"--tensors and --optimizers belong to `bench optimizers`; leave them out with {name}")
+    if (args.cells or args.gpus or args.dry_run) and name != "memory":
+        raise UserError(f"--cells, --gpus and --dry-run belong to `bench memory`; leave them out with {name}")
     if args.blocks and name != "dimenet" or args.precisions and name == "optimizers":
         raise UserError("--blocks belongs to `bench dimenet`, --precisions to that and to `bench capacity`; "
                         f"leave them out with {name}")
     return name
+
+def _show_cells(cells: list) -> int:
+    "What would be measured."
+    from flashoptim_nb.lm.cells import predicted, row_words
+    for cell in cells: print(row_words(cell.row(predicted(cell)) | dict(reason="not run")))
+    print(f"{len(cells)} trainings of three steps; nothing was run")
+    return 0
 
 def _bench(args) -> int:
     from flashoptim_nb.base.machine import repo_root
     from flashoptim_nb.cli.bench import bench, bench_domain, bench_largest
     name, out = _benchmark(args), args.out or repo_root() / "runs"
     def given(**options): return {key: tuple(value) for key, value in options.items() if value}
-    if name == "dimenet":
+    if name == "memory":
+        from flashoptim_nb.cli.bench import bench_memory, memory_cells
+        cells = memory_cells(args.gpus or 1, args.cells)
+        if args.dry_run: return _show_cells(cells)
+        folder = bench_memory(out, device=args.device, cells=cells)
+    elif name == "dimenet":
         folder = bench_domain("molecules", out, device=args.device, steps=args.times,
                               **given(implementations=args.blocks, precisions=args.precisions))
     elif name == "capacity": folder = bench_largest(out, device=args.device, **given(configs=args.precisions))
@@ -411,6 +425,10 @@ def _dimenet_names() -> str:
     known = find_domain("molecules").benchmark.choices
     return f"blocks: {', '.join(known['implementations'])}\nprecisions: {', '.join(known['precisions'])}"
 
+def _memory_names() -> str:
+    from flashoptim_nb.lm.cells import CELLS, CELLS_TWO
+    return "\n".join(["cells, on one GPU:", *(f"  {cell.name}" for cell in CELLS), "", "with --gpus 2:", *(f"  {cell.name}" for cell in CELLS_TWO)])
+
 def _capacity_names() -> str:
     from flashoptim_nb.cli.bench import LARGEST
     from flashoptim_nb.train.config import SURROGATE_CONFIGS
@@ -423,6 +441,7 @@ _BENCHMARKS = {
                    "on the tensors of two GPTs and on many small ones", _timed_names),
     "dimenet": ("a training step of DimeNet++, PyG's blocks beside this package's (wants a GPU)", _dimenet_names),
     "capacity": ("the largest DimeNet++ that trains at batch 512 within 24 GiB (wants a GPU)", _capacity_names),
+    "memory": ("the memory of GPTs of 1 to 13 billion parameters, predicted beside measured (wants a GPU of 80 GB)", _memory_names),
 }
 _BENCH_OPTIONS = {
     # of which benchmarks, and its help
@@ -432,6 +451,11 @@ _BENCH_OPTIONS = {
     ("--blocks",): ("dimenet", dict(nargs="+", metavar="NAME", help="only these (default: all)")),
     ("--precisions", "--configs"): (
         "dimenet capacity", dict(dest="precisions", nargs="+", metavar="NAME", help="only these")),
+    ("--cells",): ("memory", dict(nargs="+", metavar="NAME", help="only these (default: all)")),
+    ("--gpus",): ("memory", dict(type=int, metavar="N",
+                                 help="1, or 2 for the list of models that two GPUs share (default: 1)")),
+    ("--dry-run",): ("memory", dict(action="store_true",
+                                    help="print what would be measured and what is predicted; run nothing")),
     ("--times",): (
         "optimizers dimenet", dict(type=int, metavar="N", help="timed steps behind each median (default: 20)")),
 }
@@ -446,7 +470,9 @@ def _bench_parser(command):
                "on this machine's best device\n"
                "  flashoptim-nb bench optimizers --tensors small --optimizers FlashAdamW \"torch AdamW (fused)\"\n"
                "  flashoptim-nb bench dimenet --blocks pyg fused\n"
-               "  flashoptim-nb bench capacity --configs fp32 flash")
+               "  flashoptim-nb bench capacity --configs fp32 flash\n"
+               "  flashoptim-nb bench memory --dry-run                  which trainings would be measured\n"
+               "  flashoptim-nb bench memory --out runs")
     for names, (_, words) in _BENCH_OPTIONS.items():
         bench.add_argument(*names, **words | dict(help=argparse.SUPPRESS, default=20 if "--times" in names else None))
     # the names' forerunners
