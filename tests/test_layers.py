@@ -55,7 +55,8 @@ def within(name, *folder): return name[: len(folder)] == folder
 def test_imports_only_what_its_slice_may(path):
     slice_, *_ = here = place(path)
     assert slice_ in MAY_IMPORT, f"{slice_} is no slice"
-    wrong = [".".join(m) for m in imported(path) if m and m[0] in MAY_IMPORT and m[0] != slice_ and m[0] not in MAY_IMPORT[slice_].split()]
+    wrong = [".".join(m) for m in imported(path)
+             if m and m[0] in MAY_IMPORT and m[0] != slice_ and m[0] not in MAY_IMPORT[slice_].split()]
     assert not wrong, f"{'.'.join(here)} imports {wrong}"
     if slice_ == "optim":
         beyond = [".".join(m) for m in imported(path) if m[:1] == ("base",) and m != ("base", "errors")]
@@ -67,7 +68,8 @@ ENGINE = ("statistics", "expression", "hypothesis", "evidence", "decisions", "co
 
 @pytest.mark.parametrize("name", ENGINE)
 def test_the_engine_that_judges_names_no_hypothesis(name):
-    wrong = [".".join(m) for m in imported(PACKAGE / "study" / f"{name}.py") if within(m, "study") and m[1:] and m[1] not in ENGINE]
+    wrong = [".".join(m) for m in imported(PACKAGE / "study" / f"{name}.py")
+             if within(m, "study") and m[1:] and m[1] not in ENGINE]
     assert not wrong, f"study.{name} imports {wrong}"
 
 
@@ -76,7 +78,8 @@ RUNS = ("checkpoint", "loop", "presets", "run", "experiment", "journal", "runner
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_engine_that_runs_names_no_study(name):
-    wrong = [".".join(m) for m in imported(PACKAGE / "study" / f"{name}.py") if within(m, "study") and m[1:] and m[1] not in ENGINE + RUNS]
+    wrong = [".".join(m) for m in imported(PACKAGE / "study" / f"{name}.py")
+             if within(m, "study") and m[1:] and m[1] not in ENGINE + RUNS]
     assert not wrong, f"study.{name} imports {wrong}"
 
 
@@ -98,17 +101,21 @@ def test_a_notebook_shows_its_own_domain_or_the_toy(name):
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     found = {folder for folder in re.findall(r"surrogates\.domains\.(\w+)\.", code) if folder != "toy"}
     folder = Path(name).parent
-    own = {folder.name} if within(folder.parts, *DOMAINS) else found if folder.name == "h2" and len(found) == 1 else set()
+    own = ({folder.name} if within(folder.parts, *DOMAINS) else found if folder.name == "h2" and len(found) == 1
+           else set())
     assert found <= own, f"{name} reaches into {sorted(found - own)}"
 
 
 def test_the_registry_has_every_folder():
     folders = sorted(path.parent.name for path in PACKAGE.joinpath(*DOMAINS).glob("*/spec.py"))
-    assert len(folders) == len(domains()) and folders == sorted(path.name for path in PACKAGE.joinpath(*DOMAINS).iterdir() if path.is_dir() and path.name != "__pycache__")
+    assert len(folders) == len(domains()) and folders == sorted(
+        path.name for path in PACKAGE.joinpath(*DOMAINS).iterdir() if path.is_dir() and path.name != "__pycache__")
 
 
 def test_each_folder_of_notebooks_is_a_slice_or_holds_pages():
     folders = {Path(name).parent.as_posix() for name in notebook_paths(PACKAGE.parent / "nbs")}
     library = {folder for folder in folders if folder.partition("/")[0] in SLICES}
-    assert set(SLICES) == set(MAY_IMPORT) and library == {path.parent.relative_to(PACKAGE).as_posix() for path in MODULES if path.name not in ("__init__.py", "_modidx.py")}
+    assert set(SLICES) == set(MAY_IMPORT) and library == {
+        path.parent.relative_to(PACKAGE).as_posix() for path in MODULES
+        if path.name not in ("__init__.py", "_modidx.py")}
     assert all(is_chapter(f"{folder}/x.ipynb") or folder == "start" for folder in folders - library - {"."})

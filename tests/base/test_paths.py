@@ -61,10 +61,12 @@ def test_nothing_in_the_working_directory_is_run(use, tmp_path):
     for name in ("git", "nvidia-smi", "xfoil", "gcc", "cc", "g++"):
         (here / name).write_text(f"#!/bin/sh\ntouch {ran / name}\n")
         (here / name).chmod(0o755)
-    (tmp_path / "drive.py").write_text(DRIVE + USES[use])  # a script's own folder is on its path, the working directory is not
+    # a script's own folder is on its path, the working directory is not
+    (tmp_path / "drive.py").write_text(DRIVE + USES[use])
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONSAFEPATH", "FLASHOPTIM_COMMIT", "CXX")}
     env |= dict(PYTHONPATH=str(repo_root()), PATH=os.pathsep.join([".", "", env["PATH"]]))
-    done = subprocess.run([sys.executable, tmp_path / "drive.py"], cwd=here, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "drive.py"], cwd=here, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert not sorted(path.name for path in ran.iterdir()), done.stdout
 
@@ -73,7 +75,9 @@ def test_a_checkout_that_was_given_runs_no_program_of_its_own(tmp_path):
     if subprocess.run(["git", "--version"], capture_output=True).returncode: pytest.skip("needs git")
     given, ran = tmp_path / "given", tmp_path / "ran"
     given.mkdir()
-    def git(*words): subprocess.run(["git", "-C", given, "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True, capture_output=True)
+    def git(*words):
+        subprocess.run(
+            ["git", "-C", given, "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True, capture_output=True)
     git("init")
     (given / "flashoptim_nb").mkdir()
     (given / "flashoptim_nb" / "a.py").write_text("1\n")
@@ -82,7 +86,10 @@ def test_a_checkout_that_was_given_runs_no_program_of_its_own(tmp_path):
     (given / "hook").chmod(0o755)
     git("config", "core.fsmonitor", str(given / "hook"))
     git("config", "core.hooksPath", str(given))
-    code = f"from flashoptim_nb.base import machine; import pathlib; machine.repo_root = lambda: pathlib.Path({str(given)!r}); print(machine.commit())"
+    code = ("from flashoptim_nb.base import machine; import pathlib; machine.repo_root = lambda: "
+            f"pathlib.Path({str(given)!r}); print(machine.commit())")
     ran.unlink(missing_ok=True)
-    told = subprocess.run([sys.executable, "-c", code], env={k: v for k, v in os.environ.items() if k != "FLASHOPTIM_COMMIT"}, capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(
+        [sys.executable, "-c", code], env={k: v for k, v in os.environ.items() if k != "FLASHOPTIM_COMMIT"},
+        capture_output=True, text=True, check=True).stdout
     assert len(told.strip()) >= 40 and not ran.exists()

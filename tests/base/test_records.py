@@ -6,7 +6,8 @@ import pytest
 
 from flashoptim_nb.base.errors import UserError, visible
 from flashoptim_nb.base.machine import data_root
-from flashoptim_nb.base.records import LONGEST_ROW, ROWS, RecordError, RunWriter, _seal, attempts, problems, read_run, read_study
+from flashoptim_nb.base.records import (LONGEST_ROW, ROWS, RecordError, RunWriter, _seal, attempts, problems, read_run,
+                                        read_study)
 from flashoptim_nb.base.schema import FORMS, TABLES
 from flashoptim_nb.cli.main import main
 
@@ -16,7 +17,8 @@ GONE = object()
 def journal(folder):
     "A journal of few rows, with a confirmation that nobody wants to lose."
     writer = RunWriter(folder, header=dict(run=folder.name, arm="protocol", note="it's 1e-05, naïve: M-J"))
-    writer.append("decision", checkpoint="H1-CA", action="pause", enforced=True, why="looked-at", values={"nan_rate": -1.5e-7})
+    writer.append(
+        "decision", checkpoint="H1-CA", action="pause", enforced=True, why="looked-at", values={"nan_rate": -1.5e-7})
     writer.append("confirm", checkpoint="H1-CA", why="looked-at")
     return writer
 
@@ -49,7 +51,8 @@ def test_any_flipped_bit_is_called_damage(tmp_path):
     assert path.read_bytes() == harmed, "a damaged record is left as it is"
 
 
-@pytest.mark.parametrize("between", [b"\r", b"\x0b", b"\x0c", b"\x1c", b"\x1d", b"\x1e", b"\x85", "\u2028".encode(), "\u2029".encode()])
+@pytest.mark.parametrize(
+    "between", [b"\r", b"\x0b", b"\x0c", b"\x1c", b"\x1d", b"\x1e", b"\x85", "\u2028".encode(), "\u2029".encode()])
 def test_only_newlines_part_rows(tmp_path, between):
     folder = tmp_path / "protocol"
     journal(folder).end("finished")
@@ -100,7 +103,8 @@ def test_a_row_without_an_end_is_told_before_it_fills_the_memory(tmp_path):
     with pytest.raises(RecordError, match="longer than"): read_run(folder)
     assert "longer than" in problems(folder)[0]
     writer = RunWriter(tmp_path / "other", header=dict(run="other"))
-    with pytest.raises(RecordError, match="divide it"): writer.append("check", name="x", passed=True, detail="x" * LONGEST_ROW)
+    with pytest.raises(RecordError, match="divide it"):
+        writer.append("check", name="x", passed=True, detail="x" * LONGEST_ROW)
 
 
 def test_the_tables_name_forms_and_parts():
@@ -124,15 +128,22 @@ def answers(folder, *words):
 
 
 WRONG = [
-    ("header", "run", GONE), ("header", "arm", GONE), ("header", "role", [None]), ("header", "settings", "x"), ("header", "settings", dict(recipe=[1])),
-    ("header", "settings", dict(recipe=dict(batch=0))), ("header", "settings", dict(gpus="1")), ("header", "scale", "huge"), ("header", "device", 3), ("header", "device", GONE),
-    ("header", "study", "a\nb"), ("header", "libraries", {"torch": 2}), ("step", "loss", "0.1"), ("step", "loss", 10**400), ("step", "loss", [1.0]), ("step", "step", GONE),
-    ("step", "skipped", 2), ("eval", "set", GONE), ("eval", "set", {}), ("eval", "nll", "x"), ("eval", "tokens", GONE), ("throughput", "tokens_per_s", -1),
-    ("throughput", "tokens_per_s", 1e-300), ("throughput", "micro_batch", 2**61 - 1), ("end", "reason", 1), ("end", "status", 1), ("end", "status", GONE), ("end", "kind", 3),
+    ("header", "run", GONE), ("header", "arm", GONE), ("header", "role", [None]), ("header", "settings", "x"),
+    ("header", "settings", dict(recipe=[1])),
+    ("header", "settings", dict(recipe=dict(batch=0))), ("header", "settings", dict(gpus="1")),
+    ("header", "scale", "huge"), ("header", "device", 3), ("header", "device", GONE),
+    ("header", "study", "a\nb"), ("header", "libraries", {"torch": 2}), ("step", "loss", "0.1"),
+    ("step", "loss", 10**400), ("step", "loss", [1.0]), ("step", "step", GONE),
+    ("step", "skipped", 2), ("eval", "set", GONE), ("eval", "set", {}), ("eval", "nll", "x"), ("eval", "tokens", GONE),
+    ("throughput", "tokens_per_s", -1),
+    ("throughput", "tokens_per_s", 1e-300), ("throughput", "micro_batch", 2**61 - 1), ("end", "reason", 1),
+    ("end", "status", 1), ("end", "status", GONE), ("end", "kind", 3),
 ]
 
 
-@pytest.mark.parametrize("kind, field, value", WRONG, ids=[f"{kind}'s {field} {'gone' if value is GONE else str(value)[:20]!r}" for kind, field, value in WRONG])
+@pytest.mark.parametrize(
+    "kind, field, value", WRONG,
+    ids=[f"{kind}'s {field} {'gone' if value is GONE else str(value)[:20]!r}" for kind, field, value in WRONG])
 def test_sealed_rows_of_another_shape_are_refused_in_words(study, capsys, kind, field, value):
     path = study / "1B-best-baseline-s0" / ROWS
     rows = rows_in(path)
@@ -143,7 +154,8 @@ def test_sealed_rows_of_another_shape_are_refused_in_words(study, capsys, kind, 
     assert answers(study, "check") == 1
     said = capsys.readouterr()
     assert "1B-best-baseline-s0" in said.err and not said.out.startswith("2 records, 0 problems")
-    if (kind, field, value) == ("header", "arm", GONE): assert answers(study, "verdict", "h1", "--records") == 0, "the verdict does without"
+    if (kind, field, value) == ("header", "arm", GONE):
+        assert answers(study, "verdict", "h1", "--records") == 0, "the verdict does without"
     else: assert answers(study, "verdict", "h1", "--records") == 2
 
 
@@ -159,7 +171,8 @@ def test_a_decision_that_cannot_be_taken_again_is_a_problem(tmp_path, capsys):
 
 
 def test_shipped_records_have_the_shape_of_their_kinds():
-    for study in ("h1-laptop", "bench-gpu-nvidia-h200", "tests-gpu-nvidia-h200"): read_study(data_root() / "records" / study)
+    for study in ("h1-laptop", "bench-gpu-nvidia-h200", "tests-gpu-nvidia-h200"):
+        read_study(data_root() / "records" / study)
 
 
 def test_a_terminal_is_not_told_what_to_do(study, capsys):
@@ -171,7 +184,8 @@ def test_a_terminal_is_not_told_what_to_do(study, capsys):
     path.write_text(sealed(rows[:-1]))
     assert answers(study, "check") == 1
     path.write_text(sealed(rows[:-1] + [dict(kind="end", status="failed", reason="out of memory. Tried " + tricks)]))
-    for words in (["check"], ["verdict", "h1", "--records"], ["verdict", "h1", "--json", "--records"]): answers(study, *words)
+    for words in (["check"], ["verdict", "h1", "--records"], ["verdict", "h1", "--json", "--records"]):
+        answers(study, *words)
     said = capsys.readouterr()
     for text in (said.out, said.err): assert visible(text, keep="\n") == text
     assert "\nflashoptim-nb: 0 problems" not in said.err and "\\u001b]0;owned\\u0007" in said.err
@@ -189,7 +203,8 @@ def test_a_name_with_control_characters_is_no_name(study, capsys):
 
 def test_a_page_shows_what_a_terminal_or_a_reader_would_not_see():
     from flashoptim_nb.report.render import rendered, sentence, table
-    for made in (rendered("a\x1b[2J\u202eb"), table([{"why": "a\x07"}], [dict(runs=["\x9b1A"])]), sentence("over\u2066turned\n\nand on", [])):
+    for made in (rendered("a\x1b[2J\u202eb"), table([{"why": "a\x07"}], [dict(runs=["\x9b1A"])]),
+                 sentence("over\u2066turned\n\nand on", [])):
         for text in (made.html, made.markdown): assert visible(text, keep="\n") == text and "\\u" in text
 
 

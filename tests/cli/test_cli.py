@@ -18,8 +18,8 @@ RECORDS = repo_root() / "data/records/h1-laptop"
 def command(*words, limit=None, **env):
     "Runs the command as a user does; `limit` bounds the size of any file it writes, as a full disk would."
     cap = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
-    done = subprocess.run([sys.executable, "-m", "flashoptim_nb.cli.main", *map(str, words)], capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"} | env, preexec_fn=cap)
+    done = subprocess.run([sys.executable, "-m", "flashoptim_nb.cli.main", *map(str, words)], capture_output=True,
+                          text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"} | env, preexec_fn=cap)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -62,10 +62,14 @@ def answered(capsys, *words):
     return status, capsys.readouterr().err
 
 
-WRITES = dict(run="run h1 --scale laptop", dry="run h1 --preset laptop --dry-run", h2="run h2 --scale laptop", quality="quality --scale laptop", bench="bench optimizers --tensors tiny --times 1", book="book")
+WRITES = dict(run="run h1 --scale laptop", dry="run h1 --preset laptop --dry-run", h2="run h2 --scale laptop",
+              quality="quality --scale laptop", bench="bench optimizers --tensors tiny --times 1", book="book")
 
 
-@pytest.mark.parametrize("out, told", [("file", "cannot write to"), ("file/deeper", "cannot write to"), ("studies/h1-laptop", "within the records"), ("studies/h1-laptop/protocol/new", "within the records"), ("", "empty name")])
+@pytest.mark.parametrize(
+    "out, told",
+    [("file", "cannot write to"), ("file/deeper", "cannot write to"), ("studies/h1-laptop", "within the records"),
+     ("studies/h1-laptop/protocol/new", "within the records"), ("", "empty name")])
 @pytest.mark.parametrize("name", WRITES)
 def test_a_place_that_cannot_be_written_to_is_refused_first(name, out, told, place, capsys):
     before = listed(place)
@@ -73,19 +77,35 @@ def test_a_place_that_cannot_be_written_to_is_refused_first(name, out, told, pla
     assert status == 2 and told in said and listed(place) == before
 
 
-@pytest.mark.parametrize("words, told", [
-    ("quality --scale laptop --steps 0", "steps are 1 or more"), ("quality --scale laptop --steps -3", "steps are 1 or more"),
-    ("quality --scale laptop --seeds -1", "seeds from 0"), (f"quality --scale laptop --seeds 0 {2**70}", "seeds from 0"),
-    ("quality --scale laptop --minutes nan", "minutes above 0"), ("quality --scale laptop --configs adam", "did you mean"),
-    ("bench --times 0", "at least 1"), ("bench --works 125M", "unknown tensor set"), ("bench --molecules --largest", "one at a time"),
-    ("bench --molecules --works small", "leave them out"), ("bench --largest dimenet", "one at a time"), ("bench capacity --configs fp7", "unknown configuration"), ("quality --preset huge", "unknown preset"), ("quality --scale laptop --recipe harsh", "unknown schedule"), ("bench --molecules --blocks pig", "unknown implementation"), ("bench --molecules --precisions fp64", "unknown precision"),
-    ("run h2 --scale laptop --workers 0", "at least 1"), ("run h2 --scale laptop --minutes 0", "more than 0"), ("run h2 --scale laptop --arms tests", "unknown arm"),
-    ("run h2 --scale laptop --domains molecule", "did you mean"), ("run h1 --scale laptop --device cuda:99999", "choose one of: auto"), ("run h1 --scale gpu --device cpu --dry-run", "is measured on a GPU"),
-    ("run h1 --scale laptop --device xpu --dry-run", "choose one of: auto"), ("run h2 --scale gpu --device cpu --dry-run", "is measured on a GPU"),
-    ("run h2 --scale laptop --domains combinatorial --arms labels --configs fp32 --dry-run", "nothing is to be run"),
-    ("run h1 --scale laptop --confirm H1-CX", "unknown checkpoint"), ("run h1 --scale laptop --confirm H1-CA", "nothing waits"),
-    ("book --serve --port 99999", "is no port"), ("book --serve --port -1", "is no port"), ("verdict h1 --records nowhere", "holds no records"), ("book --records nowhere", "holds no records"),
-])
+@pytest.mark.parametrize(
+    "words, told", [
+        ("quality --scale laptop --steps 0", "steps are 1 or more"),
+        ("quality --scale laptop --steps -3", "steps are 1 or more"),
+        ("quality --scale laptop --seeds -1", "seeds from 0"),
+        (f"quality --scale laptop --seeds 0 {2**70}", "seeds from 0"),
+        ("quality --scale laptop --minutes nan", "minutes above 0"),
+        ("quality --scale laptop --configs adam", "did you mean"),
+        ("bench --times 0", "at least 1"), ("bench --works 125M", "unknown tensor set"),
+        ("bench --molecules --largest", "one at a time"),
+        ("bench --molecules --works small", "leave them out"), ("bench --largest dimenet", "one at a time"),
+        ("bench capacity --configs fp7", "unknown configuration"), ("quality --preset huge", "unknown preset"),
+        ("quality --scale laptop --recipe harsh", "unknown schedule"),
+        ("bench --molecules --blocks pig", "unknown implementation"),
+        ("bench --molecules --precisions fp64", "unknown precision"),
+        ("run h2 --scale laptop --workers 0", "at least 1"), ("run h2 --scale laptop --minutes 0", "more than 0"),
+        ("run h2 --scale laptop --arms tests", "unknown arm"),
+        ("run h2 --scale laptop --domains molecule", "did you mean"),
+        ("run h1 --scale laptop --device cuda:99999", "choose one of: auto"),
+        ("run h1 --scale gpu --device cpu --dry-run", "is measured on a GPU"),
+        ("run h1 --scale laptop --device xpu --dry-run", "choose one of: auto"),
+        ("run h2 --scale gpu --device cpu --dry-run", "is measured on a GPU"),
+        ("run h2 --scale laptop --domains combinatorial --arms labels --configs fp32 --dry-run",
+         "nothing is to be run"),
+        ("run h1 --scale laptop --confirm H1-CX", "unknown checkpoint"),
+        ("run h1 --scale laptop --confirm H1-CA", "nothing waits"),
+        ("book --serve --port 99999", "is no port"), ("book --serve --port -1", "is no port"),
+        ("verdict h1 --records nowhere", "holds no records"), ("book --records nowhere", "holds no records"),
+    ])
 def test_a_value_is_looked_at_before_anything_is_begun(words, told, place, capsys):
     before = listed(place)
     out = () if words.startswith("verdict") else ("--out", place / "new")
@@ -99,10 +119,13 @@ def test_a_port_in_use_is_told_before_the_book_is_built(place, capsys):
     assert status == 2 and "name another with --port" in said and not (place / "new").exists()
 
 
-@pytest.mark.parametrize("name, value, told", [
-    ("FLASHOPTIM_DATA", "file", "is not a folder"), ("FLASHOPTIM_DATA", "none", "is not a folder"), ("FLASHOPTIM_PLATFORMS", "none", "cannot be read"), ("FLASHOPTIM_PLATFORMS", "file", "is not JSON"),
-    ("FLASHOPTIM_RECORDS", "none", "is not a folder"), ("FLASHOPTIM_CACHE", "file", "FLASHOPTIM_CACHE"), ("FLASHOPTIM_COMMIT", "not a commit", "FLASHOPTIM_COMMIT is"), ("FLASHOPTIM_COMMIT", "unknown", "FLASHOPTIM_COMMIT is"),
-])
+@pytest.mark.parametrize(
+    "name, value, told",
+    [("FLASHOPTIM_DATA", "file", "is not a folder"), ("FLASHOPTIM_DATA", "none", "is not a folder"),
+     ("FLASHOPTIM_PLATFORMS", "none", "cannot be read"), ("FLASHOPTIM_PLATFORMS", "file", "is not JSON"),
+     ("FLASHOPTIM_RECORDS", "none", "is not a folder"), ("FLASHOPTIM_CACHE", "file", "FLASHOPTIM_CACHE"),
+     ("FLASHOPTIM_COMMIT", "not a commit", "FLASHOPTIM_COMMIT is"),
+     ("FLASHOPTIM_COMMIT", "unknown", "FLASHOPTIM_COMMIT is"),])
 @pytest.mark.parametrize("words", ["run h1 --scale laptop", "run h2 --scale laptop --dry-run", "doctor"])
 def test_a_variable_of_the_wrong_form_is_refused_first(words, name, value, told, place, capsys, monkeypatch):
     from flashoptim_nb.base.machine import commit
@@ -113,20 +136,24 @@ def test_a_variable_of_the_wrong_form_is_refused_first(words, name, value, told,
     assert status == 2 and told in said and listed(place) == before
 
 
-@pytest.mark.parametrize("home", [dict(HOME=None, XDG_CACHE_HOME=None), dict(HOME="/dev/null", XDG_CACHE_HOME=""), dict(HOME="nowhere", XDG_CACHE_HOME="relative")], ids=["unset", "not writable", "relative"])
+@pytest.mark.parametrize("home",
+                         [dict(HOME=None, XDG_CACHE_HOME=None), dict(HOME="/dev/null", XDG_CACHE_HOME=""),
+                          dict(HOME="nowhere", XDG_CACHE_HOME="relative")], ids=["unset", "not writable", "relative"])
 def test_no_home_is_needed(home, monkeypatch, tmp_path):
     from flashoptim_nb.lm.text import load_text
     from flashoptim_nb.lm.tokenize import cache_folder, load_tokenizer, tokens_of
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FLASHOPTIM_CACHE", raising=False)
-    for key, value in home.items(): monkeypatch.delenv(key, raising=False) if value is None else monkeypatch.setenv(key, value)
+    for key, value in home.items():
+        monkeypatch.delenv(key, raising=False) if value is None else monkeypatch.setenv(key, value)
     monkeypatch.setattr("pwd.getpwuid", lambda _: (_ for _ in ()).throw(KeyError("no such user")))
     assert cache_folder().is_absolute()
     assert len(tokens_of(load_text("sotu", "validation"), load_tokenizer("sotu-2048"))) and not list(tmp_path.iterdir())
 
 
 def test_a_data_folder_that_is_none(tmp_path):
-    status, _, error = command("run", "h1", "--scale", "laptop", "--out", tmp_path, FLASHOPTIM_DATA=str(tmp_path / "none"))
+    status, _, error = command(
+        "run", "h1", "--scale", "laptop", "--out", tmp_path, FLASHOPTIM_DATA=str(tmp_path / "none"))
     assert status == 2 and "FLASHOPTIM_DATA names" in error and "Traceback" not in error
 
 
@@ -168,13 +195,16 @@ def test_a_damaged_record_is_refused(harm, told, records):
 def test_the_verdict_is_a_list_with_its_fields(records):
     status, out, _ = command("verdict", "h1", "--json", "--records", records)
     entries = json.loads(out)
-    assert status == 0 and {"id", "statement", "status", "value", "threshold", "interval", "scale", "records"} <= set(entries[0])
+    assert (status == 0
+            and {"id", "statement", "status", "value", "threshold", "interval", "scale", "records"} <= set(entries[0]))
     criteria = {f"H1-{letter}{n}" for letter, n in [("S", 7), ("F", 8), ("D", 7)] for n in range(1, n + 1)}
     for against in ("baseline", "baseline_strong"):
         mine = {e["id"]: e for e in entries if e["against"] == against}
         assert set(mine) == criteria | {"H1"}
-        assert {e["status"] for e in mine.values()} <= {"no evidence at this scale", "not measured"}, "laptop rows are no evidence"
-    assert any(e["value"] is not None or any(part["value"] is not None for part in e["parts"]) for e in entries), "but they are measured"
+        assert {e["status"] for e in mine.values()} <= {"no evidence at this scale", "not measured"}, (
+            "laptop rows are no evidence")
+    assert any(e["value"] is not None or any(part["value"] is not None for part in e["parts"])
+               for e in entries), "but they are measured"
 
 
 def test_the_verdict_says_what_is_asked_when_told_to(records):
@@ -192,7 +222,8 @@ def test_two_studies_in_one_place(tmp_path):
 
 
 def test_a_full_disk_loses_nothing(tmp_path):
-    status, _, error = command("run", "h1", "--scale", "laptop", "--sizes", "1B", "--configs", "baseline", "--out", tmp_path, limit=6_000, FLASHOPTIM_DATA="")
+    status, _, error = command("run", "h1", "--scale", "laptop", "--sizes", "1B", "--configs", "baseline", "--out",
+                               tmp_path, limit=6_000, FLASHOPTIM_DATA="")
     assert status == 2 and "nothing that was recorded before is lost" in error and "Traceback" not in error
     for path in tmp_path.glob(f"*/*/{ROWS}"):
         assert all(json.loads(line)["seal"] for line in path.read_text().splitlines()), "only whole rows are left"

@@ -26,7 +26,8 @@ def test_no_kernel_errs_more_than_twice_the_formula(device, dtype, shape, rng_se
     tried = [n for n, c in attention_backends(device, dtype, shape[-1]).items() if c.ok and n != "eager"]
     assert "math" in tried
     if shape[2] == 1 and "cudnn" in tried: tried.remove("cudnn")  # has no kernel for a single position
-    single = max(4.0, (g.norm() * v.norm() * max(q.norm(), k.norm())).item())  # what is rounded on the way to a gradient that is 0
+    # what is rounded on the way to a gradient that is 0
+    single = max(4.0, (g.norm() * v.norm() * max(q.norm(), k.norm())).item())
     for name in tried:
         for what, ours, s, e in zip(("O", "dQ", "dK", "dV"), outputs(name, q, k, v, g, dtype), same, exact):
             # one position: the formula is exact there, and rounding to the dtype is all that can happen
@@ -70,7 +71,8 @@ def test_a_compiled_graph_keeps_the_kernel_that_was_named(rng_seed):
         torch._dynamo.reset()
         compiled = torch.compile(lambda q, k, v, name=name: attend(q, k, v, name), fullgraph=True)
         compiled(q, k, v)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as seen:
+        with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as seen:
             compiled(q, k, v)
             torch.cuda.synchronize()
         ran = [event.key.lower() for event in seen.key_averages()]
@@ -84,7 +86,9 @@ def test_best_is_one_of_the_two():
 
 
 def test_unavailable_and_unknown_are_told_apart():
-    with pytest.raises(UserError, match="this machine can do: eager, math, flash"): resolve_attention("cudnn", "cpu", torch.float32, 32)
-    with pytest.raises(UserError, match="choose one of: eager, math, flash, cudnn, flash_attn, best"): resolve_attention("fast", "cpu", torch.float32, 32)
+    with pytest.raises(UserError, match="this machine can do: eager, math, flash"):
+        resolve_attention("cudnn", "cpu", torch.float32, 32)
+    with pytest.raises(UserError, match="choose one of: eager, math, flash, cudnn, flash_attn, best"):
+        resolve_attention("fast", "cpu", torch.float32, 32)
     assert set(attention_backends("cpu", torch.float32, 32)) == set(ATTENTION)
     assert resolve_attention("best", "cpu", torch.bfloat16, 64) == "flash"

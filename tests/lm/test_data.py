@@ -1,4 +1,5 @@
-"Text from three places, tokens with known answers, batches that remember nothing, evaluation sets with published counts."
+"""Text from three places, tokens with known answers, batches that remember nothing,
+evaluation sets with published counts."""
 import hashlib
 import http.client
 import json
@@ -77,7 +78,8 @@ def test_a_folder_is_read(folder):
 
 
 def test_a_folder_that_lacks_a_set_says_which_file(folder):
-    with pytest.raises(DataUnavailable, match=r"lacks lambada/lambada_test.jsonl.xz; HF_HUB_OFFLINE is set"): load_text("lambada", "test")
+    with pytest.raises(DataUnavailable, match=r"lacks lambada/lambada_test.jsonl.xz; HF_HUB_OFFLINE is set"):
+        load_text("lambada", "test")
 
 
 def test_a_folder_that_is_none(monkeypatch, tmp_path, no_hub):
@@ -101,9 +103,10 @@ def test_a_damaged_file_is_refused(folder, rng_seed):
     with pytest.raises(UserError, match="truncated or not xz"): load_text("c4")
 
 
-@pytest.mark.parametrize("line, said", [
-    ("not json", "is not JSON"), ("", "is not JSON"), ("[1]", "holds list, not an object"), ('{"txt": "a"}', "has no text among its fields .txt."),
-    ('{"text": null}', "has no text"), ('{"text": "\\ud800"}', "not Unicode"), ("{}", "has no text among its fields .none.")])
+@pytest.mark.parametrize("line, said",
+                         [("not json", "is not JSON"), ("", "is not JSON"), ("[1]", "holds list, not an object"),
+                          ('{"txt": "a"}', "has no text among its fields .txt."), ('{"text": null}', "has no text"),
+                          ('{"text": "\\ud800"}', "not Unicode"), ("{}", "has no text among its fields .none.")])
 def test_a_line_that_is_no_document_is_named(folder, line, said):
     path = folder("c4/c4_en_2k.jsonl.xz", json.dumps({"text": "one"}) + "\n" + line + "\n")
     with pytest.raises(UserError, match=said) as caught: load_text("c4")
@@ -136,14 +139,16 @@ def test_unknown_names():
 def test_limits_hold_for_each_kind(folder):
     folder("pile/pile_eval_14sets.jsonl.xz", [{"pile_set_name": k, "text": k * 30} for k in "aabbbc"])
     found = load_text("pile", "validation", limit_chars=40)
-    assert {g: sum(len(d) for d, h in zip(found.documents, found.groups) if h == g) for g in "abc"} == {"a": 40, "b": 40, "c": 30}
+    assert ({g: sum(len(d) for d, h in zip(found.documents, found.groups) if h == g) for g in "abc"}
+            == {"a": 40, "b": 40, "c": 30})
 
 
 def test_training_on_the_pile_names_what_it_spoils(folder):
     for name in SETS["pile"]["train"].files: folder(name, [{"text": name}])
     train = load_text("pile")
     assert train.overlaps == {"pile/pile_cc", "pile/openwebtext2", "pile/wikipedia_(en)"}
-    folder("pile/pile_eval_14sets.jsonl.xz", [{"pile_set_name": k, "text": "some text"} for k in ("pile_cc", "github", "wikipedia_(en)")])
+    folder("pile/pile_eval_14sets.jsonl.xz",
+           [{"pile_set_name": k, "text": "some text"} for k in ("pile_cc", "github", "wikipedia_(en)")])
     tokenizer = load_tokenizer("sotu-2048")
     assert [s.name for s in load_evalset("pile", tokenizer)] == ["pile/github", "pile/pile_cc", "pile/wikipedia_(en)"]
     assert [s.name for s in load_evalset("pile", tokenizer, leave_out=train.overlaps)] == ["pile/github"]
@@ -155,9 +160,11 @@ def test_training_on_the_pile_names_what_it_spoils(folder):
 
 ROWS = {
     ("allenai/c4", "en", "train"): [{"text": f"document {i}", "url": "u", "timestamp": "t"} for i in range(50)],
-    ("Salesforce/wikitext", "wikitext-103-v1", "validation"): [{"text": t} for t in ("", " = A = \n", "", " one two \n", "", " = B = \n", " three \n")],
+    ("Salesforce/wikitext", "wikitext-103-v1", "validation"): [
+        {"text": t} for t in ("", " = A = \n", "", " one two \n", "", " = B = \n", " three \n")],
     ("EleutherAI/lambada_openai", "default", "test"): [{"text": "there on my own, Shane"}, {"text": "to the docks"}],
-    ("mit-han-lab/pile-val-backup", None, "validation"): [{"text": "x" * 10, "meta": {"pile_set_name": n}} for n in ("Pile-CC", "Wikipedia (en)", "Pile-CC")],
+    ("mit-han-lab/pile-val-backup", None, "validation"): [
+        {"text": "x" * 10, "meta": {"pile_set_name": n}} for n in ("Pile-CC", "Wikipedia (en)", "Pile-CC")],
     ("monology/pile-uncopyrighted", None, "train"): [{"text": "y", "meta": {"pile_set_name": "Github"}}],
 }
 
@@ -193,7 +200,8 @@ def test_every_set_is_streamed(hub):
     assert evaluated.words == 9 + 7 and (evaluated.tokens == 50_256).sum() == 1
     pile = load_text("pile", "validation")
     assert pile.groups == ["pile_cc", "wikipedia_(en)", "pile_cc"]
-    assert load_text("pile").overlaps == frozenset(), "the hub's training split shares nothing with its validation split"
+    assert (
+        load_text("pile").overlaps == frozenset()), "the hub's training split shares nothing with its validation split"
     lambada, = load_evalset("lambada", load_tokenizer("gpt2"))
     assert lambada.words == 2 and lambada.source == "hub"
     assert len(hub) == 6
@@ -231,7 +239,8 @@ def test_two_folders_never_share_their_tokens(monkeypatch, tmp_path, no_hub):
     tokenizer, found, mtime = load_tokenizer("sotu-2048"), {}, (1_700_000_000,) * 2
     monkeypatch.setenv("FLASHOPTIM_CACHE", str(tmp_path / "cache"))
     def content(text): return lzma.compress((json.dumps({"text": text}) + "\n").encode())
-    for name, text in (("A", "apples are red. " * 50), ("B", "bananas yellow. " * 50), ("A again", "apples are red. " * 50)):
+    for name, text in (
+            ("A", "apples are red. " * 50), ("B", "bananas yellow. " * 50), ("A again", "apples are red. " * 50)):
         path = tmp_path / name / "c4/c4_en_2k.jsonl.xz"
         path.parent.mkdir(parents=True)
         path.write_bytes(content(text))
@@ -241,7 +250,8 @@ def test_two_folders_never_share_their_tokens(monkeypatch, tmp_path, no_hub):
     assert tokenizer.decode(found["B"].tokens[1:]).startswith("bananas") and found["A"].source == "folder"
     assert found["A"].sha256 != found["B"].sha256 and found["A"].sha256 == found["A again"].sha256
     assert len(list((tmp_path / "cache").glob("*.u16"))) == 2, "the same content is kept once, wherever it lies"
-    assert found["B"].note == dict(set="c4", split="train", source="folder", sha256=hashlib.sha256(found["B"].tokens).hexdigest(), tokens=100)
+    assert found["B"].note == dict(
+        set="c4", split="train", source="folder", sha256=hashlib.sha256(found["B"].tokens).hexdigest(), tokens=100)
     path.write_bytes(content("bananas yellow. " * 50))  # edited in place
     assert token_set("c4", "train", tokenizer, 100).sha256 == found["B"].sha256
 
@@ -254,7 +264,8 @@ def test_a_streamed_set_names_what_it_spoils(folder, monkeypatch, tmp_path):
 
 def test_a_set_that_is_taken_whole():
     whole, text = token_set("sotu", "validation", load_tokenizer("sotu-2048")), load_text("sotu", "validation")
-    assert (whole.source, whole.sha256) == ("shipped", text.sha256) and np.array_equal(whole.tokens, tokens_of(text, load_tokenizer("sotu-2048")))
+    assert ((whole.source, whole.sha256) == ("shipped", text.sha256)
+            and np.array_equal(whole.tokens, tokens_of(text, load_tokenizer("sotu-2048"))))
 
 
 def test_a_stream_that_breaks_off(hub, monkeypatch):
@@ -269,7 +280,9 @@ def test_a_stream_that_breaks_off(hub, monkeypatch):
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "not a url"])
 def test_a_hub_that_does_not_answer(monkeypatch, endpoint):
     pytest.importorskip("datasets")
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "FLASHOPTIM_DATA", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"): monkeypatch.delenv(name, raising=False)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "FLASHOPTIM_DATA", "http_proxy", "HTTP_PROXY", "all_proxy",
+                 "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     T.hub_reachable.cache_clear()
     with pytest.raises(DataUnavailable, match="cannot be reached"): load_text("c4")
@@ -282,7 +295,8 @@ def test_a_hub_that_does_not_answer(monkeypatch, endpoint):
 def test_any_text_comes_back(name, rng_seed):
     t = load_tokenizer(name)
     for _ in range(50):
-        text = "".join(chr(random.choice((random.randrange(32, 127), random.randrange(0xA0, 0x2FFF), random.randrange(0x10000, 0x10FFFF)))) for _ in range(random.randrange(40)))
+        text = "".join(chr(random.choice((random.randrange(32, 127), random.randrange(0xA0, 0x2FFF),
+                                          random.randrange(0x10000, 0x10FFFF)))) for _ in range(random.randrange(40)))
         tokens = t.encode(text)
         assert t.decode(tokens) == text and tokens.dtype == np.uint16
         assert t.token_bytes[tokens].sum() == len(text.encode()) and t.eot not in tokens
@@ -350,7 +364,8 @@ def test_an_epoch_predicts_each_token_once(rng_seed):
         targets = torch.cat([w.batch(epoch * 5 + s)[1].flatten() for s in range(5)])
         assert torch.equal(targets.sort().values, torch.arange(1, 1001))
     assert w.epochs(15) == 3.0 and check_repeats(w, 20) == 4.0
-    with pytest.raises(UserError, match="21 steps .* 4.2 times through the 1,001 tokens .* at most 20 steps"): check_repeats(w, 21)
+    with pytest.raises(UserError, match="21 steps .* 4.2 times through the 1,001 tokens .* at most 20 steps"):
+        check_repeats(w, 21)
     assert check_repeats(synthetic(50, 10, 20, seed=0), 10**9) == 0
 
 
@@ -391,7 +406,8 @@ def test_wikitext_has_its_published_counts():
 def test_lambada_has_its_published_counts():
     text = load_text("lambada", "test")
     s, = load_evalset("lambada", load_tokenizer("gpt2"))
-    assert s.words == 5153 and sum(len(load_tokenizer("gpt2").encode(d)) for d in text.documents[:100]) == sum(len(c) - 1 + len(w) for c, w in s.examples[:100])
+    assert s.words == 5153 and sum(len(load_tokenizer("gpt2").encode(d)) for d in text.documents[:100]) == sum(
+        len(c) - 1 + len(w) for c, w in s.examples[:100])
 
 
 @needs_folder
@@ -440,12 +456,14 @@ def test_what_is_kept_in_memory_is_bounded(folder, monkeypatch):
     with pytest.raises(UserError, match="give limit_chars"): load_text("c4")
     assert load_text("c4", limit_chars=5_000).n_chars == 5_000
     assert len(stream_tokens("c4", "train", load_tokenizer("sotu-2048"), 300)) == 300
-    with pytest.raises(UserError, match="cut it"): files.read_xz(Path(os.environ["FLASHOPTIM_DATA"]), "c4/c4_en_2k.jsonl.xz")
+    with pytest.raises(UserError, match="cut it"):
+        files.read_xz(Path(os.environ["FLASHOPTIM_DATA"]), "c4/c4_en_2k.jsonl.xz")
 
 
 def test_an_unpacker_is_given_no_more_memory_than_xz_asks_for(folder, tmp_path):
     (tmp_path / "c4").mkdir()
-    wide = [{"id": lzma.FILTER_LZMA2, "dict_size": 2**30, "mode": lzma.MODE_FAST, "mf": lzma.MF_HC3, "nice_len": 3, "depth": 1}]
+    wide = [{"id": lzma.FILTER_LZMA2, "dict_size": 2**30, "mode": lzma.MODE_FAST, "mf": lzma.MF_HC3, "nice_len": 3,
+             "depth": 1}]
     head = lzma.compress(b"x", preset=0)
     try: head = lzma.compress(b"x", filters=wide)
     except MemoryError: pytest.skip("no memory to write such a file")
@@ -459,7 +477,8 @@ def test_lines_end_at_newlines_alone(folder):
     assert load_text("c4").documents == texts
 
 
-@pytest.mark.parametrize("line, told", [('{"text": ' + DEEP + "}", "nests deeper"), ('["text"]', "not an object"), ('{"text": 1}', "has no text"), ('{"text": "\\ud800"}', "not Unicode")])
+@pytest.mark.parametrize("line, told", [('{"text": ' + DEEP + "}", "nests deeper"), ('["text"]', "not an object"),
+                                        ('{"text": 1}', "has no text"), ('{"text": "\\ud800"}', "not Unicode")])
 def test_a_line_within_a_file_that_is_no_document_is_named(folder, line, told):
     folder("c4/c4_en_2k.jsonl.xz", '{"text": "good"}\n' + line + "\n")
     with pytest.raises(UserError, match=f"line 2.*{told}"): load_text("c4")
@@ -468,7 +487,8 @@ def test_a_line_within_a_file_that_is_no_document_is_named(folder, line, told):
 def test_a_set_without_text_is_none(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("FLASHOPTIM_CACHE", str(tmp_path / "cache"))
     folder("wikitext103/wiki.train.tokens.xz", "")
-    with pytest.raises(UserError, match="holds no text"): token_set("wikitext103", "train", load_tokenizer("sotu-2048"), 300)
+    with pytest.raises(UserError, match="holds no text"):
+        token_set("wikitext103", "train", load_tokenizer("sotu-2048"), 300)
     assert not len(tokens_of(load_text("wikitext103"), load_tokenizer("sotu-2048")))
 
 

@@ -33,7 +33,8 @@ def passages(examples):
 
 @torch.no_grad()
 def brute(model, stream, context):
-    "Sum of -log p of each token but the first, each from its own forward pass over what stands before it in its window."
+    """Sum of -log p of each token but the first, each from its own forward pass over what stands before it
+    in its window."""
     model, total = model.double(), 0.
     for i in range(1, len(stream)):
         begin = (i - 1) // context * context
@@ -47,7 +48,8 @@ def brute(model, stream, context):
 def test_against_a_computation_token_by_token(gpt, rng_seed, n):
     given = text(rng_seed, n)
     expected = brute(gpt, given.tokens, C)
-    slack = 3e-5 * (n - 1)  # a token's loss is a difference of logits of some tens: its error is theirs, however small the loss
+    # a token's loss is a difference of logits of some tens: its error is theirs, however small the loss
+    slack = 3e-5 * (n - 1)
     for batch in (1, 3):
         row = evaluate(gpt, given, batch=batch, device="cpu", context=C)
         assert row["tokens"] == n - 1
@@ -73,7 +75,8 @@ def test_every_token_but_the_first_of_a_stream_is_predicted_once(rng_seed):
 def test_the_loss_that_transformers_gives(rng_seed):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(rng_seed)
-    hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=V, n_positions=C, n_embd=32, n_layer=2, n_head=2)).eval()
+    hf = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=V, n_positions=C, n_embd=32, n_layer=2, n_head=2)).eval()
     given = text(rng_seed, 3 * C + 7)
     total = 0.
     for at in range(0, len(given.tokens) - 1, C):
@@ -148,7 +151,9 @@ def test_long_passages_keep_their_end(gpt, rng_seed):
 
 
 def test_a_text_without_words_has_no_perplexity_by_word(gpt):
-    row = evaluate(gpt, EvalSet("blanks", np.array([0, 1, 2], np.uint16), words=0, bytes=0, source="shipped", sha256=""), batch=1, device="cpu", context=C)
+    row = evaluate(
+        gpt, EvalSet("blanks", np.array([0, 1, 2], np.uint16), words=0, bytes=0, source="shipped", sha256=""), batch=1,
+        device="cpu", context=C)
     assert row["tokens"] == 2 and row["ppl"] > 1 and row["word_ppl"] is row["bpb"] is None
 
 
@@ -159,5 +164,7 @@ def test_a_loss_that_is_no_number_has_no_perplexity(gpt, rng_seed):
 
 
 def test_nothing_to_predict_is_said():
-    with pytest.raises(UserError, match="no token"): evaluate(nn.Identity(), text(0, 1), batch=1, device="cpu", context=4)
-    with pytest.raises(UserError, match="no example"): evaluate(nn.Identity(), passages([]), batch=1, device="cpu", context=4)
+    with pytest.raises(UserError, match="no token"):
+        evaluate(nn.Identity(), text(0, 1), batch=1, device="cpu", context=4)
+    with pytest.raises(UserError, match="no example"):
+        evaluate(nn.Identity(), passages([]), batch=1, device="cpu", context=4)

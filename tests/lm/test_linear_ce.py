@@ -8,8 +8,8 @@ import torch
 
 from flashoptim_nb.base.compare import assert_2x
 from flashoptim_nb.base.errors import UserError
-from flashoptim_nb.lm.linear_ce import (IGNORE, chunk_rows_for, linear_cross_entropy, linear_cross_entropy_reference, softmax_minus_onehot_,
-                                             softmax_minus_onehot_reference)
+from flashoptim_nb.lm.linear_ce import (IGNORE, chunk_rows_for, linear_cross_entropy, linear_cross_entropy_reference,
+                                        softmax_minus_onehot_, softmax_minus_onehot_reference)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
@@ -30,8 +30,9 @@ def problem(device, rng_seed):
 @pytest.mark.parametrize("rows", [None, 1, 100, 10_000])
 def test_float64_agrees_to_the_last_digits(device, rows, rng_seed):
     x, w, y = problem(device, rng_seed)
-    for ours, ref in zip(*(loss_and_gradients(f, x.double(), w.double(), y, 3.7, **kw)
-                           for f, kw in ((linear_cross_entropy, dict(chunk_rows=rows)), (linear_cross_entropy_reference, {})))):
+    for ours, ref in zip(
+            *(loss_and_gradients(f, x.double(), w.double(), y, 3.7, **kw)
+              for f, kw in ((linear_cross_entropy, dict(chunk_rows=rows)), (linear_cross_entropy_reference, {})))):
         torch.testing.assert_close(ours, ref, rtol=1e-10, atol=1e-13)
 
 
@@ -47,7 +48,8 @@ def test_no_more_than_twice_the_error_of_the_reference(device, dtype, autocast, 
     narrow = torch.bfloat16 if autocast else dtype
     for name, o, s, e in zip(("loss", "dx", "dw"), ours, same, exact):
         assert o.dtype == (torch.float32 if name == "loss" else dtype)
-        assert_2x(o, s, e, floor=1e-6 if narrow == torch.float32 else 1e-3 if name == "loss" else torch.finfo(narrow).eps)
+        assert_2x(
+            o, s, e, floor=1e-6 if narrow == torch.float32 else 1e-3 if name == "loss" else torch.finfo(narrow).eps)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -56,10 +58,12 @@ def test_a_loss_scale_keeps_gradients_in_the_range_of_fp16(device, autocast):
     "A row's share of a mean over many rows is too small for fp16 until it is scaled."
     torch.manual_seed(0)
     n, d, v = 4096, 32, 500
-    x, w, y = torch.randn(n, d, device=device), 0.02 * torch.randn(v, d, device=device), torch.randint(v, (n,), device=device)
+    x, w, y = (torch.randn(n, d, device=device), 0.02 * torch.randn(v, d, device=device),
+               torch.randint(v, (n,), device=device))
     exact = loss_and_gradients(linear_cross_entropy_reference, x.double(), w.double(), y)
     dtype, scale = torch.float32 if autocast else torch.float16, 2.0**16
-    with torch.autocast(device, torch.float16, enabled=autocast): found = loss_and_gradients(linear_cross_entropy, x.to(dtype), w.to(dtype), y, scale)
+    with torch.autocast(device, torch.float16, enabled=autocast):
+        found = loss_and_gradients(linear_cross_entropy, x.to(dtype), w.to(dtype), y, scale)
     for g, e in zip(found[1:], exact[1:]):
         assert g.dtype == dtype and (g.double() / scale - e).norm() < 1e-3 * e.norm()
 
@@ -76,11 +80,13 @@ def test_ignored_targets_count_nowhere(device, share, rng_seed):
     x, w, y = x.double(), w.double(), some_ignored(y, share)
     torchs = lambda x, w, y: torch.nn.functional.cross_entropy(x @ w.T, y)
     exact = loss_and_gradients(torchs, x, w, y, 3.7)
-    for f, kw in ((linear_cross_entropy, dict(chunk_rows=100)), (linear_cross_entropy, {}), (linear_cross_entropy_reference, {})):
+    for f, kw in ((linear_cross_entropy, dict(chunk_rows=100)), (linear_cross_entropy, {}),
+                  (linear_cross_entropy_reference, {})):
         for ours, theirs in zip(loss_and_gradients(f, x, w, y, 3.7, **kw), exact):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13, equal_nan=True)
     kept = y != IGNORE
-    for ours, alone in zip(loss_and_gradients(linear_cross_entropy, x, w, y), loss_and_gradients(linear_cross_entropy, x[kept], w, y[kept])):
+    for ours, alone in zip(loss_and_gradients(linear_cross_entropy, x, w, y),
+                           loss_and_gradients(linear_cross_entropy, x[kept], w, y[kept])):
         torch.testing.assert_close(ours[kept] if ours.shape == x.shape else ours, alone, equal_nan=True)
 
 
@@ -96,7 +102,8 @@ def test_ignored_targets_in_every_precision(device, dtype, autocast, rng_seed):
         ours = loss_and_gradients(linear_cross_entropy, x, w, y, chunk_rows=128)
     narrow = torch.bfloat16 if autocast else dtype
     for name, o, s, e in zip(("loss", "dx", "dw"), ours, same, exact):
-        assert_2x(o, s, e, floor=1e-6 if narrow == torch.float32 else 1e-3 if name == "loss" else torch.finfo(narrow).eps)
+        assert_2x(
+            o, s, e, floor=1e-6 if narrow == torch.float32 else 1e-3 if name == "loss" else torch.finfo(narrow).eps)
     assert not ours[1][y == IGNORE].any()
 
 
@@ -107,7 +114,8 @@ def test_other_targets_are_refused(f, rng_seed):
         bad = y.clone()
         bad[int(torch.randint(9, ()))] = wrong
         with pytest.raises(UserError, match=f"targets have to be 0 to 6, .* given were {wrong}"): f(x, w, bad)
-    for bad, words in ((y.float(), "float32"), (y.bool(), "bool"), (y[:-1], "shapes"), (y[:, None], "shapes"), (y.to("meta"), "one device")):
+    for bad, words in ((y.float(), "float32"), (y.bool(), "bool"), (y[:-1], "shapes"), (y[:, None], "shapes"),
+                       (y.to("meta"), "one device")):
         with pytest.raises(UserError, match=words): f(x, w, bad)
     with pytest.raises(UserError, match="shapes"): f(x, torch.randn(7, 5), y)
 
@@ -115,16 +123,20 @@ def test_other_targets_are_refused(f, rng_seed):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("f", [linear_cross_entropy, linear_cross_entropy_reference])
 def test_targets_of_any_integer_type_and_layout(f, device, rng_seed):
-    x, w, y = torch.randn(40, 8, device=device), torch.randn(100, 8, device=device), torch.randint(100, (40,), device=device)
+    x, w, y = (torch.randn(40, 8, device=device), torch.randn(100, 8, device=device),
+               torch.randint(100, (40,), device=device))
     exact = loss_and_gradients(f, x, w, y)
-    strided = torch.full((40, 3), 10**6, device=device).index_copy_(1, torch.tensor([1], device=device), y[:, None])[:, 1]
+    strided = (
+        torch.full((40, 3), 10**6, device=device).index_copy_(1, torch.tensor([1], device=device), y[:, None])[:, 1])
     for same in (y.to(torch.uint8), y.to(torch.int8), y.to(torch.int16), y.int(), strided, strided.int()):
         for a, b in zip(loss_and_gradients(f, x, w, same), exact): assert torch.equal(a, b)
     wide = torch.randn(40, 20, device=device)
     wide[:, 3:19:2] = x
-    for a, b in zip(loss_and_gradients(f, wide[:, 3:19:2], w.T.contiguous().T, y), exact): torch.testing.assert_close(a, b)
+    for a, b in zip(loss_and_gradients(f, wide[:, 3:19:2], w.T.contiguous().T, y), exact):
+        torch.testing.assert_close(a, b)
     one = torch.full((40,), 17, device=device)
-    for a, b in zip(loss_and_gradients(f, x, w, one[:1].expand(40)), loss_and_gradients(f, x, w, one)): assert torch.equal(a, b)
+    for a, b in zip(loss_and_gradients(f, x, w, one[:1].expand(40)), loss_and_gradients(f, x, w, one)):
+        assert torch.equal(a, b)
     loss, dx, dw = loss_and_gradients(f, x[:0], w, y[:0])
     assert loss.isnan() and dx.shape == (0, 8) and not dw.any()
 
@@ -152,7 +164,8 @@ sys.exit("accepted")
 @pytest.mark.parametrize("wrong", [50, -1])
 def test_other_targets_are_refused_on_the_device(how, wrong):
     "In a process of its own, which such an assertion ends."
-    done = subprocess.run([sys.executable, "-c", REFUSED_ON_THE_DEVICE, str(wrong), how], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED_ON_THE_DEVICE, str(wrong), how], capture_output=True, text=True)
     assert done.returncode == 0 and "Assertion `targets have to be" in done.stderr, done.stderr
 
 
@@ -181,7 +194,8 @@ def test_a_number_that_is_none_stays_one(rng_seed):
     assert loss.isnan() and dx[2].isnan().all() and dw.isnan().any()
 
 
-@pytest.mark.parametrize("n, v, gpu", [(1, 10, False), (1000, 2048, False), (16_384, 50_304, True), (131_072, 128_000, True)])
+@pytest.mark.parametrize(
+    "n, v, gpu", [(1, 10, False), (1000, 2048, False), (16_384, 50_304, True), (131_072, 128_000, True)])
 def test_chunks_cover_the_rows_evenly(n, v, gpu):
     rows = chunk_rows_for(n, v, gpu)
     chunks = -(-n // rows)
@@ -196,7 +210,9 @@ def test_the_kernel(dtype, v, rng_seed):
     y = torch.randint(v, (66,), device="cuda")[::2]  # strided
     y[::5] = IGNORE
     ours, same, exact = z.clone(), z.clone(), z.double()
-    nll, nll_same, nll_exact = (f(t, y) for f, t in ((softmax_minus_onehot_, ours), (softmax_minus_onehot_reference, same), (softmax_minus_onehot_reference, exact)))
+    nll, nll_same, nll_exact = (f(t, y)
+                                for f, t in ((softmax_minus_onehot_, ours), (softmax_minus_onehot_reference, same),
+                                             (softmax_minus_onehot_reference, exact)))
     assert_2x(ours, same, exact, floor=1e-6)
     assert_2x(nll, nll_same, nll_exact, floor=1e-6)
 
@@ -222,5 +238,6 @@ assert nll[0] == 0 and not grad[0].any() and nll[1].isfinite() and nll[2].isnan(
 def test_the_kernel_interpreted():
     "The same kernel on the CPU, by Triton's interpreter, in fp32 where that is faithful."
     pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

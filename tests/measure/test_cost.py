@@ -5,18 +5,21 @@ import pytest
 
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.measure.cost import PLATFORMS, WORLD, Platform, co2_kg, cost_per_token, load_platforms, project_cost
-from flashoptim_nb.lm.plan import A100_40, A100_80, against_budget, gpu_hours, longest_sequence, plan_protocol, plan_run, sequence_bytes, state_bytes, unlocks
+from flashoptim_nb.lm.plan import (A100_40, A100_80, against_budget, gpu_hours, longest_sequence, plan_protocol,
+                                   plan_run, sequence_bytes, state_bytes, unlocks)
 from flashoptim_nb.study.h1.worth import ASSUMPTIONS, Assumption, arithmetic, edit, worth
 from flashoptim_nb.lm.sizes import gpt_config
 
-OURS = dict(name="ours", instance="rack", price_per_hour=10, gpus=4, gpu="NVIDIA H200", source="the bill", date="2026-11-01")
+OURS = dict(
+    name="ours", instance="rack", price_per_hour=10, gpus=4, gpu="NVIDIA H200", source="the bill", date="2026-11-01")
 
 
 def test_a_gpu_hour_is_a_share_of_an_instance_hour():
     assert PLATFORMS["aws-p4d"].per_gpu_hour == 32.77 / 8
     assert PLATFORMS["gcp-a2-mega"].per_gpu_hour == 27.35 / 16
     for platform in PLATFORMS.values():  # the whole instance for an hour costs the instance's price
-        assert cost_per_token(3600 / 1e6, platform, n_gpus=platform.gpus) * 1e6 == pytest.approx(platform.price_per_hour)
+        assert (
+            cost_per_token(3600 / 1e6, platform, n_gpus=platform.gpus) * 1e6 == pytest.approx(platform.price_per_hour))
 
 
 @pytest.mark.parametrize("device, trained, label, why", [
@@ -78,7 +81,8 @@ def test_the_protocol_needs_twelve_times_its_budget():
     assert found["hours_over_budget"] == pytest.approx(12.2, abs=0.1) and found["pauses"] is True
     assert set(plan.label) == {"projected"} and list(plan["size"]) == ["1B", "7B", "13B"]
     # from the shapes alone: 12 L d^2 in the layers, and the embedding; 6 operations a parameter and token
-    by_hand = 5 * sum(6 * (12 * layers * d * d + 50_304 * d) * tokens for layers, d, tokens in ((24, 2048, 10e9), (32, 4096, 50e9), (40, 5120, 50e9)))
+    by_hand = (5 * sum(6 * (12 * layers * d * d + 50_304 * d) * tokens
+                       for layers, d, tokens in ((24, 2048, 10e9), (32, 4096, 50e9), (40, 5120, 50e9))))
     assert found["gpu_hours"] == pytest.approx(by_hand / (312e12 * 0.45 * 3600), rel=0.005)
 
 
@@ -120,8 +124,10 @@ def test_what_is_unlocked_is_computed_or_a_claim():
     assert [round(state_bytes(name)) for name in ("baseline", "flashoptim_full", "flashoptim_release")] == [16, 7, 5]
 
 
-SOURCE = {  # h1-llm-cost, "What a saving is worth", at 20 %
-    ("one frontier run", "saved"): 20e6, ("one 70B run", "saved"): 600e3, ("industry", "spent"): 1e9, ("industry", "saved"): 200e6,
+SOURCE = {
+    # h1-llm-cost, "What a saving is worth", at 20 %
+    ("one frontier run", "saved"): 20e6, ("one 70B run", "saved"): 600e3, ("industry", "spent"): 1e9,
+    ("industry", "saved"): 200e6,
     ("industry", "return on validation"): 4255, ("access", "does what cost"): 625e3, ("access", "more market"): 0.25,
     ("pace", "more experiments"): 0.25, ("pace", "shorter at least"): 3, ("pace", "shorter at most"): 6,
     ("academia", "papers at least"): 50, ("academia", "papers at most"): 100,
@@ -162,11 +168,15 @@ def test_a_formula_is_arithmetic_and_nothing_else(formula):
 
 
 @pytest.mark.parametrize("text, told", [
-    ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "nests deeper"), ("\xff\xfe", "is not JSON"), ('{"m": [1]}', "not an object"),
-    (json.dumps(dict(m=OURS | dict(price_per_hour=10**400))), "price_per_hour"), (json.dumps(dict(m=OURS | dict(price_per_hour=1e308))), "price_per_hour"),
-    (json.dumps(dict(m=OURS | dict(gpus=10**400))), "gpus"), (json.dumps(dict(m=OURS | dict(price_per_hour=float("nan")))), "price_per_hour"),
-    (json.dumps(dict(m=OURS | dict(name="x\x1b[2J"))), "control characters"), (json.dumps({"m\u202e": OURS}), "control characters"),
-], ids=range(9))
+                             ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "nests deeper"),
+                             ("\xff\xfe", "is not JSON"), ('{"m": [1]}', "not an object"),
+                             (json.dumps(dict(m=OURS | dict(price_per_hour=10**400))), "price_per_hour"),
+                             (json.dumps(dict(m=OURS | dict(price_per_hour=1e308))), "price_per_hour"),
+                             (json.dumps(dict(m=OURS | dict(gpus=10**400))), "gpus"),
+                             (json.dumps(dict(m=OURS | dict(price_per_hour=float("nan")))), "price_per_hour"),
+                             (json.dumps(dict(m=OURS | dict(name="x\x1b[2J"))), "control characters"),
+                             (json.dumps({"m\u202e": OURS}), "control characters"),
+                         ], ids=range(9))
 def test_rates_that_are_none_are_refused_in_words(tmp_path, text, told):
     (tmp_path / "rates.json").write_text(text, encoding="latin-1" if "\xff" in text else "utf-8")
     with pytest.raises(UserError, match=told): load_platforms(tmp_path / "rates.json")

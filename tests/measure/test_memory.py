@@ -22,7 +22,8 @@ class Tower(nn.Module):
 
     def forward(self):
         x = self.w
-        for _ in range(self.segments): x = self.part(x) if self.segments == 1 else checkpoint(self.part, x, use_reentrant=False)
+        for _ in range(self.segments):
+            x = self.part(x) if self.segments == 1 else checkpoint(self.part, x, use_reentrant=False)
         return x.sum()
 
 
@@ -82,14 +83,18 @@ def mlp(compiled=False):
 
 def test_repeats_to_the_byte_and_adds_up():
     model, adamw, x, step = mlp()
-    rows = [memory_by_class(step, model=model, optimizer=adamw, device="cpu", inputs=x, batch=48, seq=1) for _ in range(3)]
+    rows = [
+        memory_by_class(step, model=model, optimizer=adamw, device="cpu", inputs=x, batch=48, seq=1) for _ in range(3)]
     assert rows[0] == rows[1] == rows[2]
     assert sum(rows[0][c] for c in CLASSES) + rows[0]["other"] == rows[0]["peak"]
     assert rows[0]["other"] + rows[0]["overlap"] >= 0
     assert (rows[0]["batch"], rows[0]["seq"]) == (48, 1)
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.skipif(not capabilities()["compile"].ok, reason="torch.compile: " + capabilities()["compile"].why)])])
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.skipif(
+                                                      not capabilities()["compile"].ok,
+                                                      reason="torch.compile: " + capabilities()["compile"].why)])])
 def test_autocasts_copies_grow_with_the_model_and_activations_with_the_batch(compiled):
     d, rows = 256, {}
     for batch in (1, 4):
@@ -102,14 +107,17 @@ def test_autocasts_copies_grow_with_the_model_and_activations_with_the_batch(com
             with torch.autocast("cpu", torch.bfloat16): y = run(x)
             y.float().sum().backward()
         rows[batch] = memory_by_class(step, model=model, optimizer=sgd, device="cpu", inputs=x)
-    assert [row["copies"] for row in rows.values()] == [2 * 3 * d * d] * 2  # not the first layer's, whose input needs no gradient
+    # not the first layer's, whose input needs no gradient
+    assert [row["copies"] for row in rows.values()] == [2 * 3 * d * d] * 2
     assert rows[1]["activations"] <= 4 * 4 * 2 * d  # the inputs of four layers
-    for row in rows.values(): assert sum(row[c] for c in CLASSES) + row["other"] == row["peak"] and row["other"] + row["overlap"] >= 0
+    for row in rows.values():
+        assert sum(row[c] for c in CLASSES) + row["other"] == row["peak"] and row["other"] + row["overlap"] >= 0
 
 
 def test_an_activation_that_looks_like_a_weight_is_none():
     d = 32
-    model = nn.Sequential(nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False))  # as many rows as columns, as a batch of d
+    # as many rows as columns, as a batch of d
+    model = nn.Sequential(nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False))
     sgd, x = torch.optim.SGD(model.parameters(), lr=0.0), torch.randn(d, d)
     def step():
         sgd.zero_grad()
@@ -201,7 +209,8 @@ def test_a_step_that_fails_leaves_no_profiler_behind():
             raise ValueError("as intended")
         return step
     for n in (1, 2, 3):
-        with pytest.raises(ValueError, match="as intended"): memory_by_class(failing(n), model=tower, optimizer=sgd, device="cpu")
+        with pytest.raises(ValueError, match="as intended"):
+            memory_by_class(failing(n), model=tower, optimizer=sgd, device="cpu")
     assert not torch.autograd._profiler_enabled()
     assert memory_by_class(stepper(tower, sgd), model=tower, optimizer=sgd, device="cpu")["peak"] > 0
 
@@ -256,7 +265,8 @@ def language_model(**stack):
         optimizer.zero_grad()
         for part in tokens.chunk(2):
             with torch.autocast("cpu", torch.bfloat16, enabled=not flash):
-                (model.loss(part[:, :-1].contiguous(), part[:, 1:].contiguous(), stack.get("loss", "plain")) / 2).backward()
+                (model.loss(part[:, :-1].contiguous(), part[:, 1:].contiguous(), stack.get("loss", "plain"))
+                 / 2).backward()
         optimizer.step()
     row = [memory_by_class(step, model=model, optimizer=optimizer, device="cpu", inputs=tokens) for _ in range(2)]
     assert row[0] == row[1]

@@ -35,7 +35,8 @@ def test_throughput_is_the_medians_and_ignores_warm_up():
 def test_no_step_that_counts_is_a_row_that_says_so():
     for seconds in ([1., 1., 1.], []):
         row = throughput(seconds, 600, warmup=3, micro_batch=2)
-        assert row["tokens_per_s"] is row["seconds_per_step"] is row["mean_tokens_per_s"] is row["energy_j_per_token"] is None
+        assert (row["tokens_per_s"] is row["seconds_per_step"] is row["mean_tokens_per_s"] is row["energy_j_per_token"]
+                is None)
         assert row["steps"] == 0 and row["micro_batch"] == 2 and "take at least 4" in row["reason"]
 
 
@@ -48,7 +49,8 @@ def test_a_slow_beginning_is_left_out_and_a_late_delay_is_not(rng_seed):
         assert slow <= settling(seconds) <= len(seconds) // 2
         row = throughput(seconds, 1000)
         assert row["seconds_per_step"] == pytest.approx(1, abs=0.01) and row["steps"] + row["settling"] == len(seconds)
-        assert row["mean_tokens_per_s"] == pytest.approx(1000 * len(seconds) / sum(seconds)) and (not slow or row["mean_tokens_per_s"] < row["tokens_per_s"])
+        assert (row["mean_tokens_per_s"] == pytest.approx(1000 * len(seconds) / sum(seconds))
+                and (not slow or row["mean_tokens_per_s"] < row["tokens_per_s"]))
         steady[-3] = 30.0
         assert throughput([*seconds[:slow], *steady], 1000)["seconds_per_step"] == pytest.approx(1, abs=0.01)
 

@@ -19,7 +19,8 @@ from processes import pass_in_the_interpreter
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-kernel = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs CUDA, or TRITON_INTERPRET=1: see test_kernel_in_the_interpreter")
+kernel = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="needs CUDA, or TRITON_INTERPRET=1: see test_kernel_in_the_interpreter")
 
 B1, B2, LR, WD, EPS = 0.9, 0.95, 1e-2, 0.1, 1e-8
 
@@ -31,7 +32,8 @@ def scalars(eps=EPS, weight_decay=WD, **kw):
 def fused(xs, h, t, multiplier=None, skip=None):
     "One step of the kernel as step number t."
     tensors = TensorList(xs)
-    adamw_fused(tensors, tensors.grad_pointers([x.grad for x in xs]), h, torch.full((), t - 1.0, device=DEVICE), multiplier, skip)
+    adamw_fused(tensors, tensors.grad_pointers([x.grad for x in xs]), h, torch.full((), t - 1.0, device=DEVICE),
+                multiplier, skip)
 
 
 def values(x):
@@ -48,7 +50,8 @@ def clone(x):
 
 def random_operands(n, dtype, bits, quantize, size=1.0):
     "A tensor in mid-training: weights and moments of some age."
-    x = new_operands((torch.randn(n, device=DEVICE) * size).to(dtype), torch.empty(n, device=DEVICE, dtype=dtype), bits, quantize)
+    x = new_operands(
+        (torch.randn(n, device=DEVICE) * size).to(dtype), torch.empty(n, device=DEVICE, dtype=dtype), bits, quantize)
     for t in range(1, 4):
         adamw_reference([x._replace(grad=(torch.randn(n, device=DEVICE) * size).to(dtype))], scalars(), t)
     return x
@@ -115,8 +118,9 @@ def test_vanished_second_moment_takes_no_giant_step(rng_seed):
         assert (decode(x.param, x.error_bits) - before).abs().max() <= 1.2 * LR
 
 
-KINDS = [(torch.bfloat16, 8, True), (torch.bfloat16, 16, True), (torch.bfloat16, None, True), (torch.bfloat16, 8, False),
-         (torch.float16, 8, True), (torch.float16, 16, False), (torch.float32, None, True), (torch.float32, None, False)]
+KINDS = [
+    (torch.bfloat16, 8, True), (torch.bfloat16, 16, True), (torch.bfloat16, None, True), (torch.bfloat16, 8, False),
+    (torch.float16, 8, True), (torch.float16, 16, False), (torch.float32, None, True), (torch.float32, None, False)]
 
 
 @kernel
@@ -126,12 +130,14 @@ def test_kernel_errs_at_most_twice_as_much(dtype, bits, quantize, rng_seed):
     sizes = [5000, 4096, 33, 1, 0, 2048]
     xs = [random_operands(n, dtype, bits, quantize) for n in sizes]
     gs = [torch.randn(n, device=DEVICE).to(dtype) for n in sizes]
-    ours, same = [clone(x)._replace(grad=g) for x, g in zip(xs, gs)], [clone(x)._replace(grad=g) for x, g in zip(xs, gs)]
+    ours, same = ([clone(x)._replace(grad=g) for x, g in zip(xs, gs)],
+                  [clone(x)._replace(grad=g) for x, g in zip(xs, gs)])
     fused([x for x in ours if x.param.numel()], scalars(), 4)
     adamw_reference(same, scalars(), 4)
     for x, g, a, b in zip(xs, gs, ours, same):
         for before, mine, torchs, ref in zip(values(x), values(a), values(b), exact(x, g, 4)):
-            assert_2x(mine, torchs, ref, floor=1e-6 * max(1.0, float(before.norm() / ref.norm())))  # where terms cancel, in a tensor of one value, their rounding is left
+            # where terms cancel, in a tensor of one value, their rounding is left
+            assert_2x(mine, torchs, ref, floor=1e-6 * max(1.0, float(before.norm() / ref.norm())))
         if quantize:  # at most one code apart, and seldom
             for p, q in ((a.m, b.m), (a.v, b.v)):
                 off = (p.int() - q.int()).abs()
@@ -201,10 +207,13 @@ def test_compiles_for_hopper_without_spills(param, bits, quantize, tmp_path):
     from flashoptim_nb.optim.multi_tensor import BLOCK, WARPS
 
     dtype = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[param]
-    flags = dict(PARAM=dtype, GRAD=dtype, BITS=bits, QUANTIZED=quantize, COMPANDED=True, L2=False, MAXIMIZE=False, FLOOR=False, ALIGNED=True, MASK=0, BLOCK=BLOCK)
-    types = dict(rows="*i64", grads="*i64", blocks="*i32", step_scalars="*fp32") | dict.fromkeys(("weight1", "beta1", "weight2", "beta2", "eps", "l2"), "fp32")
+    flags = dict(PARAM=dtype, GRAD=dtype, BITS=bits, QUANTIZED=quantize, COMPANDED=True, L2=False, MAXIMIZE=False,
+                 FLOOR=False, ALIGNED=True, MASK=0, BLOCK=BLOCK)
+    types = (dict(rows="*i64", grads="*i64", blocks="*i32", step_scalars="*fp32")
+             | dict.fromkeys(("weight1", "beta1", "weight2", "beta2", "eps", "l2"), "fp32"))
     signature = types | dict.fromkeys(flags, "constexpr")
-    source = ASTSource(fn=adamw_kernel, signature=signature, constexprs={(list(signature).index(k),): v for k, v in flags.items()}, attrs={})
+    source = ASTSource(fn=adamw_kernel, signature=signature,
+                       constexprs={(list(signature).index(k),): v for k, v in flags.items()}, attrs={})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS})
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.exists(): pytest.skip("this build of Triton has no cuobjdump")

@@ -64,7 +64,9 @@ def test_positions_stay_apart_and_counts_go_on(dtype):
     assert model.seen == 3000
 
 
-@pytest.mark.parametrize("normalized", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm])
+@pytest.mark.parametrize(
+    "normalized",
+    [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm])
 def test_parametrized_weights_train(normalized, rng_seed):
     model = nn.Sequential(normalized(nn.Linear(16, 16)), nn.Linear(16, 1))
     x = torch.randn(8, 16)
@@ -99,8 +101,9 @@ def test_a_norm_inside_a_block_in_full_precision_hands_on_fp32():
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "Qwen2", "Gemma", "GPTNeoX"])
 def test_transformers_models_keep_their_frequencies_and_train(name, rng_seed):
     transformers = pytest.importorskip("transformers")
-    config = getattr(transformers, f"{name}Config")(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                                                    head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     for cls in ("ForCausalLM", "LMHeadModel"):
         if hasattr(transformers, name + cls): model = getattr(transformers, name + cls)(config)
     buffers = {n: b.clone() for n, b in model.named_buffers()}
@@ -124,11 +127,15 @@ def test_what_is_not_floating_point_or_frozen_is_left_or_cast_without_masters(dt
     model.wide = nn.Parameter(torch.full((4,), 1 / 3, dtype=torch.float64))
     model.listed = nn.ParameterList([torch.randn(3), torch.randn(3)])
     cast_model(model, dtype)
-    assert [p.dtype for p in model.parameters()] == [torch.int8, torch.complex64, torch.float8_e4m3fn, dtype, dtype, dtype, dtype]
+    assert [p.dtype for p in model.parameters()] == [
+        torch.int8, torch.complex64, torch.float8_e4m3fn, dtype, dtype, dtype, dtype]
     assert (FlashAdamW([model.wide]).get_fp32_model_state_dict(model)["wide"] - 1 / 3).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("value,dtype,limit", [(1e5, torch.float16, None), (65504.0, torch.float16, 65504.0), (3.4e38, torch.bfloat16, 3.3895313892515355e38), (float("-inf"), torch.float16, float("-inf"))])
+@pytest.mark.parametrize(
+    "value,dtype,limit",
+    [(1e5, torch.float16, None), (65504.0, torch.float16, 65504.0), (3.4e38, torch.bfloat16, 3.3895313892515355e38),
+     (float("-inf"), torch.float16, float("-inf"))])
 def test_a_large_weight_stays_finite_or_is_refused_by_name(value, dtype, limit):
     model = nn.Linear(2, 2)
     with torch.no_grad(): model.weight[0, 1] = value
@@ -164,19 +171,22 @@ def test_a_second_cast_starts_from_the_weights_of_the_first(first, second, rng_s
     assert off < 0.05 * (exact.to(torch.bfloat16) - exact).abs().max()
 
 
-@pytest.mark.parametrize("change", [nn.Module.float, nn.Module.half, nn.Module.double, nn.Module.bfloat16, lambda m: m.to(torch.float16), copy.deepcopy, torch.compile])
+@pytest.mark.parametrize("change", [nn.Module.float, nn.Module.half, nn.Module.double, nn.Module.bfloat16,
+                                    lambda m: m.to(torch.float16), copy.deepcopy, torch.compile])
 def test_layers_in_full_precision_follow_what_is_done_to_the_model(change):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed, self.table, self.mid, self.norm, self.out = nn.Embedding(9, 8), Owner(torch.randn(8, 8), lambda v, x: x + v), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)
+            self.embed, self.table, self.mid, self.norm, self.out = nn.Embedding(9, 8), Owner(
+                torch.randn(8, 8), lambda v, x: x + v), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)
 
         def forward(self, i): return self.out(self.norm(self.mid(self.table(self.embed(i)))))
 
     model = Net()
     cast_model(model, full_precision_recast_layers=["embed"])
     model = change(model, backend="eager", fullgraph=True) if change is torch.compile else change(model)
-    assert model(torch.arange(8)).dtype == next(p.dtype for n, p in model.named_parameters() if n.endswith("out.weight"))
+    assert (
+        model(torch.arange(8)).dtype == next(p.dtype for n, p in model.named_parameters() if n.endswith("out.weight")))
 
 
 def test_a_compiled_model_is_cast_under_its_own_names():
@@ -225,7 +235,8 @@ def test_an_average_of_masters_is_that_of_an_fp32_run(device, decay, tied):
         twin.load_state_dict(optimizer.get_fp32_model_state_dict(model)); mean.update_parameters(twin)
     mean_after(model, optimizer, update)
     twin.load_state_dict(ours.model_state_dict())
-    far = [max((p - q).abs().max().item() for p, q in zip(m.parameters(), mean.module.parameters())) for m in (twin, still.module)]
+    far = [max((p - q).abs().max().item() for p, q in zip(m.parameters(), mean.module.parameters()))
+           for m in (twin, still.module)]
     assert far[0] < 1e-5 and far[1] > 0.01, far
     assert abs(loss(twin) - loss(theirs)) < 0.1 * (loss(start) - loss(theirs))
 
@@ -236,11 +247,15 @@ def test_an_average_before_the_first_step_is_of_the_weights_that_were_cast():
     cast_model(model)
     average = AveragedMasters(FlashAdamW(model.parameters()), model)
     average.update()
-    assert (average.model_state_dict()["weight"] - exact).abs().max() < 0.02 * (exact - model.weight.float()).abs().max()
+    assert (
+        (average.model_state_dict()["weight"] - exact).abs().max() < 0.02 * (exact - model.weight.float()).abs().max())
 
 
-@pytest.mark.parametrize("change", [lambda model, opt: model.half(), lambda model, opt: model.float(), lambda model, opt: opt.add_param_group(dict(params=[nn.Parameter(torch.ones(3))])),
-                                    lambda model, opt: opt.param_groups[0].update(params=[nn.Parameter(p.detach().clone()) for p in model.parameters()])], ids=["half", "float", "added", "replaced"])
+@pytest.mark.parametrize("change", [lambda model, opt: model.half(), lambda model, opt: model.float(),
+                                    lambda model, opt: opt.add_param_group(dict(params=[nn.Parameter(torch.ones(3))])),
+                                    lambda model, opt: opt.param_groups[0].update(
+                                        params=[nn.Parameter(p.detach().clone()) for p in model.parameters()])],
+                         ids=["half", "float", "added", "replaced"])
 def test_an_average_of_what_the_optimizer_no_longer_steps_is_refused(change):
     model = nn.Linear(4, 2); cast_model(model)
     opt = FlashAdamW(model.parameters())
@@ -262,11 +277,13 @@ def test_averages_of_mixed_models(make):
         model(torch.randn(16, 8).bfloat16()).float().square().sum().backward(); optimizer.step(); optimizer.zero_grad()
         average.update(); seen.append(optimizer.get_fp32_model_state_dict(model))
     found = average.model_state_dict()
-    for name, _ in model.named_parameters(): torch.testing.assert_close(found[name], torch.stack([s[name] for s in seen]).mean(0))
+    for name, _ in model.named_parameters():
+        torch.testing.assert_close(found[name], torch.stack([s[name] for s in seen]).mean(0))
     assert torch.equal(found["1.running_mean"], model[1].running_mean)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     with pytest.raises(ZeroDivisionError), average.applied():
-        assert torch.equal(model[0].weight, found["0.weight"].bfloat16()) and torch.equal(model[1].weight, found["1.weight"])
+        assert (torch.equal(model[0].weight, found["0.weight"].bfloat16())
+                and torch.equal(model[1].weight, found["1.weight"]))
         1 / 0
     for name, t in model.state_dict().items(): assert torch.equal(t, before[name]), name
 
@@ -280,7 +297,8 @@ def test_while_averages_are_in_place_nothing_counts_on_the_weights():
     model(x).float().sum().backward(); optimizer.step(); optimizer.zero_grad(); average.update()
     whole, handle = optimizer.get_fp32_model_state_dict(model), enable_gradient_release(model, optimizer)
     with average.applied():
-        for what in (lambda: optimizer.get_fp32_model_state_dict(model), lambda: optimizer.set_fp32_model_state_dict(model, whole), average.update,
+        for what in (lambda: optimizer.get_fp32_model_state_dict(model),
+                     lambda: optimizer.set_fp32_model_state_dict(model, whole), average.update,
                      lambda: average.applied().__enter__(), lambda: model(x).float().sum().backward()):
             with pytest.raises(UserError, match="leave applied"): what()
     handle.remove()
@@ -378,10 +396,14 @@ def test_what_the_cast_adds_lies_where_the_model_lies():
     assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
 
 
-@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")])])
+@pytest.mark.parametrize(
+    "kind",
+    ["cpu", pytest.param(
+         "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")])])
 def test_what_the_cast_rounds_away_reaches_the_masters_of_shards(kind, tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(textwrap.dedent(RANK))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), kind], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           str(script), kind], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("agrees") == 2

@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from flashoptim_nb.optim.codec import GROUP, SCALE_MAX, SCALE_MIN, dequantize_m, dequantize_v, m_error_bound, quantize_m, quantize_v, v_error_bound
+from flashoptim_nb.optim.codec import (GROUP, SCALE_MAX, SCALE_MIN, dequantize_m, dequantize_v, m_error_bound,
+                                       quantize_m, quantize_v, v_error_bound)
 
 
 def spread(scale, n):

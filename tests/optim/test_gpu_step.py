@@ -17,7 +17,8 @@ def net(dtype=torch.bfloat16):
 
 def gradients(model, n):
     rng = torch.Generator("cuda").manual_seed(0)
-    return [[torch.randn(p.shape, generator=rng, device="cuda").to(p.dtype) for p in model.parameters()] for _ in range(n)]
+    return [
+        [torch.randn(p.shape, generator=rng, device="cuda").to(p.dtype) for p in model.parameters()] for _ in range(n)]
 
 
 def feed(model, grads):
@@ -73,7 +74,8 @@ def test_a_graph_reads_its_own_tables_after_steps_at_many_other_addresses(name):
         for p, g in zip(a.parameters(), grads[n]): p.grad = g
         feed(b, grads[n])
         oa.step(), ob.step()
-    spoiled = [torch.full((size,), -1, dtype=torch.int64, device="cuda") for size in (4, 8, 16, 64, 512) for _ in range(64)]
+    spoiled = [
+        torch.full((size,), -1, dtype=torch.int64, device="cuda") for size in (4, 8, 16, 64, 512) for _ in range(64)]
     for p, g, new in zip(a.parameters(), home, grads[13]): p.grad = g; g.copy_(new)
     feed(b, grads[13])
     graph.replay(), ob.step()
@@ -81,7 +83,8 @@ def test_a_graph_reads_its_own_tables_after_steps_at_many_other_addresses(name):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("options", [{}, dict(max_norm=0.5), dict(quantize=False)], ids=["plain", "clipped", "fp32 states"])
+@pytest.mark.parametrize(
+    "options", [{}, dict(max_norm=0.5), dict(quantize=False)], ids=["plain", "clipped", "fp32 states"])
 def test_a_step_never_waits_for_the_device(name, options):
     model = net()
     opt, grads = MAKERS[name](model.parameters(), lr=1e-2, **options), gradients(model, 3)
@@ -101,7 +104,8 @@ def test_a_step_hides_no_memory(name):
     before = torch.cuda.memory_allocated()
     opt.step()
     torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() - before < 1 << 16, "a few scalars and tables, nothing that grows with the parameters"
+    assert torch.cuda.max_memory_allocated() - before < 1 << 16, (
+        "a few scalars and tables, nothing that grows with the parameters")
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -114,4 +118,5 @@ def test_parameters_on_two_devices_share_a_norm(name):
         for p, q, g in zip(whole.parameters(), split.parameters(), step): p.grad, q.grad = g.cpu(), g.to(q.device)
         ow.step(); osplit.step()
         torch.testing.assert_close(ow.grad_norm.cpu(), osplit.grad_norm.cpu(), rtol=1e-5, atol=0)
-    for p, q in zip(whole.parameters(), split.parameters()): torch.testing.assert_close(p.detach(), q.detach().cpu(), rtol=1e-5, atol=1e-5)
+    for p, q in zip(whole.parameters(), split.parameters()):
+        torch.testing.assert_close(p.detach(), q.detach().cpu(), rtol=1e-5, atol=1e-5)

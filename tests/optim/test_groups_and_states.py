@@ -14,12 +14,15 @@ from torch import nn
 from flashoptim_nb.optim import FlashAdamW, FlashLion, FlashSGD, GradientError, OptionError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PAIRS = {"AdamW": (lambda ps: FlashAdamW(ps, lr=1e-2, weight_decay=0.1, quantize=False), lambda ps: torch.optim.AdamW(ps, lr=1e-2, weight_decay=0.1)),
-         "SGD": (lambda ps: FlashSGD(ps, lr=1e-2, momentum=0.9, dampening=0.3, quantize=False), lambda ps: torch.optim.SGD(ps, lr=1e-2, momentum=0.9, dampening=0.3))}
+PAIRS = {"AdamW": (lambda ps: FlashAdamW(ps, lr=1e-2, weight_decay=0.1, quantize=False),
+                   lambda ps: torch.optim.AdamW(ps, lr=1e-2, weight_decay=0.1)),
+         "SGD": (lambda ps: FlashSGD(ps, lr=1e-2, momentum=0.9, dampening=0.3, quantize=False),
+                 lambda ps: torch.optim.SGD(ps, lr=1e-2, momentum=0.9, dampening=0.3))}
 SHAPES = [(4, 3), (5,), (), (2, 2, 3), (1,), (7, 2)]
 
 
-def parameters(): return [nn.Parameter(torch.linspace(-1, 1, torch.Size(s).numel(), device=DEVICE).reshape(s) + 0.5) for s in SHAPES]
+def parameters():
+    return [nn.Parameter(torch.linspace(-1, 1, torch.Size(s).numel(), device=DEVICE).reshape(s) + 0.5) for s in SHAPES]
 
 
 def feed(ps, t, absent=()):
@@ -52,7 +55,8 @@ def remove(opt, ps, i, j):
 
 def exchange(opt, ps, i, j):
     g = where(opt, ps[i])
-    if g is not None and where(opt, ps[j]) is None: g["params"][next(n for n, q in enumerate(g["params"]) if q is ps[i])] = ps[j]
+    if g is not None and where(opt, ps[j]) is None:
+        g["params"][next(n for n, q in enumerate(g["params"]) if q is ps[i])] = ps[j]
 
 
 def deal_out(opt, ps, i, j):
@@ -72,7 +76,8 @@ def added_group(opt, ps, i, j):
 def reversed_order(opt, ps, i, j): opt.param_groups[j % len(opt.param_groups)]["params"].reverse()
 
 
-def one_group(opt, ps, i, j): opt.param_groups = [{**opt.param_groups[0], "params": [p for g in opt.param_groups for p in g["params"]]}]
+def one_group(opt, ps, i, j):
+    opt.param_groups = [{**opt.param_groups[0], "params": [p for g in opt.param_groups for p in g["params"]]}]
 
 
 def pop(opt, ps, i, j): opt.state.pop(ps[i], None)
@@ -88,7 +93,8 @@ def clear(opt, ps, i, j): opt.state.clear()
 
 
 def count(opt, ps, i, j):
-    if "step" in opt.state.get(ps[i], ()) and "exp_avg" in opt.state[ps[i]]: opt.state[ps[i]]["step"] = torch.tensor(float(j))
+    if "step" in opt.state.get(ps[i], ()) and "exp_avg" in opt.state[ps[i]]:
+        opt.state[ps[i]]["step"] = torch.tensor(float(j))
 
 
 def zero(opt, ps, i, j):
@@ -117,7 +123,9 @@ def another_dict(opt, ps, i, j):
     if ps[i] in opt.state: opt.state[ps[i]] = dict(opt.state[ps[i]])
 
 
-def all_anew(opt, ps, i, j): opt.state = defaultdict(dict, {p: {k: t.clone() if isinstance(t, torch.Tensor) else t for k, t in s.items()} for p, s in opt.state.items()})
+def all_anew(opt, ps, i, j):
+    opt.state = defaultdict(dict, {p: {k: t.clone() if isinstance(t, torch.Tensor) else t for k, t in s.items()}
+                                   for p, s in opt.state.items()})
 
 
 def weights(opt, ps, i, j): ps[i].data = ps[i].data * 0.5
@@ -135,10 +143,11 @@ def again(opt, ps, i, j):
     opt.load_state_dict(copy.deepcopy(opt.state_dict()))
 
 
-EDITS = [append, remove, exchange, deal_out, new_group, added_group, reversed_order, one_group, pop, empty, look, clear, count, zero, strided, in_place, exchanged_data, another_dict, all_anew, weights,
-         transposed, rate, again]
+EDITS = [append, remove, exchange, deal_out, new_group, added_group, reversed_order, one_group, pop, empty, look, clear,
+         count, zero, strided, in_place, exchanged_data, another_dict, all_anew, weights, transposed, rate, again]
 some = st.integers(0, len(SHAPES) - 1)
-sequences = st.lists(st.tuples(st.lists(st.tuples(st.sampled_from(EDITS), some, some), max_size=3), st.frozensets(some, max_size=2)), min_size=2, max_size=6)
+sequences = st.lists(st.tuples(st.lists(st.tuples(st.sampled_from(EDITS), some, some), max_size=3),
+                               st.frozensets(some, max_size=2)), min_size=2, max_size=6)
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -204,8 +213,10 @@ def three(**options):
     return opt, ps
 
 
-@pytest.mark.parametrize("one", [lambda ps: ps[0], lambda ps: nn.Parameter(torch.ones(3, dtype=torch.float64)), lambda ps: 3.0, lambda ps: ps[2] * 2, lambda ps: nn.Parameter(ps[0].data),
-                                 lambda ps: nn.Parameter(torch.ones(1, device=DEVICE).expand(4))], ids=["twice", "float64", "no tensor", "computed", "of another's memory", "expanded"])
+@pytest.mark.parametrize("one", [lambda ps: ps[0], lambda ps: nn.Parameter(torch.ones(3, dtype=torch.float64)),
+                                 lambda ps: 3.0, lambda ps: ps[2] * 2, lambda ps: nn.Parameter(ps[0].data),
+                                 lambda ps: nn.Parameter(torch.ones(1, device=DEVICE).expand(4))],
+                         ids=["twice", "float64", "no tensor", "computed", "of another's memory", "expanded"])
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_what_add_param_group_refuses_is_refused_in_a_list(one, elsewhere):
     opt, ps = three()
@@ -220,7 +231,8 @@ def test_what_add_param_group_refuses_is_refused_in_a_list(one, elsewhere):
     assert not torch.equal(ps[0], before[0])
 
 
-@pytest.mark.parametrize("group", [lambda ps: dict(params=[ps[2]]), lambda ps: dict(lr=1.0), lambda ps: [ps[2]], lambda ps: dict(params=iter([ps[2]])), lambda ps: dict(params=ps[2])],
+@pytest.mark.parametrize("group", [lambda ps: dict(params=[ps[2]]), lambda ps: dict(lr=1.0), lambda ps: [ps[2]],
+                                   lambda ps: dict(params=iter([ps[2]])), lambda ps: dict(params=ps[2])],
                          ids=["without options", "without params", "a list", "an iterator", "a tensor"])
 def test_a_group_put_in_the_list_must_be_whole(group):
     opt, ps = three()
@@ -230,7 +242,8 @@ def test_a_group_put_in_the_list_must_be_whole(group):
     assert torch.equal(ps[0], before)
 
 
-@pytest.mark.parametrize("options", [dict(lr=float("nan")), dict(lr=-1.0), dict(betas=(0.9, 1.0)), dict(betas=0.9), dict(eps=float("inf")), dict(weight_decay="0.1"), dict(amsgrad=True)], ids=str)
+@pytest.mark.parametrize("options", [dict(lr=float("nan")), dict(lr=-1.0), dict(betas=(0.9, 1.0)), dict(betas=0.9),
+                                     dict(eps=float("inf")), dict(weight_decay="0.1"), dict(amsgrad=True)], ids=str)
 def test_an_option_that_cannot_work_is_refused_by_the_next_step(options):
     opt, ps = three()
     kept = {k: opt.param_groups[0][k] for k in options}
@@ -243,9 +256,12 @@ def test_an_option_that_cannot_work_is_refused_by_the_next_step(options):
     opt.step()
 
 
-@pytest.mark.parametrize("key,wrong", [("exp_avg", lambda t: t.bfloat16()), ("exp_avg", lambda t: t[:4]), ("exp_avg_sq", lambda t: t.to("meta")), ("exp_avg_sq", lambda t: None), ("exp_avg", lambda t: 0.0),
-                                       ("exp_avg", lambda t: t.to_sparse()), ("step", lambda t: "3"), ("step", lambda t: -1.0), ("step", lambda t: torch.ones(2)), ("step", lambda t: torch.tensor(float("nan"))),
-                                       ("step", lambda t: True)])
+@pytest.mark.parametrize(
+    "key,wrong",
+    [("exp_avg", lambda t: t.bfloat16()), ("exp_avg", lambda t: t[:4]), ("exp_avg_sq", lambda t: t.to("meta")),
+     ("exp_avg_sq", lambda t: None), ("exp_avg", lambda t: 0.0), ("exp_avg", lambda t: t.to_sparse()),
+     ("step", lambda t: "3"), ("step", lambda t: -1.0), ("step", lambda t: torch.ones(2)),
+     ("step", lambda t: torch.tensor(float("nan"))), ("step", lambda t: True)])
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_state_that_does_not_fit_is_refused(key, wrong, which):
     opt, ps = three()
@@ -255,7 +271,9 @@ def test_a_state_that_does_not_fit_is_refused(key, wrong, which):
     assert all(torch.equal(p, b) for p, b in zip(ps, before))
 
 
-@pytest.mark.parametrize("step", [7, 7.0, torch.tensor(7), torch.tensor([7.0]), torch.tensor(7.0, dtype=torch.float64), torch.tensor(7.0).bfloat16(), nn.Parameter(torch.tensor(7.0), requires_grad=False)], ids=repr)
+@pytest.mark.parametrize("step",
+                         [7, 7.0, torch.tensor(7), torch.tensor([7.0]), torch.tensor(7.0, dtype=torch.float64),
+                          torch.tensor(7.0).bfloat16(), nn.Parameter(torch.tensor(7.0), requires_grad=False)], ids=repr)
 def test_a_number_of_steps_in_any_form(step):
     opt, ps = three()
     opt.state[ps[1]]["step"] = step
@@ -280,8 +298,11 @@ def test_a_counter_that_groups_share_runs_once():
     assert [float(opt.state[p]["step"]) for p in ps] == [9, 8, 8]
 
 
-SHARED = {"the whole dict": lambda a, b, p, q: setattr(b, "state", a.state), "states": lambda a, b, p, q: b.state.update({p: a.state[p]}), "another's state": lambda a, b, p, q: b.state.update({q: a.state[p]}),
-          "tensors": lambda a, b, p, q: b.state.update({p: dict(a.state[p])}), "loaded": lambda a, b, p, q: b.load_state_dict(a.state_dict())}
+SHARED = {"the whole dict": lambda a, b, p, q: setattr(b, "state", a.state),
+          "states": lambda a, b, p, q: b.state.update({p: a.state[p]}),
+          "another's state": lambda a, b, p, q: b.state.update({q: a.state[p]}),
+          "tensors": lambda a, b, p, q: b.state.update({p: dict(a.state[p])}),
+          "loaded": lambda a, b, p, q: b.load_state_dict(a.state_dict())}
 
 
 @pytest.mark.parametrize("share", SHARED)
@@ -301,7 +322,9 @@ def test_two_optimizers_never_step_one_state(share, first, quantize):
         step(both[0])
         SHARED[share](*both, *ps)
         for n in (first, 1 - first, first, 1 - first):
-            if copied and n == 1: both[1].state, copied = defaultdict(dict, {p: {k: t.clone() for k, t in s.items()} for p, s in both[1].state.items()}), False
+            if copied and n == 1:
+                both[1].state, copied = defaultdict(
+                    dict, {p: {k: t.clone() for k, t in s.items()} for p, s in both[1].state.items()}), False
             step(both[n])
         return [*ps, *(t for o in both for p in ps for t in o.state[p].values())]
     for x, y in zip(run(False), run(True), strict=True): assert torch.equal(x, y)
@@ -388,7 +411,8 @@ def test_step_param_and_step_take_turns():
     sides = []
     for alone in False, True:
         ps = parameters()[:3]
-        opt = FlashAdamW(ps, lr=1e-2, quantize=False) if not alone else [FlashAdamW([p], lr=1e-2, quantize=False) for p in ps]
+        opt = (FlashAdamW(ps, lr=1e-2, quantize=False) if not alone
+               else [FlashAdamW([p], lr=1e-2, quantize=False) for p in ps])
         for t in range(8):
             feed(ps, t)
             for i, p in enumerate(ps):
@@ -418,7 +442,8 @@ def test_gradients_of_another_layout_or_dtype(recwarn):
     p = nn.Parameter(torch.ones(4, 4, device=DEVICE))
     q = nn.Parameter(torch.ones(4, 4, device=DEVICE))
     opt, torchs = FlashAdamW([p], quantize=False, lr=1e-2), torch.optim.AdamW([q], lr=1e-2)
-    for t, form in enumerate([lambda g: g, lambda g: g.t().contiguous().t(), lambda g: g, lambda g: g[:1].expand(4, 4), lambda g: torch._neg_view(-g), lambda g: g]):
+    for t, form in enumerate([lambda g: g, lambda g: g.t().contiguous().t(), lambda g: g, lambda g: g[:1].expand(4, 4),
+                              lambda g: torch._neg_view(-g), lambda g: g]):
         g = torch.randn(4, 4, generator=torch.Generator().manual_seed(t)).to(DEVICE)
         p.grad, q.grad = form(g), form(g).clone()
         opt.step(); torchs.step()
@@ -430,7 +455,9 @@ def test_gradients_of_another_layout_or_dtype(recwarn):
     with pytest.raises(GradientError, match="zero_grad"): opt.step()
 
 
-@pytest.mark.parametrize("taken", [["step"], ["exp_avg::quantized"], ["exp_avg_sq::scales"], ["exp_avg::quantized", "exp_avg::scales", "exp_avg_sq::quantized", "exp_avg_sq::scales"], ["error_bits"]], ids="+".join)
+@pytest.mark.parametrize("taken", [["step"], ["exp_avg::quantized"], ["exp_avg_sq::scales"],
+                                   ["exp_avg::quantized", "exp_avg::scales", "exp_avg_sq::quantized",
+                                    "exp_avg_sq::scales"], ["error_bits"]], ids="+".join)
 def test_a_checkpoint_of_a_state_of_which_something_was_taken_out(taken):
     "It goes on as the optimizer itself does."
     p = nn.Parameter(torch.linspace(-1, 1, 70).bfloat16())
@@ -476,7 +503,8 @@ def test_who_watches_a_step_sees_it():
     from torch.optim.optimizer import register_optimizer_step_post_hook
     opt, ps = three()
     seen = []
-    handles = [opt.register_step_pre_hook(lambda *a: seen.append("before")), opt.register_step_post_hook(lambda *a: seen.append("after")), register_optimizer_step_post_hook(lambda *a: seen.append("all"))]
+    handles = [opt.register_step_pre_hook(lambda *a: seen.append("before")), opt.register_step_post_hook(
+                   lambda *a: seen.append("after")), register_optimizer_step_post_hook(lambda *a: seen.append("all"))]
     try: opt.step()
     finally: [h.remove() for h in handles]
     opt.step()
@@ -504,8 +532,10 @@ def stepped(**options):
     return p, opt
 
 
-@pytest.mark.parametrize("name, value", [("max_norm", "x"), ("max_norm", math.nan), ("max_norm", -1.0), ("max_norm", 0), ("max_norm", torch.tensor(1.0)), ("skip_nonfinite", 1),
-                                         ("check_numerics", "yes"), ("compress_state_dict", None), ("fused", 0), ("master_weight_bits", 24.5), ("quantize", None)])
+@pytest.mark.parametrize(
+    "name, value", [("max_norm", "x"), ("max_norm", math.nan), ("max_norm", -1.0), ("max_norm", 0),
+                    ("max_norm", torch.tensor(1.0)), ("skip_nonfinite", 1), ("check_numerics", "yes"),
+                    ("compress_state_dict", None), ("fused", 0), ("master_weight_bits", 24.5), ("quantize", None)])
 def test_an_option_set_later_is_checked_as_one_given_at_once(name, value):
     p, opt = stepped()
     before = getattr(opt, name)
@@ -514,7 +544,8 @@ def test_an_option_set_later_is_checked_as_one_given_at_once(name, value):
     assert getattr(opt, name) == before
 
 
-@pytest.mark.parametrize("name, value", [("quantize", False), ("master_weight_bits", 32), ("master_weight_bits", None), ("companded", False), ("decouple_lr", True)])
+@pytest.mark.parametrize("name, value", [("quantize", False), ("master_weight_bits", 32), ("master_weight_bits", None),
+                                         ("companded", False), ("decouple_lr", True)])
 def test_what_states_are_made_by_stays(name, value):
     p, opt = stepped()
     with pytest.raises(OptionError, match="load this one's state_dict"): setattr(opt, name, value)
@@ -534,7 +565,8 @@ def test_a_limit_of_the_norm_set_later_holds_from_the_next_step():
     assert p.isnan().all()
 
 
-@pytest.mark.parametrize("name, value", [("max_norm", 1.0), ("skip_nonfinite", True), ("quantize", False), ("companded", False), ("master_weight_bits", 32), ("check_numerics", True)])
+@pytest.mark.parametrize("name, value", [("max_norm", 1.0), ("skip_nonfinite", True), ("quantize", False),
+                                         ("companded", False), ("master_weight_bits", 32), ("check_numerics", True)])
 def test_an_option_of_the_whole_optimizer_written_into_a_group_is_refused(name, value):
     p, opt = stepped()
     opt.param_groups[0][name] = value
@@ -544,24 +576,30 @@ def test_an_option_of_the_whole_optimizer_written_into_a_group_is_refused(name, 
 
 def test_an_option_in_a_loaded_group_is_not_the_new_optimizers():
     p, opt = stepped()
-    saved = opt.state_dict(); saved["param_groups"][0]["max_norm"] = 1e-3  # as a wrapper saves it that hands options to groups
+    # as a wrapper saves it that hands options to groups
+    saved = opt.state_dict()
+    saved["param_groups"][0]["max_norm"] = 1e-3
     new = FlashAdamW([p], max_norm=1e3); new.load_state_dict(saved); new.step()
     assert "max_norm" not in new.param_groups[0] and new.grad_norm == 8.0
 
 
-@pytest.mark.parametrize("key, value", [("lr", torch.tensor(torch.nan)), ("lr", torch.tensor(-1.0)), ("lr", torch.tensor([1e-3, 2e-3])), ("lr", torch.tensor(True)), ("lr", torch.tensor(1j)),
-                                        ("weight_decay", torch.tensor(torch.nan)), ("eps", torch.tensor(1e-8)), ("amsgrad", torch.tensor(True))])
+@pytest.mark.parametrize(
+    "key, value", [("lr", torch.tensor(torch.nan)), ("lr", torch.tensor(-1.0)), ("lr", torch.tensor([1e-3, 2e-3])),
+                   ("lr", torch.tensor(True)), ("lr", torch.tensor(1j)), ("weight_decay", torch.tensor(torch.nan)),
+                   ("eps", torch.tensor(1e-8)), ("amsgrad", torch.tensor(True))])
 def test_a_tensor_that_is_no_such_number_is_refused_wherever_it_is_given(key, value):
     p, opt = stepped()
     with pytest.raises(OptionError, match=key): FlashAdamW([p], **{key: value})
-    with pytest.raises(OptionError, match=key): opt.add_param_group({"params": [nn.Parameter(torch.ones(3))], key: value})
+    with pytest.raises(OptionError, match=key):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(3))], key: value})
     before = p.detach().clone()
     opt.param_groups[0][key] = value
     with pytest.raises(OptionError, match=key): opt.step()
     assert torch.equal(p, before) and len(opt.param_groups) == 1
 
 
-@pytest.mark.parametrize("lr", [torch.tensor(0.02), torch.tensor([0.02]), torch.tensor(0.02, dtype=torch.float64)], ids=str)
+@pytest.mark.parametrize(
+    "lr", [torch.tensor(0.02), torch.tensor([0.02]), torch.tensor(0.02, dtype=torch.float64)], ids=str)
 def test_a_learning_rate_in_a_tensor_is_the_number(lr):
     (p, opt), (q, twin) = stepped(), stepped()
     opt.param_groups[0]["lr"], twin.param_groups[0]["lr"] = lr, 0.02

@@ -14,14 +14,21 @@ from every import MAKERS
 from processes import pass_in_the_interpreter
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-CUTS = {"every other column": lambda b: b[:, ::2], "a column": lambda b: b[:, 3], "every other row": lambda b: b[::2], "transposed": lambda b: b.t(), "a window": lambda b: b[1:, 1:6], "rows": lambda b: b[3:7],
-        "one value": lambda b: b[2, 5], "values apart": lambda b: b.view(-1)[1::7], "a row": lambda b: b[5], "no value": lambda b: b[:0], "channels last": lambda b: b.view(2, 5, 4, 10).permute(0, 3, 1, 2),
-        "a diagonal": lambda b: b.diagonal(), "an odd offset": lambda b: b.view(-1)[7:107].view(10, 10), "one wide": lambda b: b[:, 2:3], "a square's transpose": lambda b: b[:10].t()}
-GRADS = {"contiguous": lambda g: g, "like the parameter": None, "transposed": lambda g: g.transpose(0, -1).contiguous().transpose(0, -1) if g.ndim else g,
-         "apart": lambda g: torch.stack([g, -g], -1)[..., 0], "expanded": lambda g: g.reshape(-1)[:1].squeeze().expand(g.shape) if g.numel() else g, "negated view": lambda g: torch._neg_view(-g)}
+CUTS = {"every other column": lambda b: b[:, ::2], "a column": lambda b: b[:, 3], "every other row": lambda b: b[::2],
+        "transposed": lambda b: b.t(), "a window": lambda b: b[1:, 1:6], "rows": lambda b: b[3:7],
+        "one value": lambda b: b[2, 5], "values apart": lambda b: b.view(-1)[1::7], "a row": lambda b: b[5],
+        "no value": lambda b: b[:0], "channels last": lambda b: b.view(2, 5, 4, 10).permute(0, 3, 1, 2),
+        "a diagonal": lambda b: b.diagonal(), "an odd offset": lambda b: b.view(-1)[7:107].view(10, 10),
+        "one wide": lambda b: b[:, 2:3], "a square's transpose": lambda b: b[:10].t()}
+GRADS = {"contiguous": lambda g: g, "like the parameter": None,
+         "transposed": lambda g: g.transpose(0, -1).contiguous().transpose(0, -1) if g.ndim else g,
+         "apart": lambda g: torch.stack([g, -g], -1)[..., 0],
+         "expanded": lambda g: g.reshape(-1)[:1].squeeze().expand(g.shape) if g.numel() else g,
+         "negated view": lambda g: torch._neg_view(-g)}
 
 
-def noise(shape, seed, dtype): return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+def noise(shape, seed, dtype):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def values(opt, p): return [p.detach().clone(), *(t.clone() for k, t in opt.state[p].items())]
@@ -37,7 +44,8 @@ def check(name, dtype, cut, grad, options, steps=2):
     opts = [MAKERS[name]([x], lr=1e-2, weight_decay=0.1, **options) for x in (p, twin)]
     for t in range(steps):
         g = noise(p.shape, t, dtype)
-        p.grad = torch.empty_strided(p.shape, p.stride(), dtype=dtype, device=DEVICE).copy_(g) if grad is None else grad(g)
+        p.grad = (torch.empty_strided(p.shape, p.stride(), dtype=dtype, device=DEVICE).copy_(g) if grad is None
+                  else grad(g))
         twin.grad = p.grad.clone(memory_format=torch.contiguous_format)
         for opt in opts: opt.step()
     for x, y in zip(values(opts[0], p), values(opts[1], twin), strict=True): assert torch.equal(x, y)
@@ -48,13 +56,15 @@ def check(name, dtype, cut, grad, options, steps=2):
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
-def test_a_parameter_that_is_a_view(name, dtype, cut, fused): check(name, dtype, CUTS[cut], GRADS["contiguous"], dict(fused=fused))
+def test_a_parameter_that_is_a_view(name, dtype, cut, fused):
+    check(name, dtype, CUTS[cut], GRADS["contiguous"], dict(fused=fused))
 
 
 @pytest.mark.parametrize("grad", GRADS)
 @pytest.mark.parametrize("cut", ["every other column", "transposed", "a window", "one value", "rows"])
 @pytest.mark.parametrize("options", [{}, dict(quantize=False), dict(max_norm=0.5), dict(fused=False)], ids=str)
-def test_a_gradient_that_is_a_view(cut, grad, options): check("FlashAdamW", torch.bfloat16, CUTS[cut], GRADS[grad], options)
+def test_a_gradient_that_is_a_view(cut, grad, options):
+    check("FlashAdamW", torch.bfloat16, CUTS[cut], GRADS[grad], options)
 
 
 def test_parameters_between_each_others_values():
@@ -68,7 +78,8 @@ def test_parameters_between_each_others_values():
     assert torch.equal(base, whole)
 
 
-SHARING = {"the same": lambda b: [b, b.view(-1)], "rows": lambda b: [b[:4], b[3:]], "a column": lambda b: [b, b[:, 1]], "columns": lambda b: [b[:, ::2], b[:, 2:]], "one value": lambda b: [b[0], b[0, 0], b[1]],
+SHARING = {"the same": lambda b: [b, b.view(-1)], "rows": lambda b: [b[:4], b[3:]], "a column": lambda b: [b, b[:, 1]],
+           "columns": lambda b: [b[:, ::2], b[:, 2:]], "one value": lambda b: [b[0], b[0, 0], b[1]],
            "expanded": lambda b: [b[:1].expand(6, 5)], "windows": lambda b: [b.view(-1).unfold(0, 3, 1)]}
 
 
@@ -93,8 +104,11 @@ def test_tied_weights_are_one_parameter():
     FlashAdamW(nn.Linear(4, 4, device="meta").parameters())
 
 
-CHANGES = {"elsewhere": lambda d: d.clone(), "transposed in place": lambda d: d.t(), "transposed elsewhere": lambda d: d.t().contiguous().t(), "a view of a larger one": lambda d: torch.stack([d, d], -1)[..., 0],
-           "another block's": lambda d: torch.cat([d, d])[8:], "contiguous": lambda d: d.contiguous(), "negated view": lambda d: torch._neg_view(-d)}
+CHANGES = {"elsewhere": lambda d: d.clone(), "transposed in place": lambda d: d.t(),
+           "transposed elsewhere": lambda d: d.t().contiguous().t(),
+           "a view of a larger one": lambda d: torch.stack([d, d], -1)[..., 0],
+           "another block's": lambda d: torch.cat([d, d])[8:], "contiguous": lambda d: d.contiguous(),
+           "negated view": lambda d: torch._neg_view(-d)}
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -203,12 +217,15 @@ print("right")
 
 @pytest.mark.parametrize("interpret", ["0", "1"])
 def test_a_shard_that_is_a_view(interpret):
-    done = subprocess.run([sys.executable, "-c", SHARDS], env=os.environ | {"TRITON_INTERPRET": interpret, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDS], env=os.environ | {"TRITON_INTERPRET": interpret, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True)
     assert "right" in done.stdout, done.stderr[-2000:]
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="the kernels run in this process")
 def test_in_tritons_interpreter():
     "Some of the tests of this file, as many as take a few seconds."
-    some = "(fused-torch.bfloat16-FlashAdamW and column) or (place-fused-contiguous and transposed) or (state and fused-exp_avg)"
+    some = ("(fused-torch.bfloat16-FlashAdamW and column) or (place-fused-contiguous and transposed) "
+            "or (state and fused-exp_avg)")
     pass_in_the_interpreter(__file__, some)

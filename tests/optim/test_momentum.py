@@ -17,11 +17,13 @@ from processes import pass_in_the_interpreter
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-kernel = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs CUDA, or TRITON_INTERPRET=1: see test_kernel_in_the_interpreter")
+kernel = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="needs CUDA, or TRITON_INTERPRET=1: see test_kernel_in_the_interpreter")
 
 LR = 1e-2
-RULES = {"plain": MomentumScalars(LR, weight_decay=0.1), "momentum": MomentumScalars(LR, momentum=0.9, grad_weight=0.7, l2=0.2),
-         "nesterov": MomentumScalars(LR, momentum=0.9, nesterov=True), "lion": MomentumScalars(LR, "lion", momentum=0.99, grad_weight=0.01, beta1=0.9, weight_decay=0.1)}
+RULES = {"plain": MomentumScalars(LR, weight_decay=0.1), "momentum": MomentumScalars(
+             LR, momentum=0.9, grad_weight=0.7, l2=0.2), "nesterov": MomentumScalars(LR, momentum=0.9, nesterov=True),
+         "lion": MomentumScalars(LR, "lion", momentum=0.99, grad_weight=0.01, beta1=0.9, weight_decay=0.1)}
 
 
 def values(x):
@@ -55,7 +57,8 @@ def aged(n, dtype, bits, quantize, h):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("dtype,bits,quantize", [(torch.float32, None, False), (torch.bfloat16, 8, True), (torch.float16, 16, False)])
+@pytest.mark.parametrize(
+    "dtype,bits,quantize", [(torch.float32, None, False), (torch.bfloat16, 8, True), (torch.float16, 16, False)])
 def test_reference_against_float64(rule, dtype, bits, quantize, rng_seed):
     h = RULES[rule]
     for t in 1, 4:
@@ -66,13 +69,17 @@ def test_reference_against_float64(rule, dtype, bits, quantize, rng_seed):
         new, moment = exact(*before, g, h, t)
         ours, ours_m = values(x)
         limit = 1e-6 if bits is None else 2.0**-15 if bits == 8 else 2.0**-20  # the master's own rounding
-        assert ((ours.double() - new).abs() <= limit * new.abs().clamp(min=1)).float().mean() > 0.999  # a sign may tip in fp32
-        if moment is not None: assert (ours_m.double() - moment).abs().max() <= (0.01 if quantize else 1e-6) * moment.abs().max()
+        # a sign may tip in fp32
+        assert ((ours.double() - new).abs() <= limit * new.abs().clamp(min=1)).float().mean() > 0.999
+        if moment is not None:
+            assert (ours_m.double() - moment).abs().max() <= (0.01 if quantize else 1e-6) * moment.abs().max()
 
 
 @kernel
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("dtype,bits,quantize", [(torch.bfloat16, 8, True), (torch.bfloat16, 16, False), (torch.float16, 8, True), (torch.float32, None, True), (torch.float32, None, False)])
+@pytest.mark.parametrize("dtype,bits,quantize",
+                         [(torch.bfloat16, 8, True), (torch.bfloat16, 16, False), (torch.float16, 8, True),
+                          (torch.float32, None, True), (torch.float32, None, False)])
 def test_kernel_errs_at_most_twice_as_much(rule, dtype, bits, quantize, rng_seed):
     h, sizes = RULES[rule], [5000, 4096, 48, 33, 1, 2048]
     xs = [aged(n, dtype, bits, quantize, h) for n in sizes]
@@ -83,7 +90,9 @@ def test_kernel_errs_at_most_twice_as_much(rule, dtype, bits, quantize, rng_seed
     momentum_reference(same, h, 4)
     for x, g, a, b in zip(xs, gs, ours, same):
         for before, mine, torchs, ref in zip(values(x), values(a), values(b), exact(*values(x), g, h, 4)):
-            if ref is not None: assert_2x(mine, torchs, ref, floor=1e-6 * max(1.0, float(before.norm() / ref.norm())))  # where terms cancel, in a tensor of one value, their rounding is left
+            # where terms cancel, in a tensor of one value, their rounding is left
+            if ref is not None:
+                assert_2x(mine, torchs, ref, floor=1e-6 * max(1.0, float(before.norm() / ref.norm())))
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernel's own tests run in this process")
@@ -92,9 +101,12 @@ def test_kernel_in_the_interpreter():
     pass_in_the_interpreter(__file__, "kernel")
 
 
-PAIRS = [(FlashSGD, torch.optim.SGD, dict(lr=0.05)), (FlashSGD, torch.optim.SGD, dict(lr=0.05, momentum=0.9, weight_decay=0.1)),
-         (FlashSGD, torch.optim.SGD, dict(lr=0.05, momentum=0.9, dampening=0.5, maximize=True)), (FlashSGD, torch.optim.SGD, dict(lr=0.05, momentum=0.9, nesterov=True)),
-         (FlashAdam, torch.optim.Adam, dict(lr=1e-2, weight_decay=0.1)), (FlashAdamW, torch.optim.AdamW, dict(lr=1e-2, weight_decay=0.1))]
+PAIRS = [(FlashSGD, torch.optim.SGD, dict(lr=0.05)),
+         (FlashSGD, torch.optim.SGD, dict(lr=0.05, momentum=0.9, weight_decay=0.1)),
+         (FlashSGD, torch.optim.SGD, dict(lr=0.05, momentum=0.9, dampening=0.5, maximize=True)),
+         (FlashSGD, torch.optim.SGD, dict(lr=0.05, momentum=0.9, nesterov=True)),
+         (FlashAdam, torch.optim.Adam, dict(lr=1e-2, weight_decay=0.1)),
+         (FlashAdamW, torch.optim.AdamW, dict(lr=1e-2, weight_decay=0.1))]
 
 
 def problem(dtype=torch.float32):
@@ -116,7 +128,8 @@ def test_trajectories_of_torch(ours, torchs, kw, rng_seed):
     torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("cls,kw", [(FlashSGD, dict(momentum=0.9)), (FlashSGDW, dict(momentum=0.9, weight_decay=0.1)), (FlashLion, dict(weight_decay=0.1)), (FlashAdam, {})])
+@pytest.mark.parametrize("cls,kw", [(FlashSGD, dict(momentum=0.9)), (FlashSGDW, dict(momentum=0.9, weight_decay=0.1)),
+                                    (FlashLion, dict(weight_decay=0.1)), (FlashAdam, {})])
 def test_a_saved_run_goes_on_to_the_bit(cls, kw, rng_seed):
     p, grads = problem(torch.bfloat16)
     a = cls([p], lr=1e-3, **kw)

@@ -13,7 +13,8 @@ from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.optim.split import decode
 from flashoptim_nb.optim.split import INTERPRETED
 from every import CLASSES
-from flashoptim_nb.optim import FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW, GradientError, NumericsError, OptionError, StateError, cast_model, enable_gradient_release
+from flashoptim_nb.optim import (FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW, GradientError, NumericsError,
+                                 OptionError, StateError, cast_model, enable_gradient_release)
 from flashoptim_nb.optim.buckets import check_options
 from processes import pass_in_the_interpreter
 
@@ -41,24 +42,31 @@ def equal(a, b):
 
 
 def masters(model, opt):
-    return [decode(p.detach(), opt.state[p]["error_bits"]) if "error_bits" in opt.state[p] else p.detach().float() for p in model.parameters()]
+    return [decode(p.detach(), opt.state[p]["error_bits"]) if "error_bits" in opt.state[p] else p.detach().float()
+            for p in model.parameters()]
 
 
-@pytest.mark.parametrize("options", [dict(), dict(maximize=True), dict(betas=(0.0, 0.9)), dict(eps=1e-3), dict(weight_decay=0.0)])
+@pytest.mark.parametrize(
+    "options", [dict(), dict(maximize=True), dict(betas=(0.0, 0.9)), dict(eps=1e-3), dict(weight_decay=0.0)])
 def test_plain_adamw_is_torchs(options):
     a, b = net(), net()
     kw = KW | options
-    run(a, FlashAdamW(a.parameters(), quantize=False, master_weight_bits=None, **kw), 50); run(b, torch.optim.AdamW(b.parameters(), **kw), 50)
+    run(a, FlashAdamW(a.parameters(), quantize=False, master_weight_bits=None, **kw), 50)
+    run(b, torch.optim.AdamW(b.parameters(), **kw), 50)
     for p, q in zip(a.parameters(), b.parameters()): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype,quantize,bits,allowed", [(torch.float32, True, None, 0.15), (torch.bfloat16, True, 24, 0.25), (torch.bfloat16, True, 32, 0.25),
-                                                         (torch.bfloat16, False, 24, 0.15), (torch.float16, True, 24, 0.15)])
+@pytest.mark.parametrize(
+    "dtype,quantize,bits,allowed",
+    [(torch.float32, True, None, 0.15), (torch.bfloat16, True, 24, 0.25), (torch.bfloat16, True, 32, 0.25),
+     (torch.bfloat16, False, 24, 0.15), (torch.float16, True, 24, 0.15)])
 def test_every_format_follows_fp32(dtype, quantize, bits, allowed):
-    "Distance from fp32 AdamW's weights after 40 steps, as a share of how far those moved. All gradients come from fp32's own run."
+    """Distance from fp32 AdamW's weights after 40 steps, as a share of how far those moved.
+    All gradients come from fp32's own run."""
     a = net(dtype).float(); b = copy.deepcopy(a).to(dtype)
     start = [p.detach().clone() for p in a.parameters()]
-    exact, flash = torch.optim.AdamW(a.parameters(), **KW), FlashAdamW(b.parameters(), quantize=quantize, master_weight_bits=bits, **KW)
+    exact, flash = (torch.optim.AdamW(a.parameters(), **KW),
+                    FlashAdamW(b.parameters(), quantize=quantize, master_weight_bits=bits, **KW))
     for t in range(40):
         torch.manual_seed(t)
         (a(torch.randn(32, 40)) - 1).square().mean().backward()
@@ -82,12 +90,14 @@ def test_any_shape(dtype):
         twin.grad = ps[-1].grad.contiguous()
         opt.step(); other.step()
     assert all(p.isfinite().all() for p in ps)
-    assert torch.equal(ps[-1], twin) and torch.equal(opt.state[ps[-1]]["exp_avg::quantized"], other.state[twin]["exp_avg::quantized"])
+    assert (torch.equal(ps[-1], twin)
+            and torch.equal(opt.state[ps[-1]]["exp_avg::quantized"], other.state[twin]["exp_avg::quantized"]))
 
 
 def test_groups_schedulers_closures_and_tensor_lr():
     a, b = net(), net()
-    split = lambda m: [{"params": [p for p in m.parameters() if p.ndim > 1], "weight_decay": 0.3}, {"params": [p for p in m.parameters() if p.ndim < 2], "lr": 3e-3, "weight_decay": 0.0}]
+    split = lambda m: [{"params": [p for p in m.parameters() if p.ndim > 1], "weight_decay": 0.3},
+                       {"params": [p for p in m.parameters() if p.ndim < 2], "lr": 3e-3, "weight_decay": 0.0}]
     ours, theirs = FlashAdamW(split(a), lr=1e-2, quantize=False), torch.optim.AdamW(split(b), lr=1e-2)
     for m, o in (a, ours), (b, theirs): run(m, o, 30, schedule=torch.optim.lr_scheduler.CosineAnnealingLR(o, 30))
     for p, q in zip(a.parameters(), b.parameters()): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
@@ -111,7 +121,8 @@ def test_decouple_lr():
 
 def test_clipping_matches_clip_grad_norm_and_leaves_gradients():
     a, b = net(), net()
-    ours, theirs = FlashAdamW(a.parameters(), max_norm=0.05, quantize=False, **KW), torch.optim.AdamW(b.parameters(), **KW)
+    ours, theirs = (FlashAdamW(a.parameters(), max_norm=0.05, quantize=False, **KW),
+                    torch.optim.AdamW(b.parameters(), **KW))
     for t in range(10):
         for m in a, b: torch.manual_seed(t); m(torch.randn(8, 40)).square().sum().backward()
         kept = [p.grad.clone() for p in a.parameters()]
@@ -137,7 +148,10 @@ def test_a_bad_gradient_skips_the_step(bad):
 
 
 def test_grad_scaler_of_a_plain_loop():
-    m = net(torch.float32); opt = FlashAdamW(m.parameters(), max_norm=1.0, **KW); plain = net(); opt2 = FlashAdamW(plain.parameters(), max_norm=1.0, **KW)
+    m = net(torch.float32)
+    opt = FlashAdamW(m.parameters(), max_norm=1.0, **KW)
+    plain = net()
+    opt2 = FlashAdamW(plain.parameters(), max_norm=1.0, **KW)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for t in range(3):
         for mod, o, scale in (m, opt, True), (plain, opt2, False):
@@ -156,7 +170,8 @@ def test_parameters_that_miss_gradients_keep_their_own_count():
     ref = torch.optim.AdamW([ref_p, ref_q], **KW)
     for t in range(12):
         for x, r in (p, ref_p), (q, ref_q):
-            x.grad = r.grad = None if (x is q and t % 3 == 1) or (x is p and t % 4 == 2) else torch.full((4,), 0.1 * (t + 1))
+            x.grad = r.grad = (None if (x is q and t % 3 == 1) or (x is p and t % 4 == 2)
+                               else torch.full((4,), 0.1 * (t + 1)))
         opt.step(); ref.step()
     assert opt.state[p]["step"] == ref.state[ref_p]["step"] and opt.state[q]["step"] == ref.state[ref_q]["step"]
     torch.testing.assert_close(p, ref_p); torch.testing.assert_close(q, ref_q)
@@ -169,20 +184,25 @@ def test_same_inputs_same_bits():
     assert equal(runs[0][0], runs[1][0])
 
 
-@pytest.mark.parametrize("options", [dict(), dict(master_weight_bits=32), dict(quantize=False), dict(master_weight_bits=None)])
+@pytest.mark.parametrize(
+    "options", [dict(), dict(master_weight_bits=32), dict(quantize=False), dict(master_weight_bits=None)])
 @pytest.mark.parametrize("how", ["disk", "deepcopy", "pickle"])
 def test_resume_is_bit_identical(options, how):
     a = net(torch.bfloat16); o = FlashAdamW(a.parameters(), **KW, **options); run(a, o, 5)
     if how == "disk":
         torch.save({"m": a.state_dict(), "o": o.state_dict()}, f := io.BytesIO()); f.seek(0)
         saved = torch.load(f, weights_only=True)
-        b = net(torch.bfloat16, seed=1); b.load_state_dict(saved["m"]); r = FlashAdamW(b.parameters(), **KW, **options); r.load_state_dict(saved["o"])
+        b = net(torch.bfloat16, seed=1)
+        b.load_state_dict(saved["m"])
+        r = FlashAdamW(b.parameters(), **KW, **options)
+        r.load_state_dict(saved["o"])
     else:
         b, r = copy.deepcopy((a, o)) if how == "deepcopy" else pickle.loads(pickle.dumps((a, o)))
     run(a, o, 5, first=5); run(b, r, 5, first=5)
     assert equal(a, b)
     for p, q in zip(a.parameters(), b.parameters()):
-        assert o.state[p].keys() == r.state[q].keys() and all(torch.equal(t, r.state[q][k]) for k, t in o.state[p].items())
+        assert (o.state[p].keys() == r.state[q].keys()
+                and all(torch.equal(t, r.state[q][k]) for k, t in o.state[p].items()))
 
 
 def test_exchange_with_torch_both_ways():
@@ -190,7 +210,10 @@ def test_exchange_with_torch_both_ways():
     b = copy.deepcopy(a); ours = FlashAdamW(b.parameters(), quantize=False); ours.load_state_dict(theirs.state_dict())
     run(a, theirs, 5, first=5); run(b, ours, 5, first=5)
     for p, q in zip(a.parameters(), b.parameters()): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-    c = copy.deepcopy(b); back = torch.optim.AdamW(c.parameters()); back.load_state_dict(copy.deepcopy(ours.state_dict()))  # torch does not copy
+    # torch does not copy
+    c = copy.deepcopy(b)
+    back = torch.optim.AdamW(c.parameters())
+    back.load_state_dict(copy.deepcopy(ours.state_dict()))
     run(b, ours, 5, first=10); run(c, back, 5, first=10)
     for p, q in zip(b.parameters(), c.parameters()): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
     assert back.param_groups[0]["betas"] == KW["betas"]
@@ -199,15 +222,18 @@ def test_exchange_with_torch_both_ways():
 def test_fp32_weights_in_and_out():
     m = net(torch.bfloat16); o = FlashAdamW(m.parameters(), **KW); run(m, o, 5)
     sd = o.get_fp32_model_state_dict(m)
-    for p, w in zip(m.parameters(), sd.values()): assert w.dtype == torch.float32 and torch.equal(w, decode(p.detach(), o.state[p]["error_bits"]))
+    for p, w in zip(m.parameters(), sd.values()):
+        assert w.dtype == torch.float32 and torch.equal(w, decode(p.detach(), o.state[p]["error_bits"]))
     n = net(torch.bfloat16, seed=5); r = FlashAdamW(n.parameters(), **KW); r.set_fp32_model_state_dict(n, sd)
-    for a, b in zip(sd.values(), r.get_fp32_model_state_dict(n).values()): torch.testing.assert_close(a, b, rtol=2.0**-22, atol=0)
+    for a, b in zip(sd.values(), r.get_fp32_model_state_dict(n).values()):
+        torch.testing.assert_close(a, b, rtol=2.0**-22, atol=0)
 
 
 def test_seven_bytes_a_parameter():
     p = nn.Parameter(torch.randn(1024, 64).bfloat16()); p.grad = torch.randn_like(p)
     opt = FlashAdamW([p]); opt.step()
-    assert opt.bytes_per_parameter() == {"weights": 2, "gradients": 2, "masters": 1, "states": 2, "scales": 0.125, "total": 7.125}
+    assert opt.bytes_per_parameter() == {
+        "weights": 2, "gradients": 2, "masters": 1, "states": 2, "scales": 0.125, "total": 7.125}
     saved = [t for k, t in opt.state_dict()["state"][0].items() if k != "step"] + [p]
     assert sum(t.numel() * t.element_size() for t in saved) / p.numel() == 5.125
     q = nn.Parameter(torch.randn(64)); q.grad = torch.randn(64)
@@ -219,17 +245,21 @@ def test_check_numerics():
     p = nn.Parameter(torch.full((8,), 3.0).bfloat16()); p.grad = torch.ones_like(p)
     FlashAdamW([p], lr=1e-3, check_numerics=True).step()
     before = p.detach().clone()
-    with pytest.raises(NumericsError, match="at least"): FlashAdamW([p], lr=1e-3, master_weight_bits=None, check_numerics=True).step()
+    with pytest.raises(NumericsError, match="at least"):
+        FlashAdamW([p], lr=1e-3, master_weight_bits=None, check_numerics=True).step()
     with pytest.raises(NumericsError): FlashAdamW([p], lr=1e-6, check_numerics=True).step()
     assert torch.equal(p, before)
     opt = FlashAdamW([p], lr=1e-6, check_numerics=True); p.data.mul_(1e-4); opt.recompute_param_stats(); opt.step()
 
 
 @pytest.mark.parametrize("make", [
-    lambda p: FlashAdamW([p], lr=-1), lambda p: FlashAdamW([p], betas=(1.0, 0.9)), lambda p: FlashAdamW([p], eps=-1e-8), lambda p: FlashAdamW([p], weight_decay=-1),
-    lambda p: FlashAdamW([p], amsgrad=True), lambda p: FlashAdamW([p], differentiable=True), lambda p: FlashAdamW([p], master_weight_bits=16),
-    lambda p: FlashAdamW([p], max_norm=0.0), lambda p: FlashAdamW([p], quantise=True), lambda p: FlashAdamW([nn.Parameter(torch.zeros(2, dtype=torch.float64))]),
-    lambda p: FlashAdamW([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])])
+                             lambda p: FlashAdamW([p], lr=-1), lambda p: FlashAdamW([p], betas=(1.0, 0.9)),
+                             lambda p: FlashAdamW([p], eps=-1e-8), lambda p: FlashAdamW([p], weight_decay=-1),
+                             lambda p: FlashAdamW([p], amsgrad=True), lambda p: FlashAdamW([p], differentiable=True),
+                             lambda p: FlashAdamW([p], master_weight_bits=16),
+                             lambda p: FlashAdamW([p], max_norm=0.0), lambda p: FlashAdamW([p], quantise=True),
+                             lambda p: FlashAdamW([nn.Parameter(torch.zeros(2, dtype=torch.float64))]),
+                             lambda p: FlashAdamW([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])])
 def test_arguments_that_cannot_work(make):
     with pytest.raises(UserError) as e: make(nn.Parameter(torch.zeros(3)))
     assert isinstance(e.value, ValueError)
@@ -241,7 +271,8 @@ def test_sparse_gradients_are_refused_with_everything_untouched():
     dense.grad = torch.ones(4); sparse(torch.tensor([1])).sum().backward()
     weight = sparse.weight.detach().clone()
     with pytest.raises(UserError, match="sparse=False") as e: opt.step()
-    assert isinstance(e.value, TypeError) and torch.equal(dense, torch.ones(4)) and torch.equal(sparse.weight, weight) and not opt.state
+    assert (isinstance(e.value, TypeError) and torch.equal(dense, torch.ones(4)) and torch.equal(sparse.weight, weight)
+            and not opt.state)
 
 
 def test_state_dicts_that_do_not_fit():
@@ -249,9 +280,13 @@ def test_state_dicts_that_do_not_fit():
     good = copy.deepcopy(o.state_dict())
     def spoil(change):
         sd = copy.deepcopy(good); change(sd); return sd
-    for bad in (lambda sd: sd["param_groups"][0]["params"].pop(), lambda sd: sd["state"][0].pop("exp_avg_sq::quantized"), lambda sd: sd["state"][1].pop("exp_avg::scales"),
-                lambda sd: sd["state"][2].update({"exp_avg::quantized": torch.zeros(3, dtype=torch.int8)}), lambda sd: sd["state"][0]["exp_avg::scales"].fill_(torch.inf),
-                lambda sd: sd["state"][0].update({"error_bits": torch.zeros(2, dtype=torch.int8)}), lambda sd: sd["param_groups"][0].update(betas=(2.0, 0.9))):
+    for bad in (
+            lambda sd: sd["param_groups"][0]["params"].pop(), lambda sd: sd["state"][0].pop("exp_avg_sq::quantized"),
+            lambda sd: sd["state"][1].pop("exp_avg::scales"),
+            lambda sd: sd["state"][2].update({"exp_avg::quantized": torch.zeros(3, dtype=torch.int8)}),
+            lambda sd: sd["state"][0]["exp_avg::scales"].fill_(torch.inf),
+            lambda sd: sd["state"][0].update({"error_bits": torch.zeros(2, dtype=torch.int8)}),
+            lambda sd: sd["param_groups"][0].update(betas=(2.0, 0.9))):
         with pytest.raises(UserError): o.load_state_dict(spoil(bad))
     for i, s in o.state_dict()["state"].items():
         for k, t in s.items(): assert torch.equal(t, good["state"][i][k])
@@ -260,7 +295,8 @@ def test_state_dicts_that_do_not_fit():
 
 
 def test_cast_model_trains():
-    m = nn.Sequential(nn.Linear(40, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 7)); cast_model(m, full_precision_layers=["3"])
+    m = nn.Sequential(nn.Linear(40, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 7))
+    cast_model(m, full_precision_layers=["3"])
     assert [m[0].weight.dtype, m[1].weight.dtype, m[3].weight.dtype] == [torch.bfloat16, torch.float32, torch.float32]
     losses = run(m, FlashAdamW(m.parameters(), **KW), 40)
     assert losses[-1] < 0.5 * losses[0]
@@ -270,7 +306,8 @@ def test_cast_model_trains():
 @pytest.mark.parametrize("dtype,bits", [(torch.bfloat16, 24), (torch.float16, 32), (torch.float32, None)])
 def test_cuda_and_cpu_agree(dtype, bits):
     a = net(dtype); b = copy.deepcopy(a).cuda()
-    ours, gpu = FlashAdamW(a.parameters(), master_weight_bits=bits, max_norm=1.0, **KW), FlashAdamW(b.parameters(), master_weight_bits=bits, max_norm=1.0, **KW)
+    ours, gpu = (FlashAdamW(a.parameters(), master_weight_bits=bits, max_norm=1.0, **KW),
+                 FlashAdamW(b.parameters(), master_weight_bits=bits, max_norm=1.0, **KW))
     for t in range(20):
         g = torch.Generator().manual_seed(t)
         for p, q in zip(a.parameters(), b.parameters()):
@@ -283,12 +320,14 @@ def test_cuda_and_cpu_agree(dtype, bits):
     assert gpu.state[first]["step"].is_cuda and gpu.state[first]["step"] == 19
 
 
-@pytest.mark.parametrize("dtype, options", [(torch.bfloat16, {}), (torch.bfloat16, dict(quantize=False)), (torch.float32, dict(quantize=False, master_weight_bits=None))])
+@pytest.mark.parametrize("dtype, options", [(torch.bfloat16, {}), (torch.bfloat16, dict(quantize=False)),
+                                            (torch.float32, dict(quantize=False, master_weight_bits=None))])
 def test_a_loaded_optimizer_goes_on_bit_for_bit(dtype, options, rng_seed):
     "With several groups, each with its own step counter; the next steps, not only the states, must be the same."
     def make():
         params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in [(40, 33), (64,), (7,)]]
-        return params, FlashAdamW([dict(params=params[:1], weight_decay=0.1), dict(params=params[1:], weight_decay=0.0)], max_norm=1.0, **options)
+        return (params, FlashAdamW([dict(params=params[:1], weight_decay=0.1),
+                                    dict(params=params[1:], weight_decay=0.0)], max_norm=1.0, **options))
     (params, optimizer), (others, other) = make(), make()
     for n in range(6):
         if n == 3:
@@ -299,10 +338,12 @@ def test_a_loaded_optimizer_goes_on_bit_for_bit(dtype, options, rng_seed):
         optimizer.step()
         if n >= 3: other.step()
     assert all(p.equal(q) for p, q in zip(params, others))
-    assert all(a.equal(b) for p, q in zip(params, others) for a, b in zip(optimizer.state[p].values(), other.state[q].values()))
+    assert all(a.equal(b) for p, q in zip(params, others)
+               for a, b in zip(optimizer.state[p].values(), other.state[q].values()))
 
 
-CHANGES = {"smaller": lambda p: torch.ones(4, 4, dtype=torch.bfloat16), "larger": lambda p: torch.ones(16, 16, dtype=torch.bfloat16), "its rows": lambda p: p[:4],
+CHANGES = {"smaller": lambda p: torch.ones(4, 4, dtype=torch.bfloat16),
+           "larger": lambda p: torch.ones(16, 16, dtype=torch.bfloat16), "its rows": lambda p: p[:4],
            "reshaped": lambda p: p.view(4, 16), "fp32": torch.Tensor.float, "fp16": torch.Tensor.half}
 
 
@@ -338,7 +379,8 @@ def test_the_fused_path_looks_too():
 @pytest.mark.parametrize("change", CHANGES)
 def test_one_weight_that_does_no_longer_fit_its_state(change):
     "The only one of its optimizer; on a GPU where there is one."
-    p = nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16, device="cuda" if torch.cuda.is_available() else "cpu")); p.grad = torch.ones_like(p)
+    p = nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16, device="cuda" if torch.cuda.is_available() else "cpu"))
+    p.grad = torch.ones_like(p)
     optimizer = FlashAdamW([p], lr=0.1); optimizer.step()
     old, p.grad = (p.data, p.grad), None  # kept, so that the new ones lie elsewhere
     p.data = CHANGES[change](p.data).to(p.device)
@@ -357,7 +399,8 @@ def test_a_model_that_moved():
 
 
 def test_states_that_fit_any_dtype_and_shape():
-    "Without error bits a state is no matter of dtype; without a moment either there is nothing to fit, but for the gradient."
+    """Without error bits a state is no matter of dtype;
+    without a moment either there is nothing to fit, but for the gradient."""
     p = nn.Parameter(torch.ones(8, 8)); p.grad = torch.ones_like(p)
     optimizer = FlashAdamW([p], lr=0.1); optimizer.step()
     p.grad, p.data = None, p.data.bfloat16()
@@ -385,8 +428,11 @@ def test_states_of_nothing_and_of_another_kind():
     assert not lion.state and lion.param_groups[0]["betas"] == (0.9, 0.99)
 
 
-KINDS = {FlashAdam: "Adam", FlashAdamW: "Adam", FlashLion: "Lion", FlashSGD: "SGD", FlashSGDW: "SGD", torch.optim.Adam: "Adam", torch.optim.AdamW: "Adam", torch.optim.SGD: "SGD",
-         **{getattr(torch.optim, name): name for name in ("NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Rprop", "ASGD", "LBFGS")}, torch.optim.Adafactor: "another kind"}
+KINDS = {FlashAdam: "Adam", FlashAdamW: "Adam", FlashLion: "Lion", FlashSGD: "SGD", FlashSGDW: "SGD",
+         torch.optim.Adam: "Adam", torch.optim.AdamW: "Adam", torch.optim.SGD: "SGD",
+         **{getattr(torch.optim, name): name
+            for name in ("NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Rprop", "ASGD", "LBFGS")},
+         torch.optim.Adafactor: "another kind"}
 
 
 @pytest.mark.parametrize("saved", KINDS)
@@ -403,24 +449,31 @@ def test_state_dicts_of_another_family(saved, loads, steps):
         ours.load_state_dict(theirs.state_dict())
         assert ours.param_groups[0]["lr"] == 0.25
         return ours.step()
-    with pytest.raises(StateError, match=f"saved by {KINDS[saved]}.*{loads.__name__}.*loads {KINDS[loads]}"): ours.load_state_dict(theirs.state_dict())
+    with pytest.raises(StateError, match=f"saved by {KINDS[saved]}.*{loads.__name__}.*loads {KINDS[loads]}"):
+        ours.load_state_dict(theirs.state_dict())
     after = ours.state_dict()
     assert after["param_groups"] == before["param_groups"] and after["state"].keys() == before["state"].keys()
     for i, s in after["state"].items(): assert all(torch.equal(t, before["state"][i][k]) for k, t in s.items())
 
 
-@pytest.mark.parametrize("bad", [{}, {"state": {}}, {"param_groups": []}, {"state": {}, "param_groups": [{}]}, {"state": {}, "param_groups": []}, [], None], ids=str)
+@pytest.mark.parametrize("bad", [{}, {"state": {}}, {"param_groups": []}, {"state": {}, "param_groups": [{}]},
+                                 {"state": {}, "param_groups": []}, [], None], ids=str)
 def test_what_is_no_state_dict(bad):
-    with pytest.raises(StateError, match="state dict|param_groups"): FlashAdamW([nn.Parameter(torch.ones(3))]).load_state_dict(bad)
+    with pytest.raises(StateError, match="state dict|param_groups"):
+        FlashAdamW([nn.Parameter(torch.ones(3))]).load_state_dict(bad)
 
 
 INF, NAN = float("inf"), float("nan")
 
 
-@pytest.mark.parametrize("cls,options", [(cls, {name: x}) for cls in CLASSES for name in ("lr", "weight_decay") for x in (INF, NAN, True, "0.1", None, torch.tensor(INF), torch.tensor(True), torch.ones(2))]
-                         + [(FlashAdamW, {"betas": b}) for b in ((True, 0.9), (0.9, False), (0.9, NAN), ("0.9", 0.9), 0.9)] + [(FlashLion, {"betas": b}) for b in ((True, 0.9), (0.9, NAN), (0.9, 1.1))]
-                         + [(FlashAdamW, {"eps": x}) for x in (INF, NAN, True, "1e-8")] + [(FlashAdamW, {"max_norm": x}) for x in (INF, NAN, True, "1")]
-                         + [(FlashSGD, {name: x}) for name in ("momentum", "dampening") for x in (INF, NAN, True)], ids=str)
+@pytest.mark.parametrize(
+    "cls,options", [(cls, {name: x}) for cls in CLASSES for name in ("lr", "weight_decay")
+                    for x in (INF, NAN, True, "0.1", None, torch.tensor(INF), torch.tensor(True), torch.ones(2))]
+        + [(FlashAdamW, {"betas": b}) for b in ((True, 0.9), (0.9, False), (0.9, NAN), ("0.9", 0.9), 0.9)]
+        + [(FlashLion, {"betas": b}) for b in ((True, 0.9), (0.9, NAN), (0.9, 1.1))]
+        + [(FlashAdamW, {"eps": x}) for x in (INF, NAN, True, "1e-8")]
+        + [(FlashAdamW, {"max_norm": x}) for x in (INF, NAN, True, "1")]
+        + [(FlashSGD, {name: x}) for name in ("momentum", "dampening") for x in (INF, NAN, True)], ids=str)
 def test_options_that_are_no_numbers(cls, options):
     (name, x), = options.items()
     with pytest.raises(OptionError) as e: cls([nn.Parameter(torch.zeros(3))], **options)
@@ -497,7 +550,8 @@ def test_what_casting_rounds_away_survives_loading_torchs_state():
     assert not model._cast_error_bits
 
 
-@pytest.mark.parametrize("change", [lambda w: w.copy_(w.flip(0)), lambda w: w.data.copy_(w.data.flip(0)), lambda w: w.data.copy_(w.data.t().clone()), lambda w: w.data.mul_(2)])
+@pytest.mark.parametrize("change", [lambda w: w.copy_(w.flip(0)), lambda w: w.data.copy_(w.data.flip(0)),
+                                    lambda w: w.data.copy_(w.data.t().clone()), lambda w: w.data.mul_(2)])
 def test_other_weights_after_the_cast_begin_where_they_are(change):
     model = nn.Linear(32, 32)
     cast_model(model)
@@ -528,18 +582,25 @@ def test_adamaxs_state_is_refused(loads):
 A, B = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
 
 
-@pytest.mark.parametrize("given,says", [(None, "params=None"), ([dict(params=None)], "params=None"), ([dict(lr=1)], "without params (it has lr)"), ([], "no parameters"), (iter(()), "no parameters"),
-                                        ([1.0], "a float among"), (["a"], "a str among"), ("a", "params='a'"), (3, "params=3"), ([dict(params=[A]), "a"], "a str in place of a group"),
-                                        ([dict(params=[A]), B], "a Parameter in place of a group"), ([A, dict(params=[B])], "a dict among"), (dict(params=[A]), "params=a dict"), (A, "params=a Parameter"),
-                                        ([("a",)], "a tuple among"), ([dict(params={A})], "in a set"), ([dict(params=nn.Linear(2, 2))], "params=a Linear"), ([A, A], "given twice"),
-                                        ([dict(params=[A]), dict(params=A)], "given twice"), ([("a", A), ("b", A)], "given twice")], ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    "given,says", [(None, "params=None"), ([dict(params=None)], "params=None"),
+                   ([dict(lr=1)], "without params (it has lr)"), ([], "no parameters"), (iter(()), "no parameters"),
+                   ([1.0], "a float among"), (["a"], "a str among"), ("a", "params='a'"), (3, "params=3"),
+                   ([dict(params=[A]), "a"], "a str in place of a group"),
+                   ([dict(params=[A]), B], "a Parameter in place of a group"), ([A, dict(params=[B])], "a dict among"),
+                   (dict(params=[A]), "params=a dict"), (A, "params=a Parameter"),
+                   ([("a",)], "a tuple among"), ([dict(params={A})], "in a set"),
+                   ([dict(params=nn.Linear(2, 2))], "params=a Linear"), ([A, A], "given twice"),
+                   ([dict(params=[A]), dict(params=A)], "given twice"), ([("a", A), ("b", A)], "given twice")],
+    ids=lambda x: x if isinstance(x, str) else "")
 def test_what_is_no_parameters(given, says):
     "Of the types that torch.optim raises, where it does."
     with pytest.raises(OptionError, match=re.escape(says)) as e: FlashAdamW(given)
     assert isinstance(e.value, ValueError if says in ("no parameters", "given twice") else TypeError)
 
 
-@pytest.mark.parametrize("group", [None, "a", [B], {}, dict(params=None), dict(params=[A]), dict(params=[B, B]), dict(params=[B, 1.0])], ids=str)
+@pytest.mark.parametrize("group", [None, "a", [B], {}, dict(params=None), dict(params=[A]), dict(params=[B, B]),
+                                   dict(params=[B, 1.0])], ids=str)
 def test_a_group_that_is_none_changes_nothing(group):
     optimizer = FlashAdamW([A])
     with pytest.raises(OptionError): optimizer.add_param_group(group)
@@ -562,17 +623,21 @@ def a_stepped(cls=FlashAdamW, **options):
     return opt
 
 
-@pytest.mark.parametrize("damage", [
-    lambda s: s | dict(param_groups=3), lambda s: s | dict(param_groups=[3]), lambda s: s | dict(param_groups=["params"]), lambda s: s | dict(state=None), lambda s: s | dict(state=[]),
-    lambda s: s | dict(param_groups=[dict(s["param_groups"][0], params=5)]), lambda s: s | dict(param_groups=[dict(s["param_groups"][0], params=[[0]])]), lambda s: s | dict(state={0: 3}),
-    lambda s: s | dict(state={0: s["state"][0] | {"exp_avg_sq::scales": -s["state"][0]["exp_avg_sq::scales"]}}),
-    lambda s: s | dict(state={0: dict(step=1.0, exp_avg=torch.zeros(40), exp_avg_sq=-torch.ones(40))})])
+@pytest.mark.parametrize(
+    "damage", [
+        lambda s: s | dict(param_groups=3), lambda s: s | dict(param_groups=[3]),
+        lambda s: s | dict(param_groups=["params"]), lambda s: s | dict(state=None), lambda s: s | dict(state=[]),
+        lambda s: s | dict(param_groups=[dict(s["param_groups"][0], params=5)]),
+        lambda s: s | dict(param_groups=[dict(s["param_groups"][0], params=[[0]])]), lambda s: s | dict(state={0: 3}),
+        lambda s: s | dict(state={0: s["state"][0] | {"exp_avg_sq::scales": -s["state"][0]["exp_avg_sq::scales"]}}),
+        lambda s: s | dict(state={0: dict(step=1.0, exp_avg=torch.zeros(40), exp_avg_sq=-torch.ones(40))})])
 def test_damaged_state_dicts_are_refused_in_words(damage):
     opt = a_stepped()
     before = copy.deepcopy(opt.state_dict())
     with pytest.raises(StateError): opt.load_state_dict(damage(before))
     after = opt.state_dict()
-    assert after["param_groups"] == before["param_groups"] and all(torch.equal(x, after["state"][0][k]) for k, x in before["state"][0].items())
+    assert (after["param_groups"] == before["param_groups"]
+            and all(torch.equal(x, after["state"][0][k]) for k, x in before["state"][0].items()))
 
 
 def test_hooks_of_load_state_dict_run():
@@ -581,7 +646,8 @@ def test_hooks_of_load_state_dict_run():
     opt.register_load_state_dict_post_hook(lambda o: ran.append("after"))
     opt.load_state_dict(opt.state_dict())
     p, q = opt.param_groups[0]["params"][0], other.param_groups[0]["params"][0]
-    assert ran == ["before", "after"] and torch.equal(opt.state[p]["exp_avg::quantized"], other.state[q]["exp_avg::quantized"])
+    assert (ran == ["before", "after"]
+            and torch.equal(opt.state[p]["exp_avg::quantized"], other.state[q]["exp_avg::quantized"]))
 
 
 def test_options_of_the_optimizer_are_refused_in_a_group():

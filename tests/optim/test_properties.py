@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from flashoptim_nb.optim.codec import GROUP, dequantize_m, dequantize_v, m_error_bound, quantize_m, quantize_v, v_error_bound
+from flashoptim_nb.optim.codec import (GROUP, dequantize_m, dequantize_v, m_error_bound, quantize_m, quantize_v,
+                                       v_error_bound)
 from flashoptim_nb.optim.split import HALF_FORMATS, MAX_CODE, decode, encode
 from every import MAKERS
 

@@ -18,7 +18,8 @@ class Model(nn.Module):
     "An embedding tied to the head, and a layer that some micro-batches leave out."
     def __init__(self, dtype=torch.bfloat16):
         super().__init__(); torch.manual_seed(0)
-        self.embed, self.mid, self.rare, self.head = nn.Embedding(17, 32), nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 17, bias=False)
+        self.embed, self.mid, self.rare, self.head = (nn.Embedding(17, 32), nn.Linear(32, 32), nn.Linear(32, 32),
+                                                      nn.Linear(32, 17, bias=False))
         self.head.weight = self.embed.weight
         self.to(dtype)
 
@@ -54,7 +55,9 @@ def test_few_gradients_live_at_once():
     torch.manual_seed(0)
     layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(12)))
     opt, alive = FlashAdamW(layers.parameters()), []
-    enable_gradient_release(layers, opt, pre_step=lambda p, group: alive.append(sum(q.grad is not None for q in layers.parameters())) or True)
+    enable_gradient_release(
+        layers, opt,
+        pre_step=lambda p, group: alive.append(sum(q.grad is not None for q in layers.parameters())) or True)
     layers(torch.randn(4, 64)).sum().backward(); opt.step()
     assert len(alive) == 24 and max(alive) <= 2
 
@@ -97,7 +100,8 @@ def interrupted(stop, kept, again=lambda saved: saved, stepping=True):
     train(m, opt, range(6))
     *_, half, before, handle = pair(max_norm=0.02)
     train(half, before, range(stop))
-    torch.save(dict(model=half.state_dict(), optimizer=before.state_dict()), kept); saved = torch.load(kept, weights_only=True)
+    torch.save(dict(model=half.state_dict(), optimizer=before.state_dict()), kept)
+    saved = torch.load(kept, weights_only=True)
     new = Model(); opt = FlashAdamW(new.parameters(), **KW, max_norm=0.02)
     new.load_state_dict(saved["model"]); opt.load_state_dict(again(saved["optimizer"]))
     enable_gradient_release(new, opt)
@@ -119,7 +123,8 @@ def test_a_state_dict_of_before_clipping_was_saved_loads_and_begins_unclipped(tm
     assert not equal(m, new)
 
 
-@pytest.mark.parametrize("mark", ["companded-24-bfloat16-nan", "companded-24-bfloat16-2.0", "companded-24-bfloat16-much"])
+@pytest.mark.parametrize(
+    "mark", ["companded-24-bfloat16-nan", "companded-24-bfloat16-2.0", "companded-24-bfloat16-much"])
 def test_a_damaged_clip_coefficient_is_refused(mark):
     *_, b, r, handle = pair(max_norm=0.02)
     saved = r.state_dict(); saved["param_groups"][0]["state_format"] = mark
@@ -139,7 +144,9 @@ def test_the_coefficient_goes_where_the_optimizer_goes_and_no_further(tmp_path):
     b(3).backward(); r.step()  # an ordinary step in between
     assert r._next_clip is None
     r.load_state_dict(kept); r.max_norm = None; enable_gradient_release(b, r)
-    plain = copy.deepcopy(b); ordinary = FlashAdamW(plain.parameters(), **KW, skip_nonfinite=True); ordinary.load_state_dict(kept)
+    plain = copy.deepcopy(b)
+    ordinary = FlashAdamW(plain.parameters(), **KW, skip_nonfinite=True)
+    ordinary.load_state_dict(kept)
     b.zero_grad(); plain.zero_grad()
     b(4).backward(); plain(4).backward(); ordinary.step()
     assert equal(b, plain)
@@ -152,7 +159,8 @@ def test_a_bad_gradient_leaves_its_parameter_and_counts_once():
     hook = b.mid.weight.register_hook(lambda g: g * torch.nan)
     b(1).backward(); r.step(); hook.remove()
     after = dict(b.named_parameters())
-    assert torch.equal(after["mid.weight"], before["mid.weight"]) and not torch.equal(after["rare.weight"], before["rare.weight"])
+    assert (torch.equal(after["mid.weight"], before["mid.weight"])
+            and not torch.equal(after["rare.weight"], before["rare.weight"]))
     assert r.skipped_steps == 1 and not r.grad_norm.isfinite()
     b(2).backward(); r.step()
     assert r.skipped_steps == 1 and not torch.equal(b.mid.weight, before["mid.weight"])
@@ -179,7 +187,8 @@ def test_remove_restores_ordinary_steps():
 def test_where_it_cannot_be_right():
     m = Model(); opt = FlashAdamW(m.parameters())
     enable_gradient_release(m, opt)
-    for bad in (lambda: enable_gradient_release(m, opt), lambda: enable_gradient_release(m, torch.optim.AdamW(m.parameters())),
+    for bad in (lambda: enable_gradient_release(m, opt),
+                lambda: enable_gradient_release(m, torch.optim.AdamW(m.parameters())),
                 lambda: enable_gradient_release(Model(), FlashAdamW([nn.Parameter(torch.zeros(2))]))):
         with pytest.raises(UserError): bad()
 
@@ -262,7 +271,8 @@ def test_a_step_right_after_a_backward_pass_that_raised(monkeypatch):
     net = nn.ModuleList([first, last]); opt = FlashAdamW(net.parameters(), lr=1e-2, max_norm=1.0)
     enable_gradient_release(net, opt)
     monkeypatch.setattr(Failing, "on", True)
-    with pytest.raises(torch.OutOfMemoryError): (last(Failing.apply(first(torch.ones(4, 8)))).sum() * torch.nan).backward()
+    with pytest.raises(torch.OutOfMemoryError):
+        (last(Failing.apply(first(torch.ones(4, 8)))).sum() * torch.nan).backward()
     opt.step()
     assert opt.skipped_steps == 0 and opt.grad_norm is None
 
@@ -297,7 +307,8 @@ def test_zero_grad_in_place_of_step_is_refused():
 def test_two_losses_with_parameters_of_their_own_before_one_step():
     def both(release):
         torch.manual_seed(0)
-        net = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]); opt = FlashAdamW(net.parameters(), lr=1e-2, max_norm=0.1)
+        net = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        opt = FlashAdamW(net.parameters(), lr=1e-2, max_norm=0.1)
         if release: enable_gradient_release(net, opt)
         norms = []
         for _ in range(3):
@@ -320,7 +331,8 @@ def test_a_loop_without_step_takes_one_a_backward_pass(options):
 
 
 def test_gradients_that_are_no_backward_pass_of_the_parameters():
-    "A gradient penalty by autograd.grad, gradients set by hand, a frozen layer, a backward pass that stops at an input."
+    """A gradient penalty by autograd.grad, gradients set by hand, a frozen layer,
+    a backward pass that stops at an input."""
     a, o, b, r, handle = pair()
     def train(m, opt, by_hand):
         m.rare.requires_grad_(False)
@@ -343,12 +355,14 @@ def test_create_graph_is_refused():
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_weight_that_a_later_part_of_the_backward_pass_needs_as_it_was(fused, monkeypatch):
-    "Detached, it feeds no gradient and so is stepped before that part; the graph has kept it, and torch says that it was changed."
+    """Detached, it feeds no gradient and so is stepped before that part;
+    the graph has kept it, and torch says that it was changed."""
     if fused and not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")): pytest.skip("needs the kernels")
     layer = nn.Linear(8, 8, bias=False).to("cuda" if fused and torch.cuda.is_available() else "cpu")
     opt = FlashSGD(layer.parameters(), lr=1.0, fused=fused); enable_gradient_release(layer, opt)
     x = torch.ones(2, 8, device=layer.weight.device, requires_grad=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"): layer(nn.functional.linear(x * 2, layer.weight.detach())).sum().backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        layer(nn.functional.linear(x * 2, layer.weight.detach())).sum().backward()
 
 
 def test_pre_step_decides():
@@ -362,7 +376,8 @@ def test_pre_step_decides():
     a.rare.weight.requires_grad_(False)
     for m, opt in (a, o), (b, r): m(0).backward(); opt.step()
     assert all(seen) and len(seen) == 5
-    assert equal(a, b) and torch.equal(b.rare.weight, before) and b.rare.weight.grad is None and b.rare.weight not in r.state
+    assert (equal(a, b) and torch.equal(b.rare.weight, before) and b.rare.weight.grad is None
+            and b.rare.weight not in r.state)
     torch.testing.assert_close(o.grad_norm, r.grad_norm)  # of the gradients that were used
     for wrong in (lambda p: True), 3, (lambda p, group, more: True):
         with pytest.raises(UserError, match="pre_step"): enable_gradient_release(a, o, pre_step=wrong)
@@ -391,7 +406,9 @@ def test_two_optimizers_on_one_model():
 
 
 def test_a_parameter_moved_to_another_group_or_out_of_the_optimizer():
-    m = Model(); opt = FlashAdamW([dict(params=[m.embed.weight, *m.mid.parameters()]), dict(params=list(m.rare.parameters()), lr=0.0)], lr=1e-2)
+    m = Model()
+    opt = FlashAdamW(
+        [dict(params=[m.embed.weight, *m.mid.parameters()]), dict(params=list(m.rare.parameters()), lr=0.0)], lr=1e-2)
     enable_gradient_release(m, opt)
     m(0).backward(); opt.step()
     moved, out = m.rare.weight, m.mid.weight
@@ -399,13 +416,16 @@ def test_a_parameter_moved_to_another_group_or_out_of_the_optimizer():
     opt.param_groups[1]["params"] = [m.rare.bias]
     before = {p: p.detach().clone() for p in m.parameters()}
     m(1).backward(); opt.step()
-    assert not torch.equal(moved, before[moved]) and torch.equal(out, before[out]) and out.grad is not None and torch.equal(m.rare.bias, before[m.rare.bias])
+    assert (not torch.equal(moved, before[moved]) and torch.equal(out, before[out]) and out.grad is not None
+            and torch.equal(m.rare.bias, before[m.rare.bias]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("unscaled", [False, True])
 def test_a_scaler_that_release_was_not_told_of(dtype, unscaled):
-    layer = nn.Linear(4, 4).to(dtype); opt = FlashAdamW(layer.parameters()); scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    layer = nn.Linear(4, 4).to(dtype)
+    opt = FlashAdamW(layer.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     enable_gradient_release(layer, opt)
     scaler.scale(layer(torch.ones(2, 4, dtype=dtype)).float().sum()).backward()
     if unscaled: scaler.unscale_(opt)
@@ -426,7 +446,9 @@ def test_unscale_with_a_scaler_that_release_knows():
 def test_wrappers_that_reduce_gradients_themselves(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        inner = nn.Linear(2, 2); wrapped = nn.parallel.DistributedDataParallel(inner); opt = FlashAdamW(inner.parameters())
+        inner = nn.Linear(2, 2)
+        wrapped = nn.parallel.DistributedDataParallel(inner)
+        opt = FlashAdamW(inner.parameters())
         for model in wrapped, nn.Sequential(wrapped):
             for kind in RuntimeError, UserError, TypeError:
                 with pytest.raises(kind, match="DistributedDataParallel"): enable_gradient_release(model, opt)

@@ -55,13 +55,17 @@ def assert_alike(a, opt_a, b, opt_b):
 @pytest.mark.parametrize("quantize", [True, False])
 @pytest.mark.parametrize("compress", [True, False])
 def test_resume_is_exact(dtype, quantize, compress):
-    whole = net(dtype); opt = Shapes(whole.parameters(), quantize=quantize, compress_state_dict=compress); train(whole, opt, 0, 4)
+    whole = net(dtype)
+    opt = Shapes(whole.parameters(), quantize=quantize, compress_state_dict=compress)
+    train(whole, opt, 0, 4)
     again = net(dtype, 1); again.load_state_dict(whole.state_dict())
-    other = Shapes(again.parameters(), quantize=quantize, compress_state_dict=compress); other.load_state_dict(on_disk(opt.state_dict()))
+    other = Shapes(again.parameters(), quantize=quantize, compress_state_dict=compress)
+    other.load_state_dict(on_disk(opt.state_dict()))
     if quantize and not compress: return  # coded anew: close, not the same
     train(whole, opt, 4, 7); train(again, other, 4, 7)
     assert_alike(whole, opt, again, other)
-    assert {k: tuple(opt.state[whole[0].weight][k].shape) for k in ("row", "column", "largest")} == dict(row=(40,), column=(33,), largest=())
+    assert {k: tuple(opt.state[whole[0].weight][k].shape) for k in ("row", "column", "largest")} == dict(
+        row=(40,), column=(33,), largest=())
 
 
 def test_in_fp32_it_is_the_plain_loop():
@@ -69,9 +73,12 @@ def test_in_fp32_it_is_the_plain_loop():
     twin = copy.deepcopy(model); states = {p: {} for p in twin.parameters()}
     for t in range(1, 4):
         train(model, opt, t, t + 1)
-        twin.zero_grad(); twin(torch.randn(16, 33, generator=torch.Generator().manual_seed(t))).square().mean().backward()
+        twin.zero_grad()
+        twin(torch.randn(16, 33, generator=torch.Generator().manual_seed(t))).square().mean().backward()
         for p in twin.parameters():
-            if not states[p]: states[p] = {"momentum": torch.zeros_like(p)} | {k: torch.zeros(s) for k, s in opt._state_shapes(p).items()}
+            if not states[p]:
+                states[p] = ({"momentum": torch.zeros_like(p)}
+                             | {k: torch.zeros(s) for k, s in opt._state_shapes(p).items()})
             with torch.no_grad(): opt._update_one(p, p.grad.clone(), states[p], dict(lr=1e-2), float(t))
     for p, q in zip(model.parameters(), twin.parameters()): torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
@@ -95,7 +102,8 @@ def test_clipping_ascent_and_skipped_steps_are_the_bases():
     up[0].weight.grad[0, 0] = torch.nan
     ascent.step()
     assert ascent.skipped_steps == 1 and all(torch.equal(p, q) for p, q in zip(up.parameters(), before[0].parameters()))
-    assert all(torch.equal(t, before[1]["state"][i][k]) for i, s in ascent.state_dict()["state"].items() for k, t in s.items())
+    assert all(
+        torch.equal(t, before[1]["state"][i][k]) for i, s in ascent.state_dict()["state"].items() for k, t in s.items())
 
 
 def test_states_that_do_not_fit_are_refused():

@@ -32,7 +32,8 @@ def reachable(narrow, error_bits, N):
     tie_is_mine = (bits & 1) == 0
     low = torch.where((mantissa == 0) & (exponent > 1), (N + 1) // 2 - 1, N)  # below a power of two the spacing halves
     largest = (bits & 0x7FFF) == ((bits & 0x7FFF).max())
-    return ((outward < N) | tie_is_mine) & ((-outward < low) | ((-outward == low) & (tie_is_mine | (low < N)))) & ~(largest & (outward == N))
+    return (((outward < N) | tie_is_mine) & ((-outward < low) | ((-outward == low) & (tie_is_mine | (low < N))))
+            & ~(largest & (outward == N)))
 
 
 @pytest.mark.parametrize("dtype,bits", WIDTHS)
@@ -41,14 +42,17 @@ def test_round_trip_of_reachable_pairs(dtype, bits):
     N = MAX_CODE[bits]
     if bits == 16 and dtype == torch.float16:
         pytest.skip("an fp32 cannot tell fp16's 16-bit error bits apart: see test_fp16_with_16_bits_is_exact")
-    codes = range(-N, N + 1) if bits == 8 else [0, 1, -1, 77, 8191, 8192, -8192, 16382, 16383, -16383, N // 3, -N // 3, N - 1, 1 - N, N, -N]
+    codes = (range(-N, N + 1) if bits == 8
+             else [0, 1, -1, 77, 8191, 8192, -8192, 16382, 16383, -16383, N // 3, -N // 3, N - 1, 1 - N, N, -N])
     narrow = every_value(dtype)
     for code in codes:
         error_bits = torch.full(narrow.shape, code, dtype=torch.int8 if bits == 8 else torch.int16)
         again, bits_again = encode(decode(narrow, error_bits), dtype, bits)
         keep = reachable(narrow, error_bits, N) & (narrow != 0)
         keep &= ~((narrow.abs().float() < 2.0**-125) & (bits == 16))  # steps of fp32's own subnormals
-        if dtype == torch.bfloat16: keep &= ~(narrow.abs().float() < 2.0**-118)  # a step of the error bits is less than fp32's least number
+        # a step of the error bits is less than fp32's least number
+        if dtype == torch.bfloat16:
+            keep &= ~(narrow.abs().float() < 2.0**-118)
         assert torch.equal(again[keep], narrow[keep]) and torch.equal(bits_again[keep], error_bits[keep]), code
 
 
@@ -62,7 +66,8 @@ def test_error_bound_in_every_binade(dtype, bits, rng_seed):
     theta = theta[theta.abs() <= HALF_FORMATS[dtype].max]
     narrow, error_bits = encode(theta, dtype, bits)
     step = half_ulp(narrow) / MAX_CODE[bits]
-    ulp32 = torch.ldexp(torch.ones_like(theta, dtype=torch.float64), (torch.frexp(theta.double().abs().clamp(min=2.0**-126))[1] - 24).int())
+    ulp32 = torch.ldexp(torch.ones_like(theta, dtype=torch.float64),
+                        (torch.frexp(theta.double().abs().clamp(min=2.0**-126))[1] - 24).int())
     error = (decode(narrow, error_bits).double() - theta.double()).abs()
     bound = step / 2 + ulp32 * (1.0 if bits == 16 else 0.5) + 2.0**-149
     assert (error <= bound * (1 + 2.0**-20)).all(), (error / bound).max()
@@ -84,7 +89,8 @@ def test_order(dtype, bits):
     levels = [decode(narrow, torch.full(narrow.shape, c, dtype=torch.int8)) for c in (-N, -N + 1, -1, 0, 1, N - 1, N)]
     for low, high in zip(levels, levels[1:]): assert (low < high).all()
     error_bits = torch.full(narrow.shape, N, dtype=torch.int8)
-    lows = torch.where(reachable(narrow, -error_bits, N), -N, -((N + 1) // 2 - 1)).to(torch.int8)  # least reachable on the low side
+    # least reachable on the low side
+    lows = torch.where(reachable(narrow, -error_bits, N), -N, -((N + 1) // 2 - 1)).to(torch.int8)
     outward = narrow > 0
     top = decode(narrow, error_bits)[outward][:-1]
     bottom = decode(narrow, lows)[outward][1:]
@@ -95,7 +101,8 @@ def test_order(dtype, bits):
 def test_the_formula_itself(dtype, bits, rng_seed):
     "Against exact rational arithmetic, ties to even."
     torch.manual_seed(rng_seed)
-    theta = torch.cat([torch.randn(1500) * torch.logspace(-6, 4, 1500), 1 - torch.rand(300) * 2.0**-8, torch.tensor([1 - 2.0**-9, 1 + 2.0**-8])])
+    theta = torch.cat([torch.randn(1500) * torch.logspace(-6, 4, 1500), 1 - torch.rand(300) * 2.0**-8,
+                       torch.tensor([1 - 2.0**-9, 1 + 2.0**-8])])
     narrow, error_bits = encode(theta, dtype, bits)
     for t, n, r, h in zip(theta.tolist(), narrow.tolist(), error_bits.tolist(), half_ulp(narrow).tolist()):
         assert r == round((Fraction(t) - Fraction(n)) / Fraction(h) * MAX_CODE[bits]), (t, n, r)
@@ -121,7 +128,9 @@ def test_public_signatures():
     narrow = theta.bfloat16()
     assert compute_ecc_bits(theta, narrow).dtype == torch.int16
     error_bits = compute_ecc_bits(theta, narrow, master_bytewidth=3)
-    assert error_bits.dtype == torch.int8 and torch.equal(reconstruct_fp32_param(narrow, error_bits), decode(narrow, error_bits))
-    for bad in [lambda: compute_ecc_bits(theta, theta), lambda: compute_ecc_bits(theta, narrow, 2), lambda: compute_ecc_bits(theta[:3], narrow),
-                lambda: reconstruct_fp32_param(theta, error_bits), lambda: reconstruct_fp32_param(narrow, narrow), lambda: encode(theta, torch.float32)]:
+    assert (error_bits.dtype == torch.int8
+            and torch.equal(reconstruct_fp32_param(narrow, error_bits), decode(narrow, error_bits)))
+    for bad in [lambda: compute_ecc_bits(theta, theta), lambda: compute_ecc_bits(theta, narrow, 2),
+                lambda: compute_ecc_bits(theta[:3], narrow), lambda: reconstruct_fp32_param(theta, error_bits),
+                lambda: reconstruct_fp32_param(narrow, narrow), lambda: encode(theta, torch.float32)]:
         with pytest.raises(UserError): bad()

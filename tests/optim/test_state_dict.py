@@ -17,8 +17,10 @@ from every import OPTIONS
 from flashoptim_nb.optim import FlashAdamW, FlashLion, FlashSGD, StateError, cast_model, enable_gradient_release
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-KINDS = {cls.__name__.removeprefix("Flash"): (cls, options) for cls, options in OPTIONS.items()} | {"plain SGD": (FlashSGD, {})}
-TORCHS = {"AdamW": (torch.optim.AdamW, {}), "Adam": (torch.optim.Adam, {}), "SGD": (torch.optim.SGD, dict(momentum=0.9))}
+KINDS = ({cls.__name__.removeprefix("Flash"): (cls, options) for cls, options in OPTIONS.items()}
+         | {"plain SGD": (FlashSGD, {})})
+TORCHS = {
+    "AdamW": (torch.optim.AdamW, {}), "Adam": (torch.optim.Adam, {}), "SGD": (torch.optim.SGD, dict(momentum=0.9))}
 
 
 def weights(dtypes, seed=0):
@@ -62,16 +64,22 @@ def public_layout(opt, compress):
         numbers = []
         for p in group["params"]:
             s, out = opt.state[p], {}
-            if "error_bits" in s: out["error_bits"] = s["error_bits"].to(p.dtype) if s["error_bits"].dtype == torch.int8 else s["error_bits"].view(p.dtype)
-            for key, decoded in (("exp_avg", dequantize_m), ("exp_avg_sq", dequantize_v), ("momentum_buffer", dequantize_m)):
+            if "error_bits" in s:
+                out["error_bits"] = (s["error_bits"].to(p.dtype) if s["error_bits"].dtype == torch.int8
+                                     else s["error_bits"].view(p.dtype))
+            for key, decoded in (
+                    ("exp_avg", dequantize_m), ("exp_avg_sq", dequantize_v), ("momentum_buffer", dequantize_m)):
                 if f"{key}::quantized" not in s: continue
                 q, scales = s[f"{key}::quantized"], s[f"{key}::scales"]
-                out |= {f"{key}::quantized": q, f"{key}::scales": scales.view(BF16) if p.dtype == BF16 else scales} if compress else {key: decoded(q, scales)}
+                out |= ({f"{key}::quantized": q, f"{key}::scales": scales.view(BF16) if p.dtype == BF16 else scales}
+                        if compress else {key: decoded(q, scales)})
             if "exp_avg_sq::quantized" in s: out["step"] = torch.tensor(int(s["step"]))  # the others count no steps
             if out: state[number] = out
             numbers.append(number); number += 1
         known = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening")
-        groups.append({k: group[k] for k in known if k in group} | dict(initial_lr=1e-3, master_bytewidth={None: 0, 24: 3, 32: 4}[opt.master_weight_bits], quantize=True, params=numbers))
+        groups.append({k: group[k] for k in known if k in group}
+                      | dict(initial_lr=1e-3, master_bytewidth={None: 0, 24: 3, 32: 4}[opt.master_weight_bits],
+                             quantize=True, params=numbers))
     return copy.deepcopy(dict(state=state, param_groups=groups))
 
 
@@ -133,16 +141,21 @@ def test_public_codes_of_channels_last_weights_are_grouped_as_they_lie():
 def test_what_a_public_checkpoint_cannot_mean_is_refused():
     params, opt = stepped(FlashAdamW)
     good = public_layout(opt, True)
-    for damage in (lambda s, g: g.update(master_bytewidth=5), lambda s, g: g.update(master_bytewidth=0), lambda s, g: s.update(error_bits=s["error_bits"] + 0.5), lambda s, g: s.update(error_bits=s["error_bits"] * 4),
-                   lambda s, g: s.update(error_bits=s["error_bits"].to(FP16)), lambda s, g: g.update(master_bytewidth=4) or s.update(error_bits=s["error_bits"].to(torch.int8)),
+    for damage in (lambda s, g: g.update(master_bytewidth=5), lambda s, g: g.update(master_bytewidth=0),
+                   lambda s, g: s.update(error_bits=s["error_bits"] + 0.5),
+                   lambda s, g: s.update(error_bits=s["error_bits"] * 4),
+                   lambda s, g: s.update(error_bits=s["error_bits"].to(FP16)),
+                   lambda s, g: g.update(master_bytewidth=4) or s.update(error_bits=s["error_bits"].to(torch.int8)),
                    lambda s, g: g.pop("master_bytewidth"), lambda s, g: g.update(foreach=None),
-                   lambda s, g: s.update({"exp_avg::quantized": s["exp_avg::quantized"].float() + 0.5}), lambda s, g: s.update({"exp_avg::scales": s["exp_avg::scales"].float()})):
+                   lambda s, g: s.update({"exp_avg::quantized": s["exp_avg::quantized"].float() + 0.5}),
+                   lambda s, g: s.update({"exp_avg::scales": s["exp_avg::scales"].float()})):
         bad = copy.deepcopy(good)
         damage(bad["state"][0], bad["param_groups"][0])
         before = copy.deepcopy(opt.state_dict())
         with pytest.raises(StateError): opt.load_state_dict(bad)
         after = opt.state_dict()
-        assert after["param_groups"] == before["param_groups"] and all(torch.equal(t, after["state"][0][k]) for k, t in before["state"][0].items())
+        assert (after["param_groups"] == before["param_groups"]
+                and all(torch.equal(t, after["state"][0][k]) for k, t in before["state"][0].items()))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "SGDW"])
@@ -153,12 +166,16 @@ def test_a_state_dict_for_the_public_package(kind, bits, compress):
     _, opt = stepped(cls, (BF16, FP32, FP16), master_weight_bits=bits, compress_state_dict=compress, **options)
     written, described = opt.public_state_dict(), public_layout(opt, compress)
     for i, s in described["state"].items():
-        for key, t in s.items(): assert written["state"][i][key].dtype == t.dtype and torch.equal(written["state"][i][key].view(torch.uint8) if t.dim() else written["state"][i][key], t.view(torch.uint8) if t.dim() else t), key
+        for key, t in s.items():
+            assert written["state"][i][key].dtype == t.dtype and torch.equal(
+                written["state"][i][key].view(torch.uint8) if t.dim() else written["state"][i][key],
+                t.view(torch.uint8) if t.dim() else t), (key)
     assert {k: v for k, v in written["param_groups"][0].items() if k != "nesterov"} == described["param_groups"][0]
     with pytest.raises(StateError, match="companded"): FlashLion(weights([BF16]), companded=False).public_state_dict()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("flashoptim") is None, reason="the public package is not here: pip install --no-deps flashoptim==0.1.4")
+@pytest.mark.skipif(importlib.util.find_spec("flashoptim") is None,
+                    reason="the public package is not here: pip install --no-deps flashoptim==0.1.4")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("bits", [24, 32])
@@ -173,14 +190,16 @@ def test_the_public_package_itself_reads_ours_and_writes_its_own(kind, dtype, bi
     (state,), s = theirs.state.values(), opt.state[params[0]]
     assert torch.equal(state["error_bits"], s["error_bits"]) and theirs.param_groups[0]["lr"] == 1e-3
     for key in opt._moments_of(opt.param_groups[0]):
-        assert torch.equal(state[key].quantized, s[f"{key}::quantized"]) and torch.equal(state[key].scales, s[f"{key}::scales"])
+        assert (torch.equal(state[key].quantized, s[f"{key}::quantized"])
+                and torch.equal(state[key].scales, s[f"{key}::scales"]))
     again = cls(copies(params), master_weight_bits=bits, **options)
     again.load_state_dict(on_disk(theirs.state_dict()))
     same_states(opt, again, but=() if "Adam" in kind else ("step",))
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(importlib.util.find_spec("flashoptim") is None, reason="the public package is not here: pip install --no-deps flashoptim==0.1.4")
+@pytest.mark.skipif(importlib.util.find_spec("flashoptim") is None,
+                    reason="the public package is not here: pip install --no-deps flashoptim==0.1.4")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [24, 32])
 @pytest.mark.parametrize("compress", [True, False])
@@ -188,7 +207,8 @@ def test_what_the_public_package_saves_after_steps_of_its_own(kind, bits, compre
     import flashoptim
     cls, options = KINDS[kind]
     params = [nn.Parameter(p.detach().cuda()) for p in weights([BF16])]
-    theirs = getattr(flashoptim, cls.__name__)(params, lr=1e-3, master_weight_bits=bits, compress_state_dict=compress, **options)
+    theirs = getattr(flashoptim, cls.__name__)(
+        params, lr=1e-3, master_weight_bits=bits, compress_state_dict=compress, **options)
     for t in range(4):
         for p in params: p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(t)).to(p)
         theirs.step()
@@ -199,7 +219,9 @@ def test_what_the_public_package_saves_after_steps_of_its_own(kind, bits, compre
     for key, code in again._moments_of(again.param_groups[0]).items():
         q, scales = kept[key].quantized.cpu(), kept[key].scales.cpu()
         if compress: assert torch.equal(s[f"{key}::quantized"], q) and torch.equal(s[f"{key}::scales"], scales)
-        else: assert (s[f"{key}::quantized"].int() - q.int()).abs().max() <= 1  # coded again from fp32; a code of ours is 1 where theirs is 0
+        else:
+            # coded again from fp32; a code of ours is 1 where theirs is 0
+            assert (s[f"{key}::quantized"].int() - q.int()).abs().max() <= 1
 
 
 @pytest.mark.cuda
@@ -209,10 +231,13 @@ def test_states_and_weights_from_another_device():
         there = [nn.Parameter(p.detach().cuda()) for p in params]
         again = FlashAdamW(there)
         again.load_state_dict(saved)
-        for p, q in zip(params, there): assert all(t.is_cuda and torch.equal(t.cpu(), opt.state[p][key]) for key, t in again.state[q].items())
+        for p, q in zip(params, there):
+            assert all(t.is_cuda and torch.equal(t.cpu(), opt.state[p][key]) for key, t in again.state[q].items())
         full, model = opt.get_fp32_model_state_dict(nn.ParameterList(params)), nn.ParameterList(there)
         again.set_fp32_model_state_dict(model, full)
-        for key, w in again.get_fp32_model_state_dict(model).items(): torch.testing.assert_close(w.cpu(), full[key], rtol=2.0**-15 if key == "0" else 2.0**-17, atol=0)  # ties of a half spacing go either way
+        # ties of a half spacing go either way
+        for key, w in again.get_fp32_model_state_dict(model).items():
+            torch.testing.assert_close(w.cpu(), full[key], rtol=2.0**-15 if key == "0" else 2.0**-17, atol=0)
 
 
 # our own
@@ -280,10 +305,12 @@ def test_linear_codes_are_not_read_as_companded_ones(kind, saves, loads):
     params, opt = stepped(cls, companded=saves, **options)
     again = cls(copies(params), companded=loads, **options)
     again.load_state_dict(on_disk(opt.state_dict()))
-    assert again.companded is loads and again.state_dict()["param_groups"][0]["state_format"].startswith("companded" if loads else "linear")
+    assert (again.companded is loads
+            and again.state_dict()["param_groups"][0]["state_format"].startswith("companded" if loads else "linear"))
     for key, code in opt.moments.items():
         decoded = dequantize_m if code == torch.int8 else dequantize_v
-        a, b = (decoded(s[f"{key}::quantized"], s[f"{key}::scales"], o.companded) for o in (opt, again) for s in o.state.values())
+        a, b = (decoded(s[f"{key}::quantized"], s[f"{key}::scales"], o.companded) for o in (opt, again)
+                for s in o.state.values())
         assert (a - b).abs().max() <= a.abs().max() / 60
     same = cls(copies(params), companded=saves, **options)
     same.load_state_dict(opt.state_dict())
@@ -314,9 +341,11 @@ def test_nothing_of_one_optimizer_is_tied_to_another(kind, compress):
     saved = opt.state_dict()
     for s in saved["state"].values(): s["mine"] = torch.zeros(3)
     again.load_state_dict(saved)
-    known = {t.data_ptr() for o in (opt, saved) for s in (o.state if o is opt else o["state"]).values() for t in s.values() if isinstance(t, torch.Tensor)}
+    known = {t.data_ptr() for o in (opt, saved) for s in (o.state if o is opt else o["state"]).values()
+             for t in s.values() if isinstance(t, torch.Tensor)}
     known |= {opt.param_groups[0]["lr"].data_ptr()}
-    assert not known & {t.data_ptr() for s in again.state.values() for t in s.values()} | known & {again.param_groups[0]["lr"].data_ptr()}
+    assert not known & {t.data_ptr() for s in again.state.values() for t in s.values()} | known & {
+        again.param_groups[0]["lr"].data_ptr()}
     before = copy.deepcopy(opt.state_dict())
     take_steps(twins, again, 2)
     again.param_groups[0]["lr"].mul_(0.5)
@@ -325,7 +354,8 @@ def test_nothing_of_one_optimizer_is_tied_to_another(kind, compress):
     for i, s in before["state"].items(): assert all(torch.equal(t, after["state"][i][k]) for k, t in s.items())
 
 
-@pytest.mark.parametrize("step", [4, 4.0, torch.tensor(4), torch.tensor(4.0), torch.tensor([4.0]), torch.tensor([[4]])], ids=str)
+@pytest.mark.parametrize(
+    "step", [4, 4.0, torch.tensor(4), torch.tensor(4.0), torch.tensor([4.0]), torch.tensor([[4]])], ids=str)
 def test_a_step_in_any_form(step):
     params = weights([BF16, BF16])
     opt = FlashAdamW([dict(params=[p]) for p in params])
@@ -378,12 +408,17 @@ def test_a_momentum_that_torch_began_anew_is_the_one_that_counts():
     again = FlashSGD(copies(params), momentum=0.9, quantize=False)
     again.load_state_dict(middle.state_dict())
     (s,), (kept,) = again.state.values(), middle.state.values()
-    assert {"momentum_buffer", "momentum_buffer::quantized"} < kept.keys() and torch.equal(s["momentum_buffer"], kept["momentum_buffer"])
+    assert ({"momentum_buffer", "momentum_buffer::quantized"} < kept.keys()
+            and torch.equal(s["momentum_buffer"], kept["momentum_buffer"]))
 
 
-@pytest.mark.parametrize("damage", [lambda s: s["param_groups"][0].update(params=[0, 0]), lambda s: s["param_groups"][0].update(lr=float("nan")), lambda s: s["param_groups"][0].update(state_format="cubic-24-bfloat16"),
-                                    lambda s: s["state"][1].update(error_bits=torch.zeros(40, 32)[None].to(torch.int8)), lambda s: s["state"][1].update(error_bits=torch.zeros(40, 32, dtype=torch.bool)),
-                                    lambda s: s["state"][1].pop("exp_avg::scales"), lambda s: s["state"][1].update({"exp_avg::scales": torch.full((40,), 1e-9)})])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda s: s["param_groups"][0].update(params=[0, 0]), lambda s: s["param_groups"][0].update(lr=float("nan")),
+     lambda s: s["param_groups"][0].update(state_format="cubic-24-bfloat16"), lambda s: s["state"][1].update(
+         error_bits=torch.zeros(40, 32)[None].to(torch.int8)), lambda s: s["state"][1].update(
+         error_bits=torch.zeros(40, 32, dtype=torch.bool)), lambda s: s["state"][1].pop("exp_avg::scales"),
+     lambda s: s["state"][1].update({"exp_avg::scales": torch.full((40,), 1e-9)})])
 def test_a_state_dict_that_is_refused_changes_nothing(damage):
     params, opt = stepped(FlashAdamW, (BF16, BF16))
     before, bad = copy.deepcopy(opt.state_dict()), copy.deepcopy(opt.state_dict())
@@ -424,11 +459,14 @@ def test_distributed_checkpoints_carry_the_format(flatten, bits, tmp_path):
 
     same_states(opt, loaded(master_weight_bits=bits))
     if bits == 32:
-        with pytest.raises(StateError, match="error_bits is torch.int8"): loaded(master_weight_bits=24)  # cast in place on the way
+        # cast in place on the way
+        with pytest.raises(StateError, match="error_bits is torch.int8"):
+            loaded(master_weight_bits=24)
     linear = loaded(master_weight_bits=bits, companded=False)
     (a, *_), (b, *_) = opt.state.values(), linear.state.values()
     whole = dequantize_m(a["exp_avg::quantized"], a["exp_avg::scales"])
-    assert (dequantize_m(b["exp_avg::quantized"], b["exp_avg::scales"], False) - whole).abs().max() <= whole.abs().max() / 100
+    assert ((dequantize_m(b["exp_avg::quantized"], b["exp_avg::scales"], False) - whole).abs().max()
+            <= whole.abs().max() / 100)
 
 
 @pytest.mark.parametrize("flatten", [True, False])
@@ -445,7 +483,8 @@ def test_distributed_checkpoints_carry_the_clip_coefficient(flatten, tmp_path):
 
 # weights in fp32
 
-def masters(model, opt): return {name: decode(p.detach(), opt.state[p]["error_bits"]) for name, p in model.named_parameters()}
+def masters(model, opt):
+    return {name: decode(p.detach(), opt.state[p]["error_bits"]) for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("pause", ["", "copied", "loaded"])
@@ -455,9 +494,11 @@ def test_masters_after_a_cast_of_the_model(pause):
     if pause == "loaded": opt.load_state_dict(opt.state_dict())
     kept = masters(model, opt)
     for wider in (model.float, model.double):
-        for name, t in opt.get_fp32_model_state_dict(wider()).items(): assert t.dtype == FP32 and torch.equal(t, kept[name])
+        for name, t in opt.get_fp32_model_state_dict(wider()).items():
+            assert t.dtype == FP32 and torch.equal(t, kept[name])
         with pytest.raises(StateError, match="make the optimizer anew"): opt.set_fp32_model_state_dict(model, kept)
-        with pytest.raises(ValueError, match="make the optimizer anew|dtype torch.float64"): take_steps(list(model.parameters()), opt, 1)
+        with pytest.raises(ValueError, match="make the optimizer anew|dtype torch.float64"):
+            take_steps(list(model.parameters()), opt, 1)
     assert opt.state_dict()["param_groups"][0]["state_format"] == "companded-24-bfloat16"
     model.bfloat16()
     for name, t in opt.get_fp32_model_state_dict(model).items(): assert torch.equal(t, kept[name])
@@ -487,7 +528,8 @@ def test_tied_weights(twice, which):
     again.set_fp32_model_state_dict(other, full)
     assert all(torch.equal(t, full[name]) for name, t in again.get_fp32_model_state_dict(other).items())
     before = other.a.weight.detach().clone()
-    with pytest.raises(StateError, match="a.weight and b.weight are one tensor"): again.set_fp32_model_state_dict(other, full | {"b.weight": full["b.weight"] + 1})
+    with pytest.raises(StateError, match="a.weight and b.weight are one tensor"):
+        again.set_fp32_model_state_dict(other, full | {"b.weight": full["b.weight"] + 1})
     assert torch.equal(other.a.weight, before)
 
 
@@ -496,9 +538,12 @@ class Odd(nn.Module):
 
     def __init__(self, dtype=BF16):
         super().__init__()
-        self.weight, self.frozen = nn.Parameter(torch.randn(5, 4).to(dtype)), nn.Parameter(torch.randn(4).to(dtype), requires_grad=False)
+        self.weight, self.frozen = (nn.Parameter(torch.randn(5, 4).to(dtype)),
+                                    nn.Parameter(torch.randn(4).to(dtype), requires_grad=False))
         self.turn = nn.Parameter(torch.randn(3, dtype=torch.complex64), requires_grad=False)
-        self.register_buffer("mean", torch.randn(4).to(dtype)); self.register_buffer("seen", torch.tensor(3)); self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("mean", torch.randn(4).to(dtype))
+        self.register_buffer("seen", torch.tensor(3))
+        self.register_buffer("mask", torch.tensor([True, False]))
         self.note = "first"
 
     def get_extra_state(self): return dict(note=self.note)
@@ -509,36 +554,51 @@ class Odd(nn.Module):
 def test_entries_of_every_kind_come_and_go():
     model = Odd(); opt = FlashAdamW([model.weight, model.frozen]); take_steps([model.weight], opt, 2)
     full = opt.get_fp32_model_state_dict(model)
-    assert {k: v.dtype for k, v in full.items() if k != "_extra_state"} == dict(weight=FP32, frozen=FP32, turn=torch.complex64, mean=FP32, seen=torch.int64, mask=torch.bool)
+    assert {k: v.dtype for k, v in full.items() if k != "_extra_state"} == dict(
+        weight=FP32, frozen=FP32, turn=torch.complex64, mean=FP32, seen=torch.int64, mask=torch.bool)
     other = Odd(); other.note = "second"; again = FlashAdamW([other.weight, other.frozen])
-    floats = {k: v.double() if isinstance(v, torch.Tensor) and not v.is_complex() else v for k, v in full.items()}  # as the public package writes integers, too
+    # as the public package writes integers, too
+    floats = {k: v.double() if isinstance(v, torch.Tensor) and not v.is_complex() else v for k, v in full.items()}
     again.set_fp32_model_state_dict(other, floats)
-    assert other.note == "first" and all(torch.equal(t, full[k]) for k, t in again.get_fp32_model_state_dict(other).items() if k != "_extra_state")
+    assert other.note == "first" and all(
+        torch.equal(t, full[k]) for k, t in again.get_fp32_model_state_dict(other).items() if k != "_extra_state")
     shared = [again.state[p]["step"].data_ptr() for p in (other.weight, other.frozen)]
     assert shared[0] == shared[1]  # one launch steps them both
-    assert all(t.data_ptr() not in {x.data_ptr() for x in other.state_dict().values() if isinstance(x, torch.Tensor)} for k, t in full.items() if k != "_extra_state")
+    assert all(t.data_ptr() not in {x.data_ptr() for x in other.state_dict().values() if isinstance(x, torch.Tensor)}
+               for k, t in full.items() if k != "_extra_state")
 
 
-@pytest.mark.parametrize("change,says", [
-    (dict(weight=torch.full((5, 4), 1e5)), "20 values"), (dict(weight=torch.full((5, 4), 1e300, dtype=torch.float64)), "20 values"), (dict(mean=torch.full((4,), -7e4)), "4 values"), (dict(frozen=torch.full((4,), 7e4)), "4 values"),
-    (dict(weight=torch.randn(5, 4, dtype=torch.complex64)), "imaginary"), (dict(seen=torch.tensor(3.5)), "1 values"), (dict(mask=torch.tensor([2, 0])), "1 values"), (dict(weight=torch.zeros(5, 4, device="meta")), "dense"),
-    (dict(weight=torch.zeros(5, 4).to_sparse()), "dense"), (dict(weight=[[0.0] * 4] * 5), "differ"), (dict(weight=torch.zeros(4, 5)), "differ"), (dict(more=torch.zeros(1)), "differ"), (dict(weight=None), "differ")])
+@pytest.mark.parametrize(
+    "change,says", [
+        (dict(weight=torch.full((5, 4), 1e5)), "20 values"),
+        (dict(weight=torch.full((5, 4), 1e300, dtype=torch.float64)), "20 values"),
+        (dict(mean=torch.full((4,), -7e4)), "4 values"), (dict(frozen=torch.full((4,), 7e4)), "4 values"),
+        (dict(weight=torch.randn(5, 4, dtype=torch.complex64)), "imaginary"),
+        (dict(seen=torch.tensor(3.5)), "1 values"), (dict(mask=torch.tensor([2, 0])), "1 values"),
+        (dict(weight=torch.zeros(5, 4, device="meta")), "dense"),
+        (dict(weight=torch.zeros(5, 4).to_sparse()), "dense"), (dict(weight=[[0.0] * 4] * 5), "differ"),
+        (dict(weight=torch.zeros(4, 5)), "differ"), (dict(more=torch.zeros(1)), "differ"),
+        (dict(weight=None), "differ")])
 def test_fp32_weights_that_the_model_cannot_hold_change_nothing(change, says):
     model = Odd(FP16); opt = FlashAdamW([model.weight, model.frozen]); take_steps([model.weight], opt, 2)
     before, states = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict())
     full = opt.get_fp32_model_state_dict(model)
-    given = {k: torch.ones_like(t) if isinstance(t, torch.Tensor) else dict(note="other") for k, t in full.items()} | change
+    given = ({k: torch.ones_like(t) if isinstance(t, torch.Tensor) else dict(note="other") for k, t in full.items()}
+             | change)
     with pytest.raises(StateError, match=says): opt.set_fp32_model_state_dict(model, given)
     with pytest.raises(StateError, match="a int in place"): opt.set_fp32_model_state_dict(model, 3)
-    assert model.note == "first" and all(torch.equal(t, before[k]) for k, t in model.state_dict().items() if k != "_extra_state")
-    assert all(torch.equal(t, states["state"][0][k]) for k, t in opt.state_dict()["state"][0].items()) and len(opt.state) == 1
+    assert (model.note == "first"
+            and all(torch.equal(t, before[k]) for k, t in model.state_dict().items() if k != "_extra_state"))
+    assert (all(torch.equal(t, states["state"][0][k]) for k, t in opt.state_dict()["state"][0].items())
+            and len(opt.state) == 1)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 def test_what_is_not_finite_stays_what_it_is(dtype):
     model = nn.Linear(3, 1, bias=False, dtype=dtype); opt = FlashAdamW(model.parameters())
     opt.set_fp32_model_state_dict(model, {"weight": torch.tensor([[torch.nan, -torch.inf, 0.1]])})
-    for found in (model.weight.detach(), opt.get_fp32_model_state_dict(model)["weight"]): assert found[0, 0].isnan() and found[0, 1] == -torch.inf
+    for found in (model.weight.detach(), opt.get_fp32_model_state_dict(model)["weight"]):
+        assert found[0, 0].isnan() and found[0, 1] == -torch.inf
     assert (opt.get_fp32_model_state_dict(model)["weight"][0, 2] - 0.1).abs() < 1e-4
 
 
@@ -547,17 +607,22 @@ def test_masters_of_a_weight_of_another_shape_are_refused():
     model[1].bias.data = torch.zeros(2, 3, dtype=BF16)
     with pytest.raises(StateError, match="1.bias is"): opt.get_fp32_model_state_dict(model)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(StateError, match="1.bias is"): opt.set_fp32_model_state_dict(model, {k: t.float() + 1 for k, t in before.items()})
-    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items()) and torch.equal(opt.state[model[0].bias]["error_bits"], opt.state_dict()["state"][1]["error_bits"])
+    with pytest.raises(StateError, match="1.bias is"):
+        opt.set_fp32_model_state_dict(model, {k: t.float() + 1 for k, t in before.items()})
+    assert (all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+            and torch.equal(opt.state[model[0].bias]["error_bits"], opt.state_dict()["state"][1]["error_bits"]))
 
 
 def test_a_second_optimizer_asks_for_itself():
     model = net(); first, second = FlashAdamW(model[0].parameters()), FlashLion(model[1].parameters(), lr=1e-4)
     for opt in first, second: take_steps([p for g in opt.param_groups for p in g["params"]], opt, 2)
-    full = first.get_fp32_model_state_dict(model) | {k: t for k, t in second.get_fp32_model_state_dict(model).items() if k.startswith("1.")}
+    full = (first.get_fp32_model_state_dict(model)
+            | {k: t for k, t in second.get_fp32_model_state_dict(model).items() if k.startswith("1.")})
     other = net(seed=4); again = FlashAdamW(other[0].parameters()), FlashLion(other[1].parameters())
     for opt in again: opt.set_fp32_model_state_dict(other, full)
-    for opt, part in zip(again, "01"): assert all(torch.equal(t, full[k]) for k, t in opt.get_fp32_model_state_dict(other).items() if k.startswith(part))
+    for opt, part in zip(again, "01"):
+        assert all(
+            torch.equal(t, full[k]) for k, t in opt.get_fp32_model_state_dict(other).items() if k.startswith(part))
 
 
 @pytest.mark.parametrize("steps", [0, 1])
@@ -569,7 +634,8 @@ def test_what_the_cast_cast_error_bits_is_saved_before_the_first_step(bits, step
 
     (whole, opt), (half, before), (again, resumed) = make(0), make(0), make(1)
     for p, q in zip(whole.parameters(), half.parameters()): p.requires_grad_(p.ndim > 1); q.requires_grad_(q.ndim > 1)
-    take_steps([p for p in whole.parameters() if p.ndim > 1], opt, 3); take_steps([p for p in half.parameters() if p.ndim > 1], before, steps)
+    take_steps([p for p in whole.parameters() if p.ndim > 1], opt, 3)
+    take_steps([p for p in half.parameters() if p.ndim > 1], before, steps)
     torch.save((half.state_dict(), before.state_dict()), tmp_path / "kept")
     weights, states = torch.load(tmp_path / "kept", weights_only=True)
     again.load_state_dict(weights); resumed.load_state_dict(states)
@@ -584,15 +650,19 @@ def test_weights_changed_from_outside_begin_anew_without_their_corrections():
     model.load_state_dict({k: t.to(BF16) for k, t in fp32.items()})
     off = opt.get_fp32_model_state_dict(model)
     for name, p in model.named_parameters():
-        assert 0 < (off[name] - p).abs().max() and ((off[name] - p).abs() <= 2.0**-8 * p.abs()).all(), name  # half a spacing
+        # half a spacing
+        assert 0 < (off[name] - p).abs().max() and ((off[name] - p).abs() <= 2.0**-8 * p.abs()).all(), name
     for state in opt.state.values(): state.pop("error_bits", None)
-    for name, t in opt.get_fp32_model_state_dict(model).items(): assert torch.equal(t, model.state_dict()[name].float()), name
+    for name, t in opt.get_fp32_model_state_dict(model).items():
+        assert torch.equal(t, model.state_dict()[name].float()), name
     twin = copy.deepcopy((model, opt))
     opt.set_fp32_model_state_dict(model, fp32)
-    for name, t in opt.get_fp32_model_state_dict(model).items(): torch.testing.assert_close(t, fp32[name], rtol=2.0**-16, atol=0)
+    for name, t in opt.get_fp32_model_state_dict(model).items():
+        torch.testing.assert_close(t, fp32[name], rtol=2.0**-16, atol=0)
     model, opt = twin
     take_steps(list(model.parameters()), opt, 1)
-    assert [s["step"].item() for s in opt.state.values()] == [n + 1 for n in steps] and all("error_bits" in s for s in opt.state.values())
+    assert ([s["step"].item() for s in opt.state.values()] == [n + 1 for n in steps]
+            and all("error_bits" in s for s in opt.state.values()))
 
 
 def named(order, **options):
@@ -603,9 +673,11 @@ def named(order, **options):
 def test_named_parameters_in_another_order_are_refused():
     opt = named(False)
     take_steps([p for g in opt.param_groups for p in g["params"]], opt, 1)
-    with pytest.raises(StateError, match="0.bias is parameter 0 of the state dict and 3 of the optimizer"): named(True).load_state_dict(opt.state_dict())
+    with pytest.raises(StateError, match="0.bias is parameter 0 of the state dict and 3 of the optimizer"):
+        named(True).load_state_dict(opt.state_dict())
     named(False).load_state_dict(opt.state_dict())
-    for change in lambda g: g.pop("param_names"), lambda g: g.update(param_names=[f"module.{n}" for n in g["param_names"]]):
+    for change in (lambda g: g.pop("param_names"),
+                   lambda g: g.update(param_names=[f"module.{n}" for n in g["param_names"]])):
         saved = opt.state_dict(); change(saved["param_groups"][0])
         named(False).load_state_dict(saved)
     with pytest.raises(StateError): named(True).load_state_dict(opt.state_dict())
@@ -614,7 +686,8 @@ def test_named_parameters_in_another_order_are_refused():
 def test_a_state_that_was_only_looked_at_keeps_what_the_cast_cast_error_bits():
     model = nn.Linear(16, 16); exact = model.weight.detach().clone(); cast_model(model)
     opt = FlashAdamW(model.parameters()); assert not opt.state[model.weight]
-    assert (opt.get_fp32_model_state_dict(model)["weight"] - exact).abs().max() < 0.02 * (model.weight.float() - exact).abs().max()
+    assert (opt.get_fp32_model_state_dict(model)["weight"] - exact).abs().max() < 0.02 * (
+        model.weight.float() - exact).abs().max()
 
 
 def test_whole_and_sharded_weights(tmp_path):
@@ -626,8 +699,10 @@ def test_whole_and_sharded_weights(tmp_path):
         full = opt.get_fp32_model_state_dict(plain)
         split = net(seed=5)
         for layer in split:
-            for name, p in list(layer.named_parameters()): setattr(layer, name, nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])))
-        for given in full, {k: distribute_tensor(t, mesh, [Shard(0)]) for k, t in full.items()}, {k: distribute_tensor(t, mesh, [Replicate()]) for k, t in full.items()}:
+            for name, p in list(layer.named_parameters()):
+                setattr(layer, name, nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])))
+        for given in (full, {k: distribute_tensor(t, mesh, [Shard(0)]) for k, t in full.items()},
+                      {k: distribute_tensor(t, mesh, [Replicate()]) for k, t in full.items()}):
             again = FlashAdamW(split.parameters())
             again.set_fp32_model_state_dict(split, given)
             found = again.get_fp32_model_state_dict(split)
@@ -636,13 +711,15 @@ def test_whole_and_sharded_weights(tmp_path):
         whole.set_fp32_model_state_dict(other, found)
         assert all(torch.equal(t, full[k]) for k, t in whole.get_fp32_model_state_dict(other).items())
         public = FlashAdamW(split.parameters()); public.load_state_dict(again.public_state_dict())
-        assert all(torch.equal(public.state[p]["error_bits"].to_local(), again.state[p]["error_bits"].to_local()) for p in split.parameters())
+        assert all(torch.equal(public.state[p]["error_bits"].to_local(), again.state[p]["error_bits"].to_local())
+                   for p in split.parameters())
     finally: dist.destroy_process_group()
 
 
 def test_the_format_is_plain_data():
     _, opt = stepped(FlashAdamW, (BF16, FP16))
-    assert json.loads(json.dumps(opt.state_dict()["param_groups"]))[0]["state_format"] == "companded-24-bfloat16+float16"
+    assert (
+        json.loads(json.dumps(opt.state_dict()["param_groups"]))[0]["state_format"] == "companded-24-bfloat16+float16")
 
 
 def test_the_lr_that_decoupled_decay_refers_to_reaches_the_public_package():

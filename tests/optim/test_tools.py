@@ -33,10 +33,12 @@ def batches(times=1, dtype=torch.float32): return [(X[i:i + 4].to(dtype), Y[i:i 
 
 
 def assert_same(a, b):
-    for p, q in zip(a.parameters(), b.parameters()): torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-6, atol=1e-7)
+    for p, q in zip(a.parameters(), b.parameters()):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("precision, clip", [("32-true", None), ("32-true", 0.5), ("bf16-mixed", None), ("bf16-mixed", 0.5)])
+@pytest.mark.parametrize(
+    "precision, clip", [("32-true", None), ("32-true", 0.5), ("bf16-mixed", None), ("bf16-mixed", 0.5)])
 def test_lightning(tmp_path, precision, clip):
     lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
 
@@ -50,9 +52,12 @@ def test_lightning(tmp_path, precision, clip):
             return [opt], [torch.optim.lr_scheduler.ConstantLR(opt, factor=1.0)]
 
     ours, theirs = net(), net()
-    trainer = lightning.Trainer(max_epochs=2, accelerator="cpu", precision=precision, gradient_clip_val=clip, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)
+    trainer = lightning.Trainer(
+        max_epochs=2, accelerator="cpu", precision=precision, gradient_clip_val=clip, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)
     trainer.fit(Module(ours), torch.utils.data.DataLoader(batches(), batch_size=None))
-    assert_same(ours, plain(theirs, FlashAdamW(theirs.parameters(), **KW), batches(2), clip, autocast=precision == "bf16-mixed"))
+    assert_same(ours, plain(theirs, FlashAdamW(theirs.parameters(), **KW), batches(2), clip,
+                            autocast=precision == "bf16-mixed"))
     trainer.save_checkpoint(tmp_path / "kept.ckpt", weights_only=False)
     kept = torch.load(tmp_path / "kept.ckpt", weights_only=True)["optimizer_states"][0]
     again = FlashAdamW(ours.parameters(), **KW)
@@ -66,26 +71,32 @@ def test_accelerate(precision):
     accelerate.state.AcceleratorState._reset_state(True)
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision)
     ours, theirs = net(), net()
-    model, opt, schedule = accelerator.prepare(ours, opt := FlashAdamW(ours.parameters(), **KW), torch.optim.lr_scheduler.ConstantLR(opt, factor=1.0))
+    model, opt, schedule = accelerator.prepare(
+        ours, opt := FlashAdamW(ours.parameters(), **KW), torch.optim.lr_scheduler.ConstantLR(opt, factor=1.0))
     for x, y in batches():
         accelerator.backward(nn.functional.mse_loss(model(x), y))
         accelerator.clip_grad_norm_(model.parameters(), 0.5)
         opt.step(); schedule.step(); opt.zero_grad()
     accelerate.state.AcceleratorState._reset_state(True)
-    assert_same(ours, plain(theirs, FlashAdamW(theirs.parameters(), **KW), batches(), max_norm=0.5, autocast=precision == "bf16"))
+    assert_same(ours, plain(theirs, FlashAdamW(theirs.parameters(), **KW), batches(), max_norm=0.5,
+                            autocast=precision == "bf16"))
 
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_hugging_face_trainer(tmp_path, mixed):
-    transformers, _ = pytest.importorskip("transformers"), pytest.importorskip("accelerate", reason="Trainer needs accelerate")
-    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=97, n_positions=16, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    transformers, _ = (pytest.importorskip("transformers"),
+                       pytest.importorskip("accelerate", reason="Trainer needs accelerate"))
+    config = transformers.GPT2Config(
+        n_layer=2, n_head=2, n_embd=32, vocab_size=97, n_positions=16, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(config)
     if not mixed: cast_model(model)
     data = [dict(input_ids=t, labels=t) for t in torch.randint(97, (16, 16))]
-    how = dict(output_dir=str(tmp_path), per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1, learning_rate=1e-2, save_steps=4, seed=0, bf16=mixed, max_grad_norm=1.0)
+    how = dict(output_dir=str(tmp_path), per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True,
+               logging_steps=1, learning_rate=1e-2, save_steps=4, seed=0, bf16=mixed, max_grad_norm=1.0)
     def fit(model, steps, **resume):
-        trainer = transformers.Trainer(model, transformers.TrainingArguments(max_steps=steps, **how), train_dataset=data, optimizer_cls_and_kwargs=(FlashAdamW, KW))
+        trainer = transformers.Trainer(model, transformers.TrainingArguments(max_steps=steps, **how),
+                                       train_dataset=data, optimizer_cls_and_kwargs=(FlashAdamW, KW))
         trainer.train(**resume)
         return trainer
     twin = copy.deepcopy(model)
@@ -105,7 +116,8 @@ def test_grad_scaler(max_norm, half):
     if half in ("one layer", "added later"): theirs[2].half()
     if half == "all": ours.half()
     if half == "one layer": ours[2].half()
-    opt, reference = FlashAdamW(ours[0].parameters() if half == "added later" else ours.parameters(), quantize=False, max_norm=max_norm, **KW), FlashAdamW(theirs.parameters(), quantize=False, **KW)
+    opt, reference = (FlashAdamW(ours[0].parameters() if half == "added later" else ours.parameters(), quantize=False,
+                                 max_norm=max_norm, **KW), FlashAdamW(theirs.parameters(), quantize=False, **KW))
     if half == "added later": ours[2].half(); opt.add_param_group(dict(params=ours[2].parameters()))
     if half == "cast later": ours.half()
     assert opt._step_supports_amp_scaling == (half != "none")
@@ -118,10 +130,13 @@ def test_grad_scaler(max_norm, half):
     for n, (x, y) in enumerate(batches()):
         if n == 3: continue
         (nn.functional.mse_loss(forward(theirs, x), y) * 2.0**(6 if n < 3 else 5)).backward()
-        for p in theirs.parameters(): p.grad = p.grad.float() * 2.0**(-6 if n < 3 else -5) if p.dtype == torch.float32 else p.grad * 2.0**(-6 if n < 3 else -5)
+        for p in theirs.parameters():
+            p.grad = (p.grad.float() * 2.0**(-6 if n < 3 else -5) if p.dtype == torch.float32
+                      else p.grad * 2.0**(-6 if n < 3 else -5))
         if max_norm: nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
         reference.step(); reference.zero_grad()
-    close = dict(rtol=1e-5, atol=1e-6) if half == "none" else dict(rtol=1e-2, atol=2e-3)  # fp16 gradients round once more in the reference
+    # fp16 gradients round once more in the reference
+    close = dict(rtol=1e-5, atol=1e-6) if half == "none" else dict(rtol=1e-2, atol=2e-3)
     for p, q in zip(ours.parameters(), theirs.parameters()): torch.testing.assert_close(p.detach(), q.detach(), **close)
     assert scaler.get_scale() == 2.0**5 and int(opt.skipped_steps) == (half != "none")
 
@@ -129,7 +144,8 @@ def test_grad_scaler(max_norm, half):
 def test_a_scaler_unscales_what_is_to_be_clipped():
     "Autocast in fp16 over fp32 weights, with torch's own clipping in between, as trainers do it."
     ours, theirs = net(), net()
-    opt, reference, scaler = FlashAdamW(ours.parameters(), **KW), FlashAdamW(theirs.parameters(), **KW), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    opt, reference, scaler = (FlashAdamW(ours.parameters(), **KW), FlashAdamW(theirs.parameters(), **KW),
+                              torch.amp.GradScaler("cpu", init_scale=2.0**10))
     for x, y in batches():
         scaler.scale(nn.functional.mse_loss(ours(x), y)).backward()
         scaler.unscale_(opt)
@@ -143,8 +159,9 @@ def zero(model, **options):
     return ZeroRedundancyOptimizer(model.parameters(), FlashAdamW, **KW, **options)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(max_norm=1.0), dict(skip_nonfinite=None, max_norm=1.0), dict(quantize=False, fused=None), dict(master_weight_bits=32),
-                                     dict(decouple_lr=True, companded=False)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(max_norm=1.0), dict(skip_nonfinite=None, max_norm=1.0), dict(quantize=False, fused=None),
+                dict(master_weight_bits=32), dict(decouple_lr=True, companded=False)], ids=str)
 def test_zero_redundancy_optimizer(options, tmp_path):
     "Of one rank: it hands every option to the groups, deals states out and gathers them."
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -165,7 +182,8 @@ def test_zero_redundancy_optimizer(options, tmp_path):
 def test_options_in_a_group_that_are_not_the_optimizers():
     from flashoptim_nb.optim import OptionError
     p = nn.Parameter(torch.zeros(4))
-    for group, options in ((dict(quantize=True), dict(quantize=False)), (dict(max_norm=None), dict(max_norm=1.0)), (dict(max_norm=2.0), dict(max_norm=1.0)), (dict(skip_nonfinite=False), dict(max_norm=1.0)),
+    for group, options in ((dict(quantize=True), dict(quantize=False)), (dict(max_norm=None), dict(max_norm=1.0)),
+                           (dict(max_norm=2.0), dict(max_norm=1.0)), (dict(skip_nonfinite=False), dict(max_norm=1.0)),
                            (dict(compress_state_dict=False), dict(compress_state_dict=False))):
         with pytest.raises(OptionError, match=next(iter(group))): FlashAdamW([dict(params=[p], **group)], **options)
     FlashAdamW([dict(params=[p], max_norm=1.0, skip_nonfinite=None)], max_norm=1.0)
@@ -186,14 +204,19 @@ SCHEDULES = torch.optim.lr_scheduler
 
 
 @pytest.mark.parametrize("make", [cls for cls in CLASSES if cls.decoupled], ids=lambda make: make.__name__)
-@pytest.mark.parametrize("schedule", [lambda o: SCHEDULES.ConstantLR(o, 1.0), lambda o: SCHEDULES.LinearLR(o, 0.1, 1.0, 20), lambda o: SCHEDULES.LambdaLR(o, lambda n: min(n / 20, 1.0)),
-                                      lambda o: SCHEDULES.OneCycleLR(o, max_lr=1e-2, total_steps=60, cycle_momentum=False), lambda o: SCHEDULES.CyclicLR(o, 1e-4, 1e-2, 20, cycle_momentum=False)],
+@pytest.mark.parametrize("schedule",
+                         [lambda o: SCHEDULES.ConstantLR(o, 1.0), lambda o: SCHEDULES.LinearLR(o, 0.1, 1.0, 20),
+                          lambda o: SCHEDULES.LambdaLR(o, lambda n: min(n / 20, 1.0)),
+                          lambda o: SCHEDULES.OneCycleLR(o, max_lr=1e-2, total_steps=60, cycle_momentum=False),
+                          lambda o: SCHEDULES.CyclicLR(o, 1e-4, 1e-2, 20, cycle_momentum=False)],
                          ids=["constant", "warm-up", "from zero", "one cycle", "cyclic"])
 @pytest.mark.parametrize("tensor", [False, True])
 def test_decoupled_decay_under_schedulers(make, schedule, tensor):
-    "Weights shrink by weight_decay where the lr is the constructor's, and in proportion elsewhere, whatever a scheduler writes into the groups, before and after a checkpoint."
+    """Weights shrink by weight_decay where the lr is the constructor's, and in proportion elsewhere,
+    whatever a scheduler writes into the groups, before and after a checkpoint."""
     decay, p = 1e-3, nn.Parameter(torch.ones(32))
-    new = lambda: make([p], lr=torch.tensor(1e-2) if tensor else 1e-2, weight_decay=decay, decouple_lr=True, quantize=False)
+    new = lambda: make(
+        [p], lr=torch.tensor(1e-2) if tensor else 1e-2, weight_decay=decay, decouple_lr=True, quantize=False)
     opt = new()
     scheduler = schedule(opt)
     for n in range(50):
@@ -221,7 +244,9 @@ def test_decoupled_decay_of_older_states_and_later_groups():
     SCHEDULES.OneCycleLR(torchs, max_lr=1e-2, total_steps=10)
     (fresh := new()).load_state_dict(torchs.state_dict())
     assert fresh.param_groups[0]["reference_lr"] == 1e-2  # and not the lr at which torch's schedule began
-    pickled = copy.deepcopy(new()); pickled.param_groups[0].pop("reference_lr"); pickled.param_groups[0]["initial_lr"] = 2e-2
+    pickled = copy.deepcopy(new())
+    pickled.param_groups[0].pop("reference_lr")
+    pickled.param_groups[0]["initial_lr"] = 2e-2
     assert pickled._decays(pickled.param_groups[0])["weight_decay"] == pytest.approx(1e-3 / 2e-2)
     with pytest.raises(OptionError, match="lr=0"): new(lr=0.0)
     FlashAdamW([nn.Parameter(torch.ones(4))], lr=0.0, weight_decay=0.0, decouple_lr=True)
@@ -242,4 +267,6 @@ def test_a_compiled_step(make):
 
     for x, y in batches(): step(x, y)
     plain(theirs, make(theirs.parameters(), **KW), batches())
-    for p, q in zip(ours.parameters(), theirs.parameters()): torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-3, atol=1e-3)  # compiled gradients round elsewhere
+    # compiled gradients round elsewhere
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-3, atol=1e-3)

@@ -31,8 +31,14 @@ enable_gradient_release(model, handle)  # wrong
 def test_a_type_checker_reads_the_public_optimizers(tmp_path):
     (tmp_path / "user.py").write_text(SCRIPT)
     # torch's own annotations would take a minute to read; what is asked here are ours
-    (tmp_path / "mypy.ini").write_text("[mypy]\nfollow_imports = silent\n[mypy-torch.*,triton.*,numpy.*]\nfollow_imports = skip\nfollow_imports_for_stubs = True\n")
-    done = subprocess.run([sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "user.py"], cwd=tmp_path, capture_output=True, text=True,
-                          env={"MYPYPATH": str(Path(flashoptim_nb.__file__).parents[1]), "PATH": ""})
+    (tmp_path / "mypy.ini").write_text("[mypy]\n"
+                                       "follow_imports = silent\n"
+                                       "[mypy-torch.*,triton.*,numpy.*]\n"
+                                       "follow_imports = skip\n"
+                                       "follow_imports_for_stubs = True\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "user.py"], cwd=tmp_path, capture_output=True,
+        text=True, env={"MYPYPATH": str(Path(flashoptim_nb.__file__).parents[1]), "PATH": ""})
     found = {int(line.split(":")[1]) for line in done.stdout.splitlines() if ": error:" in line}
-    assert found == {n for n, line in enumerate(SCRIPT.splitlines(), 1) if line.endswith("# wrong")}, done.stdout + done.stderr
+    assert (found == {n for n, line in enumerate(SCRIPT.splitlines(), 1)
+                      if line.endswith("# wrong")}), done.stdout + done.stderr

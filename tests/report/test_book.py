@@ -15,7 +15,8 @@ from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.base.machine import repo_root
 from flashoptim_nb.base.records import RunWriter, only_writer
 from flashoptim_nb.study.h1.criteria import CHECKPOINTS, CRITERIA
-from flashoptim_nb.report.book import BookError, book_toc, build_book, check_site, is_chapter, notebook_paths, run_scales
+from flashoptim_nb.report.book import (BookError, book_toc, build_book, check_site, is_chapter, notebook_paths,
+                                       run_scales)
 from flashoptim_nb.report.notebooks import Job, execute_all, split_directives
 from flashoptim_nb.report.readme import ROLES, render_readme, top_level
 
@@ -34,13 +35,19 @@ provenance_note(load_runs()) + table([{"id": "H1-S1"}], [dict(criterion="H1-S1",
 def notebook(path: Path, *cells: str):
     "Writes a notebook; a cell that starts with '# ' or '> ' is Markdown."
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = [dict(cell_type="markdown" if text.startswith(("# ", "> ")) else "code", id=f"c{n}", metadata={}, source=text,
-                 **({} if text.startswith(("# ", "> ")) else dict(outputs=[], execution_count=None))) for n, text in enumerate(cells)]
-    path.write_text(json.dumps(dict(cells=made, metadata=dict(kernelspec=dict(display_name="python3", language="python", name="python3")), nbformat=4, nbformat_minor=5)))
+    made = [dict(cell_type="markdown" if text.startswith(("# ", "> ")) else "code", id=f"c{n}", metadata={},
+                 source=text, **({} if text.startswith(("# ", "> ")) else dict(outputs=[], execution_count=None)))
+            for n, text in enumerate(cells)]
+    path.write_text(
+        json.dumps(
+            dict(cells=made, metadata=dict(kernelspec=dict(display_name="python3", language="python", name="python3")),
+                 nbformat=4, nbformat_minor=5)))
 
 
 def record(folder: Path, study: str, run: str, **fields):
-    RunWriter(folder / study / run, records_factory.header(run, scale="laptop", study=study, device="a CPU", started="2026-11-22T10:00:00+00:00") | fields).end("finished")
+    RunWriter(folder / study / run, records_factory.header(
+                  run, scale="laptop", study=study, device="a CPU", started="2026-11-22T10:00:00+00:00") | fields).end(
+        "finished")
 
 
 def small_book(folder: Path, status="no evidence at this scale") -> tuple[Path, Path]:
@@ -49,9 +56,11 @@ def small_book(folder: Path, status="no evidence at this scale") -> tuple[Path, 
     shutil.copytree(REPO / "nbs" / "_static", nbs / "_static")
     shutil.copy(REPO / "nbs" / "_config.yml", nbs)
     notebook(nbs / "index.ipynb", "# Front", "#| echo: false\nprint('shown without its code')")
-    notebook(nbs / "h1" / "01_cost.ipynb", "# Cost $x^2$\n\n[a link](../base/00_lib.ipynb)", HONEST.replace("STATUS", status), CHART)
-    notebook(nbs / "base" / "00_lib.ipynb", "# Lib", "#| default_exp base.lib", "#| export\ndef shown_code(): return 6 * 7", "#| hide\nprint('never seen')",
-             "shown_code()", "#| cuda\nprint('on the GPU')", "import os\nos.listdir(os.environ['FLASHOPTIM_RECORDS'])")
+    notebook(nbs / "h1" / "01_cost.ipynb", "# Cost $x^2$\n\n[a link](../base/00_lib.ipynb)",
+             HONEST.replace("STATUS", status), CHART)
+    notebook(nbs / "base" / "00_lib.ipynb", "# Lib", "#| default_exp base.lib",
+             "#| export\ndef shown_code(): return 6 * 7", "#| hide\nprint('never seen')", "shown_code()",
+             "#| cuda\nprint('on the GPU')", "import os\nos.listdir(os.environ['FLASHOPTIM_RECORDS'])")
     record(records, "h1-laptop", "lap")
     return nbs, records
 
@@ -66,25 +75,32 @@ def built(tmp_path_factory):
 def text_of(site, page): return (site / f"{page}.html").read_text()
 
 
-def code_of(path): return ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+def code_of(path):
+    return ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
 
 
 def test_each_criterion_and_checkpoint_has_a_chapter():
-    text = "\n".join(source for path in sorted((REPO / "nbs" / "h1").glob("*.ipynb")) if "verdict" not in path.name for source in code_of(path))
+    text = "\n".join(source for path in sorted((REPO / "nbs" / "h1").glob("*.ipynb")) if "verdict" not in path.name
+                     for source in code_of(path))
     absent = [id for id in [*CRITERIA, *CHECKPOINTS] if f'"{id}"' not in text]
     assert not absent, f"no chapter shows {absent}"
 
 
 def test_a_question_has_one_number_in_both_hypotheses():
-    h1, h2 = (dict(reversed(path.stem.split("_", 1)) for path in (REPO / "nbs" / folder).glob("*.ipynb")) for folder in ("h1", "h2"))
-    assert all(number.isdigit() for number in [*h1.values(), *h2.values()]), "a section is a section of its chapter, not a page with a letter"
+    h1, h2 = (dict(reversed(path.stem.split("_", 1)) for path in (REPO / "nbs" / folder).glob("*.ipynb"))
+              for folder in ("h1", "h2"))
+    assert all(
+        number.isdigit()
+        for number in [*h1.values(), *h2.values()]), "a section is a section of its chapter, not a page with a letter"
     assert {name: h1[name] for name in h1.keys() & h2} == {name: h2[name] for name in h1.keys() & h2}
-    assert not {h1[name] for name in h1.keys() - h2} & set(h2.values()) and not {h2[name] for name in h2.keys() - h1} & set(h1.values())
+    assert (not {h1[name] for name in h1.keys() - h2} & set(h2.values())
+            and not {h2[name] for name in h2.keys() - h1} & set(h1.values()))
 
 
 def test_chapters_export_nothing():
     for path in (REPO / "nbs" / "h1").glob("*.ipynb"):
-        assert not any({"export", "exporti", "default_exp"} & set(split_directives(source)[0]) for source in code_of(path)), path.name
+        assert not any({"export", "exporti", "default_exp"} & set(split_directives(source)[0])
+                       for source in code_of(path)), path.name
 
 
 MATH = re.compile(r"(?<!\\)(\$\$?)(?!\$)(.+?)(?<!\\)\1", re.S)  # as MyST finds it, blanks and digits allowed
@@ -94,7 +110,8 @@ WORD = re.compile(r"(?<![\\A-Za-z])[a-z]{4,}")
 def words_in_math(markdown):
     "Words within dollar signs that are neither commands nor marked as text: prices, taken for formulas."
     prose = re.sub(r"```.*?```|`[^`]*`", "", markdown, flags=re.S)
-    spans = [re.sub(r"\\(?:text|mathrm|operatorname|begin|end)\{[^}]*\}", "", span[2]) for part in prose.split("\n\n") for span in MATH.finditer(part)]
+    spans = [re.sub(r"\\(?:text|mathrm|operatorname|begin|end)\{[^}]*\}", "", span[2]) for part in prose.split("\n\n")
+             for span in MATH.finditer(part)]
     return [word for span in spans for word in WORD.findall(span)]
 
 
@@ -108,7 +125,8 @@ def test_no_price_is_taken_for_a_formula():
 
 
 def test_contents_file_is_in_sync():
-    assert yaml.safe_load((REPO / "nbs" / "_toc.yml").read_text()) == book_toc(REPO / "nbs"), "rewrite it: report.book.write_toc()"
+    assert yaml.safe_load((REPO / "nbs" / "_toc.yml").read_text()) == book_toc(REPO / "nbs"), (
+        "rewrite it: report.book.write_toc()")
 
 
 def test_readme_is_in_sync():
@@ -124,8 +142,10 @@ def test_the_readme_is_read_in_two_screens():
 
 def test_links_between_notebooks_lead_somewhere():
     for path in (REPO / "nbs").rglob("*.ipynb"):
-        prose = "".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown")
-        dead = [link for link in re.findall(r"\]\((?!https?:)([^)#\s]+\.ipynb)", prose) if not (path.parent / link).exists()]
+        prose = "".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"]
+                        if cell["cell_type"] == "markdown")
+        dead = [link for link in re.findall(r"\]\((?!https?:)([^)#\s]+\.ipynb)", prose)
+                if not (path.parent / link).exists()]
         assert not dead, f"{path.relative_to(REPO)} links to {dead}"
 
 
@@ -141,7 +161,8 @@ def test_pages_are_dressed(built):
     assert "flashoptim_nb.base.lib" in library
     assert ("needs a CUDA GPU" in library) is not torch.cuda.is_available()
     assert "shown without its code" in front and "highlight-ipython" not in front
-    assert 'class="chart" data-chart-scales="laptop"' in chapter and "Scale laptop: 1 run, 2026-11-22, on a CPU" in chapter
+    assert ('class="chart" data-chart-scales="laptop"' in chapter
+            and "Scale laptop: 1 run, 2026-11-22, on a CPU" in chapter)
     assert "href=\"../base/00_lib.html\"" in chapter
 
 
@@ -151,21 +172,24 @@ def test_library_pages_see_no_records(built):
 
 def test_the_site_is_whole_and_offline(built):
     folder, nbs, records, site = built
-    assert check_site(site, {n.removesuffix(".ipynb"): is_chapter(n) for n in notebook_paths(nbs)}, run_scales([records])) == []
+    assert check_site(
+        site, {n.removesuffix(".ipynb"): is_chapter(n) for n in notebook_paths(nbs)}, run_scales([records])) == []
     assert "shown_code" in (site / "searchindex.js").read_text() or "cost" in (site / "searchindex.js").read_text()
     for needed in ("_static/vega.js", "_static/charts.js", "_static/mathjax/tex-chtml.js", "search.html"):
         assert (site / needed).is_file(), needed
 
 
-@pytest.mark.parametrize("old, new, said", [
-    ('data-status="no evidence at this scale"', 'data-status="met"', "laptop rows are no evidence"),
-    ('data-status="no evidence at this scale" data-runs="h1-laptop/lap"', 'data-scale="gpu" data-status="inconclusive" data-runs="h1-laptop/lap"', "laptop rows are no evidence"),
-    ('data-provenance="laptop"', 'data-nothing="laptop"', "without"),
-    ('data-provenance="laptop"', 'data-provenance="gpu"', "without their provenance note"),
-    ('data-runs="h1-laptop/lap"', 'data-runs="invented"', "in no record"),
-    ('data-chart-scales="laptop"', "", "state no scale"),
-    ('src="../_static/charts.js', 'src="https://cdn.example/charts.js', "loads https://cdn.example"),
-])
+@pytest.mark.parametrize(
+    "old, new, said", [
+        ('data-status="no evidence at this scale"', 'data-status="met"', "laptop rows are no evidence"),
+        ('data-status="no evidence at this scale" data-runs="h1-laptop/lap"',
+         'data-scale="gpu" data-status="inconclusive" data-runs="h1-laptop/lap"', "laptop rows are no evidence"),
+        ('data-provenance="laptop"', 'data-nothing="laptop"', "without"),
+        ('data-provenance="laptop"', 'data-provenance="gpu"', "without their provenance note"),
+        ('data-runs="h1-laptop/lap"', 'data-runs="invented"', "in no record"),
+        ('data-chart-scales="laptop"', "", "state no scale"),
+        ('src="../_static/charts.js', 'src="https://cdn.example/charts.js', "loads https://cdn.example"),
+    ])
 def test_a_doctored_page_is_refused(built, tmp_path, old, new, said):
     folder, nbs, records, site = built
     doctored = tmp_path / "site"
@@ -193,7 +217,8 @@ def test_only_what_changed_runs_again(built):
     record(folder / "more", "h1-gpu", "g", scale="gpu")
     build_book(site, [records, folder / "more"], nbs=nbs)
     after = {p.name for p in cache.glob("*.json")}
-    assert len(before & after) == 1 and len(after) == 3, "the library page is kept, front page and chapter are made anew"
+    assert (len(before & after) == 1
+            and len(after) == 3), "the library page is kept, front page and chapter are made anew"
 
 
 def test_a_failing_cell_leaves_the_old_book(built, tmp_path):
@@ -205,7 +230,8 @@ def test_a_failing_cell_leaves_the_old_book(built, tmp_path):
     with pytest.raises(BookError, match=r"nbs/h1/01_cost.ipynb, cell 3 \(x / 0\): ZeroDivisionError"):
         build_book(site, [records], nbs=bad)
     assert text_of(site, "h1/01_cost") == before
-    assert not [p for p in site.parent.iterdir() if p.name.startswith(".") and p.name != ".book-cache"], "nothing is left behind"
+    assert not [p for p in site.parent.iterdir()
+                if p.name.startswith(".") and p.name != ".book-cache"], "nothing is left behind"
 
 
 BUILD = """
@@ -225,7 +251,8 @@ def test_a_killed_build_leaves_the_old_book_and_nothing_for_ever(tmp_path):
     from flashoptim_nb.report.book import _aside
     out, cache = tmp_path / "site", tmp_path / ".book-cache"
     out.mkdir(), (out / "page").write_text("old")
-    process = subprocess.Popen([sys.executable, "-c", BUILD, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUILD, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     process.stdout.readline()
     with pytest.raises(UserError, match="is being written by another run"), _aside(out, cache): pass
     assert len([*tmp_path.rglob("half of a page")]) == 1, "what a living build needs stays"
@@ -242,7 +269,8 @@ def test_a_book_that_was_about_to_be_replaced_comes_back(built, tmp_path):
     shutil.copytree(nbs, bad)
     notebook(bad / "h1" / "01_cost.ipynb", "# Cost", "1 / 0")
     with pytest.raises(BookError, match="ZeroDivisionError"): build_book(tmp_path / "site", [records], nbs=bad)
-    assert text_of(tmp_path / "site", "h1/01_cost") == text_of(site, "h1/01_cost") and not (tmp_path / ".site-unfinished").exists()
+    assert (text_of(tmp_path / "site", "h1/01_cost") == text_of(site, "h1/01_cost")
+            and not (tmp_path / ".site-unfinished").exists())
 
 
 def test_two_builds_do_not_share_a_place(built, tmp_path):
@@ -278,7 +306,8 @@ def test_a_foreign_folder_is_not_replaced(tmp_path):
 def test_a_process_that_dies_is_told(tmp_path):
     for name, source in dict(good="import os; os.environ['WHO']", dead="import os; os._exit(3)").items():
         notebook(tmp_path / f"{name}.ipynb", source)
-    failed = execute_all([Job(name, tmp_path / f"{name}.ipynb", tmp_path / f"{name}.out", {"WHO": "me"}) for name in ("good", "dead")])
+    failed = execute_all(
+        [Job(name, tmp_path / f"{name}.ipynb", tmp_path / f"{name}.out", {"WHO": "me"}) for name in ("good", "dead")])
     assert len(failed) == 1 and failed[0].startswith("dead: its process ended with exit code 3")
     assert "'me'" in (tmp_path / "good.out").read_text()
 
@@ -287,9 +316,11 @@ def test_charts_are_drawn_from_the_file_system(built, tmp_path):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not browser:
         pytest.skip("needs chromium")
-    quiet = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
-    done = subprocess.run([browser, "--headless", "--no-sandbox", *quiet, f"--user-data-dir={tmp_path}", "--virtual-time-budget=20000", "--dump-dom",
-                           (built[-1] / "h1" / "01_cost.html").as_uri()], capture_output=True, text=True, timeout=120)
+    quiet = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             "--no-first-run"]
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", *quiet, f"--user-data-dir={tmp_path}", "--virtual-time-budget=20000",
+         "--dump-dom", (built[-1] / "h1" / "01_cost.html").as_uri()], capture_output=True, text=True, timeout=120)
     drawn = done.stdout.split('class="drawing', 1)[1].split("<script", 1)[0]
     assert "<svg" in drawn and "Training loss" in drawn
     assert "mjx-container" in done.stdout, "the formula is typeset"

@@ -34,7 +34,8 @@ def test_success_is_possible_and_typical_values_are_one(found):
 
 def test_what_success_excludes_and_what_it_does_not(found):
     kinds = {c.id: found[f"success with {c.id}"].kind for c in H1.criteria if c.kind != "success"}
-    assert {id for id, kind in kinds.items() if kind == "overlap"} == {"H1-F2", "H1-F4", "H1-F7", "H1-F8", "H1-D2", "H1-D3", "H1-D6"}
+    assert {id for id, kind in kinds.items() if kind == "overlap"} == {
+        "H1-F2", "H1-F4", "H1-F7", "H1-F8", "H1-D2", "H1-D3", "H1-D6"}
     assert set(kinds.values()) == {"overlap", "excluded"} and len(kinds) == 15
 
 
@@ -47,12 +48,14 @@ def test_witnesses_of_overlap(found, id):
 
 def test_the_threshold_at_13b_never_binds(found):
     assert "12 %" in found["H1-S1: cost_saving[13B]"].claim
-    assert [finding.id for finding in found.values() if finding.kind == "never binds"] == ["H1-S1: cost_saving[13B]", "H1-S4 alone"]
+    assert [finding.id for finding in found.values() if finding.kind == "never binds"] == [
+        "H1-S1: cost_saving[13B]", "H1-S4 alone"]
 
 
 def test_throughput_fails_alone_only_where_steps_are_saved(found):
     finding = found["H1-S4 alone"]
-    assert "assumption" in finding.claim and min(v for k, v in finding.witness.items() if k.startswith("steps_ratio")) < 1
+    assert ("assumption" in finding.claim
+            and min(v for k, v in finding.witness.items() if k.startswith("steps_ratio")) < 1)
     look = typical_but(finding.witness)
     assert judge(CRITERIA["H1-S4"].formula, look).status == "not met"
     assert judge(All(*(CRITERIA[f"H1-S{n}"].formula for n in (1, 2, 3, 5, 6, 7))), look).status == "met"
@@ -60,8 +63,10 @@ def test_throughput_fails_alone_only_where_steps_are_saved(found):
 
 def test_a_fifth_less_cost_is_a_quarter_more_throughput():
     equal_steps = All(Q("steps_ratio", "1B") >= 1, Q("steps_ratio", "1B") <= 1)
-    assert H1_LOGIC.ask(equal_steps, Q("cost_saving", "1B") >= 0.20, Q("throughput_ratio", "1B") < 1.25).possible is False
-    assert H1_LOGIC.ask(equal_steps, Q("cost_saving", "1B") < 0.20, Q("throughput_ratio", "1B") >= 1.25).possible is False
+    assert (
+        H1_LOGIC.ask(equal_steps, Q("cost_saving", "1B") >= 0.20, Q("throughput_ratio", "1B") < 1.25).possible is False)
+    assert (
+        H1_LOGIC.ask(equal_steps, Q("cost_saving", "1B") < 0.20, Q("throughput_ratio", "1B") >= 1.25).possible is False)
 
 
 def test_the_zone_between_failure_and_success(found):
@@ -77,7 +82,8 @@ def test_zones_are_harmless(found):
     for finding in zones:
         look = typical_but(finding.witness)
         assert judge(CRITERIA[finding.id[:5]].formula, look).status == "not met", finding
-        assert not [c.id for c in H1.criteria if c.kind != "success" and judge(c.formula, look).status == "met"], finding
+        assert not [
+            c.id for c in H1.criteria if c.kind != "success" and judge(c.formula, look).status == "met"], finding
 
 
 def test_duplicates(found):
@@ -98,5 +104,6 @@ def test_running_out_of_time_is_no_proof(monkeypatch):
     import z3
     monkeypatch.setattr(z3.Solver, "check", lambda self, *a: z3.unknown)
     assert H1_LOGIC.ask(H1_LOGIC.successful).possible is None
-    assert all(not finding.proved and "not decided" in finding.claim for finding in consistency.can_succeed(H1_LOGIC) + consistency.overlaps(H1_LOGIC))
+    assert all(not finding.proved and "not decided" in finding.claim
+               for finding in consistency.can_succeed(H1_LOGIC) + consistency.overlaps(H1_LOGIC))
     assert consistency.never_binding(H1_LOGIC) == [] == consistency.implied(H1_LOGIC)

@@ -46,7 +46,8 @@ except Interrupted: sys.exit(130)
 """
 exec(COMMON)
 # What a clock says, what is derived from it and what names the moment: not what the promise is about.
-TIMED = {"seconds", "cold", "started", "command", "commit", "ms", "samples_per_s", "mean_samples_per_s", "settling", "steps"}
+TIMED = {
+    "seconds", "cold", "started", "command", "commit", "ms", "samples_per_s", "mean_samples_per_s", "settling", "steps"}
 
 
 TOY = domains()["toy"]  # noqa: F821 - of COMMON
@@ -70,7 +71,8 @@ def content(out):
 
 
 def start(out):
-    return subprocess.Popen([sys.executable, "-c", DRIVER, str(out)], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, "-c", DRIVER, str(out)], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -88,17 +90,21 @@ def test_records_hold_what_the_judge_reads(whole):
     assert {run.status for run in runs} == {"finished"}
     run = next(run for run in runs if run.id == "toy-train-flash-s1")
     assert run.header["hypothesis"] == "h2" and run.header["settings"]["parameters"] > 0
-    assert {(row["set"], row["precision"], row["ema"]) for row in run.of("eval")} == {("val", "own", True), *(("test", p, e) for p in ("own", "fp32") for e in (True, False))}
+    assert {(row["set"], row["precision"], row["ema"]) for row in run.of("eval")} == {
+        ("val", "own", True), *(("test", p, e) for p in ("own", "fp32") for e in (True, False))}
     assert [(row["instance"], row["method"]) for row in run.of("solution")] == [(0, "reinforce"), (1, "reinforce")]
-    assert all(row["curve"] == sorted(row["curve"]) and row["objective"] == pytest.approx(row["curve"][-1], abs=1e-5) for row in run.of("solution"))
+    assert all(row["curve"] == sorted(row["curve"]) and row["objective"] == pytest.approx(row["curve"][-1], abs=1e-5)
+               for row in run.of("solution"))
     epochs = run.of("epoch")
-    assert sum(row["samples"] for row in epochs) == sum(row["tokens"] for row in run.of("step")) and epochs[-1]["loss_scale"] == 1.0
+    assert (sum(row["samples"] for row in epochs) == sum(row["tokens"] for row in run.of("step"))
+            and epochs[-1]["loss_scale"] == 1.0)
     fp16 = next(run for run in runs if run.id == "toy-train-mixed_fp16-s0")
     assert fp16.of("epoch")[-1]["loss_scale"] == 65536.0 and not fp16.of("solution")
     speed = next(run for run in runs if run.id == "toy-speed-fp32-s0")
     assert {row["batch"] for kind in ("memory", "throughput") for row in speed.of(kind)} == {16}
     largest = next(run for run in runs if run.header["arm"] == "largest")
-    assert len(largest.of("search")) == 3 and largest.of("largest")[0]["peak"] <= largest.of("largest")[0]["budget"] == 1 << 20
+    assert (len(largest.of("search")) == 3
+            and largest.of("largest")[0]["peak"] <= largest.of("largest")[0]["budget"] == 1 << 20)
     journal = next(run for run in runs if run.id == "protocol")
     assert journal.of("cut") and journal.of("source")[0]["rows"]["train"] == 160
 
@@ -117,7 +123,8 @@ def test_killed_at_a_random_moment_it_goes_on_as_if_nothing_had_happened(number,
     time.sleep(random.random() / 3)
     if process.poll() is None: process.send_signal(number)
     process.communicate(timeout=120)
-    for run in read_study(tmp_path / "h2-laptop") if (tmp_path / "h2-laptop").exists() else (): assert run.status in ("unfinished", "finished")
+    for run in read_study(tmp_path / "h2-laptop") if (tmp_path / "h2-laptop").exists() else ():
+        assert run.status in ("unfinished", "finished")
     process = start(tmp_path)
     told, _ = process.communicate(timeout=300)
     assert process.returncode == 0, told
@@ -129,7 +136,8 @@ def test_killed_at_a_random_moment_it_goes_on_as_if_nothing_had_happened(number,
 def test_workers_make_the_same_training_runs(whole, tmp_path):
     scale = PRESET.replace(plans={"toy": PRESET.plans["toy"].replace(solve=None)})  # noqa: F821
     alone, together = tmp_path / "alone", tmp_path / "together"
-    assert study(alone, scale, experiments=["train"]).run() == 0 and study(together, scale, experiments=["train"], workers=2).run() == 0
+    assert (study(alone, scale, experiments=["train"]).run() == 0
+            and study(together, scale, experiments=["train"], workers=2).run() == 0)
     a, b = content(alone), content(together)
     assert a.keys() == b.keys() and len(a) == 7
     for name in a.keys() - {"protocol"}:
@@ -154,27 +162,32 @@ def test_what_breaks_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(SurrogateTask, "train_batch", broken)
     assert study(tmp_path, experiments=["train", "speed"]).run() == 1
     ended = {run.id: run.status for run in read_study(tmp_path / "h2-laptop")}
-    assert (ended["toy-train-flash-s0"], ended["toy-train-flash-s1"], ended["toy-speed-flash-s1"]) == ("failed", "oom", "oom")
+    assert ((ended["toy-train-flash-s0"], ended["toy-train-flash-s1"], ended["toy-speed-flash-s1"])
+            == ("failed", "oom", "oom"))
     assert ended["toy-train-fp32-s1"] == ended["toy-train-mixed_fp16-s1"] == "finished"
     monkeypatch.setattr(SurrogateTask, "train_batch", learn)
     assert study(tmp_path, experiments=["train", "speed"]).run() == 0
     ended = {run.id: run.status for run in read_study(tmp_path / "h2-laptop")}
-    assert (ended["toy-train-flash-s0"], ended["toy-train-flash-s1"]) == ("finished", "oom")  # what did not fit is a finding
+    # what did not fit is a finding
+    assert (ended["toy-train-flash-s0"], ended["toy-train-flash-s1"]) == ("finished", "oom")
 
 
 def test_a_domain_without_its_data_is_a_record_that_says_so(tmp_path, lacking):
     lacking(True)
     assert study(tmp_path, configs=["fp32"]).run() == 0
     runs = read_study(tmp_path / "h2-laptop")
-    assert {(run.status, run.reason) for run in runs if run.id != "protocol"} == {("unavailable", "the package of the data is not installed; install it")}
+    assert {(run.status, run.reason) for run in runs if run.id != "protocol"} == {
+        ("unavailable", "the package of the data is not installed; install it")}
     assert [bad for run in runs for bad in problems(run.folder)] == []
     assert next(run for run in runs if run.id == "protocol").of("skip")
 
 
 def test_bad_requests_are_answered_in_words(tmp_path, capsys):
-    for words, told in ((["--domains", "molecule"], "did you mean 'molecules'"), (["--configs", "fp8"], "choose one of"), (["--arms", "all"], "choose one of: train"),
-                        (["--sizes", "1B"], "--sizes is not an option of h2"), (["--workers", "0"], "at least 1"), (["--minutes", "0"], "more than 0"),
-                        (["--confirm", "H1-CA"], "H2-CA"), (["--scale", "laptoop"], "did you mean 'laptop'")):
+    for words, told in (
+            (["--domains", "molecule"], "did you mean 'molecules'"), (["--configs", "fp8"], "choose one of"),
+            (["--arms", "all"], "choose one of: train"), (["--sizes", "1B"], "--sizes is not an option of h2"),
+            (["--workers", "0"], "at least 1"), (["--minutes", "0"], "more than 0"), (["--confirm", "H1-CA"], "H2-CA"),
+            (["--scale", "laptoop"], "did you mean 'laptop'")):
         assert main(["run", "h2", "--scale", "laptop", "--out", str(tmp_path), *words]) == 2, words
         assert told in capsys.readouterr().err, words
     if not torch.cuda.is_available():
@@ -194,7 +207,8 @@ def test_a_budget_too_small_is_a_finding(tmp_path):
 
 def records(out):
     "Every file of a study but its lock, with its bytes."
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file() and path.name != ".lock"}
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*"))
+            if path.is_file() and path.name != ".lock"}
 
 
 @pytest.fixture
@@ -239,7 +253,8 @@ def test_a_measurement_that_was_killed_and_then_cannot_be_had_ends_nothing(tmp_p
     file = run.folder / "rows.jsonl"
     file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-1]))
     def cannot(*_, **__): raise UserError("it cannot be had here")
-    for name in ("label_rows", "measure_speed", "largest"): monkeypatch.setattr(f"flashoptim_nb.study.h2.experiments.{name}", cannot)
+    for name in ("label_rows", "measure_speed", "largest"):
+        monkeypatch.setattr(f"flashoptim_nb.study.h2.experiments.{name}", cannot)
     for _ in range(2):
         assert study(tmp_path, scale, experiments=[arm]).run() == 0
         stands = statuses(tmp_path)
@@ -251,13 +266,17 @@ def test_a_row_that_does_not_fit_is_a_failure_and_not_unavailable(tmp_path, taug
     scale, solver = taught
     solver["installed"] = True
     whole = RunWriter.append
-    def append(self, kind, **fields): whole(self, kind, **(fields if kind in ("header", "end") or self.folder.name == "protocol" else fields | dict(note=3, n=[], set=1, seconds="x", ms="y")))
+    def append(self, kind, **fields):
+        whole(self, kind, **(fields if kind in ("header", "end") or self.folder.name == "protocol"
+                             else fields | dict(note=3, n=[], set=1, seconds="x", ms="y")))
     with monkeypatch.context() as m:
         m.setattr(RunWriter, "append", append)
         assert study(tmp_path, scale, experiments=[arm], configs=["flash"] if arm == "largest" else ["fp32"]).run() == 1
     (id, status), = ((id, status) for id, status in statuses(tmp_path).items() if id != "protocol")
-    assert status == "failed" and "RowError" in next(run.reason for run in read_study(tmp_path / "h2-laptop") if run.id == id)
-    assert study(tmp_path, scale, experiments=[arm], configs=["flash"] if arm == "largest" else ["fp32"]).run() == 0 and set(statuses(tmp_path).values()) == {"finished"}
+    assert (status == "failed"
+            and "RowError" in next(run.reason for run in read_study(tmp_path / "h2-laptop") if run.id == id))
+    assert (study(tmp_path, scale, experiments=[arm], configs=["flash"] if arm == "largest" else ["fp32"]).run() == 0
+            and set(statuses(tmp_path).values()) == {"finished"})
 
 
 def test_arms_that_a_domain_has_not_are_named(tmp_path, taught):
@@ -265,7 +284,8 @@ def test_arms_that_a_domain_has_not_are_named(tmp_path, taught):
     scale, _ = taught
     bare = scale.replace(plans={"toy": scale.plans["toy"].replace(labels=())})
     for arms in ["labels"], ["labels", "train"]:
-        assert Study(PROTOCOL, bare, tmp_path, device="cpu", experiments=arms, configs=["fp32"], console=Console(file=told)).run() == 0
+        assert (Study(PROTOCOL, bare, tmp_path, device="cpu", experiments=arms, configs=["fp32"],
+                      console=Console(file=told)).run() == 0)
     assert told.getvalue().count("nothing to run: toy has no labels with the configurations fp32") == 2
 
 
@@ -279,7 +299,8 @@ def test_a_study_whose_protocol_record_was_taken_away_is_refused(tmp_path, taugh
 def test_what_is_told_is_not_read_as_markup(tmp_path, taught):
     told, out = io.StringIO(), tmp_path / "a [bold] place [/x] :fire:"
     console = Console(file=told, force_terminal=True, color_system=None, width=60)
-    assert Study(PROTOCOL, taught[0], out, device="cpu", experiments=["labels", "train"], configs=["fp32"], console=console).run() == 0
+    assert (Study(PROTOCOL, taught[0], out, device="cpu", experiments=["labels", "train"], configs=["fp32"],
+                  console=console).run() == 0)
     assert "is unavailable: the solver was not found; look in [/opt/solver]; the same" in told.getvalue()
     assert f"3 records in {out / 'h2-laptop'}; next: flashoptim-nb verdict h2 --records '{out}'" in told.getvalue()
 
@@ -324,7 +345,8 @@ def test_an_interrupted_run_waits_for_its_data(tmp_path, lacking):
 def test_other_settings_do_not_mix(tmp_path):
     assert study(tmp_path, experiments=["speed"], configs=["fp32"]).run() == 0
     other = PRESET.replace(plans={"toy": PRESET.plans["toy"].replace(batches=(8,))})  # noqa: F821
-    with pytest.raises(UserError, match="other settings"): study(tmp_path, other, experiments=["speed"], configs=["fp32"]).run()
+    with pytest.raises(UserError, match="other settings"):
+        study(tmp_path, other, experiments=["speed"], configs=["fp32"]).run()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -332,14 +354,17 @@ def test_every_preset_can_say_what_it_would_run(preset, capsys):
     assert dry_run(PROTOCOL, PRESETS[preset]) == 0
     told = capsys.readouterr().out
     assert json.loads(told[: told.index("\n\nOn ")])["name"] == preset and "In all" in told
-    for stage in stages(select_runs(PRESETS[preset], configs=["fp32"])): assert all(configs == ("fp32",) for _, configs in stage.runs)
+    for stage in stages(select_runs(PRESETS[preset], configs=["fp32"])):
+        assert all(configs == ("fp32",) for _, configs in stage.runs)
 
 
 def test_conditions_and_seeds_are_never_cut():
     assert len(PRESETS["gpu"].seeds) == len(PRESETS["full"].seeds) == 5 and PRESETS["gpu"].budget == 24 << 30
     for preset in PRESETS.values():
         assert preset.plans.keys() >= DOMAINS.keys()
-        for name in DOMAINS: assert {"fp32", "mixed_bf16", "flash", "mixed_bf16_2x", "flash_2x", "fp32_2x", "mixed_fp16", "tf32"} <= set(preset.plans[name].configs)
+        for name in DOMAINS:
+            assert {"fp32", "mixed_bf16", "flash", "mixed_bf16_2x", "flash_2x", "fp32_2x", "mixed_fp16", "tf32"} <= set(
+                preset.plans[name].configs)
     assert np.prod([len(PRESETS["gpu"].seeds), PRESETS["gpu"].plans["molecules"].solve.runs]) == 100
 
 
@@ -357,4 +382,5 @@ def test_an_enforced_checkpoint_holds_the_study_until_it_is_confirmed(tmp_path, 
         assert records(tmp_path) == files
     assert study(tmp_path, scale).run() == 1 and records(tmp_path) == files, "it waits, and is as it was"
     assert study(tmp_path, scale).run(["H2-CA"]) == 1  # and is held by the next that cannot be decided
-    assert stands().of("confirm") and stands().status == "paused" and stands().of("decision")[-1]["checkpoint"] != "H2-CA"
+    assert (stands().of("confirm") and stands().status == "paused"
+            and stands().of("decision")[-1]["checkpoint"] != "H2-CA")

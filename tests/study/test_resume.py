@@ -12,7 +12,7 @@ import torch
 from flashoptim_nb.base.records import problems
 from records_factory import rows_without
 
-# A small study of the real protocol: one prerequisite, three stacks that do not compile, short runs. Its signals are handled as the command handles them.
+# A small study of the real protocol: one prerequisite, three uncompiled stacks, short runs; signals as in the command.
 DRIVER = """
 import sys
 from flashoptim_nb.cli import main
@@ -28,13 +28,15 @@ for name in set(h1.PREREQUISITES) - {"checkpointing"}: del h1.PREREQUISITES[name
 try: sys.exit(Study(h1.PROTOCOL, preset, sys.argv[1], device="cpu", stopped=main._Stop()).run())
 except Interrupted: sys.exit(130)
 """
-# What a clock says, what is derived from it, decisions taken on it, and what names the moment: not what the promise is about.
-TIMED = {"seconds", "cold", "started", "command", "commit", "tokens_per_s", "mean_tokens_per_s", "settling", "seconds_per_step", "utilization", "steps", "values", "why", "action"}
+# Not promised: what a clock says, what is derived from it or decided on it, and what names the moment.
+TIMED = {"seconds", "cold", "started", "command", "commit", "tokens_per_s", "mean_tokens_per_s", "settling",
+         "seconds_per_step", "utilization", "steps", "values", "why", "action"}
 
 
 def start(out):
-    return subprocess.Popen([sys.executable, "-c", DRIVER, str(out)], env=os.environ | {"OMP_NUM_THREADS": "1", "FLASHOPTIM_DATA": ""},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(out)], env=os.environ | {"OMP_NUM_THREADS": "1", "FLASHOPTIM_DATA": ""},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def content(out):

@@ -7,7 +7,8 @@ from scipy import stats
 
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.study.expression import Q, judge
-from flashoptim_nb.study.statistics import MIN_PAIRS, Estimate, hedges_g, paired_interval, paired_ratio, seeds_needed, tost, tost_power
+from flashoptim_nb.study.statistics import (MIN_PAIRS, Estimate, hedges_g, paired_interval, paired_ratio, seeds_needed,
+                                            tost, tost_power)
 
 
 @pytest.mark.parametrize("confidence", [0.90, 0.95])
@@ -76,7 +77,8 @@ def test_hedges_correction_removes_the_bias(rng_seed):
     assert naive.mean() > 0.8 + 5 * naive.std() / np.sqrt(len(g))
 
 
-@pytest.mark.parametrize("n, spread, margin, percent", [(3, 0.003, 0.005, 41), (5, 0.003, 0.005, 84), (8, 0.004, 0.005, 87)])
+@pytest.mark.parametrize(
+    "n, spread, margin, percent", [(3, 0.003, 0.005, 41), (5, 0.003, 0.005, 84), (8, 0.004, 0.005, 87)])
 def test_power_figures_of_the_protocol(n, spread, margin, percent):
     assert round(100 * tost_power(n, spread, margin)) == percent
 
@@ -105,9 +107,11 @@ def test_what_is_not_a_number_gives_no_result(good, bad, data):
     d = [*good, bad]
     d = data.draw(st.permutations(d))
     estimate, test = paired_interval(d), tost(d, 1e9)
-    assert (estimate.value, estimate.lo, estimate.hi, estimate.decides, estimate.n) == (None, None, None, False, len(good))
+    assert (estimate.value, estimate.lo, estimate.hi, estimate.decides, estimate.n) == (
+        None, None, None, False, len(good))
     assert "no number in 1" in estimate.note and f"pair {d.index(bad) + 1} (" in estimate.note
-    assert (test.p, test.equivalent, test.power, test.weak, test.words, test.spread, hedges_g(d)) == (None, None, None, False, [], None, None)
+    assert (test.p, test.equivalent, test.power, test.weak, test.words, test.spread, hedges_g(d)) == (
+        None, None, None, False, [], None, None)
     assert paired_ratio(d, [1.0] * len(d)).value is paired_ratio([1.0] * len(d), d).value is None
 
 
@@ -139,7 +143,8 @@ def test_differences_that_are_all_the_same(x, n, margin):
         if n < MIN_PAIRS: assert (estimate.lo, test.p, test.words) == (None, None, [])
         else:
             assert estimate.lo == estimate.hi == estimate.value and test.spread == 0
-            assert test.p in (0, 1) and test.equivalent == (abs(estimate.value) < margin) and test.power == 1 and "no spread" in test.words
+            assert (test.p in (0, 1) and test.equivalent == (abs(estimate.value) < margin) and test.power == 1
+                    and "no spread" in test.words)
 
 
 def test_an_estimate_is_never_not_a_number():
@@ -154,9 +159,11 @@ def test_an_estimate_is_never_not_a_number():
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.floats(-5, 5), min_size=3, max_size=6), st.data(), st.sampled_from([0.90, 0.95]), st.sampled_from(["more", "less"]))
+@given(st.lists(st.floats(-5, 5), min_size=3, max_size=6), st.data(), st.sampled_from([0.90, 0.95]),
+       st.sampled_from(["more", "less"]))
 def test_a_lost_pair_is_worse_than_any_number(d, data, confidence, harm):
-    "Whatever number the lost pairs had, the end that speaks against is no nearer to harm than without it, and the other side is open."
+    """Whatever number the lost pairs had, the end that speaks against is no nearer to harm than without it,
+    and the other side is open."""
     lost = data.draw(st.integers(1, len(d)))
     before, after = paired_interval(d, confidence), paired_interval(d[lost:], confidence, lost=lost, harm=harm)
     assert after.n == len(d) - lost and (after.value is None) == (after.n == 0)
@@ -164,4 +171,6 @@ def test_a_lost_pair_is_worse_than_any_number(d, data, confidence, harm):
     assert far == float("inf")
     if near > -float("inf"): assert near >= (before.lo if harm == "more" else -before.hi) - 1e-9
     else: assert after.n < 2 or lost >= after.n or after.bound == "not established"
-    if after.lo is not None: assert (after.lo, after.hi) == (paired_interval(d[lost:], confidence).lo, paired_interval(d[lost:], confidence).hi)
+    if after.lo is not None:
+        assert (after.lo, after.hi) == (
+            paired_interval(d[lost:], confidence).lo, paired_interval(d[lost:], confidence).hi)

@@ -11,11 +11,13 @@ from flashoptim_nb.surrogates.domains.aerodynamics.problem import LiftToDrag, Sp
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.surrogates.domains.aerodynamics import airfoils as A
 from flashoptim_nb.surrogates.domains.aerodynamics import solvers as S
-from flashoptim_nb.surrogates.domains.aerodynamics.polars import drag_floor, load_table, same_shapes, select, split_airfoils
+from flashoptim_nb.surrogates.domains.aerodynamics.polars import (
+    drag_floor, load_table, same_shapes, select, split_airfoils)
 from flashoptim_nb.surrogates.domains.aerodynamics.domain import load_aerodynamics
 from flashoptim_nb.surrogates.domains.aerodynamics.labels import cheap_labels
 
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("gcc", "cc", "clang"))), reason="no C compiler: XFOIL's stub cannot be built")
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("gcc", "cc", "clang"))), reason="no C compiler: XFOIL's stub cannot be built")
 
 
 @pytest.fixture
@@ -78,13 +80,16 @@ def test_shipped_shapes_are_all_accounted_for():
 def test_geometry_of_many_is_that_of_each(rng):
     P = np.stack([random_shape(rng) for _ in range(5)])
     many = A.geometry(P)
-    assert all(np.allclose(getattr(many, f)[i], getattr(A.geometry(p), f)) for i, p in enumerate(P) for f in many._fields)
+    assert all(
+        np.allclose(getattr(many, f)[i], getattr(A.geometry(p), f)) for i, p in enumerate(P) for f in many._fields)
 
 
 # solvers
 
 @needs_compiler
-@pytest.mark.parametrize("body, note", [("sleep 60 & sleep 60", "timed out"), ("exit 3", "crashed"), ("kill -9 $$", "crashed"), ("cat > /dev/null", "")])
+@pytest.mark.parametrize(
+    "body, note",
+    [("sleep 60 & sleep 60", "timed out"), ("exit 3", "crashed"), ("kill -9 $$", "crashed"), ("cat > /dev/null", "")])
 def test_a_solver_that_gives_nothing(tmp_path, rng, body, note):
     fake = tmp_path / "solver"
     fake.write_text(f"#!/bin/sh\n{body}\n")
@@ -93,18 +98,21 @@ def test_a_solver_that_gives_nothing(tmp_path, rng, body, note):
     found = S.Xfoil(str(fake), timeout=0.5).polar(A.coordinates(random_shape(rng)), [0, 1, 2], 5e5)
     assert found.note == note and not found.converged.any() and np.isnan(found.CL).all() and len(found.rows()) == 3
     assert time.monotonic() - began < 30  # killed, with what it started
-    many = S.Xfoil(str(fake), timeout=0.5).many([A.coordinates(random_shape(rng)), A.coordinates(random_shape(rng))[::-1]], [0], 5e5)
+    many = S.Xfoil(str(fake), timeout=0.5).many(
+        [A.coordinates(random_shape(rng)), A.coordinates(random_shape(rng))[::-1]], [0], 5e5)
     assert [p.note for p in many] == [note, "no airfoil"]
 
 
 @needs_compiler
 def test_every_solver_sees_the_same_contour(tmp_path, rng):
-    "Whatever the unit, the place, doubled points and a base drawn as a line: XFOIL's file is the same, and so is NeuralFoil's answer."
+    """Whatever the unit, the place, doubled points and a base drawn as a line:
+    XFOIL's file is the same, and so is NeuralFoil's answer."""
     fake = tmp_path / "solver"
     fake.write_text(f"#!/bin/sh\ncat > /dev/null\ncp shape.dat {tmp_path}/seen.dat\n")
     fake.chmod(0o755)
     shape = A.coordinates(random_shape(rng) + np.r_[np.zeros(17), 0.004])
-    given = [shape, shape * 1000, shape * 0.01 + [3, -7], np.repeat(shape, 2, 0), np.concatenate([shape, shape[:1]]), A.coordinates(A.fit_cst(shape).parameters)]
+    given = [shape, shape * 1000, shape * 0.01 + [3, -7], np.repeat(shape, 2, 0), np.concatenate([shape, shape[:1]]),
+             A.coordinates(A.fit_cst(shape).parameters)]
     seen, solver = [], S.Xfoil(str(fake), timeout=20)
     for xy in given:
         solver.polar(xy, [0], 1e6)
@@ -118,9 +126,12 @@ def test_every_solver_sees_the_same_contour(tmp_path, rng):
 
 def not_to_be_solved(shape):
     turn = lambda a: shape @ np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
-    yield from dict(turned=turn(0.1), much=turn(1.0), backwards=shape[::-1], loop=np.concatenate([shape[:40], shape[20:]]), rolled=np.roll(shape[:-1], 40, 0), few=shape[::40], empty=shape[:0],
-                    nan=np.where(np.arange(len(shape))[:, None] == 5, np.nan, shape), infinite=np.where(np.arange(len(shape))[:, None] == 5, np.inf, shape), one_point=shape[:1].repeat(50, 0),
-                    half=shape[: len(shape) // 2 + 1], no_height=shape * [1, 0] + [0, np.nan], three=np.pad(shape, ((0, 0), (0, 1)))).items()
+    yield from dict(turned=turn(0.1), much=turn(1.0), backwards=shape[::-1],
+                    loop=np.concatenate([shape[:40], shape[20:]]), rolled=np.roll(shape[:-1], 40, 0), few=shape[::40],
+                    empty=shape[:0], nan=np.where(np.arange(len(shape))[:, None] == 5, np.nan, shape),
+                    infinite=np.where(np.arange(len(shape))[:, None] == 5, np.inf, shape),
+                    one_point=shape[:1].repeat(50, 0), half=shape[: len(shape) // 2 + 1],
+                    no_height=shape * [1, 0] + [0, np.nan], three=np.pad(shape, ((0, 0), (0, 1)))).items()
 
 
 @needs_compiler
@@ -134,7 +145,8 @@ def test_every_solver_refuses_the_same_contours(tmp_path, rng):
         for solver in solvers:
             with pytest.raises(UserError): print(solver.name, name), solver.polar(xy, [0], 1e6)
             assert solver.many([xy, shape], [0], 1e6)[0].note == "no airfoil"
-    for alphas, Re in (([np.nan], 1e6), ([np.inf], 1e6), ([100.0], 1e6), ([], 1e6), (["a"], 1e6), (None, 1e6), ([0], 0.0), ([0], -1e6), ([0], np.nan), ([0], np.inf), ([0], 1.0), ([0], "fast")):
+    for alphas, Re in (([np.nan], 1e6), ([np.inf], 1e6), ([100.0], 1e6), ([], 1e6), (["a"], 1e6), (None, 1e6),
+                       ([0], 0.0), ([0], -1e6), ([0], np.nan), ([0], np.inf), ([0], 1.0), ([0], "fast")):
         for solver in solvers:
             with pytest.raises(UserError): print(solver.name, alphas, Re), solver.polar(shape, alphas, Re)
             with pytest.raises(UserError): solver.many([shape], alphas, Re)
@@ -147,17 +159,22 @@ def test_labels_and_inputs_that_are_no_numbers_reach_no_training(laptop):
         table = laptop.table._replace(**{k: spoil(getattr(laptop.table, k), v) for k, v in wrong.items()})
         with pytest.raises(UserError): Aerodynamics(table, laptop.parts, width=8, depth=1)
     P = laptop.table.parameters[:2]
-    for given in ((P * np.nan, 1, 1e6), (P[:, :17], 1, 1e6), (P, np.nan, 1e6), (P, 1, -1e6), (P, 1, np.nan), (P, 200, 1e6)):
+    for given in (
+            (P * np.nan, 1, 1e6), (P[:, :17], 1, 1e6), (P, np.nan, 1e6), (P, 1, -1e6), (P, 1, np.nan), (P, 200, 1e6)):
         with pytest.raises(UserError): laptop.encode(*given)
 
 
 @needs_compiler
 def test_what_converged_before_the_time_out_is_kept(tmp_path, rng):
     fake = tmp_path / "solver"
-    fake.write_text("#!/bin/sh\nprintf '%s\\n' ' alpha CL CD CDp CM' ' ------ -----' ' 1.000 0.5 0.01 0.002 -0.05' ' 2.000 0.6 -0.01 0 0' > polar.txt\nsleep 60\n")
+    fake.write_text("#!/bin/sh\n"
+                    "printf '%s\\n' ' alpha CL CD CDp CM' ' ------ -----' ' 1.000 0.5 0.01 0.002 -0.05' ' 2.000 0.6 "
+                    "-0.01 0 0' > polar.txt\n"
+                    "sleep 60\n")
     fake.chmod(0o755)
     found = S.Xfoil(str(fake), timeout=0.5).polar(A.coordinates(random_shape(rng)), [0, 1, 2], 5e5)
-    assert found.converged.tolist() == [False, True, False] and found.CL[1] == 0.5 and found.note == "timed out"  # a negative drag is no answer
+    # a negative drag is no answer
+    assert found.converged.tolist() == [False, True, False] and found.CL[1] == 0.5 and found.note == "timed out"
 
 
 def test_a_missing_solver_or_compiler_says_what_to_install(monkeypatch):
@@ -224,7 +241,8 @@ def test_split_is_by_airfoil(rng):
     assert sorted(np.concatenate(list(parts.values()))) == list(range(len(table.names)))
     assert all(np.array_equal(parts[k], split_airfoils(table.parameters, seed)[k]) for k in parts)
     group = same_shapes(table.parameters)
-    assert not (set(group[parts["train"]]) & set(group[parts["test"]]) or set(group[parts["train"]]) & set(group[parts["val"]]))
+    assert not (
+        set(group[parts["train"]]) & set(group[parts["test"]]) or set(group[parts["train"]]) & set(group[parts["val"]]))
     domain = load_aerodynamics("gpu", seed=seed)
     names = {s: {table.names[i] for i in table.airfoil[domain.rows[s]]} for s in ("train", "val", "test")}
     assert not names["train"] & names["test"] and not names["train"] & names["val"] and not names["val"] & names["test"]
@@ -250,7 +268,8 @@ def test_batches_are_what_encode_gives(laptop, rng):
     which = rng.choice(laptop.size("val"), 7)
     batch, rows, t = laptop.batch("val", which), laptop.rows["val"][which], laptop.table
     assert batch.x.equal(laptop.encode(t.parameters[t.airfoil[rows]], t.alpha[rows], t.Re[rows]).x)
-    assert torch.allclose(batch.y, torch.tensor(np.stack([t.CL[rows], np.log(t.CD[rows])], -1), dtype=torch.float32)) and len(batch.to("cpu")) == 7
+    assert (torch.allclose(batch.y, torch.tensor(np.stack([t.CL[rows], np.log(t.CD[rows])], -1), dtype=torch.float32))
+            and len(batch.to("cpu")) == 7)
 
 
 def test_contour_option(rng):
@@ -291,14 +310,16 @@ class Counting:
     def many(self, shapes, alphas, Re):
         a, start = np.asarray(alphas, float), self.solved
         self.solved += len(shapes)
-        return [S.Polar(a, 0.1 * a, np.full(len(a), 0.01), 0 * a, np.full(len(a), (start + i) % 3 > 0)) for i in range(len(shapes))]
+        return [S.Polar(a, 0.1 * a, np.full(len(a), 0.01), 0 * a, np.full(len(a), (start + i) % 3 > 0))
+                for i in range(len(shapes))]
 
 
 def test_objective_counts_and_remembers(laptop, rng_seed):
     problem = LiftToDrag(laptop, lambda batch: torch.zeros(len(batch), 2), solver=Counting(), points=[(5e5, 4.0)])
     x = problem.random(0, 60, torch.Generator().manual_seed(rng_seed))
     score = problem.objective(0, torch.cat([x, x]))
-    assert score[:60].equal(score[60:]) and score.dtype == torch.float64 and problem.counts["evaluated"] == 60 and problem.counts["repeated"] == 60
+    assert (score[:60].equal(score[60:]) and score.dtype == torch.float64 and problem.counts["evaluated"] == 60
+            and problem.counts["repeated"] == 60)
     reasons = Counter({k: v for k, v in problem.counts.items() if k not in ("evaluated", "repeated")})
     assert reasons.total() == 60 and reasons["verified"] == (score[:60] > 0).sum()
     feasible = sum(not r for r in broken(problem.space.parameters(x), problem.space.low, problem.space.high))
@@ -310,7 +331,8 @@ def test_impossible_drag_does_not_count(laptop):
         def many(self, shapes, alphas, Re):
             a = np.asarray(alphas, float)
             return [S.Polar(a, 0.1 * a, np.full(len(a), 1e-3), 0 * a, np.full(len(a), True)) for _ in shapes]
-    problem = LiftToDrag(laptop, lambda batch: torch.full((len(batch), 2), -20.0).index_fill(1, torch.tensor([0]), 0.5), solver=Impossible(), points=[(5e5, 4.0)])
+    problem = LiftToDrag(laptop, lambda batch: torch.full((len(batch), 2), -20.0).index_fill(1, torch.tensor([0]), 0.5),
+                         solver=Impossible(), points=[(5e5, 4.0)])
     x = problem.random(0, 50, torch.Generator().manual_seed(0))
     assert (problem.objective(0, x) == 0).all() and problem.counts["drag below a laminar flat plate's"] > 0
     assert problem.predicted(0, x).max() <= 0.5 / drag_floor(5e5) / problem.references[0] * 1.001
@@ -331,6 +353,7 @@ def test_xfoil_verifies_an_airfoil(laptop):
     problem = LiftToDrag(laptop, lambda batch: torch.zeros(len(batch), 2), points=[(5e5, 4.0)])
     assert problem.solver.name == "xfoil"
     x = problem.random(0, 40, torch.Generator().manual_seed(0))
-    good = [i for i, r in enumerate(broken(problem.space.parameters(x), problem.space.low, problem.space.high)) if not r][:4]
+    good = ([i for i, r in enumerate(broken(problem.space.parameters(x), problem.space.low, problem.space.high))
+             if not r][:4])
     score = problem.objective(0, x[good])
     assert len(good) == 4 and ((score >= 0) & (score < 2)).all() and (score > 0).any()

@@ -35,7 +35,8 @@ def test_reinforce_is_unbiased_by_enumeration(rng_seed, entropy):
 
 
 def test_reinforce_of_sets_follows_the_exact_gradient(rng_seed):
-    "The gradient through log-probabilities of ordered draws, averaged over many samples, against enumeration of the orders."
+    """The gradient through log-probabilities of ordered draws, averaged over many samples,
+    against enumeration of the orders."""
     logits = torch.randn(5, dtype=torch.float64, requires_grad=True)
     value = torch.rand(5, dtype=torch.float64)
     orders = torch.tensor(list(itertools.permutations(range(5), 2)))
@@ -65,7 +66,8 @@ def test_box_density_is_that_of_the_squashed_normal(rng_seed):
     normal = torch.distributions.Normal(mean.double(), log_std.clamp(-4, 2).exp().double())
     law = torch.distributions.TransformedDistribution(normal, [torch.distributions.SigmoidTransform()])
     inside = ((drawn.x > 1e-3) & (drawn.x < 1 - 1e-3)).all(1)
-    assert inside.any() and torch.allclose(drawn.log_pf[inside].double(), law.log_prob(drawn.x[inside].double()).sum(1), atol=1e-2)
+    assert (inside.any()
+            and torch.allclose(drawn.log_pf[inside].double(), law.log_prob(drawn.x[inside].double()).sum(1), atol=1e-2))
 
 
 # trajectory balance
@@ -87,8 +89,10 @@ def test_gflownet_samples_in_proportion_to_reward():
     def distance(steps):
         policy, log_z, _ = train_gflownet(problem, seed=1, steps=steps, beta=beta)
         target = [beta * problem.predicted(t, problem.enumerate()) for t in range(problem.instances)]
-        drawn = [policy(t, 20_000, torch.Generator().manual_seed(t)).x.bincount(minlength=24) / 20_000 for t in range(problem.instances)]
-        return max((d - s.softmax(0)).abs().sum().item() / 2 for d, s in zip(drawn, target)), (log_z - torch.stack(target).logsumexp(1)).abs().max()
+        drawn = [policy(t, 20_000, torch.Generator().manual_seed(t)).x.bincount(minlength=24) / 20_000
+                 for t in range(problem.instances)]
+        return (max((d - s.softmax(0)).abs().sum().item() / 2 for d, s in zip(drawn, target)),
+                (log_z - torch.stack(target).logsumexp(1)).abs().max())
     (before, _), (after, z_error) = distance(1), distance(300)
     assert after < 0.1 and after < before / 3 and z_error < 0.1
 
@@ -119,7 +123,8 @@ class Faulty(ToyProblem):
     share = 0.3
     def predicted(self, t, x):
         seen = super().predicted(t, x)
-        return seen.masked_fill(torch.rand(len(seen), generator=torch.Generator().manual_seed(len(seen))) < self.share, torch.nan)
+        return seen.masked_fill(
+            torch.rand(len(seen), generator=torch.Generator().manual_seed(len(seen))) < self.share, torch.nan)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,7 +144,8 @@ def test_a_surrogate_without_any_score_still_gives_an_outcome(optimize):
     problem = Faulty("box")
     problem.share = 2.0
     found = optimize(problem, 0, steps=3, samples=10, most=2)[0]
-    assert found.skipped == 3 * 64 + 10 and found.evaluations == 2 and math.isnan(found.predicted) and math.isnan(found.fooled)
+    assert (found.skipped == 3 * 64 + 10 and found.evaluations == 2 and math.isnan(found.predicted)
+            and math.isnan(found.fooled))
     row = next(solve([problem], [optimize.__name__], runs=1, steps=3, most=2))
     assert row["predicted"] is None and row["fooled"] is None
 
@@ -147,7 +153,8 @@ def test_a_surrogate_without_any_score_still_gives_an_outcome(optimize):
 # outcomes
 
 def test_predicted_and_true_are_kept_apart(rng_seed):
-    "The surrogate picks what is evaluated; the true score picks the answer; infeasible and failed verifications count as 0."
+    """The surrogate picks what is evaluated; the true score picks the answer;
+    infeasible and failed verifications count as 0."""
     class Lying(ToyProblem):
         def predicted(self, t, x): return 1 - super().objective(t, x).float() + 2
         def objective(self, t, x):
@@ -155,7 +162,8 @@ def test_predicted_and_true_are_kept_apart(rng_seed):
             return torch.where(torch.arange(len(x)) == 0, torch.nan, torch.where(torch.arange(len(x)) == 1, 0.0, true))
     problem = Lying("pool")
     found = verify(problem, 0, problem.enumerate(), "x", most=6)
-    honest = ToyProblem("pool").objective(0, problem.enumerate()).sort().values[:6]  # the six worst are what this surrogate likes best
+    # the six worst are what this surrogate likes best
+    honest = ToyProblem("pool").objective(0, problem.enumerate()).sort().values[:6]
     assert found.objective == pytest.approx(honest[-1].item()) and found.infeasible == 2 and found.evaluations == 6
     assert found.predicted == pytest.approx(3 - found.objective, abs=1e-5)
     assert found.fooled == pytest.approx(((3 - honest).sum() - honest[2:].sum()).item() / 6, abs=1e-5)
@@ -286,7 +294,8 @@ def exact(drugs, wanted=(1.0, 3.0)):
 def every(problem):
     "All triples that fit."
     fits = problem.fits
-    return torch.tensor([(c, a, b) for c in range(fits.shape[1]) for a in range(fits.shape[2]) for b in range(fits.shape[2]) if fits[0, c, a] and fits[1, c, b]])
+    return torch.tensor([(c, a, b) for c in range(fits.shape[1]) for a in range(fits.shape[2])
+                         for b in range(fits.shape[2]) if fits[0, c, a] and fits[1, c, b]])
 
 
 def test_a_fragment_policy_is_a_distribution_over_what_fits(drugs, rng_seed):
@@ -316,7 +325,8 @@ def test_optimizers_beat_chance_and_come_near_the_best_molecule(drugs, optimize)
     problem = exact(drugs)
     for found in optimize(problem, 0):
         scores = problem.objective(found.instance, every(problem))
-        assert found.objective >= 0.95 * scores.max() > scores.mean() and found.objective == pytest.approx(found.predicted, abs=1e-6)
+        assert (found.objective >= 0.95 * scores.max() > scores.mean()
+                and found.objective == pytest.approx(found.predicted, abs=1e-6))
 
 
 def test_what_is_no_molecule_is_skipped_and_counted(drugs):
@@ -334,12 +344,14 @@ def test_molecules_in_are_molecules_used_and_skipped(tmp_path):
     from flashoptim_nb.surrogates.domains.drugs.data import read_zinc
     from flashoptim_nb.surrogates.domains.drugs.domain import Drugs
     (tmp_path / "zinc250k").mkdir()
-    lines = ["row,smiles,heavy_atoms,mol_wt,logP,qed,sa"] + [f"{i},{'C' * (i + 1)},{i},1,{i / 10},0.5,1" for i in range(20)]
+    lines = (["row,smiles,heavy_atoms,mol_wt,logP,qed,sa"]
+             + [f"{i},{'C' * (i + 1)},{i},1,{i / 10},0.5,1" for i in range(20)])
     lines[3], lines[5], lines[7] = "2,CC,1,1,,0.5,1", "4,C1CC,1,1,0.1,0.5,1", "6,CCC,1,1,nan,0.5,1"
     (tmp_path / "zinc250k" / "zinc_20k_props.csv.xz").write_bytes(lzma.compress("\n".join(lines).encode()))
     domain = Drugs(read_zinc(root=tmp_path), 4)
     counts = domain.counts
-    assert counts["rows"] == 20 == counts["used"] + sum(counts["skipped"].values()) and counts["skipped"] == {"no number": 2, "no molecule": 1}
+    assert (counts["rows"] == 20 == counts["used"] + sum(counts["skipped"].values())
+            and counts["skipped"] == {"no number": 2, "no molecule": 1})
     assert counts["train"] + counts["val"] + counts["test"] == counts["used"] == 17
     rows = [set(domain.rows[s]) for s in ("train", "val", "test")]
     assert not rows[0] & rows[1] and not rows[1] & rows[2] and not rows[0] & rows[2]
@@ -348,4 +360,5 @@ def test_molecules_in_are_molecules_used_and_skipped(tmp_path):
 def test_drugs_are_the_same_each_time(drugs):
     from flashoptim_nb.surrogates.domains.drugs.domain import load_drugs
     again = load_drugs("laptop", rows=200, vocabulary=150, cores=5, ends=8)
-    assert again.parts.cores == drugs.parts.cores and again.parts.ends == drugs.parts.ends and again.data_hash == drugs.data_hash
+    assert (again.parts.cores == drugs.parts.cores and again.parts.ends == drugs.parts.ends
+            and again.data_hash == drugs.data_hash)

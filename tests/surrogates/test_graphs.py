@@ -12,15 +12,19 @@ import torch
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.surrogates.domains.independent_sets import exact as E
 from flashoptim_nb.surrogates.domains.independent_sets.exact import SOLVERS, gap, greedy, largest_containing
-from flashoptim_nb.surrogates.domains.independent_sets.graphs import (SATLIB, THRESHOLD, clique_numbers, complement_graph, formula_graph, graphs_folder, independent, load_graphs, make_graph,
-                                       random_3sat, read_dimacs, states)
-from flashoptim_nb.surrogates.domains.independent_sets.partial import draw_labels, load_labels, most_nodes, partial_set, save_labels, split_graphs
+from flashoptim_nb.surrogates.domains.independent_sets.graphs import (
+    SATLIB, THRESHOLD, clique_numbers, complement_graph, formula_graph, graphs_folder, independent, load_graphs,
+    make_graph, random_3sat, read_dimacs, states)
+from flashoptim_nb.surrogates.domains.independent_sets.partial import (
+    draw_labels, load_labels, most_nodes, partial_set, save_labels, split_graphs)
 from flashoptim_nb.surrogates.domains.independent_sets.network import GraphNet
 from flashoptim_nb.optim.cast import cast_model
 from flashoptim_nb.surrogates.domains.independent_sets.domain import Combinatorial, load_combinatorial
 
-needs_satlib = pytest.mark.skipif(graphs_folder("uf20-91") is None, reason="FLASHOPTIM_DATA names no folder with satlib/")
-needs_dimacs = pytest.mark.skipif(graphs_folder("dimacs") is None, reason="FLASHOPTIM_DATA names no folder with dimacs_clique/")
+needs_satlib = pytest.mark.skipif(
+    graphs_folder("uf20-91") is None, reason="FLASHOPTIM_DATA names no folder with satlib/")
+needs_dimacs = pytest.mark.skipif(
+    graphs_folder("dimacs") is None, reason="FLASHOPTIM_DATA names no folder with dimacs_clique/")
 needs_pysat = pytest.mark.skipif(importlib.util.find_spec("pysat") is None, reason="python-sat is not installed")
 HERE = [s for s, module in dict(rc2="pysat", cpsat="ortools").items() if importlib.util.find_spec(module)] + ["branch"]
 
@@ -73,7 +77,8 @@ def test_threshold_formulas_are_what_they_say(rng_seed):
 
 
 def test_mistakes_in_a_graph_are_answered_in_words():
-    for n, edges, told in ((0, [], "at least one"), (3, [(0, 3)], "nodes are 0 to 2"), (3, [(-1, 0)], "node -1"), (3, [(2, 2)], "to itself")):
+    for n, edges, told in ((0, [], "at least one"), (3, [(0, 3)], "nodes are 0 to 2"), (3, [(-1, 0)], "node -1"),
+                           (3, [(2, 2)], "to itself")):
         with pytest.raises(UserError, match=told):
             make_graph("wrong", n, edges)
     for clauses, told in (([], "no clauses"), ([()], "empty clause"), ([(1, 0)], "literal 0")):
@@ -104,7 +109,8 @@ def test_satlib_families_are_read_whole(family):
     found = load_graphs(family, max_nodes=0)
     assert found.read == counts[family] == sum(found.skipped.values())
     graph = load_graphs(family, 1, max_nodes=10_000).graphs[0]
-    assert graph.family == family and graph.target == int(family.rsplit("-")[1]) if not family.startswith("flat") else graph.target == {"100": 1117, "175": 1951, "200": 2237}[family[4:7]]
+    assert (graph.family == family and graph.target == int(family.rsplit("-")[1]) if not family.startswith("flat")
+            else graph.target == {"100": 1117, "175": 1951, "200": 2237}[family[4:7]])
 
 
 @needs_satlib
@@ -120,7 +126,9 @@ def test_satisfiable_families_reach_all_clauses_and_others_do_not():
 def test_clique_numbers_are_those_proved_elsewhere():
     known = {k: v for k, v in clique_numbers().items() if v is not None}
     graphs = read_dimacs()
-    assert len(graphs) == 68 and {k: int(t.sum()) for k, (_, t) in graphs.items() if k in ("brock200_2", "keller4")} == dict(brock200_2=9876, keller4=9435)
+    assert len(graphs) == 68 and {
+        k: int(t.sum()) for k, (_, t) in graphs.items() if k in ("brock200_2", "keller4")} == dict(
+        brock200_2=9876, keller4=9435)
     for name in known:
         found = largest_containing(complement_graph(name, *graphs[name]), seconds=20)
         assert found.proven and found.size == known[name], name
@@ -159,7 +167,8 @@ def test_a_graph_without_edges_is_its_own_largest_set():
     points = make_graph("points", 6, [])
     for solver in ("auto", *SOLVERS):
         assert largest_containing(points, [2], solver).nodes == tuple(range(6))
-    assert len(greedy(points)) == 6 and independent(points, range(6)) and (states(points, [1]) == [0, 1, 0, 0, 0, 0]).all()
+    assert (len(greedy(points)) == 6 and independent(points, range(6))
+            and (states(points, [1]) == [0, 1, 0, 0, 0, 0]).all())
     assert partial_set(points, range(6), 3, np.random.default_rng(0)).size <= 3
 
 
@@ -185,7 +194,8 @@ def test_a_solver_that_hangs_is_killed_and_the_next_question_is_answered(monkeyp
 
 def test_a_missing_solver_says_what_to_install(monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in ("pysat", "ortools") else find(name, *a))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name in ("pysat", "ortools") else find(name, *a))
     graph = random_3sat(21, 0)
     with pytest.raises(UserError, match="python-sat is not installed.*surrogates"):
         largest_containing(graph)
@@ -196,7 +206,9 @@ def test_a_missing_solver_says_what_to_install(monkeypatch):
 
 def test_wrong_questions_are_answered_in_words():
     graph = random_3sat(21, 0)
-    for start, solver, told in (([0, 1], "auto", "not independent"), ([0, 0], "auto", "twice"), ([graph.n], "auto", "not in"), ([], "sat", "choose one of"), ([], "enumeration", "21 variables")):
+    for start, solver, told in (
+            ([0, 1], "auto", "not independent"), ([0, 0], "auto", "twice"), ([graph.n], "auto", "not in"),
+            ([], "sat", "choose one of"), ([], "enumeration", "21 variables")):
         with pytest.raises(UserError, match=told):
             largest_containing(graph, start, solver)
     assert gap(7, 7) == 0 and gap(0, 5) == 1
@@ -222,16 +234,20 @@ def test_labels_are_true_vary_and_repeat(rng_seed):
     assert labels.counts == dict(graphs=dict(read=6, used=6, skipped={}), sets=dict(read=48, used=48, skipped={}))
     assert len(set(labels.lost)) > 2 and labels.lost.min() >= 0
     for row in random.sample(range(48), 12):
-        assert largest_containing(labels.graphs[labels.which[row]], labels.nodes(row), "enumeration").size == labels.value[row]
-    assert draw_labels("random3sat-9", 6, 8, seed=rng_seed).hash == labels.hash != draw_labels("random3sat-9", 6, 8, seed=rng_seed + 1).hash
+        assert largest_containing(
+            labels.graphs[labels.which[row]], labels.nodes(row), "enumeration").size == labels.value[row]
+    assert draw_labels("random3sat-9", 6, 8, seed=rng_seed).hash == labels.hash != draw_labels(
+        "random3sat-9", 6, 8, seed=rng_seed + 1).hash
 
 
 def test_what_is_left_out_is_counted(monkeypatch):
     from flashoptim_nb.surrogates.domains.independent_sets import partial as P
     from flashoptim_nb.surrogates.domains.independent_sets.graphs import GraphSet
-    monkeypatch.setattr(P, "load_graphs", lambda *a: GraphSet((make_graph("points", 4, []), random_3sat(6, 0)), 3, {"more than 5 nodes": 1}))
+    monkeypatch.setattr(P, "load_graphs", lambda *a: GraphSet(
+                            (make_graph("points", 4, []), random_3sat(6, 0)), 3, {"more than 5 nodes": 1}))
     counts = draw_labels("any", 3, 2).counts["graphs"]
-    assert counts["read"] == counts["used"] + sum(counts["skipped"].values()) == 3 and any("no edges" in k for k in counts["skipped"])
+    assert (counts["read"] == counts["used"] + sum(counts["skipped"].values()) == 3
+            and any("no edges" in k for k in counts["skipped"]))
     monkeypatch.setattr(P, "load_graphs", lambda *a: GraphSet((make_graph("points", 4, []),), 1, {}))
     with pytest.raises(UserError, match="no edges"):
         draw_labels("any", 1, 2)
@@ -241,7 +257,8 @@ def test_a_file_of_labels_is_read_back_or_refused(tmp_path, rng_seed):
     labels = draw_labels("random3sat-6", 4, 3, seed=rng_seed)
     path = save_labels(tmp_path / "below" / "labels.npz", labels)
     back = load_labels(path)
-    assert back.hash == labels.hash and back.graphs[1].clauses == labels.graphs[1].clauses and [p.name for p in path.parent.iterdir()] == ["labels.npz"]
+    assert (back.hash == labels.hash and back.graphs[1].clauses == labels.graphs[1].clauses
+            and [p.name for p in path.parent.iterdir()] == ["labels.npz"])
     whole = dict(np.load(path))
     np.savez(path, **whole | dict(value=whole["value"] - 1))
     with pytest.raises(UserError, match="not those that were written"):
@@ -254,7 +271,8 @@ def test_a_file_of_labels_is_read_back_or_refused(tmp_path, rng_seed):
 def test_graphs_that_are_no_formulas_keep_their_edges_in_a_file(tmp_path, rng_seed):
     graphs = tuple(some_graph(random, 8, 0.4) for _ in range(2)) + (random_3sat(4, 0),)
     from flashoptim_nb.surrogates.domains.independent_sets.partial import Labels
-    labels = Labels(graphs, np.ones(3, np.int32), np.array([0, 2], np.int32), np.array([[0, -1], [1, -1]], np.int16), np.ones(2, np.int32), {}, {})
+    labels = Labels(graphs, np.ones(3, np.int32), np.array([0, 2], np.int32), np.array([[0, -1], [1, -1]], np.int16),
+                    np.ones(2, np.int32), {}, {})
     back = load_labels(save_labels(tmp_path / "x.npz", labels))
     assert all((a.edges == b.edges).all() and a.n == b.n for a, b in zip(graphs, back.graphs))
 
@@ -314,7 +332,9 @@ def test_twice_the_parameters_are_not_twice_the_width(data):
 
 def test_modules_import_without_any_solver():
     code = ("import sys\nfor m in ('pysat', 'ortools'): sys.modules[m] = None\n"
-            "import flashoptim_nb.surrogates.domains.independent_sets.exact, flashoptim_nb.surrogates.domains.independent_sets.domain, flashoptim_nb.surrogates.domains.independent_sets.problem")
+            "import flashoptim_nb.surrogates.domains.independent_sets.exact, "
+            "flashoptim_nb.surrogates.domains.independent_sets.domain, "
+            "flashoptim_nb.surrogates.domains.independent_sets.problem")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).returncode == 0
 
 
@@ -331,7 +351,8 @@ def test_proposed_sets_are_independent_scored_exactly_and_counted(data, rng_seed
             for row, score in zip(x.tolist(), true.tolist()):
                 nodes = [v for v in row if v >= 0]
                 assert independent(problem.graphs[instance], nodes)
-                assert score == largest_containing(problem.graphs[instance], nodes, "enumeration").size / problem.optimum[instance] <= 1
+                assert score == largest_containing(
+                    problem.graphs[instance], nodes, "enumeration").size / problem.optimum[instance] <= 1
             assert problem.predicted(instance, x).shape == (6,) and problem.features(instance, x).isfinite().all()
     assert not problem.refused
 
@@ -340,10 +361,12 @@ def test_log_probabilities_of_drawn_sets_are_the_enumerated_ones(rng_seed):
     from flashoptim_nb.surrogates.domains.independent_sets.problem import draw_sets
     graph = some_graph(random, 6, 0.4)
     score = torch.randn(6)
-    drawn = draw_sets(torch.from_numpy(graph.adjacency), 3, 3000, lambda chosen: score.expand(len(chosen), 6), torch.Generator().manual_seed(rng_seed))
+    drawn = draw_sets(torch.from_numpy(graph.adjacency), 3, 3000, lambda chosen: score.expand(len(chosen), 6),
+                      torch.Generator().manual_seed(rng_seed))
     sets = {tuple(v for v in row if v >= 0) for row in drawn.x.tolist()}
     assert all(independent(graph, s) and (len(s) == 3 or not (states(graph, s) == 0).any()) for s in sets)
-    every = {s for k in (1, 2, 3) for s in combinations(range(6), k) if independent(graph, s) and (k == 3 or not (states(graph, s) == 0).any())}
+    every = {s for k in (1, 2, 3) for s in combinations(range(6), k)
+             if independent(graph, s) and (k == 3 or not (states(graph, s) == 0).any())}
     estimate = (drawn.log_pb - drawn.log_pf).double().exp()
     assert abs(estimate.mean().item() - len(every)) < 6 * estimate.std().item() / 3000**0.5 + 1e-6
 
@@ -363,7 +386,8 @@ def test_the_network_on_a_gpu_stays_near_float64(data, how, rng_seed):
     with torch.autocast("cuda", dtype, enabled=how.startswith("mixed")):
         out = net(batch.to("cuda"))
     out.sum().backward()
-    assert (out.cpu() - exact).abs().max() < (1e-4 if how == "fp32" else 0.1) and all(p.grad.isfinite().all() for p in net.parameters())
+    assert ((out.cpu() - exact).abs().max() < (1e-4 if how == "fp32" else 0.1)
+            and all(p.grad.isfinite().all() for p in net.parameters()))
 
 
 @pytest.mark.cuda
@@ -392,17 +416,21 @@ def test_policies_propose_on_a_gpu(data, rng_seed):
     problem, = problems(data, lambda batch: torch.zeros(len(batch), 1), instances=1, device="cuda")
     drawn = problem.policy(16)(0, 8, torch.Generator("cuda").manual_seed(rng_seed))
     drawn.log_pf.sum().backward()
-    assert drawn.x.device.type == "cuda" and (problem.objective(0, drawn.x) > 0).all() and problem.features(0, drawn.x).isfinite().all()
+    assert (drawn.x.device.type == "cuda" and (problem.objective(0, drawn.x) > 0).all()
+            and problem.features(0, drawn.x).isfinite().all())
     assert (problem.predicted(0, drawn.x) == 1).all()
 
 
 def test_what_is_no_graph_or_formula_is_refused():
     from flashoptim_nb.surrogates.domains.independent_sets.graphs import checked, formula_graph, make_graph, random_3sat
-    for n, edges in ((3, [[0, 3]]), (3, [[-1, 0]]), (3, [[1, 1]]), (3, [[0, 1.5]]), (3, [[0, float("nan")]]), (3, [[0, 1, 2], [1, 2, 0]]), (3, [0, 1]), (3, [[0, 1], [2]]), (3, [["a", "b"]]), (3, [[0, None]]),
+    for n, edges in ((3, [[0, 3]]), (3, [[-1, 0]]), (3, [[1, 1]]), (3, [[0, 1.5]]), (3, [[0, float("nan")]]),
+                     (3, [[0, 1, 2], [1, 2, 0]]), (3, [0, 1]), (3, [[0, 1], [2]]), (3, [["a", "b"]]), (3, [[0, None]]),
                      (3, [[True, False]]), (0, []), (-1, []), (2.5, []), (True, []), (2**40, [])):
         with pytest.raises(UserError): print(n, edges), make_graph("g", n, edges)
-    assert make_graph("g", 3, [[1, 0], [0, 1], [2, 1]]).edges.tolist() == [[0, 1], [1, 2]] and not len(make_graph("g", 3, []).edges)
-    for clauses in ([], [[]], [[1], []], [[1, 0]], [[1.5]], [[1, float("nan")]], [["a"]], [[[1]]], [[2**70]], [[2**15]], [[True]], [[None]], [1, 2], None):
+    assert (make_graph("g", 3, [[1, 0], [0, 1], [2, 1]]).edges.tolist() == [[0, 1], [1, 2]]
+            and not len(make_graph("g", 3, []).edges))
+    for clauses in ([], [[]], [[1], []], [[1, 0]], [[1.5]], [[1, float("nan")]], [["a"]], [[[1]]], [[2**70]], [[2**15]],
+                    [[True]], [[None]], [1, 2], None):
         with pytest.raises(UserError): print(clauses), formula_graph("f", clauses)
     assert formula_graph("f", [[1, -1, 1], np.array([2, -1])]).n == 5
     graph = make_graph("g", 3, [[0, 1]])
@@ -417,11 +445,13 @@ def test_networks_of_graphs_refuse_nodes_that_are_not_there():
 
     from flashoptim_nb.surrogates.domains.independent_sets.network import GraphBatch, GraphNet
     from flashoptim_nb.surrogates.domains.independent_sets.domain import members
-    g = GraphBatch(torch.randn(4, 6), torch.tensor([0, 1, 2, 3]), torch.tensor([1, 0, 3, 2]), torch.tensor([0, 0, 1, 1]), torch.zeros(2, 1))
+    g = GraphBatch(torch.randn(4, 6), torch.tensor([0, 1, 2, 3]), torch.tensor([1, 0, 3, 2]),
+                   torch.tensor([0, 0, 1, 1]), torch.zeros(2, 1))
     model = GraphNet(6, 8, 2)
     model(g)
     for name, wrong in (("src", 4), ("src", -1), ("dst", 4), ("dst", -1), ("of", 3), ("of", -1)):
-        with pytest.raises(UserError): model(dataclasses.replace(g, **{name: getattr(g, name).index_fill(0, torch.tensor([2]), wrong)}))
+        with pytest.raises(UserError):
+            model(dataclasses.replace(g, **{name: getattr(g, name).index_fill(0, torch.tensor([2]), wrong)}))
     assert members(torch.tensor([[2, -1]]), 3).tolist() == [[False, False, True]]
     for wrong in (3, 4, -2):
         with pytest.raises(UserError): members(torch.tensor([[wrong, -1]]), 3)
@@ -435,19 +465,26 @@ def benchmarks(tmp_path, monkeypatch):
 U8 = np.zeros(2, np.uint8)
 
 
-@pytest.mark.parametrize("arrays", [
-    dict(other=U8), {"uf20-91/names": np.array([1.5]), "uf20-91": np.zeros((1, 3, 3))}, {"uf20-91/names": np.array([b"a"]), "uf20-91": np.array(3)},
-    {"uf20-91/names": np.array([b"a"]), "uf20-91": np.full((1, 2, 3), 0.5)}, {"uf20-91/names": np.array([b"a"]), "uf20-91": np.full((1, 2, 3), 2**40)},
-    {"uf20-91/names": np.array([b"\xff"]), "uf20-91": np.ones((1, 2, 3), int)}, {"uf20-91/names": np.array([b"a"]), "uf20-91": np.zeros((0, 3, 3), int)},
-    {"uf20-91/names": np.array([b"a"]), "uf20-91/lits": np.ones(4, int), "uf20-91/ptr": np.array([0, 9])}, {"uf20-91/names": np.array([b"a"]), "uf20-91": np.array([{}], object)},
-], ids=range(9))
+@pytest.mark.parametrize(
+    "arrays", [
+        dict(other=U8), {"uf20-91/names": np.array([1.5]), "uf20-91": np.zeros((1, 3, 3))},
+        {"uf20-91/names": np.array([b"a"]), "uf20-91": np.array(3)},
+        {"uf20-91/names": np.array([b"a"]), "uf20-91": np.full((1, 2, 3), 0.5)},
+        {"uf20-91/names": np.array([b"a"]), "uf20-91": np.full((1, 2, 3), 2**40)},
+        {"uf20-91/names": np.array([b"\xff"]), "uf20-91": np.ones((1, 2, 3), int)},
+        {"uf20-91/names": np.array([b"a"]), "uf20-91": np.zeros((0, 3, 3), int)},
+        {"uf20-91/names": np.array([b"a"]), "uf20-91/lits": np.ones(4, int), "uf20-91/ptr": np.array([0, 9])},
+        {"uf20-91/names": np.array([b"a"]), "uf20-91": np.array([{}], object)},
+    ], ids=range(9))
 def test_a_file_of_formulas_that_is_none_is_refused_in_words(benchmarks, arrays):
     np.savez(benchmarks / "satlib/satlib_cnf.npz", **arrays)
     with pytest.raises(UserError): load_graphs("uf20-91", 3)
 
 
-@pytest.mark.parametrize("arrays", [{"c5": U8, "c5/n": np.array(10**9)}, {"c5": U8, "c5/n": np.array(-1)}, {"c5": U8, "c5/n": np.array([5, 5])}, {"c5": U8, "c5/n": np.array(5.0)},
-                                    {"c5": U8}, {"c5": U8.astype(float), "c5/n": np.array(5)}, {"c5": U8[:1], "c5/n": np.array(5)}], ids=range(7))
+@pytest.mark.parametrize(
+    "arrays", [{"c5": U8, "c5/n": np.array(10**9)}, {"c5": U8, "c5/n": np.array(-1)},
+               {"c5": U8, "c5/n": np.array([5, 5])}, {"c5": U8, "c5/n": np.array(5.0)}, {"c5": U8},
+               {"c5": U8.astype(float), "c5/n": np.array(5)}, {"c5": U8[:1], "c5/n": np.array(5)}], ids=range(7))
 def test_a_file_of_cliques_that_is_none_is_refused_in_words(benchmarks, arrays):
     np.savez(benchmarks / "dimacs_clique/dimacs_clique.npz", **arrays)
     with pytest.raises(UserError): load_graphs("dimacs")
@@ -478,8 +515,10 @@ def test_a_family_of_no_size_is_none(family):
     with pytest.raises(UserError, match="family of graphs"): load_graphs(family, 1)
 
 
-@pytest.mark.parametrize("harm", [dict(formula_ends=np.array(3)), dict(edge_ends=np.array([0.5])), dict(about=np.array("[" * 100_000)), dict(about=np.array("[]")), dict(about=np.array('{"graphs": [{}]}')),
-                                  dict(sets=np.array(["x"])), dict(formulas=np.ones((3, 3))), dict(edge_ends=np.array([], int))], ids=range(8))
+@pytest.mark.parametrize(
+    "harm", [dict(formula_ends=np.array(3)), dict(edge_ends=np.array([0.5])), dict(about=np.array("[" * 100_000)),
+             dict(about=np.array("[]")), dict(about=np.array('{"graphs": [{}]}')), dict(sets=np.array(["x"])),
+             dict(formulas=np.ones((3, 3))), dict(edge_ends=np.array([], int))], ids=range(8))
 def test_labels_of_another_shape_are_refused_in_words(tmp_path, harm):
     path = save_labels(tmp_path / "labels.npz", draw_labels("random3sat-6", 3, 2))
     np.savez(path, **(dict(np.load(path)) | harm))

@@ -45,7 +45,8 @@ def gradients(model, batch):
 
 @pyg
 def test_bases_and_angles_are_pygs(rng_seed):
-    "Radial and spherical basis in float64, on edges and triplets of random molecules, the angle as DimeNetPlusPlus.forward takes it."
+    """Radial and spherical basis in float64, on edges and triplets of random molecules,
+    the angle as DimeNetPlusPlus.forward takes it."""
     from torch_geometric.nn.models.dimenet import BesselBasisLayer, SphericalBasisLayer
     geometry, pos = clouds([9, 6])
     g, pos = geometry.batch(np.arange(2), torch.zeros(2, 1)).with_triplets(), pos.double()
@@ -55,7 +56,8 @@ def test_bases_and_angles_are_pygs(rng_seed):
     angle = torch.atan2(torch.cross(ij, jk, dim=1).norm(dim=-1), (ij * jk).sum(-1))
     theirs = SphericalBasisLayer(7, 6)(dist, angle, g.kj)
     unit = (pos[g.target] - pos[g.source]) / dist[:, None]
-    ours = spherical_radial(dist)[g.kj].view(-1, 7, 6) * zonal_harmonics((unit[g.kj] * unit[g.ji]).sum(-1), 7)[:, :, None]
+    ours = (
+        spherical_radial(dist)[g.kj].view(-1, 7, 6) * zonal_harmonics((unit[g.kj] * unit[g.ji]).sum(-1), 7)[:, :, None])
     assert rel_err(ours.flatten(1), theirs) < 1e-6  # PyG's zeros are rounded to fp32
     assert rel_err(RadialBasis().double()(dist), BesselBasisLayer(6).double()(dist)) < 1e-6
     fp32 = g.unit[g.kj].mul(g.unit[g.ji]).sum(-1)
@@ -87,22 +89,27 @@ def test_the_parameters_are_counted_as_pyg_has_them():
     c = DIMENET["published"]
     with torch.device("meta"):
         act = torch.nn.SiLU()
-        parts = [EmbeddingBlock(c.radial, c.hidden, act), *[InteractionPPBlock(c.hidden, c.int_emb, c.basis_emb, c.spherical, c.radial, c.before_skip, c.after_skip, act)] * c.blocks,
-                 *[OutputPPBlock(c.radial, c.hidden, c.out_emb, 1, c.output_layers, act)] * (c.blocks + 1)]
+        parts = [
+            EmbeddingBlock(c.radial, c.hidden, act), *[InteractionPPBlock(c.hidden, c.int_emb, c.basis_emb, c.spherical,
+                                                                          c.radial, c.before_skip, c.after_skip, act)]
+                * c.blocks, *[OutputPPBlock(c.radial, c.hidden, c.out_emb, 1, c.output_layers, act)] * (c.blocks + 1)]
     assert c.radial + sum(p.numel() for part in parts for p in part.parameters()) == c.parameters
 
 
 @pytest.mark.parametrize("interaction", ["triplets", "fused"])
 @pytest.mark.parametrize("precision", ["autocast_bf16", "autocast_fp16", "cast"])
 def test_reduced_precision_is_near(interaction, precision, rng_seed):
-    "By the median of nine networks: of random ones a few in a hundred give an output that nearly cancels, and no precision is near that."
+    """By the median of nine networks: of random ones a few in a hundred give an output that nearly cancels,
+    and no precision is near that."""
     errors, finite = [], 0
     for _ in range(9):
         g = clouds([9, 12])[0].batch(np.arange(2), torch.zeros(2, 1))
         model = awake(DimeNetPP(SMALL, interaction))
         exact = model(g).detach()
         if precision == "cast": cast_model(model, torch.bfloat16)
-        with torch.autocast("cpu", torch.float16 if "fp16" in precision else torch.bfloat16, enabled=precision != "cast"): out = model(g)
+        with torch.autocast(
+                "cpu", torch.float16 if "fp16" in precision else torch.bfloat16, enabled=precision != "cast"):
+            out = model(g)
         (1e-3 * out.sum() / out.detach().abs().max()).backward()
         assert out.dtype == torch.float32 and all(p.grad is not None for p in model.parameters())
         finite += all(p.grad.isfinite().all() for p in model.parameters())
@@ -117,23 +124,27 @@ def test_rotating_and_reordering_changes_nothing(rng_seed):
     turn = torch.linalg.qr(torch.randn(3, 3)).Q
     turned = Geometry(geometry.tables["z"], pos @ turn.T + 5, counts)
     model, order = awake(DimeNetPP(SMALL, "fused")), np.array([2, 0, 1])
-    with torch.no_grad(): a, b = model(geometry.batch(np.arange(3), torch.zeros(3, 1))), model(turned.batch(order, torch.zeros(3, 1)))
+    with torch.no_grad():
+        a, b = model(geometry.batch(np.arange(3), torch.zeros(3, 1))), model(turned.batch(order, torch.zeros(3, 1)))
     assert rel_err(b, a[order]) < 1e-4
 
 
 def test_one_atom_alone_has_no_edges(rng_seed):
     g = clouds([1])[0].batch(np.array([0]), torch.zeros(1, 1))
-    for interaction in ("triplets", "fused"): assert torch.equal(awake(DimeNetPP(SMALL, interaction))(g), torch.zeros(1, 1))
+    for interaction in ("triplets", "fused"):
+        assert torch.equal(awake(DimeNetPP(SMALL, interaction))(g), torch.zeros(1, 1))
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf"), 1e39])
 def test_positions_that_are_not_finite_are_refused(wrong, rng_seed):
     pos = torch.randn(9, 3, dtype=torch.float64)
     pos[int(torch.randint(5, 9, ())), int(torch.randint(3, ()))] = wrong
-    with pytest.raises(UserError, match="molecule 1 .* has the position"): Geometry(torch.ones(9, dtype=torch.uint8), pos, np.array([5, 4]))
+    with pytest.raises(UserError, match="molecule 1 .* has the position"):
+        Geometry(torch.ones(9, dtype=torch.uint8), pos, np.array([5, 4]))
 
 
-@pytest.mark.parametrize("counts", [[2], [4], [2, 2], [3, 0], [0, 3], [4, -1], [], [1.5, 1.5], [[3]], [float("nan")], ["3"], [2**40]])
+@pytest.mark.parametrize(
+    "counts", [[2], [4], [2, 2], [3, 0], [0, 3], [4, -1], [], [1.5, 1.5], [[3]], [float("nan")], ["3"], [2**40]])
 def test_counts_that_do_not_match_the_atoms_are_refused(counts):
     with pytest.raises(UserError): Geometry(torch.tensor([8, 6, 8]), torch.eye(3), np.array(counts))
 
@@ -143,18 +154,22 @@ def test_atoms_that_cannot_be_are_refused():
     for z in ([8, 6, 0], [8, -1, 8], [95, 6, 8], [8, 6.5, 8], [8, 6, float("nan")], [8, 6]):
         with pytest.raises(UserError, match="atomic number"): Geometry(torch.tensor(z), pos, np.array([3]))
     for distance in (0.0, 1e-30, 1e-4):
-        with pytest.raises(UserError, match="two atoms in one place"): Geometry(torch.tensor([8, 6]), torch.tensor([[1.0, 2, 3], [1.0 + distance, 2, 3]]), np.array([2]))
+        with pytest.raises(UserError, match="two atoms in one place"):
+            Geometry(torch.tensor([8, 6]), torch.tensor([[1.0, 2, 3], [1.0 + distance, 2, 3]]), np.array([2]))
     for cutoff in (0, -5.0, float("nan"), float("inf")):
         with pytest.raises(UserError, match="cutoff"): Geometry(torch.tensor([8, 6, 8]), pos, np.array([3]), cutoff)
     for shape in ((3, 2), (2, 3), (9,)):
-        with pytest.raises(UserError): Geometry(torch.tensor([8, 6, 8]), torch.arange(9.0)[: shape[0] * (shape[1] if len(shape) > 1 else 1)].view(shape), np.array([3]))
+        with pytest.raises(UserError):
+            Geometry(torch.tensor([8, 6, 8]),
+                     torch.arange(9.0)[: shape[0] * (shape[1] if len(shape) > 1 else 1)].view(shape), np.array([3]))
 
 
 @pytest.mark.parametrize("interaction", ["triplets", "fused"])
 def test_a_batch_that_points_outside_its_tables_is_refused(interaction, rng_seed):
     g = clouds([7, 1, 5])[0].batch(np.arange(3), torch.zeros(3, 1)).with_triplets()
     model, (N, E) = awake(DimeNetPP(SMALL, interaction)), (len(g.z), len(g.source))
-    for name, values in dict(z=(95, -1, 10**9), molecule=(4, -1), source=(N, -1), target=(N, -1), out_edge=(E, -1), incoming=(-1, E + 1), outgoing=(-1, E + 1), kj=(E, -1), ji=(E, -1)).items():
+    for name, values in dict(z=(95, -1, 10**9), molecule=(4, -1), source=(N, -1), target=(N, -1), out_edge=(E, -1),
+                             incoming=(-1, E + 1), outgoing=(-1, E + 1), kj=(E, -1), ji=(E, -1)).items():
         for value in values:
             wrong = getattr(g, name).clone()
             wrong[int(torch.randint(len(wrong), ()))] = value
@@ -167,7 +182,8 @@ def test_a_batch_that_points_outside_its_tables_is_refused(interaction, rng_seed
 
 def test_padding_leaves_every_molecule_and_gradient_as_it_was(rng_seed):
     g = clouds([7, 12, 2])[0].batch(np.arange(3), torch.zeros(3, 1)).with_triplets()
-    n, e, t = len(g.z) + int(torch.randint(1, 9, ())), len(g.source) + int(torch.randint(1, 99, ())), len(g.kj) + int(torch.randint(999, ()))
+    n, e, t = (len(g.z) + int(torch.randint(1, 9, ())), len(g.source) + int(torch.randint(1, 99, ())),
+               len(g.kj) + int(torch.randint(999, ())))
     for interaction in ("triplets", "fused"):
         model = awake(DimeNetPP(SMALL, interaction)).double()
         for a, b in zip(gradients(model, g), gradients(model, g.pad(n, e, t))):
@@ -195,10 +211,12 @@ def test_width_is_solved_for_parameters(times):
 
 @rdkit
 def test_a_users_molecules(rng_seed):
-    given = ["CCO", "no", "C", "[Na+].[Cl-]", "c1ccccc1", "N", "O", "CC", "C=C", "C#C", "CO", "CN", "CF", "C=O", "CC=O", "CCC"]
+    given = ["CCO", "no", "C", "[Na+].[Cl-]", "c1ccccc1", "N", "O", "CC", "C=C", "C#C", "CO", "CN", "CF", "C=O", "CC=O",
+             "CCC"]
     mine = from_smiles(given)
     assert len(mine) + len(mine.skipped) == len(given) and [n for n, *_ in mine.skipped] == [1, 3]
-    labelled = Structures(mine.z, mine.pos, mine.counts, mine.smiles, dict(gap=np.random.rand(len(mine))), mine.source, mine.skipped)
+    labelled = Structures(
+        mine.z, mine.pos, mine.counts, mine.smiles, dict(gap=np.random.rand(len(mine))), mine.source, mine.skipped)
     domain = load_molecules("laptop", structures=labelled)
     assert domain.counts == dict(given=16, used=14, skipped={"beyond the limit": 0, "unusable": 2})
     assert domain.build(domain.width)(domain.batch("train", np.arange(3))).shape == (3, 1)
@@ -216,7 +234,8 @@ def test_missing_values_among_smiles(rng_seed):
     with pytest.raises(UserError, match="missing"): from_smiles(given[:2], skip=False)
     for odd in (5, b"C", ["C"]):
         with pytest.raises(UserError, match="each is a text"): from_smiles(["C", odd])
-    assert fingerprints(given)[1].tolist() == np.isfinite(properties(given)).all(1).tolist() == [True] + [False] * 7 + [True]
+    assert (fingerprints(given)[1].tolist() == np.isfinite(properties(given)).all(1).tolist()
+            == [True] + [False] * 7 + [True])
     with pytest.raises(UserError, match="no core"): fragments(given, 2, 2)
 
 
@@ -233,8 +252,8 @@ def test_structures_have_to_fit_together():
     qm9 = load_qm9().take(np.arange(20))
     counts = qm9.counts.copy()
     counts[3] -= 1
-    for wrong in (dict(counts=counts), dict(counts=qm9.counts[:-1]), dict(pos=qm9.pos * np.nan), dict(z=qm9.z[1:]), dict(z=qm9.z * 0), dict(smiles=qm9.smiles[1:]),
-                  dict(labels=dict(gap=qm9.labels["gap"][1:]))):
+    for wrong in (dict(counts=counts), dict(counts=qm9.counts[:-1]), dict(pos=qm9.pos * np.nan), dict(z=qm9.z[1:]),
+                  dict(z=qm9.z * 0), dict(smiles=qm9.smiles[1:]), dict(labels=dict(gap=qm9.labels["gap"][1:]))):
         with pytest.raises(UserError): dataclasses.replace(qm9, **wrong)
     for which in ([20], [-1]):
         with pytest.raises(UserError): qm9.take(np.array(which))
@@ -245,7 +264,8 @@ def test_all_of_qm9_holds_the_shipped_slice():
     whole, part = load_qm9("all"), load_qm9()
     assert len(whole) == 130_831
     where = np.searchsorted(whole.labels["index"], part.labels["index"])
-    assert np.array_equal(whole.counts[where], part.counts) and np.allclose(whole.labels["gap"][where], part.labels["gap"])
+    assert (np.array_equal(whole.counts[where], part.counts)
+            and np.allclose(whole.labels["gap"][where], part.labels["gap"]))
 
 
 def test_split_is_the_published_one():
@@ -257,7 +277,8 @@ def test_split_is_the_published_one():
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_network(dtype, device, rng_seed):
-    "The middle of five batches: the loss is a square, so that one batch whose output nearly cancels makes all of its hundred gradients uncertain at once."
+    """The middle of five batches: the loss is a square,
+    so that one batch whose output nearly cancels makes all of its hundred gradients uncertain at once."""
     flat = lambda out, grads: (out, *grads)
     errors = []
     for _ in range(5):
@@ -272,13 +293,14 @@ def test_fused_network(dtype, device, rng_seed):
         errors.append([[rel_err(o, e), rel_err(s, e)] for o, s, e in zip(ours, same, exact)])
     ours, same = np.median(errors, axis=0).T
     ratios = ours / np.maximum(same, 5e-6 if dtype == torch.float32 else 1e-2)
-    # a kernel has the factor of 2; of a whole network's hundred tensors, whose errors are of one kind in a batch, some may be unlucky together
+    # a kernel has the factor of 2; of a whole network's hundred tensors some may be unlucky together
     assert np.sqrt(np.square(ratios).mean()) <= 2 and np.quantile(ratios, 0.95) <= 3, ratios
 
 
 @pytest.mark.cuda
 def test_benchmark_on_the_gpu():
-    rows = benchmark_molecules("cuda", (8,), network="published", steps=2, warmup=1, domain=load_molecules("laptop", device="cuda"))
+    rows = benchmark_molecules(
+        "cuda", (8,), network="published", steps=2, warmup=1, domain=load_molecules("laptop", device="cuda"))
     losses = [r["loss"] for r in rows if r["kind"] == "molecule_step" and not r["reason"] and r["precision"] == "fp32"]
     assert len(losses) >= 6 and max(losses) - min(losses) < 1e-2 * max(losses)
 
@@ -310,10 +332,12 @@ def test_captured_steps_are_the_eager_ones(interaction, checkpointing, rng_seed)
 def test_a_molecule_that_takes_minutes_to_embed_is_refused_at_once():
     with pytest.raises(UserError, match="more than 200 atoms.*raise most_atoms"): from_smiles("C" * 10_000)
     with pytest.raises(UserError, match="more than 200 atoms"): from_smiles("C" * 100)
-    assert [why for _, _, why in from_smiles(["C", "C" * 8], most_atoms=20).skipped] == ["more than 20 atoms, which take long to embed; raise most_atoms to try"]
+    assert [why for _, _, why in from_smiles(["C", "C" * 8], most_atoms=20).skipped] == [
+        "more than 20 atoms, which take long to embed; raise most_atoms to try"]
 
 
 @rdkit
-@pytest.mark.parametrize("given", [[None], ["C", None], [float("nan")], ["\ud800"], ["\u0421"], [""], ["C\0C"], [b"C"], ["(" * 3000]])
+@pytest.mark.parametrize(
+    "given", [[None], ["C", None], [float("nan")], ["\ud800"], ["\u0421"], [""], ["C\0C"], [b"C"], ["(" * 3000]])
 def test_what_is_no_smiles_is_refused_in_words(given):
     with pytest.raises(UserError): from_smiles(given, skip=False)

@@ -22,7 +22,8 @@ def seed(rng_seed): return rng_seed % 10_000
 
 
 def task(name, seed, device="cpu", domain=None, **recipe):
-    return SurrogateTask(domain or Toy(seed=seed), CONFIGS[name], SURROGATE_RECIPE.replace(**dict(epochs=4, batch=32, lr=1e-2) | recipe), seed=seed, device=device)
+    return SurrogateTask(domain or Toy(seed=seed), CONFIGS[name], SURROGATE_RECIPE.replace(
+                             **dict(epochs=4, batch=32, lr=1e-2) | recipe), seed=seed, device=device)
 
 
 def state(one): return [*one.weights(), *(one.ema_weights or [])]
@@ -145,7 +146,8 @@ def test_errors_are_those_of_the_predictions(seed):
     rows = one.domain.batch("test", np.arange(n))
     off = (one.predict(rows) - rows.y).double()
     for row, mae, rmse in zip(one.evaluate(), off.abs().mean(0), off.square().mean(0).sqrt()):
-        assert row["mae"] == pytest.approx(mae.item(), rel=1e-5) and row["rmse"] == pytest.approx(rmse.item(), rel=1e-5) and row["n"] == n
+        assert (row["mae"] == pytest.approx(mae.item(), rel=1e-5)
+                and row["rmse"] == pytest.approx(rmse.item(), rel=1e-5) and row["n"] == n)
 
 
 def test_twice_as_large_is_counted_in_parameters():
@@ -169,7 +171,8 @@ def test_a_budget_too_small_is_told(seed):
 
 def test_the_worst_rows_are_the_largest(seed):
     class Ragged(Toy):
-        def batch(self, split, which): return super().batch(split, np.repeat(which, 1 + (np.asarray(which) * 7919 + seed) % 13))
+        def batch(self, split, which):
+            return super().batch(split, np.repeat(which, 1 + (np.asarray(which) * 7919 + seed) % 13))
     toy = Ragged(200)
     sizes = 1 + (np.arange(200) * 7919 + seed) % 13
     assert sorted(sizes[worst_rows(toy, 20)]) == sorted(sizes)[-20:]

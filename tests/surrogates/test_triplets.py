@@ -16,12 +16,14 @@ from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.surrogates.domains.molecules.geometry import Geometry
 from flashoptim_nb.surrogates.domains.molecules.bases import spherical_radial, spherical_radial_reference
 from flashoptim_nb.surrogates.domains.molecules.gathered import gated_sum, gated_sum_reference
-from flashoptim_nb.surrogates.domains.molecules.triplets import Edges, check_edges, meeting, triplet_errors, triplet_sum, triplet_sum_reference
+from flashoptim_nb.surrogates.domains.molecules.triplets import (
+    Edges, check_edges, meeting, triplet_errors, triplet_sum, triplet_sum_reference)
 from processes import pass_in_the_interpreter
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-kernel = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs CUDA, or TRITON_INTERPRET=1: see test_kernel_in_the_interpreter")
+kernel = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="needs CUDA, or TRITON_INTERPRET=1: see test_kernel_in_the_interpreter")
 
 
 def cloud(n, share=0.6, symmetric=False, device="cpu", fill=0):
@@ -32,12 +34,14 @@ def cloud(n, share=0.6, symmetric=False, device="cpu", fill=0):
     unit = F.normalize(pos[target] - pos[source], dim=-1)
     rows = lambda end: F.pad(torch.bincount(end, minlength=n).cumsum(0), (1, 0)).int()
     order = torch.argsort(source, stable=True).int()
-    g = Edges(F.pad(source, (0, fill), value=n - 1), F.pad(target, (0, fill), value=n - 1), F.pad(unit, (0, 0, 0, fill), value=3**-0.5), rows(target), rows(source), F.pad(order, (0, fill)))
+    g = Edges(F.pad(source, (0, fill), value=n - 1), F.pad(target, (0, fill), value=n - 1),
+              F.pad(unit, (0, 0, 0, fill), value=3**-0.5), rows(target), rows(source), F.pad(order, (0, fill)))
     return Edges(*(t.to(device) for t in g))
 
 
 @kernel
-@pytest.mark.parametrize("n,share,symmetric,fill,tile", [(7, 0.7, False, 0, 16), (6, 1.0, True, 5, 16), (20, 0.9, False, 3, 16)])
+@pytest.mark.parametrize(
+    "n,share,symmetric,fill,tile", [(7, 0.7, False, 0, 16), (6, 1.0, True, 5, 16), (20, 0.9, False, 3, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernel_errs_at_most_twice_as_much(n, share, symmetric, fill, tile, dtype, rng_seed):
     C, B, L = (64, 8, 7) if n == 7 else (24, 5, 3)
@@ -81,7 +85,8 @@ def test_kernel_of_gated_sums(dtype, H, rng_seed):
         out = f(*leaves)
         return out.detach(), *torch.autograd.grad(out.float().cos().sum(), leaves)
     plain = lambda *a: gated_sum_reference(*a, g.target, N)
-    for ours, same, exact in zip(run(lambda *a: gated_sum(*a, g.target, g.incoming), x, e, w), run(plain, x, e, w), run(plain, *(t.double() for t in (x, e, w)))):
+    for ours, same, exact in zip(run(lambda *a: gated_sum(*a, g.target, g.incoming), x, e, w), run(plain, x, e, w),
+                                 run(plain, *(t.double() for t in (x, e, w)))):
         assert ours.dtype == dtype
         assert_2x(ours, same, exact, floor=1e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)
 
@@ -102,7 +107,8 @@ def test_kernel_in_the_network(rng_seed):
     from flashoptim_nb.surrogates.domains.molecules.dimenet import DimeNetConfig, DimeNetPP
     counts = np.array([5, 1, 3])
     pos = torch.randn(9, 3) * 1.5
-    g = Geometry(torch.randint(1, 9, (9,)), pos, counts, device=DEVICE).batch(np.arange(3), torch.zeros(3, 1)).with_triplets()
+    g = Geometry(torch.randint(1, 9, (9,)), pos, counts, device=DEVICE).batch(
+        np.arange(3), torch.zeros(3, 1)).with_triplets()
     model = DimeNetPP(DimeNetConfig(hidden=16, blocks=1, int_emb=8, basis_emb=4, out_emb=16)).to(DEVICE)
     for output in model.output_blocks: torch.nn.init.normal_(output.lin.weight)
     found = []
@@ -118,7 +124,8 @@ def test_kernel_in_the_network(rng_seed):
 def spoiled(g):
     "Edges and lists of which one number is wrong, each with what is wrong."
     E, N = len(g.source), len(g.incoming) - 1
-    def put(name, at, value): return g._replace(**{name: getattr(g, name).index_fill(0, torch.tensor([at], device=g.source.device), value)})
+    def put(name, at, value):
+        return g._replace(**{name: getattr(g, name).index_fill(0, torch.tensor([at], device=g.source.device), value)})
     last = int((g.target == g.target[0]).sum())  # the second atom's first incoming edge
     yield from ((put(name, 1, wrong), name) for name in ("source", "target") for wrong in (N, -1, 2**40))
     yield from ((put("out_edge", 1, wrong), "out_edge") for wrong in (E, -1, 2**31 - 1, int(g.out_edge[0])))
@@ -140,10 +147,12 @@ def test_kernel_is_never_given_lists_that_point_elsewhere(dtype, rng_seed):
         with pytest.raises(UserError): print(what), triplet_sum(x, q, w2, wrong)
         if what in ("target", "incoming"):
             with pytest.raises(UserError): gated_sum(x, e, w, wrong.target, wrong.incoming)
-    for wrong in (g._replace(source=g.source[1:]), g._replace(outgoing=g.outgoing[1:]), g._replace(unit=g.unit[:, :2]), g._replace(target=g.target.double()), g._replace(source=g.source.to("meta"))):
+    for wrong in (g._replace(source=g.source[1:]), g._replace(outgoing=g.outgoing[1:]), g._replace(unit=g.unit[:, :2]),
+                  g._replace(target=g.target.double()), g._replace(source=g.source.to("meta"))):
         with pytest.raises(UserError): triplet_sum(x, q, w2, wrong)
     with pytest.raises(UserError): triplet_sum(x[1:], q[1:], w2, g)
-    for args in ((x[1:], e, w, g.target, g.incoming), (x, e[1:], w, g.target, g.incoming), (x, e, w[1:], g.target, g.incoming), (x, e, w, g.target[:, None], g.incoming)):
+    for args in ((x[1:], e, w, g.target, g.incoming), (x, e[1:], w, g.target, g.incoming),
+                 (x, e, w[1:], g.target, g.incoming), (x, e, w, g.target[:, None], g.incoming)):
         with pytest.raises(UserError): gated_sum(*args)
 
 
@@ -180,10 +189,12 @@ sys.exit(f"accepted: {what}")
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("number, sums", [(0, "triplets"), (1, "triplets"), (6, "triplets"), (9, "triplets"), (11, "triplets"), (18, "triplets"), (3, "gated"), (11, "gated")])
+@pytest.mark.parametrize("number, sums", [(0, "triplets"), (1, "triplets"), (6, "triplets"), (9, "triplets"),
+                                          (11, "triplets"), (18, "triplets"), (3, "gated"), (11, "gated")])
 def test_lists_that_point_elsewhere_are_refused_on_the_device(number, sums):
     "In a process of its own, which such an assertion ends."
-    done = subprocess.run([sys.executable, "-c", REFUSED_ON_THE_DEVICE, str(number), sums, str(Path(__file__).parent)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", REFUSED_ON_THE_DEVICE, str(number), sums, str(Path(__file__).parent)],
+                          capture_output=True, text=True)
     assert done.returncode == 0 and "Assertion `" in done.stderr, done.stderr
 
 
