@@ -10,7 +10,7 @@ from . import adam, momentum
 from .adam import *
 from .momentum import *
 from .base import FlashOptimizer, NumericsError
-from .buckets import GradientError, OptionError
+from .checks import GradientError, OptionError
 from .averages import AveragedMasters
 from .cast import cast_model
 from .release import GradientReleaseHandle, enable_gradient_release

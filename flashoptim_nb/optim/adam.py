@@ -13,7 +13,8 @@ import torch
 from ..base.errors import is_number
 from .adamw_kernel import AdamWScalars, adamw_fused, adamw_reference
 from .base import FlashOptimizer, known_options
-from .buckets import ParamBucket, OptionError
+from .buckets import ParamBucket
+from .checks import OptionError
 from .gradients import GradScaling
 
 

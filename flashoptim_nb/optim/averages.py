@@ -16,7 +16,8 @@ from torch.distributed.fsdp import FSDPModule
 from ..base.errors import UserError, is_number
 from .split import CODE_DTYPE, HALF_FORMATS, decode, encode
 from .base import FlashOptimizer, explained
-from .buckets import OptionError, error_bit_width, first_error_bits
+from .checks import OptionError
+from .states import error_bit_width, first_error_bits
 from .shards import held, like, local
 from .state_dict import StateError
 

@@ -22,9 +22,10 @@ from ..base.errors import UserError, choose, is_number
 from .backend import HAS_TRITON, warn_without_triton
 from .split import HALF_FORMATS, MAX_CODE
 from .multi_tensor import read_weights, write_weights
-from .buckets import (
-    OPTIMIZERS, OptionError, ParamBucket, ParametersError, as_param_list, build_buckets, cached_buckets, check_gradient,
-    check_options, check_parameters, check_states, error_bit_width, read_state, write_state)
+from .buckets import OPTIMIZERS, ParamBucket, build_buckets, cached_buckets
+from .checks import (
+    OptionError, ParametersError, as_param_list, check_gradient, check_options, check_parameters, check_states)
+from .states import error_bit_width, read_state, write_state
 from .gradients import GradScaling, compute_grad_scaling
 from .state_dict import fp32_weights, load_state, saved_public_state, saved_state, set_fp32_weights
 

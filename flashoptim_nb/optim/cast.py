@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..base.errors import UserError
 from .split import HALF_FORMATS, decode
 from .base import explained
-from .buckets import first_error_bits, stash_cast_error
+from .states import first_error_bits, stash_cast_error
 from .shards import like, local
 
 # %% ../../nbs/optim/13_cast.ipynb #125f2b2c

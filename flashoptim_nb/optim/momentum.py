@@ -13,7 +13,8 @@ import torch
 from ..base.errors import is_number
 from .momentum_kernel import MomentumScalars, momentum_fused, momentum_reference
 from .base import FlashOptimizer, known_options
-from .buckets import ParamBucket, OptionError
+from .buckets import ParamBucket
+from .checks import OptionError
 from .gradients import GradScaling
 
 

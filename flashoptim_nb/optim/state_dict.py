@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from ..base.errors import UserError, is_number
 from .codec import GROUP, SCALE_MAX, codec_of
 from .split import CODE_DTYPE, HALF_FORMATS, compute_ecc_bits, decode
-from .buckets import error_bit_width, first_error_bits, new_state, own_states, state_kinds
+from .buckets import own_states
+from .states import error_bit_width, first_error_bits, new_state, state_kinds
 from .shards import like, local, scale_shape, scales_like
 
 # %% ../../nbs/optim/09_state_dict.ipynb #e9813702

@@ -15,7 +15,7 @@ from flashoptim_nb.optim.split import INTERPRETED
 from every import CLASSES
 from flashoptim_nb.optim import (FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW, GradientError, NumericsError,
                                  OptionError, StateError, cast_model, enable_gradient_release)
-from flashoptim_nb.optim.buckets import check_options
+from flashoptim_nb.optim.checks import check_options
 from processes import pass_in_the_interpreter
 
 KW = dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
