@@ -22,7 +22,7 @@ from ..base.config import Config
 from ..base.errors import UserError, choose
 from ..base.machine import capabilities, pick_device
 from .batches import Synthetic
-from .fit import FIT_CONFIGS, gpt_of, predict
+from .fit import FIT_CONFIGS, architecture_of, gpt_of, predict
 from .gpt import CHECKPOINTING, GPT, LOSSES
 from .sharded import shard
 from ..measure.memory import device_memory, free, memory_by_class
@@ -64,12 +64,19 @@ class Cell(Config):
         "The configuration that is trained."
         return FIT_CONFIGS[self.config].replace(loss=self.loss, checkpointing=self.checkpointing)
 
+_LLAMA = {  # size -> the shape of a Llama of transformers
+    "1B": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, vocab_size=128_256, tie_word_embeddings=True),
+    "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=512, tie_word_embeddings=True),
+}
+
 def predicted(
     cell: Cell,
 ) -> dict[str, float] | None:  # as `lm.fit.predict` gives it; None: there is no formula
     "What the arithmetic says of a cell."
-    if cell.style == "transformers": return None
-    return predict(gpt_of(cell.size, cell.style, cell.seq), cell.train, cell.micro, cell.seq, checkpointing=cell.checkpointing, gpus=cell.gpus)
+    theirs = cell.style == "transformers"
+    model = architecture_of(choose("size", cell.size, _LLAMA) | dict(model_type="llama", max_position_embeddings=cell.seq)) if theirs else gpt_of(cell.size, cell.style, cell.seq)
+    if theirs and cell.checkpointing == "selective": return None
+    return predict(model, cell.train.replace(loss="plain") if theirs else cell.train, cell.micro, cell.seq, checkpointing=cell.checkpointing, gpus=cell.gpus)
 
 # %% ../../nbs/lm/15_cells.ipynb #a6cf6f16
 _release = dict(config="flash_adamw_release")
@@ -101,11 +108,6 @@ CELLS_TWO = (
 )
 
 # %% ../../nbs/lm/15_cells.ipynb #977949c3
-_LLAMA = {  # size -> the shape of a Llama of transformers
-    "1B": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, vocab_size=128_256, tie_word_embeddings=True),
-    "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=512, tie_word_embeddings=True),
-}
-
 def _of_transformers(cell: Cell, device: torch.device):
     "Hugging Face's Llama and its loss."
     try: import transformers
