@@ -527,10 +527,10 @@ def _fit_parser(command):
     fit.add_argument("--json", action="store_true", help="an object: model, gpu, seq, loss, rows; bytes")
 
 def _quality_names() -> str:
-    from flashoptim_nb.cli.quality import PARTS, SCHEDULES
+    from flashoptim_nb.cli.quality import QUALITY_PLANS, SCHEDULES
     from flashoptim_nb.train.optimizers import OPTIMIZER_CONFIGS, OPTIMIZERS
     presets = {name: f"GPT of {part.size}, {part.recipe.steps} steps of {part.recipe.batch} sequences"
-               for name, part in PARTS.items()}
+               for name, part in QUALITY_PLANS.items()}
     return "\n\n".join(
         (_listed("presets", presets), _listed("schedules", {name: one["help"] for name, one in SCHEDULES.items()}),
          _listed("configurations", {name: OPTIMIZERS[name].help for name in OPTIMIZER_CONFIGS})))

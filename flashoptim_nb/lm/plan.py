@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['A100_40', 'A100_80', 'H200', 'SEQ', 'Accelerator', 'gpu_hours', 'plan_run', 'plan_protocol', 'against_budget',
-           'state_bytes', 'sequence_bytes', 'longest_sequence', 'unlocks']
+           'config_bytes', 'sequence_bytes', 'longest_sequence', 'unlocks']
 
 # %% ../../nbs/lm/13_plan.ipynb #47b235c3
 import math
@@ -88,7 +88,7 @@ def against_budget(
         dollars_over_budget=dollars / budget.dollars_full, pauses=dollars > budget.pause_dollars, label="projected")
 
 # %% ../../nbs/lm/13_plan.ipynb #d70f007f
-def state_bytes(
+def config_bytes(
     stack_name: str,  # a name of `train.config.LM_CONFIGS`
     gradients: bool = True,  # False: what lives on between steps, and goes into a checkpoint
 ) -> float:
@@ -108,7 +108,7 @@ def sequence_bytes(
     attention = "flash" if stack.attention == "best" else stack.attention
     held = activation_bytes(
         config, 1, seq, attention=attention, loss=stack.loss, weights=stack.weights, compiled=stack.compile)
-    return count_parameters(config)["total"] * state_bytes(stack_name) / n_gpus + held
+    return count_parameters(config)["total"] * config_bytes(stack_name) / n_gpus + held
 
 # %% ../../nbs/lm/13_plan.ipynb #1df389bd
 def longest_sequence(
@@ -132,7 +132,7 @@ def _figures(n_gpus: int, accelerator: Accelerator) -> list[tuple]:
     seven = gpt_config("7B")
     small, big = (count_parameters(gpt_config(size))["total"] for size in ("7B", "70B"))
     served = 2 * small + 4 * seven.n_layer * seven.d_model * SEQ
-    four = lambda name: small * (2 * state_bytes(name) + 2 * 2)
+    four = lambda name: small * (2 * config_bytes(name) + 2 * 2)
     gpus = lambda size: math.ceil(size / (HEADROOM * accelerator.memory))
     holds = f"{accelerator.name} that hold them"
     return [
@@ -140,8 +140,8 @@ def _figures(n_gpus: int, accelerator: Accelerator) -> list[tuple]:
          lambda name: served / 1e9),
         ("inference cost", "7B, one stream, at most", "tokens/s", "bandwidth / (2 N + 4 L d T)",
          lambda name: accelerator.bandwidth / served),
-        ("70B scale", "weights, gradients and states", "GB", "bytes N", lambda name: big * state_bytes(name) / 1e9),
-        ("70B scale", holds, "GPUs", f"bytes N / ({HEADROOM:g} memory)", lambda name: gpus(big * state_bytes(name))),
+        ("70B scale", "weights, gradients and states", "GB", "bytes N", lambda name: big * config_bytes(name) / 1e9),
+        ("70B scale", holds, "GPUs", f"bytes N / ({HEADROOM:g} memory)", lambda name: gpus(big * config_bytes(name))),
         ("memory-efficient RLHF", "7B policy, value, reference and reward", "GB", "2 bytes N + 2 x 2 N",
          lambda name: four(name) / 1e9),
         ("memory-efficient RLHF", holds, "GPUs", f"(2 bytes N + 2 x 2 N) / ({HEADROOM:g} memory)",
@@ -149,7 +149,7 @@ def _figures(n_gpus: int, accelerator: Accelerator) -> list[tuple]:
         ("sequence above 4096", f"7B, longest sequence over {n_gpus} GPUs", "tokens", "largest T that fits",
          lambda name: longest_sequence(seven, name, n_gpus, accelerator)),
         ("continual pretraining", "7B checkpoint from stage to stage", "GB", "(bytes - gradient) N",
-         lambda name: small * state_bytes(name, gradients=False) / 1e9),
+         lambda name: small * config_bytes(name, gradients=False) / 1e9),
     ]
 
 # %% ../../nbs/lm/13_plan.ipynb #1e095cea

@@ -17,7 +17,7 @@ from .attention import attend, attention_backends
 from ..optim.split import reconstruct_fp32_param
 from .gpt import GPT, GPTConfig
 from ..optim.adam import FlashAdamW
-from .sharded import launch
+from .sharded import launch_ranks
 
 # %% ../../nbs/lm/14_prerequisites.ipynb #0b5104b6
 def _row(name: str, value: float, threshold: float, detail: str = "") -> dict:
@@ -121,7 +121,7 @@ def distributed_checks(
     if kind == "cuda" and torch.cuda.device_count() < 2:
         raise UserError(f"the distributed baseline needs two GPUs; there is {torch.cuda.device_count()} here")
     how = BENCHMARKS[kind]
-    one, two = (launch(ranks, **how) for ranks in (1, 2))
+    one, two = (launch_ranks(ranks, **how) for ranks in (1, 2))
     apart = max(abs(a - b) for a, b in zip(one["losses"], two["losses"]))
     yield _row("losses of two ranks against one", apart, 1e-2,
                f"{how['steps']} steps of {how['size']}, FSDP2, {'NCCL' if kind == 'cuda' else 'gloo'}, nats")

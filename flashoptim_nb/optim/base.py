@@ -22,7 +22,7 @@ from ..base.errors import UserError, choose, is_number
 from .backend import HAS_TRITON, warn_without_triton
 from .split import HALF_FORMATS, MAX_CODE
 from .multi_tensor import read_weights, write_weights
-from .buckets import OPTIMIZERS, ParamBucket, build_buckets, cached_buckets
+from .buckets import LIVE_OPTIMIZERS, ParamBucket, build_buckets, cached_buckets
 from .checks import (
     OptionError, ParametersError, as_param_list, check_gradient, check_options, check_parameters, check_states)
 from .states import error_bit_width, read_state, write_state
@@ -158,7 +158,7 @@ class FlashOptimizer(Optimizer):
         self._made_for: dict[torch.Tensor, torch.dtype] = {}  # parameter -> its dtype when its state was made
         self._largest: dict[torch.Tensor, float] = {}  # largest |weight| of each parameter, for check_numerics
         super().__init__(params, defaults)
-        OPTIMIZERS.add(self)
+        LIVE_OPTIMIZERS.add(self)
         self.skipped_steps = self.skipped_steps.to(
             next((p.device for group in self.param_groups for p in group["params"]), "cpu"))
 
@@ -259,7 +259,7 @@ class FlashOptimizer(Optimizer):
     def __setstate__(self, state: dict):
         "A copy is an optimizer of its own."
         super().__setstate__(state)
-        OPTIMIZERS.add(self)
+        LIVE_OPTIMIZERS.add(self)
 
     def _moments_of(self, group: dict) -> dict[str, torch.dtype]:
         "The moments that a group's parameters have: all, unless a subclass knows better."

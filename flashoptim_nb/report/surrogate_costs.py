@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUTCOMES', 'AIMS', 'LAUNCHES', 'GOALS', 'OURS', 'memory_rows', 'show_memory', 'search_rows', 'outcomes',
            'search_tries', 'show_tries', 'show_largest', 'aims_sentence', 'pace_rows', 'pace_table', 'show_pace',
-           'step_times', 'launches_sentence', 'replayed_sentence', 'triplet_rows', 'show_triplets', 'triplets_sentence',
+           'pace_chart', 'launches_sentence', 'replayed_sentence', 'triplet_rows', 'show_triplets', 'triplets_sentence',
            'triplet_points']
 
 # %% ../../nbs/report/07_surrogate_costs.ipynb #7b100003
@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..base.records import Run
 from ..study.h2.quantities import DOMAINS, FITS
-from ..study.h2.rows import BATCHES, largest, oom_by_others
+from ..study.h2.rows import BATCHES, oom_by_others, recorded_largest
 from ..study.statistics import paired_ratio
 from .charts import byte_unit, titled
 from .rows import named_runs, rows_of, show_rows, summarize
@@ -136,7 +136,7 @@ def show_largest(
     runs = h2_runs(runs)
     rows = ordered(rows_of("largest", runs, role=domain, arm="largest"))
     if not rows.empty:
-        found = {run.header["config"]: largest(run) for run in named_runs(rows, runs)}
+        found = {run.header["config"]: recorded_largest(run) for run in named_runs(rows, runs)}
         base = found.get("fp32")
         def over(config, key):
             return found[config][key] / base["fits"] if base and found.get(config) and found[config].get(key) else None
@@ -165,7 +165,7 @@ def aims_sentence(
 ) -> Rendered:
     "Whether each aim was reached, in a sentence."
     found = {run.header["config"]: (one, run) for run in runs
-             if run.header.get("arm") == "largest" and (one := largest(run))}
+             if run.header.get("arm") == "largest" and (one := recorded_largest(run))}
     if "fp32" not in found: return sentence("Not measured.", [])
     base = found["fp32"][0]["fits"]
     def said(config, aim):
@@ -234,7 +234,7 @@ def show_pace(
         pace_table(pace_rows(domain, runs)), heads, "throughput", runs, f"No time of a step in {domain} is recorded.",
         dict(ms=",.2f", graph=",.2f", speed=".2f", graph_speed=".2f", gain=".2f", growth=".2f", parameters=",.0f"))
 
-def step_times(
+def pace_chart(
     rows: pd.DataFrame,  # from `pace_rows`, one batch
     title: str = "Milliseconds of a training step",
 ) -> alt.LayerChart:

@@ -15,7 +15,7 @@ import torch
 
 from ..base.errors import UserError
 from ..base.records import RunWriter, finite, read_run
-from .checkpoint import clear_aside, load, save
+from .checkpoint import clear_aside, load_checkpoint, save_checkpoint
 
 # %% ../../nbs/study/08_loop.ipynb #75d85684
 class Task(Protocol):
@@ -71,7 +71,7 @@ def same_origin(
 
 # %% ../../nbs/study/08_loop.ipynb #32da0935
 def _resume(path: Path, task: Task, header: dict, callbacks: Sequence[Callback]) -> tuple[RunWriter, int]:
-    saved = load(path)
+    saved = load_checkpoint(path)
     same_origin(path, read_run(path.parent).header | dict(settings_hash=saved["settings_hash"]), header)
     task.load_state_dict(saved["task"])
     for callback, state in zip(callbacks, saved["callbacks"], strict=True): callback.load_state_dict(state)
@@ -104,7 +104,7 @@ def fit(
     status, reason = "finished", ""
     def checkpoint(n):
         writer.sync()
-        save(path, dict(step=n, mark=writer.mark, settings_hash=header["settings_hash"], task=task.state_dict(),
+        save_checkpoint(path, dict(step=n, mark=writer.mark, settings_hash=header["settings_hash"], task=task.state_dict(),
                         callbacks=[callback.state_dict() for callback in callbacks]))
     try:
         for n in range(start + 1, steps + 1):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['study_folder', 'device_for', 'Missing', 'check_request', 'Study', 'lacks', 'record_unavailable', 'perform', 'attempt',
            'record_failure', 'ProgressBar', 'reset_compile_cache', 'attempt_all', 'run_parallel', 'train_all_first',
-           'decide', 'left_out', 'record_decision', 'note_stage', 'say_lacking', 'run_stages', 'run_study', 'dry_run']
+           'decide_stage', 'left_out', 'record_decision', 'note_stage', 'say_lacking', 'run_stages', 'run_study',
+           'dry_run']
 
 # %% ../../nbs/study/13_runner.ipynb #c2a14e0e
 import json
@@ -353,7 +354,7 @@ def train_all_first(study: Study):
     run_parallel(study, specs)  # what failed is tried again, and counted, in its stage
 
 # %% ../../nbs/study/13_runner.ipynb #5934c111
-def decide(
+def decide_stage(
     study: Study,
     stage: Stage,
 ) -> Decision:
@@ -386,7 +387,7 @@ def record_decision(
         if not journal.last_event("skip", what=id, reason=reason): study.say(f"  {id} {reason}")
         journal.note_once("skip", what=id, reason=reason)
     else:
-        decision, last = decide(study, stage), journal.last_event("decision", checkpoint=id)
+        decision, last = decide_stage(study, stage), journal.last_event("decision", checkpoint=id)
         if last != dict(kind="decision") | (row := finite(asdict(decision))):
             journal.note("decision", **row)
             study.say(f"  {decision.words}")

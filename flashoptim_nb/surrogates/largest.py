@@ -15,7 +15,7 @@ import torch
 from ..base.errors import UserError
 from ..measure.memory import _attempt, device_memory, free, memory_by_class, tensors_in
 from ..train.config import Recipe, TrainConfig
-from .task import Domain, SurrogateTask, count_parameters, network, padded
+from .task import Domain, SurrogateTask, network, num_parameters, padded
 
 # %% ../../nbs/surrogates/09_largest.ipynb #6a50c006
 @contextmanager
@@ -126,8 +126,8 @@ def count_at(domain: Domain, config: TrainConfig, width: int) -> int:
     "Parameters of a network, if it can be without drawing its weights."
     with torch.random.fork_rng():
         try:
-            with torch.device("meta"): return count_parameters(network(domain, width, config))
-        except (RuntimeError, NotImplementedError): return count_parameters(network(domain, width, config))
+            with torch.device("meta"): return num_parameters(network(domain, width, config))
+        except (RuntimeError, NotImplementedError): return num_parameters(network(domain, width, config))
 
 # %% ../../nbs/surrogates/09_largest.ipynb #6a50c012
 def largest(

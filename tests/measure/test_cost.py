@@ -6,7 +6,7 @@ import pytest
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.measure.cost import PLATFORMS, WORLD, Platform, co2_kg, cost_per_token, load_platforms, project_cost
 from flashoptim_nb.lm.plan import (A100_40, A100_80, against_budget, gpu_hours, longest_sequence, plan_protocol,
-                                   plan_run, sequence_bytes, state_bytes, unlocks)
+                                   plan_run, sequence_bytes, config_bytes, unlocks)
 from flashoptim_nb.study.h1.worth import ASSUMPTIONS, Assumption, arithmetic, edit, worth
 from flashoptim_nb.lm.sizes import gpt_config
 
@@ -120,8 +120,8 @@ def test_what_is_unlocked_is_computed_or_a_claim():
     assert (table[table.label == "projected"].formula != "").all()
     big = table[(table.topic == "70B scale") & (table.unit == "GB")].iloc[0]
     for name in ("baseline", "flashoptim_full", "flashoptim_release"):
-        assert big[name] / big["baseline"] == pytest.approx(state_bytes(name) / 16)
-    assert [round(state_bytes(name)) for name in ("baseline", "flashoptim_full", "flashoptim_release")] == [16, 7, 5]
+        assert big[name] / big["baseline"] == pytest.approx(config_bytes(name) / 16)
+    assert [round(config_bytes(name)) for name in ("baseline", "flashoptim_full", "flashoptim_release")] == [16, 7, 5]
 
 
 SOURCE = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashoptim_nb.measure.energy import EnergyMeter, PowerSampler, trapezoid
-from flashoptim_nb.measure.timing import BusyWindow, Stopwatch, busy_time, settling, throughput, utilization
+from flashoptim_nb.measure.timing import BusyWindow, Stopwatch, busy_time, measure_utilization, settling, throughput
 
 
 def test_a_stopwatch_keeps_order_and_forgets_on_drain(monkeypatch):
@@ -72,7 +72,7 @@ def test_busy_time_is_the_union(rng_seed):
 
 
 def test_utilization_is_a_share():
-    assert 0 <= utilization(lambda: time.sleep(0.01), "cpu") <= 1
+    assert 0 <= measure_utilization(lambda: time.sleep(0.01), "cpu") <= 1
     window = BusyWindow("cpu")
     with pytest.raises(KeyError):
         with window: raise KeyError
@@ -114,7 +114,7 @@ def test_a_working_device_is_busy_and_uses_energy():
     def work(): [x @ x for _ in range(10)]
     def rest(): torch.cuda.synchronize(); time.sleep(0.05)
     work()
-    assert 0 <= utilization(rest, "cuda") < utilization(work, "cuda") <= 1
+    assert 0 <= measure_utilization(rest, "cuda") < measure_utilization(work, "cuda") <= 1
     with EnergyMeter("cuda") as meter:
         begin = time.perf_counter()
         while time.perf_counter() - begin < 1: work(); torch.cuda.synchronize()

@@ -13,7 +13,7 @@ from flashoptim_nb.surrogates.domains.molecules.data import Structures, from_smi
 from flashoptim_nb.surrogates.domains.molecules.triplets import zonal_harmonics
 from flashoptim_nb.surrogates.domains.molecules.bench import benchmark_molecules
 from flashoptim_nb.surrogates.domains.molecules.bases import RadialBasis, spherical_radial
-from flashoptim_nb.surrogates.domains.molecules.dimenet import DIMENET, DimeNetConfig, DimeNetPP, width_for
+from flashoptim_nb.surrogates.domains.molecules.dimenet import DIMENET, DimeNetConfig, DimeNetPP, dimenet_width
 from flashoptim_nb.optim.cast import cast_model
 from flashoptim_nb.surrogates.domains.molecules.domain import MoleculeDomain, load_molecules
 
@@ -205,7 +205,7 @@ def test_domain_is_a_function_of_its_arguments():
 @pytest.mark.parametrize("times", [0.5, 1.0, 2.0, 4.0])
 def test_width_is_solved_for_parameters(times):
     for base in DIMENET.values():
-        found = base.scaled(width_for(round(times * base.parameters), base))
+        found = base.scaled(dimenet_width(round(times * base.parameters), base))
         assert abs(found.parameters / (times * base.parameters) - 1) < 0.12
 
 

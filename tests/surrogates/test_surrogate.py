@@ -7,7 +7,7 @@ import torch
 
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.surrogates.largest import enforced, largest, worst_rows
-from flashoptim_nb.study.checkpoint import load, save
+from flashoptim_nb.study.checkpoint import load_checkpoint, save_checkpoint
 from flashoptim_nb.surrogates.precision import LossScale, forward_in
 from flashoptim_nb.surrogates.task import SurrogateTask, sized
 from flashoptim_nb.train.config import SURROGATE_CONFIGS as CONFIGS, SURROGATE_RECIPE
@@ -36,8 +36,8 @@ def test_a_task_goes_on_bit_for_bit(name, seed, device, tmp_path):
     two.seed = seed
     cut = 3 + seed % 9
     for n in range(1, cut): one.step(n)
-    save(tmp_path / "c.safetensors", one.state_dict())
-    two.load_state_dict(load(tmp_path / "c.safetensors", device))
+    save_checkpoint(tmp_path / "c.safetensors", one.state_dict())
+    two.load_state_dict(load_checkpoint(tmp_path / "c.safetensors", device))
     assert [one.step(n) for n in range(cut, cut + 12)] == [two.step(n) for n in range(cut, cut + 12)]
     assert all(torch.equal(a, b) for a, b in zip(state(one), state(two), strict=True))
 

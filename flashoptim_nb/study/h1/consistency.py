@@ -10,7 +10,7 @@ from ..consistency import (
     Axiom, Finding, Logic, can_succeed, checkpoints, implied, never_binding, overlaps, zones)
 from ..expression import All, Any, Equal, Formula, Not, Q
 from .criteria import H1
-from .quantities import COMPONENTS, QUALITY_SIZES, SIZES
+from .quantities import COMPONENTS, PROTOCOL_SIZES, QUALITY_SIZES
 
 # %% ../../../nbs/study/h1/04_consistency.ipynb #bebc0153
 def _equal_hardware(size: str) -> Formula:
@@ -19,7 +19,7 @@ def _equal_hardware(size: str) -> Formula:
 
 _ALL_SIZES = (*QUALITY_SIZES, "70B")
 _NOT_NEGATIVE = (
-    *map(Q, ("nan_events", "nan_unrecovered", "loss_spikes")), *(Q("platform_gap", size) for size in SIZES))
+    *map(Q, ("nan_events", "nan_unrecovered", "loss_spikes")), *(Q("platform_gap", size) for size in PROTOCOL_SIZES))
 AXIOMS = (
     Axiom(id="cost", statement="On equal hardware the cost saving is 1 - steps ratio / throughput ratio.",
           formula=All(*map(_equal_hardware, _ALL_SIZES))),
@@ -28,13 +28,13 @@ AXIOMS = (
     Axiom(id="counts", statement="Counts, shares of steps and distances are not negative.",
           formula=All(*(q >= 0 for q in _NOT_NEGATIVE))),
     Axiom(id="bounded", statement="No saving of memory or of a component is 100 %.",
-          formula=All(*(Q("memory_saving", size) < 1 for size in SIZES),
+          formula=All(*(Q("memory_saving", size) < 1 for size in PROTOCOL_SIZES),
                       *(Q("component_saving", config=c) < 1 for c in COMPONENTS))),
     Axiom(id="nan", statement="A step that a run did not recover from is a NaN event.",
           formula=Any(Q("nan_unrecovered") <= 0, Q("nan_events") >= 1)),
 )
 NO_FEWER_STEPS = Axiom(id="steps", statement="The stack needs at least as many steps as the baseline.",
-                       formula=All(*(Q("steps_ratio", size) >= 1 for size in SIZES)))
+                       formula=All(*(Q("steps_ratio", size) >= 1 for size in PROTOCOL_SIZES)))
 
 # %% ../../../nbs/study/h1/04_consistency.ipynb #5ce7e888
 TYPICAL = dict(cost_saving=0.22, steps_ratio=1.0, memory_saving=0.4, quality_gap=0.0, platform_gap=0.02, nan_events=0,

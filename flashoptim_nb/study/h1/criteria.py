@@ -11,19 +11,20 @@ from functools import partial
 
 from ..expression import All, Any, AnyTested, AtLeast, EveryTested, Falling, Q
 from .quantities import (
-    ALPHA, COMPONENTS, MARGIN_PPL, OTHER_FLASHOPTIM, QUALITY_SIZES, QUANTITIES, REACHED_AT, REFERENCE_PPL, SIZES,
-    coverage, early_values, language_row)
+    COMPONENTS, MARGIN_PPL, OTHER_FLASHOPTIM, PROTOCOL_SIZES, QUALITY_SIZES, QUANTITIES, REACHED_AT, REFERENCE_PPL,
+    coverage, early_values, language_coverage, language_row)
 from ..hypothesis import Checkpoint, Criterion, Hypothesis, Rule, units_of
+from ..statistics import ALPHA
 
 # %% ../../../nbs/study/h1/01_criteria.ipynb #e5538734
 _UNITS = units_of(QUANTITIES)
 _criterion = partial(Criterion, units=_UNITS)
 
-def _each(name: str, sizes=SIZES, **where) -> list[Q]:
+def _each(name: str, sizes=PROTOCOL_SIZES, **where) -> list[Q]:
     "The quantity at each size."
     return [Q(name, size, **where) for size in sizes]
 
-_saving, _memory = ({size: Q(name, size) for size in SIZES} for name in ("cost_saving", "memory_saving"))
+_saving, _memory = ({size: Q(name, size) for size in PROTOCOL_SIZES} for name in ("cost_saving", "memory_saving"))
 
 # %% ../../../nbs/study/h1/01_criteria.ipynb #2b3f6db3
 SUCCESS = (
@@ -128,7 +129,7 @@ CHECKPOINTS: Mapping[str, Checkpoint] = {
             rules=(Rule("abort", Q("cost_saving", "7B") < 0.08),)),
         _checkpoint(id="H1-CF", day=62, stage="second platform",
                     then="hold the report and reframe it as specific to the hardware",
-                    rules=(Rule("abort", AnyTested(*(Q("platform_gap", size) > 0.20 for size in SIZES))),)),
+                    rules=(Rule("abort", AnyTested(*(Q("platform_gap", size) > 0.20 for size in PROTOCOL_SIZES))),)),
         _checkpoint(
             id="H1-CM", day=None, stage="every step", then="stop the run", unmeasured="continue",
             rules=(Rule("abort", Any(Q("loss_streak") > 500, Q("memory_share") > 0.95, Q("cost_overrun") > 0.20)),)),
@@ -141,7 +142,7 @@ H1 = Hypothesis(id="H1", criteria=SUCCESS + FAILURE + FALSIFICATION, measures=QU
                       "at equivalent perplexity and equal or faster convergence.",
                 references=("baseline", "baseline_strong"), headline="baseline_strong", min_failure="H1-F1",
                 min_success="H1-S1", constants=(ALPHA, MARGIN_PPL, REFERENCE_PPL, REACHED_AT), row=language_row,
-                coverage=coverage, paired_by=("seed", "size", "scale", "device", "data_hash", "recipe"),
+                coverage=language_coverage, paired_by=("seed", "size", "scale", "device", "data_hash", "recipe"),
                 place_text="{at}, {experiment} micro-batch", open_text="cost and speed are {reason}")
 CRITERIA = {criterion.id: criterion for criterion in H1.criteria}
 CRITERIA_HASH = H1.hash

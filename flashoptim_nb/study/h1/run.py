@@ -20,7 +20,7 @@ from ...lm.gpt import CHECKPOINTING, GPTConfig
 from ...lm.sizes import gpt_config
 from ...lm.task import LMTask
 from ...measure.memory import free, largest_micro_batch, memory_by_class
-from ...measure.timing import Stopwatch, throughput, utilization
+from ...measure.timing import Stopwatch, measure_utilization, throughput
 from .corpus import Corpus
 from .presets import LMPreset
 from ..loop import COLD_STEPS
@@ -167,7 +167,7 @@ def _measure(spec: LMSpec, device, corpus, writer: RunWriter, kind: str, timed: 
     writer.append("memory", **memory)
     for _ in range(timed):
         with watch: step()
-    busy, tokens = utilization(step, device, steps=timed), spec.recipe.batch * spec.recipe.seq
+    busy, tokens = measure_utilization(step, device, steps=timed), spec.recipe.batch * spec.recipe.seq
     writer.append("throughput", **throughput(watch.drain(), tokens, utilization=busy, micro_batch=micro))
 
 def measure_config(

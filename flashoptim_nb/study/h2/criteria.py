@@ -12,10 +12,11 @@ from functools import partial
 from ...base.errors import choose
 from ..expression import All, Any, AnyTested, AtLeast, Formula, Q
 from .quantities import (
-    ALPHA, BROKEN, BUDGET, DOMAINS, EPOCHS, EXPECTED, FITS, MARGIN_ERROR, MARGIN_LARGER, METHODS, PRIMARY, PUBLISHED,
-    QUANTITIES, RUNS, SEEDS, coverage)
+    BROKEN, BUDGET, DOMAINS, EPOCHS, EXPECTED, FITS, MARGIN_ERROR, MARGIN_LARGER, METHODS, PRIMARY, PUBLISHED,
+    QUANTITIES, RUNS, SEEDS, surrogate_coverage)
 from .rows import BATCHES, surrogate_row
 from ..hypothesis import Checkpoint, Criterion, Hypothesis, Rule, units_of
+from ..statistics import ALPHA
 
 # %% ../../../nbs/study/h2/02_criteria.ipynb #a9d07f42
 _UNITS = units_of(QUANTITIES)
@@ -149,4 +150,4 @@ H2 = Hypothesis(id="H2", criteria=SUCCESS + FAILURE + FALSIFICATION, measures=QU
                       "twice the parameters train within a fixed memory budget, with a prediction error within 5 % "
                       "of fp32's, and without degrading the amortized optimizer's solutions by more than 10 %.",
                 constants=(ALPHA, MARGIN_ERROR, METHODS[0], BATCHES[0], SEEDS, EPOCHS, RUNS, BUDGET), row=surrogate_row,
-                coverage=coverage, paired_by=("seed", "scale", "device", "data_hash", "recipe"))
+                coverage=surrogate_coverage, paired_by=("seed", "scale", "device", "data_hash", "recipe"))

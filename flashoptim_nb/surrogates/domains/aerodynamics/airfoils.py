@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['N_SIDE', 'PARAMETERS', 'CROSSING', 'RIDGE', 'MAX_ERROR', 'MAX_WEIGHT', 'TURNED', 'MOST_POINTS', 'cst_matrix',
-           'stations', 'check_parameters', 'coordinates', 'Geometry', 'geometry', 'Fit', 'check_contour',
+           'stations', 'check_cst_parameters', 'coordinates', 'AirfoilGeometry', 'geometry', 'Fit', 'check_contour',
            'sound_contour', 'fit_cst', 'solver_contour', 'Shapes', 'parameterize', 'read_contours', 'load_shapes',
            'shape_frame']
 
@@ -44,7 +44,7 @@ def stations(
     "Positions along the chord, denser towards both edges."
     return (1 - np.cos(np.linspace(0, np.pi, n))) / 2
 
-def check_parameters(
+def check_cst_parameters(
     parameters,  # (n, 18) or (18,)
 ) -> np.ndarray:  # fp64, the same shape
     "Shapes as an array; raises `UserError` for numbers that are not finite, or not eighteen a shape."
@@ -60,14 +60,14 @@ def coordinates(
     n: int = 81,  # points a side
 ) -> np.ndarray:  # fp64 (2n - 1, 2), in chords
     "The contour of a shape, in Selig's order."
-    x, p = stations(n), check_parameters(parameters)
+    x, p = stations(n), check_cst_parameters(parameters)
     upper, lower = (np.stack([x, cst_matrix(x, side) @ p], -1) for side in ("upper", "lower"))
     return np.concatenate([upper[::-1], lower[1:]])
 
 # %% ../../../../nbs/surrogates/domains/aerodynamics/00_airfoils.ipynb #a1f0000d
 CROSSING = 5e-4  # chords; thinner by more than that is no rounding of a sharp tail
 
-class Geometry(NamedTuple):
+class AirfoilGeometry(NamedTuple):
     "Measures of shapes, each (...,) in chords."
     thickness: np.ndarray  # the largest
     area: np.ndarray  # enclosed, in squared chords
@@ -79,12 +79,12 @@ def _thickness_matrix(n: int): return stations(n), cst_matrix(stations(n), "uppe
 
 def geometry(
     parameters: np.ndarray,  # (..., 18)
-) -> Geometry:
+) -> AirfoilGeometry:
     "Thickness and area of shapes."
     x, M = _thickness_matrix(101)
     t = np.asarray(parameters, float) @ M.T
     inner = t[..., (x > 0.05) & (x < 0.95)]
-    return Geometry(t.max(-1), np.trapezoid(t, x), inner.min(-1), t.min(-1))
+    return AirfoilGeometry(t.max(-1), np.trapezoid(t, x), inner.min(-1), t.min(-1))
 
 # %% ../../../../nbs/surrogates/domains/aerodynamics/00_airfoils.ipynb #a1f00011
 RIDGE = 1e-6  # of the squared weights, beside squared heights in chords

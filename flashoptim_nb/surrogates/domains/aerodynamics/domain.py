@@ -14,10 +14,10 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ....base.errors import UserError, check_labels, choose
-from .airfoils import check_parameters, cst_matrix, stations
+from .airfoils import check_cst_parameters, cst_matrix, stations
 from .polars import Table, load_table, select, split_airfoils
 from .solvers import operating_points
-from .network import AirfoilNet, width_for as nearest_width
+from .network import AirfoilNet, airfoilnet_width
 
 # %% ../../../../nbs/surrogates/domains/aerodynamics/05_domain.ipynb #a6f00006
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ N_CONTOUR = 64  # stations a side
 
 def _raw_features(parameters, alpha, Re):
     "Parameters, sine and cosine of the angle, log Re: fp64 (n, 21)."
-    parameters, (alpha, Re) = check_parameters(parameters), operating_points(alpha, Re)
+    parameters, (alpha, Re) = check_cst_parameters(parameters), operating_points(alpha, Re)
     a = np.deg2rad(alpha)
     return np.concatenate([parameters, np.stack([np.sin(a), np.cos(a), np.log(Re)], -1)], -1)
 
@@ -119,7 +119,7 @@ def build(self: Aerodynamics, width: int, depth: int | None = None, checkpointin
 @patch
 def width_for(self: Aerodynamics, parameters: int) -> int:
     "The width whose model comes nearest to a number of parameters."
-    return nearest_width(parameters, self.n_features, len(self.targets), self.depth, self.contour)
+    return airfoilnet_width(parameters, self.n_features, len(self.targets), self.depth, self.contour)
 
 # %% ../../../../nbs/surrogates/domains/aerodynamics/05_domain.ipynb #a6f0000d
 SCALES = {

@@ -19,7 +19,7 @@ from ....base.config import content_hash
 from ....base.errors import UserError
 from ....base.machine import data_root
 from .airfoils import (
-    check_parameters, coordinates, cst_matrix, load_shapes, stations)
+    check_cst_parameters, coordinates, cst_matrix, load_shapes, stations)
 from .solvers import Xfoil, NeuralFoil, operating_points
 from ....base.files import read_xz
 
@@ -128,7 +128,7 @@ def label_shapes(
     Res,  # Reynolds numbers
 ) -> Labelled:
     "Solves every shape at every angle and Reynolds number; what did not converge is counted."
-    (alphas, Res), parameters = operating_points(alphas, Res), check_parameters(parameters)
+    (alphas, Res), parameters = operating_points(alphas, Res), check_cst_parameters(parameters)
     if len(tuple(names)) != len(parameters):
         raise UserError(f"{len(tuple(names))} names were given for {len(parameters)} shapes; each has one")
     began, shape = time.perf_counter(), (len(parameters), len(Res), len(alphas))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIMENET', 'FORMS', 'DimeNetConfig', 'glorot_orthogonal', 'ResidualLayer', 'EmbeddingBlock', 'OutputPPBlock',
-           'InteractionPPBlock', 'by_degree', 'DimeNetPP', 'width_for']
+           'InteractionPPBlock', 'by_degree', 'DimeNetPP', 'dimenet_width']
 
 # %% ../../../../nbs/surrogates/domains/molecules/06_dimenet.ipynb #6d0c4003
 import math
@@ -286,7 +286,7 @@ def with_pyg_blocks(self: DimeNetPP) -> DimeNetPP:
     return self
 
 # %% ../../../../nbs/surrogates/domains/molecules/06_dimenet.ipynb #6d0c401d
-def width_for(
+def dimenet_width(
     parameters: int,  # wanted
     base: DimeNetConfig,  # whose proportions are kept
 ) -> int:  # hidden width, a multiple of 8

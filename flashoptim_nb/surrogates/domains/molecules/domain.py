@@ -15,7 +15,7 @@ from ....base.errors import UserError, check_labels, choose
 from .geometry import Geometry, Molecules
 from .data import Structures, load_qm9, split_molecules
 from .dimenet import DIMENET, DimeNetConfig, DimeNetPP
-from .dimenet import width_for as nearest_width
+from .dimenet import dimenet_width
 
 # %% ../../../../nbs/surrogates/domains/molecules/07_domain.ipynb #6d0c7005
 UNITS = {"gap": "eV", "Dipole_debye": "D", "Polarizability_bohr3": "bohr3", "HOMO_au": "Eh", "LUMO_au": "Eh",
@@ -68,7 +68,7 @@ def width(self: MoleculeDomain) -> int:
 @patch
 def width_for(self: MoleculeDomain, parameters: int) -> int:
     "The hidden width of the network that comes nearest to so many parameters."
-    return nearest_width(parameters, self.config)
+    return dimenet_width(parameters, self.config)
 
 @patch
 def size(self: MoleculeDomain, split: str) -> int:

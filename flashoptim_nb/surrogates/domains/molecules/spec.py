@@ -6,7 +6,7 @@
 __all__ = ['DOMAIN', 'load']
 
 # %% ../../../../nbs/surrogates/domains/molecules/12_spec.ipynb #aa5be987
-from .bench import IMPLEMENTATIONS, PRECISIONS, benchmark_molecules
+from .bench import IMPLEMENTATIONS, STEP_PRECISIONS, benchmark_molecules
 from .domain import MoleculeDomain, load_molecules
 from .labels import label_ways
 from .problem import problems
@@ -31,5 +31,5 @@ DOMAIN = DomainSpec(
                gpu=gpu_plan(2, limits=dict(config="published"), **_more), full=full_plan(**_more)),
     cuts=dict(gpu=("molecules: 110,000 training rows -> the 20,179 of the shipped 24,000; "
                    "hidden 256 and 6 blocks -> the published 128 and 4",)), benchmark=Benchmark(
-        run="molecule-steps", choices=dict(implementations=tuple(IMPLEMENTATIONS), precisions=PRECISIONS),
+        run="molecule-steps", choices=dict(implementations=tuple(IMPLEMENTATIONS), precisions=STEP_PRECISIONS),
         load=_measured, rows=benchmark_molecules))
