@@ -19,7 +19,7 @@ from ..study.h1.criteria import H1
 from ..study.run import is_done, run_header
 from ..study.h1.run import LMSpec, make_task
 from ..measure.memory import free
-from ..study.h1.presets import PRESETS, SizePlan
+from ..study.h1.presets import LM_PRESETS, SizePlan
 from ..lm.sizes import gpt_config, pad_vocab
 from ..study.loop import Interrupted, fit
 from ..train.config import Recipe
@@ -80,7 +80,7 @@ def quality(
         raise UserError(f"steps {steps}, minutes {minutes}, seeds {seeds}: "
                         f"steps are 1 or more, minutes above 0, seeds from 0 to {2**32 - 1}")
     for config in (configs := [*configs]): choose("configuration", config, OPTIMIZER_CONFIGS)
-    where, whole = pick_device(device), PRESETS[scale]
+    where, whole = pick_device(device), LM_PRESETS[scale]
     if whole.device == "cuda" and where.type != "cuda":
         raise UserError(f"scale {scale!r} is trained on a GPU, and there is none here; rehearse with --preset laptop")
     origin, end = provenance(where), time.monotonic() + 60 * (minutes or 1e9)
@@ -100,7 +100,8 @@ def quality(
                     return folder
                 task = make_task(spec, where, corpus)
                 looks = [
-                    EvaluationCallback(task, corpus.track, QUALITY_PLANS[scale].track_every, spec.recipe.steps, corpus.evals),
+                    EvaluationCallback(task, corpus.track, QUALITY_PLANS[scale].track_every, spec.recipe.steps,
+                                       corpus.evals),
                     ThroughputCallback(task)]
                 try:
                     fit(task, folder / spec.id, head, steps=spec.recipe.steps, callbacks=looks,

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..base.records import Run
-from ..study.h2.quantities import METHODS
+from ..surrogates.plans import METHODS
 from ..study.statistics import paired_interval
 from .charts import titled
 from .rows import named_runs, rows_of, show_rows

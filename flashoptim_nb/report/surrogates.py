@@ -17,9 +17,9 @@ import pandas as pd
 from ..base.config import content_hash
 from ..base.records import Run
 from ..study.evidence import BEGAN, Sorted, positive, short_reason
-from ..study.h2.quantities import MARGIN_ERROR, MARGIN_LARGER, METHODS
+from ..study.h2.quantities import MARGIN_ERROR, MARGIN_LARGER
 from ..study.statistics import paired_ratio
-from ..surrogates.plans import CONDITIONS
+from ..surrogates.plans import CONDITIONS, METHODS
 from .charts import titled
 from .rows import named_runs, rows_of, show_rows, summarize
 from .render import Rendered, full_name, load_runs, sentence

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TIMEOUT_MS', 'Axiom', 'Answer', 'Logic', 'Finding', 'conclude', 'can_succeed', 'overlaps', 'never_binding', 'implied',
-           'zones', 'checkpoints']
+           'zones', 'checkpoints', 'findings']
 
 # %% ../../nbs/study/05_consistency.ipynb #66fa36aa
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .expression import All, Compare, Formula, Not, Q, leaves, number_text, quantities, text, to_z3
@@ -214,3 +214,11 @@ def checkpoints(logic: Logic) -> list[Finding]:
                               ("checkpoint", f"{point.id} can abort a study that would have succeeded{holds}"),
                               ("checkpoint", f"{point.id} never aborts a study that would have succeeded{holds}")))
     return found
+
+# %% ../../nbs/study/05_consistency.ipynb #c41f7a21
+def findings(
+    logic: Logic,
+    checks: Sequence[Callable[[Logic], list[Finding]]],  # in the order in which they are shown
+) -> list[Finding]:
+    "Everything that the checks find about a hypothesis."
+    return [finding for check in checks for finding in check(logic)]

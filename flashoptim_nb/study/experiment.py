@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
+
 from ..base.records import Run
 from .hypothesis import Hypothesis
 from .presets import Preset
@@ -106,6 +108,9 @@ class StudyProtocol:
     def opening(self, preset: Preset) -> str:
         "A line that is said before anything runs."
         return ""
+    def projection(self, preset: Preset, experiments: Iterable[str] | None = None) -> pd.DataFrame:
+        "What the runs would take, a row for each workload and configuration or experiment."
+        raise NotImplementedError
     def plan_text(self, preset: Preset, experiments: Iterable[str] | None = None) -> str:
         "What the runs would take, as `--dry-run` prints it."
         raise NotImplementedError

@@ -104,8 +104,9 @@ def fit(
     status, reason = "finished", ""
     def checkpoint(n):
         writer.sync()
-        save_checkpoint(path, dict(step=n, mark=writer.mark, settings_hash=header["settings_hash"], task=task.state_dict(),
-                        callbacks=[callback.state_dict() for callback in callbacks]))
+        save_checkpoint(path, dict(step=n, mark=writer.mark, settings_hash=header["settings_hash"],
+                                   task=task.state_dict(),
+                                   callbacks=[callback.state_dict() for callback in callbacks]))
     try:
         for n in range(start + 1, steps + 1):
             # callbacks see what the record holds

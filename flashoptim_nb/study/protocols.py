@@ -7,8 +7,8 @@ __all__ = ['PROTOCOLS']
 
 # %% ../../nbs/study/14_protocols.ipynb #d0fc6365
 from .experiment import StudyProtocol
-from .h1.experiments import PROTOCOL as _h1
-from .h2.experiments import PROTOCOL as _h2
+from .h1.experiments import H1_PROTOCOL
+from .h2.experiments import H2_PROTOCOL
 
 # %% ../../nbs/study/14_protocols.ipynb #1cf7e34c
-PROTOCOLS: dict[str, StudyProtocol] = {protocol.name: protocol for protocol in (_h1, _h2)}
+PROTOCOLS: dict[str, StudyProtocol] = {protocol.name: protocol for protocol in (H1_PROTOCOL, H2_PROTOCOL)}

@@ -322,10 +322,10 @@ def test_norms_in_fp32_follow_adamw_through_the_warm_up():
     from flashoptim_nb.study.h1.corpus import load_corpus
     from flashoptim_nb.cli.quality import quality_spec
     from flashoptim_nb.study.h1.run import make_task
-    from flashoptim_nb.study.h1.presets import PRESETS
+    from flashoptim_nb.study.h1.presets import LM_PRESETS
     from flashoptim_nb.lm.sizes import pad_vocab
 
-    laptop, seed = PRESETS["laptop"], random.randrange(1000)
+    laptop, seed = LM_PRESETS["laptop"], random.randrange(1000)
     corpus = load_corpus(laptop)
 
     def late_losses(config):  # 36 steps of warm-up in all

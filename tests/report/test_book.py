@@ -14,7 +14,7 @@ import yaml
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.base.machine import repo_root
 from flashoptim_nb.base.records import RunWriter, only_writer
-from flashoptim_nb.study.h1.criteria import CHECKPOINTS, CRITERIA
+from flashoptim_nb.study.h1.criteria import CRITERIA, H1
 from flashoptim_nb.report.book import (BookError, book_toc, build_book, check_site, is_chapter, notebook_paths,
                                        run_scales)
 from flashoptim_nb.report.notebooks import Job, execute_all, split_directives
@@ -82,7 +82,7 @@ def code_of(path):
 def test_each_criterion_and_checkpoint_has_a_chapter():
     text = "\n".join(source for path in sorted((REPO / "nbs" / "h1").glob("*.ipynb")) if "verdict" not in path.name
                      for source in code_of(path))
-    absent = [id for id in [*CRITERIA, *CHECKPOINTS] if f'"{id}"' not in text]
+    absent = [id for id in [*CRITERIA, *H1.checkpoints] if f'"{id}"' not in text]
     assert not absent, f"no chapter shows {absent}"
 
 

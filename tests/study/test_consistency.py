@@ -2,15 +2,15 @@
 import pytest
 
 from flashoptim_nb.study import consistency
-from flashoptim_nb.study.consistency import Finding
+from flashoptim_nb.study.consistency import Finding, findings
 from flashoptim_nb.study.expression import Q, All, Not, judge
-from flashoptim_nb.study.h1.consistency import AXIOMS, H1_LOGIC, TYPICAL, findings
+from flashoptim_nb.study.h1.consistency import H1_CHECKS, H1_LOGIC
 from flashoptim_nb.study.h1.criteria import CRITERIA, H1
 from flashoptim_nb.study.statistics import exact
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Finding]: return {finding.id: finding for finding in findings()}
+def found() -> dict[str, Finding]: return {finding.id: finding for finding in findings(H1_LOGIC, H1_CHECKS)}
 
 
 def typical_but(witness):
@@ -19,12 +19,12 @@ def typical_but(witness):
         if q.key in witness: return witness[q.key]
         if q.name == "throughput_ratio":
             return value(Q("steps_ratio", q.at)) / (1 - value(Q("cost_saving", q.at)))
-        return TYPICAL[q.name]
+        return H1_LOGIC.typical[q.name]
     return lambda q: exact(value(q))
 
 
 def test_all_is_decided_and_named_once(found):
-    assert len(found) == len(findings()) and all(finding.proved for finding in found.values())
+    assert len(found) == len(findings(H1_LOGIC, H1_CHECKS)) and all(finding.proved for finding in found.values())
 
 
 def test_success_is_possible_and_typical_values_are_one(found):
@@ -97,7 +97,7 @@ def test_cd_alone_can_stop_what_would_succeed(found):
 
 def test_a_contradiction_is_seen():
     assert H1_LOGIC.ask(H1_LOGIC.successful, Not(CRITERIA["H1-S2"].formula)).possible is False
-    assert H1_LOGIC.ask(*(axiom.formula for axiom in AXIOMS), Q("platform_gap", "1B") < 0).possible is False
+    assert H1_LOGIC.ask(*(axiom.formula for axiom in H1_LOGIC.axioms), Q("platform_gap", "1B") < 0).possible is False
 
 
 def test_running_out_of_time_is_no_proof(monkeypatch):

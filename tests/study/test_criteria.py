@@ -7,7 +7,7 @@ import pytest
 import z3
 
 from flashoptim_nb.study.h1.criteria import CRITERIA, CRITERIA_HASH, H1
-from flashoptim_nb.study.h1.quantities import QUANTITIES
+from flashoptim_nb.study.h1.quantities import H1_QUANTITIES
 from flashoptim_nb.study.expression import (All, Any, AnyTested, AtLeast, Count, EveryTested, Not, Q, Status,
                                             estimate_of, judge, leaves, quantities, text, to_z3)
 from flashoptim_nb.study.statistics import Estimate, exact, missing, opened
@@ -181,7 +181,7 @@ def nudge(formula, leaf):
 
 def test_quantities_have_a_unit_and_a_meaning():
     used = set(itertools.chain.from_iterable(quantities(c.formula) for c in H1.criteria))
-    assert all(QUANTITIES[q.name].unit and QUANTITIES[q.name].meaning for q in used)
+    assert all(H1_QUANTITIES[q.name].unit and H1_QUANTITIES[q.name].meaning for q in used)
 
 
 def test_arithmetic_keeps_every_value_that_is_possible(rng_seed):

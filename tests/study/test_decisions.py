@@ -11,7 +11,7 @@ from flashoptim_nb.base.records import RunWriter, read_run
 from flashoptim_nb.study.decisions import (ACTIONS, MEMORY_BUDGET, SETTLED, WINDOW, Instability, Monitor, decide,
                                            decide_early, decide_from, projected_seconds, replay, still_holds)
 from flashoptim_nb.study.evidence import Evidence, count_spikes, evidence_table
-from flashoptim_nb.study.h1.criteria import CHECKPOINTS, H1
+from flashoptim_nb.study.h1.criteria import H1
 from flashoptim_nb.study.h1.quantities import early_values
 
 GOOD = {"utilization": 0.9, "nan_rate": 0.5, "cost_saving[1B]": 0.2, "quality_gap[1B]": 0.1, "projected_cost": 50_000,
@@ -19,10 +19,10 @@ GOOD = {"utilization": 0.9, "nan_rate": 0.5, "cost_saving[1B]": 0.2, "quality_ga
         "platform_gap[1B]": 0.02}
 
 
-def test_all_checkpoints(): assert list(CHECKPOINTS) == [f"H1-C{letter}" for letter in "ABCDEFM"]
+def test_all_checkpoints(): assert list(H1.checkpoints) == [f"H1-C{letter}" for letter in "ABCDEFM"]
 
 
-@pytest.mark.parametrize("id", list(CHECKPOINTS))
+@pytest.mark.parametrize("id", list(H1.checkpoints))
 def test_good_values_go_on(id): assert decide(H1.checkpoint(id), GOOD).action == "continue"
 
 
@@ -41,7 +41,7 @@ def test_good_values_go_on(id): assert decide(H1.checkpoint(id), GOOD).action ==
 def test_thresholds(id, key, at, beyond, action):
     assert decide(H1.checkpoint(id), GOOD | {key: at}).action == "continue"
     decision = decide(H1.checkpoint(id), GOOD | {key: beyond}, enforced=True)
-    assert decision.action == action and key in decision.why and CHECKPOINTS[id].then in decision.why
+    assert decision.action == action and key in decision.why and H1.checkpoints[id].then in decision.why
 
 
 def test_cc_downgrades_between_and_aborts_below():
@@ -49,7 +49,7 @@ def test_cc_downgrades_between_and_aborts_below():
             == ["continue", "downgrade", "downgrade", "abort"])
 
 
-@pytest.mark.parametrize("id", [id for id in CHECKPOINTS if id != "H1-CM"])
+@pytest.mark.parametrize("id", [id for id in H1.checkpoints if id != "H1-CM"])
 def test_a_checkpoint_is_not_passed_unmeasured(id):
     decision = decide(H1.checkpoint(id), {})
     assert decision.action == "pause" and "not measured" in decision.why
@@ -160,7 +160,7 @@ def study(folder, alter=lambda row: row):
     table = evidence_table(runs, H1)
     decisions = [
         decide_from(id, Evidence(table, H1, "baseline_strong", device="GPU A"),
-                    supplied={"projected_cost": 9e4} if id == "H1-CB" else {}) for id in CHECKPOINTS if id != "H1-CM"]
+                    supplied={"projected_cost": 9e4} if id == "H1-CB" else {}) for id in H1.checkpoints if id != "H1-CM"]
     writer = RunWriter(folder / "protocol", header=dict(run="protocol", scale="gpu", arm="protocol"))
     for decision in decisions: writer.append("decision", **alter(decision.row))
     writer.end("finished")

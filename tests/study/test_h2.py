@@ -17,8 +17,8 @@ from rich.console import Console
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.base.records import RunWriter, problems, read_study
 from flashoptim_nb.study.h2.quantities import DOMAINS
-from flashoptim_nb.study.h2.experiments import PROTOCOL, stages
-from flashoptim_nb.study.h2.presets import PRESETS
+from flashoptim_nb.study.h2.experiments import H2_PROTOCOL
+from flashoptim_nb.study.h2.presets import SURROGATE_PRESETS
 from flashoptim_nb.study.presets import select_runs
 from flashoptim_nb.study.runner import Study, dry_run
 from flashoptim_nb.cli.main import main
@@ -27,21 +27,21 @@ from records_factory import rows_without
 
 COMMON = """
 from dataclasses import replace
-from flashoptim_nb.study.h2.presets import LAPTOP
+from flashoptim_nb.study.h2.presets import SURROGATE_PRESETS
 from flashoptim_nb.surrogates.plans import Solve
 from flashoptim_nb.surrogates.registry import domains
 
-plan = LAPTOP.plans["molecules"].replace(configs=("fp32", "flash", "mixed_fp16"), searched=("flash",), tries=3, batches=(16,), timed=2, limits=dict(rows=160), budget=1 << 20, labels=(),
+plan = SURROGATE_PRESETS["laptop"].plans["molecules"].replace(configs=("fp32", "flash", "mixed_fp16"), searched=("flash",), tries=3, batches=(16,), timed=2, limits=dict(rows=160), budget=1 << 20, labels=(),
                                          solve=Solve(runs=2, methods=("reinforce",), steps=2, batch=8, most=3), solved=("fp32", "flash"))
-PRESET = LAPTOP.replace(plans={"toy": plan}, seeds=(0, 1), checkpoints=3)
+PRESET = SURROGATE_PRESETS["laptop"].replace(plans={"toy": plan}, seeds=(0, 1), checkpoints=3)
 """
 DRIVER = COMMON + """
 import sys
 from flashoptim_nb.cli import main
-from flashoptim_nb.study.h2.experiments import PROTOCOL
+from flashoptim_nb.study.h2.experiments import H2_PROTOCOL
 from flashoptim_nb.study.runner import Study
 from flashoptim_nb.study.loop import Interrupted
-try: sys.exit(Study(PROTOCOL, PRESET, sys.argv[1], device="cpu", stopped=main._Stop()).run())
+try: sys.exit(Study(H2_PROTOCOL, PRESET, sys.argv[1], device="cpu", stopped=main._Stop()).run())
 except Interrupted: sys.exit(130)
 """
 exec(COMMON)
@@ -62,7 +62,7 @@ def lacking(monkeypatch):
 
 
 def study(out, preset=PRESET, **options):  # noqa: F821 - of COMMON
-    return Study(PROTOCOL, preset, out, device="cpu", console=Console(file=io.StringIO()), **options)
+    return Study(H2_PROTOCOL, preset, out, device="cpu", console=Console(file=io.StringIO()), **options)
 
 
 def content(out):
@@ -284,7 +284,7 @@ def test_arms_that_a_domain_has_not_are_named(tmp_path, taught):
     scale, _ = taught
     bare = scale.replace(plans={"toy": scale.plans["toy"].replace(labels=())})
     for arms in ["labels"], ["labels", "train"]:
-        assert (Study(PROTOCOL, bare, tmp_path, device="cpu", experiments=arms, configs=["fp32"],
+        assert (Study(H2_PROTOCOL, bare, tmp_path, device="cpu", experiments=arms, configs=["fp32"],
                       console=Console(file=told)).run() == 0)
     assert told.getvalue().count("nothing to run: toy has no labels with the configurations fp32") == 2
 
@@ -299,7 +299,7 @@ def test_a_study_whose_protocol_record_was_taken_away_is_refused(tmp_path, taugh
 def test_what_is_told_is_not_read_as_markup(tmp_path, taught):
     told, out = io.StringIO(), tmp_path / "a [bold] place [/x] :fire:"
     console = Console(file=told, force_terminal=True, color_system=None, width=60)
-    assert (Study(PROTOCOL, taught[0], out, device="cpu", experiments=["labels", "train"], configs=["fp32"],
+    assert (Study(H2_PROTOCOL, taught[0], out, device="cpu", experiments=["labels", "train"], configs=["fp32"],
                   console=console).run() == 0)
     assert "is unavailable: the solver was not found; look in [/opt/solver]; the same" in told.getvalue()
     assert f"3 records in {out / 'h2-laptop'}; next: flashoptim-nb verdict h2 --records '{out}'" in told.getvalue()
@@ -349,23 +349,23 @@ def test_other_settings_do_not_mix(tmp_path):
         study(tmp_path, other, experiments=["speed"], configs=["fp32"]).run()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", SURROGATE_PRESETS)
 def test_every_preset_can_say_what_it_would_run(preset, capsys):
-    assert dry_run(PROTOCOL, PRESETS[preset]) == 0
+    assert dry_run(H2_PROTOCOL, SURROGATE_PRESETS[preset]) == 0
     told = capsys.readouterr().out
     assert json.loads(told[: told.index("\n\nOn ")])["name"] == preset and "In all" in told
-    for stage in stages(select_runs(PRESETS[preset], configs=["fp32"])):
+    for stage in H2_PROTOCOL.stages(select_runs(SURROGATE_PRESETS[preset], configs=["fp32"])):
         assert all(configs == ("fp32",) for _, configs in stage.runs)
 
 
 def test_conditions_and_seeds_are_never_cut():
-    assert len(PRESETS["gpu"].seeds) == len(PRESETS["full"].seeds) == 5 and PRESETS["gpu"].budget == 24 << 30
-    for preset in PRESETS.values():
+    assert len(SURROGATE_PRESETS["gpu"].seeds) == len(SURROGATE_PRESETS["full"].seeds) == 5 and SURROGATE_PRESETS["gpu"].budget == 24 << 30
+    for preset in SURROGATE_PRESETS.values():
         assert preset.plans.keys() >= DOMAINS.keys()
         for name in DOMAINS:
             assert {"fp32", "mixed_bf16", "flash", "mixed_bf16_2x", "flash_2x", "fp32_2x", "mixed_fp16", "tf32"} <= set(
                 preset.plans[name].configs)
-    assert np.prod([len(PRESETS["gpu"].seeds), PRESETS["gpu"].plans["molecules"].solve.runs]) == 100
+    assert np.prod([len(SURROGATE_PRESETS["gpu"].seeds), SURROGATE_PRESETS["gpu"].plans["molecules"].solve.runs]) == 100
 
 
 def test_an_enforced_checkpoint_holds_the_study_until_it_is_confirmed(tmp_path, monkeypatch):

@@ -17,15 +17,15 @@ DRIVER = """
 import sys
 from flashoptim_nb.cli import main
 from flashoptim_nb.study.h1 import experiments as h1
-from flashoptim_nb.study.h1.presets import LAPTOP
+from flashoptim_nb.study.h1.presets import LM_PRESETS
 from flashoptim_nb.study.loop import Interrupted
 from flashoptim_nb.study.runner import Study
-plan = LAPTOP.plans["1B"]
+plan = LM_PRESETS["laptop"].plans["1B"]
 plan = plan.replace(recipe=plan.recipe.replace(steps=10, batch=4, micro=2, seq=64), micros=(2,), track_every=3,
                     configs=("baseline", "ablation_split_only", "ablation_release_only"))
-preset = LAPTOP.replace(plans={"1B": plan}, seeds=(0, 1, 2), checkpoint_every=2, eval_sets=(("sotu", 512),), track_set=("sotu", 512), stress_lengths=(128,))
+preset = LM_PRESETS["laptop"].replace(plans={"1B": plan}, seeds=(0, 1, 2), checkpoint_every=2, eval_sets=(("sotu", 512),), track_set=("sotu", 512), stress_lengths=(128,))
 for name in set(h1.PREREQUISITES) - {"checkpointing"}: del h1.PREREQUISITES[name]
-try: sys.exit(Study(h1.PROTOCOL, preset, sys.argv[1], device="cpu", stopped=main._Stop()).run())
+try: sys.exit(Study(h1.H1_PROTOCOL, preset, sys.argv[1], device="cpu", stopped=main._Stop()).run())
 except Interrupted: sys.exit(130)
 """
 # Not promised: what a clock says, what is derived from it or decided on it, and what names the moment.

@@ -11,12 +11,13 @@ import z3
 from flashoptim_nb.base.config import content_hash
 from flashoptim_nb.base.records import RunWriter, problems, read_run, read_study
 from flashoptim_nb.cli.main import main
+from flashoptim_nb.study.consistency import findings
 from flashoptim_nb.study.decisions import decide, decide_from, replay, still_holds
 from flashoptim_nb.study.evidence import Evidence, evidence_table
 from flashoptim_nb.study.expression import Q, All, Status, judge, leaves, quantities, to_z3
 from flashoptim_nb.study.h1.criteria import CRITERIA_HASH, H1
-from flashoptim_nb.study.h2.consistency import H2_LOGIC, TYPICAL, findings
-from flashoptim_nb.study.h2.criteria import CHECKPOINTS, H2
+from flashoptim_nb.study.h2.consistency import H2_CHECKS, H2_LOGIC
+from flashoptim_nb.study.h2.criteria import H2
 from flashoptim_nb.study.h2.quantities import DOMAINS
 from flashoptim_nb.study.hypotheses import HYPOTHESES, criterion_of
 from flashoptim_nb.study.statistics import Estimate, exact, missing
@@ -112,7 +113,7 @@ def test_every_id_once_and_hashes_apart():
 
 def everywhere(id, **changed):
     "The status when each quantity has its typical value, but for those changed (by name or key)."
-    def look(q): return exact(changed.get(q.key, changed.get(q.name, TYPICAL[q.name])))
+    def look(q): return exact(changed.get(q.key, changed.get(q.name, H2_LOGIC.typical[q.name])))
     return judge(criterion_of(id).formula, look).status
 
 
@@ -587,14 +588,14 @@ def test_epochs_on_a_shared_device_tell_no_time(tmp_path, workers, value, told):
 FINE = {"reference_ratio[molecules, gap]": 1.0, "baseline_error[molecules, gap]": 0.04,
         "low_scale_share[molecules, mixed_fp16]": 0.0, "peak_saving[molecules]": 0.4,
         "larger_error_ratio[molecules, gap]": 0.95, "top_solution_loss[molecules]": 0.0} | {
-    q.key: 0.9 for q in quantities(CHECKPOINTS["H2-CF"].rules[0].formula) if "ratio" in q.name} | {
+    q.key: 0.9 for q in quantities(H2.checkpoints["H2-CF"].rules[0].formula) if "ratio" in q.name} | {
     f"{name}[{d}]": value for d in DOMAINS
     for name, value in (("collapsed_share", 0.0), ("peak_saving", 0.4), ("solution_loss", 0.0))}
 
 
 def test_good_values_go_on_and_unmeasured_ones_pause():
-    assert list(CHECKPOINTS) == [f"H2-C{letter}" for letter in "ABCDEF"]
-    for id in CHECKPOINTS:
+    assert list(H2.checkpoints) == [f"H2-C{letter}" for letter in "ABCDEF"]
+    for id in H2.checkpoints:
         assert (decide(H2.checkpoint(id), FINE).action, decide(H2.checkpoint(id), {}).action) == ("continue", "pause")
 
 
@@ -648,7 +649,7 @@ def decided(folder, alter=lambda row: row):
     writer = RunWriter(
         folder / "protocol",
         header=origin | settings | dict(run="protocol", settings=settings, settings_hash=content_hash(settings)))
-    for id in CHECKPOINTS: writer.append("decision", **alter(decide_from(id, e).row))
+    for id in H2.checkpoints: writer.append("decision", **alter(decide_from(id, e).row))
     writer.end("finished")
     return {row["checkpoint"]: row for row in read_run(folder / "protocol").of("decision")}
 
@@ -688,7 +689,7 @@ def test_check_and_verdict_on_the_command_line(tmp_path, capsys):
 # --- the prover
 
 @pytest.fixture(scope="module")
-def found(): return {finding.id: finding for finding in findings()}
+def found(): return {finding.id: finding for finding in findings(H2_LOGIC, H2_CHECKS)}
 
 
 def test_findings(found):
@@ -701,5 +702,5 @@ def test_findings(found):
 
 @pytest.mark.parametrize("id", [c.id for c in H2_LOGIC.harmful])
 def test_witnesses_are_judged_again(found, id):
-    look = lambda q: exact(found[f"success with {id}"].witness.get(q.key, TYPICAL[q.name]))
+    look = lambda q: exact(found[f"success with {id}"].witness.get(q.key, H2_LOGIC.typical[q.name]))
     assert judge(H2_LOGIC.successful, look).status == judge(criterion_of(id).formula, look).status == "met"

@@ -341,9 +341,9 @@ def test_modules_import_without_any_solver():
 # ---------- proposing
 
 def test_proposed_sets_are_independent_scored_exactly_and_counted(data, rng_seed):
-    from flashoptim_nb.surrogates.domains.independent_sets.problem import problems
+    from flashoptim_nb.surrogates.domains.independent_sets.problem import set_problems
     net = data.build(8).eval()
-    problem, = problems(data, lambda batch: net(batch) * data.std + data.mean, instances=2)
+    problem, = set_problems(data, lambda batch: net(batch) * data.std + data.mean, instances=2)
     policy, generator = problem.policy(16), torch.Generator().manual_seed(rng_seed)
     for instance in range(problem.instances):
         for x in (policy(instance, 6, generator).x, problem.random(instance, 6, generator)):
@@ -412,8 +412,8 @@ def test_padded_batches_replay_in_one_cuda_graph(data):
 
 @pytest.mark.cuda
 def test_policies_propose_on_a_gpu(data, rng_seed):
-    from flashoptim_nb.surrogates.domains.independent_sets.problem import problems
-    problem, = problems(data, lambda batch: torch.zeros(len(batch), 1), instances=1, device="cuda")
+    from flashoptim_nb.surrogates.domains.independent_sets.problem import set_problems
+    problem, = set_problems(data, lambda batch: torch.zeros(len(batch), 1), instances=1, device="cuda")
     drawn = problem.policy(16)(0, 8, torch.Generator("cuda").manual_seed(rng_seed))
     drawn.log_pf.sum().backward()
     assert (drawn.x.device.type == "cuda" and (problem.objective(0, drawn.x) > 0).all()

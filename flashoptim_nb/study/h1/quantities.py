@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROTOCOL_SIZES', 'QUALITY_SIZES', 'COMPONENTS', 'OTHER_FLASHOPTIM', 'SEQUENCE', 'MARGIN_PPL', 'REFERENCE_PPL',
-           'MARGIN_NATS', 'OPTIMIZER_MARGIN_NATS', 'REACHED_AT', 'CURVE_SETS', 'QUANTITIES', 'HELD_OUT_SET',
+           'MARGIN_NATS', 'OPTIMIZER_MARGIN_NATS', 'REACHED_AT', 'CURVE_SETS', 'H1_QUANTITIES', 'HELD_OUT_SET',
            'search_gap', 'per_token', 'language_row', 'steps_to', 'ends_in_numbers', 'steps_ratio', 'throughput_ratio',
            'memory_saving', 'steps_to_equal_loss', 'cost_saving', 'component_saving', 'quality_gaps', 'quality_gap',
            'nan_events', 'nan_unrecovered', 'loss_spikes', 'utilization', 'nan_rate', 'platform_gap', 'early_values',
@@ -370,7 +370,7 @@ def _largest(gaps: list[Estimate], note: str) -> Estimate:
                     projected=any(gap.projected for gap in gaps))
 
 # %% ../../../nbs/study/h1/00_quantities.ipynb #214eaacd
-QUANTITIES: Mapping[str, Measure] = dict(
+H1_QUANTITIES: Mapping[str, Measure] = dict(
     cost_saving=Measure(unit="share", estimate=cost_saving,
                         meaning="1 - (GPU-seconds per token ratio x steps to equal loss ratio), best micro-batch"),
     component_saving=Measure(unit="share", estimate=component_saving,

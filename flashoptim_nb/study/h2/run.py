@@ -24,7 +24,7 @@ from ...measure.timing import Stopwatch, throughput
 from ...surrogates.graphed import WARM, GraphedTask, why_not
 from ..loop import COLD_STEPS, Callback
 from ...surrogates.plans import Solve
-from ...surrogates.registry import find_domain, label_ways
+from ...surrogates.registry import find_domain
 from ...surrogates.task import Domain, SurrogateTask, errors, sized
 from ...train.config import SURROGATE_CONFIGS, Recipe, TrainConfig
 
@@ -245,7 +245,7 @@ def label_rows(
     check: Callable[[], object] = lambda: None,  # called between steps; may raise
 ) -> Iterator[tuple[str, dict]]:
     "Rows `eval` of both recipes on the same test split, with what their labels cost in seconds."
-    ways, cost, told = label_ways(find_domain(spec.workload), domain)
+    ways, cost, told = find_domain(spec.workload).ways(domain)
     steps = spec.recipe.steps_over(ways["full"][0].size("train"))
     for name, turns in ways.items():
         task = None
