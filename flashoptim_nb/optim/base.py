@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Init', 'FORMATS', 'NumericsError', 'explained', 'known_options', 'check_option', 'check_groups', 'FlashOptimizer',
-           'min_step']
+           'min_step', 'check_least_step', 'resident_bytes']
 
 # %% ../../nbs/optim/08_base.ipynb #41d3d83a
 import re
@@ -24,7 +24,8 @@ from .split import HALF_FORMATS, MAX_CODE
 from .multi_tensor import read_weights, write_weights
 from .buckets import LIVE_OPTIMIZERS, ParamBucket, build_buckets, cached_buckets
 from .checks import (
-    OptionError, ParametersError, as_param_list, check_gradient, check_options, check_parameters, check_states)
+    OptionError, ParametersError, as_param_list, check_gradient, check_group_form, check_options, check_parameters,
+    check_shared, check_states)
 from .states import error_bit_width, read_state, write_state
 from .gradients import GradScaling, compute_grad_scaling
 from .state_dict import fp32_weights, load_state, saved_public_state, saved_state, set_fp32_weights
@@ -53,7 +54,8 @@ def explained(function: Init) -> Init:
     try: said = _beside(getsource(function))
     except (OSError, TypeError): return function  # without its source
     known = [f"    {name}: {said[name]}" for name in signature(function).parameters if said.get(name)]
-    if known: function.__doc__ = "\n".join([*filter(None, [cleandoc(function.__doc__ or "")]), "", "Arguments:", *known])
+    if known:
+        function.__doc__ = "\n".join([*filter(None, [cleandoc(function.__doc__ or "")]), "", "Arguments:", *known])
     return function
 
 
@@ -94,7 +96,7 @@ def check_option(
     elif not isinstance(x, bool) and not (name == "fused" and x is None):
         raise OptionError(f"{name}={x!r}: True or False is needed")
 
-
+# %% ../../nbs/optim/08_base.ipynb #ba5e0005
 def check_groups(opt: "FlashOptimizer"):
     "Raises `OptionError` for groups that were edited into such as `add_param_group` would refuse."
     for group in opt.param_groups:
@@ -108,10 +110,11 @@ def check_groups(opt: "FlashOptimizer"):
 class FlashOptimizer(Optimizer):
     """Base of the Flash optimizers (arXiv 2602.23349): 16-bit weights with error bits, 8-bit moments.
 
-    Weights that are changed in place from outside (`p.zero_()`, `model.load_state_dict(...)` alone) keep the error bits
-    of the old ones, up to half a 16-bit spacing: take `error_bits` out of the states, and they begin at the new weights.
-    To give a state other values, put a tensor into it or copy into the one there. After giving a state's tensor other
-    memory (`t.data = ...`) call `invalidate()`: a step with the kernel sees that of the first and last parameter alone.
+    Weights that are changed in place from outside (`p.zero_()`, `model.load_state_dict(...)` alone) keep the error
+    bits of the old ones, up to half a 16-bit spacing: take `error_bits` out of the states, and they begin at the new
+    weights. To give a state other values, put a tensor into it or copy into the one there. After giving a state's
+    tensor other memory (`t.data = ...`) call `invalidate()`: a step with the kernel sees that of the first and last
+    parameter alone.
     """
 
     moments: dict[str, torch.dtype] = {}  # state key -> dtype of its 8-bit codes: int8 is signed, uint8 0 or more
@@ -177,14 +180,9 @@ class FlashOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict):
         "As in torch.optim, after checking the parameters; remembers the group's lr for `decouple_lr`."
-        if not isinstance(param_group, dict):
-            raise ParametersError(f"a {type(param_group).__name__} in place of a group: a dict is needed, "
-                                  "dict(params=model.parameters(), lr=...)")
-        if "params" not in param_group:
-            raise ParametersError(f"a group without params (it has {', '.join(map(str, param_group)) or 'nothing'}): "
-                                  "add them, dict(params=model.parameters(), lr=...)")
+        check_group_form(param_group)
         given = param_group["params"]
-        self._check_shared(param_group)
+        check_shared(self, param_group)
         param_group["params"] = [given] if isinstance(given, torch.Tensor) else as_param_list(given)
         tensors = [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in param_group["params"]]
         check_parameters([*(group["params"] for group in self.param_groups), tensors])
@@ -197,27 +195,6 @@ class FlashOptimizer(Optimizer):
             raise OptionError(f"decouple_lr=True: {type(self).__name__} has its weight decay in the gradient; "
                               "use the class with a W")
         if self.decouple_lr: self._keep_lr(group)
-
-    def _check_shared(self, group: dict):
-        """Raises `OptionError` for options of the whole optimizer in a group,
-        unless they repeat what it has (torch's ZeroRedundancyOptimizer hands all to the groups)."""
-        own = {name: getattr(self, name) for name in self.options if name in group and name != "fused"}
-        # as it was given, before max_norm settled it
-        if group.get("skip_nonfinite", False) is None: own["skip_nonfinite"] = None
-        if other := [name for name, value in own.items() if group[name] != value]:
-            raise OptionError(f"{', '.join(other)} in a group: an option of the whole optimizer, to be given beside "
-                              "the groups")
-        if group.get("compress_state_dict") is False:
-            raise OptionError("compress_state_dict=False through a wrapper that hands options to groups: such a "
-                              "wrapper puts states back as they were written, and a step needs them as they are "
-                              "kept; leave it out")
-        apart = (torch.distributed.is_available() and torch.distributed.is_initialized()
-                 and torch.distributed.get_world_size() > 1)
-        if apart and any(group.get(name) for name in ("max_norm", "skip_nonfinite")):
-            raise OptionError("max_norm or skip_nonfinite through a wrapper that deals parameters out to ranks: each "
-                              "rank would see the norm of its own share alone; "
-                              "leave both out, and call torch.nn.utils.clip_grad_norm_(model.parameters(), ...) "
-                              "before step()")
 
     def _keep_lr(self, group: dict):
         """Keeps the lr at which `decouple_lr` takes weight decay as it is given:
@@ -346,7 +323,7 @@ class FlashOptimizer(Optimizer):
             for group, params in work:
                 check_states(self, group, params)
                 for p in params: check_gradient(p)
-            if self.check_numerics: self._assert_numerics(work)
+            if self.check_numerics: check_least_step(self, work)
             made = build_buckets(self, [(group, group["params"]) for group in self.param_groups])
         return [(group, bucket) for group, buckets in zip(self.param_groups, made) for bucket in buckets]
 
@@ -404,35 +381,10 @@ class FlashOptimizer(Optimizer):
         ps = [p for group in self.param_groups for p in group["params"] if p.numel()]
         self._largest = {p: float(p.detach().abs().max()) for p in ps}
 
-    def _assert_numerics(
-        self,
-        work: Iterable,  # pairs of a group and those of its parameters that step
-    ):
-        "Raises `NumericsError` where a group's learning rate is too small to change the largest weight of a tensor."
-        if not self._largest: self.recompute_param_stats()
-        for group, params in work:
-            for p in params:
-                if p not in self._largest: self._largest[p] = float(p.detach().abs().max()) if p.numel() else 0.0
-                largest, bits = self._largest[p], error_bit_width(p.dtype, self.master_weight_bits)
-                if largest and 0 < float(group["lr"]) < (least := min_step(largest, p.dtype, bits) / 2):
-                    raise NumericsError(f"lr={float(group['lr']):.3g} cannot change weights of size {largest:.3g} in "
-                                        f"{p.dtype} with master_weight_bits={self.master_weight_bits}: "
-                                        f"at least {least:.3g} is needed; raise lr or master_weight_bits, or set "
-                                        "check_numerics=False")
-
     def bytes_per_parameter(self) -> dict[str, float]:
         """Resident bytes of each class, over the number of values optimized:
         weights, gradients, masters, states, scales, and total."""
-        total, n = Counter(dict.fromkeys(("weights", "gradients", "masters", "states", "scales"), 0)), 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                n += p.numel()
-                total["weights"] += p.numel() * p.element_size()
-                total["gradients"] += 0 if p.grad is None else p.grad.numel() * p.grad.element_size()
-                for key, t in self.state.get(p, {}).items():
-                    kind = "masters" if key == "error_bits" else "scales" if key.endswith("::scales") else "states"
-                    total[kind] += 0 if key == "step" else t.numel() * t.element_size()
-        return {kind: size / max(n, 1) for kind, size in (total | {"total": sum(total.values())}).items()}
+        return resident_bytes(self)
 
     def state_dict(self) -> dict:
         """As in torch.optim; waits for the device, since step counters leave it.
@@ -475,3 +427,36 @@ def min_step(
     "Distance from a weight of this size to the next that its format can hold."
     ulp = torch.finfo(dtype).eps * 2.0 ** (torch.tensor(largest, dtype=torch.float64).frexp().exponent.item() - 1)
     return ulp / (2 * MAX_CODE[bits]) if bits else ulp
+
+# %% ../../nbs/optim/08_base.ipynb #ba5e0001
+def check_least_step(
+    opt,  # a FlashOptimizer
+    work: Iterable,  # pairs of a group and those of its parameters that step
+):
+    "Raises `NumericsError` where a group's learning rate is too small to change the largest weight of a tensor."
+    if not opt._largest: opt.recompute_param_stats()
+    for group, params in work:
+        for p in params:
+            if p not in opt._largest: opt._largest[p] = float(p.detach().abs().max()) if p.numel() else 0.0
+            largest, bits = opt._largest[p], error_bit_width(p.dtype, opt.master_weight_bits)
+            if largest and 0 < float(group["lr"]) < (least := min_step(largest, p.dtype, bits) / 2):
+                raise NumericsError(f"lr={float(group['lr']):.3g} cannot change weights of size {largest:.3g} in "
+                                    f"{p.dtype} with master_weight_bits={opt.master_weight_bits}: "
+                                    f"at least {least:.3g} is needed; raise lr or master_weight_bits, or set "
+                                    "check_numerics=False")
+
+# %% ../../nbs/optim/08_base.ipynb #ba5e0003
+def resident_bytes(
+    opt,  # a FlashOptimizer
+) -> dict[str, float]:
+    "Bytes of each class that an optimizer and its parameters hold, over the number of values."
+    total, n = Counter(dict.fromkeys(("weights", "gradients", "masters", "states", "scales"), 0)), 0
+    for group in opt.param_groups:
+        for p in group["params"]:
+            n += p.numel()
+            total["weights"] += p.numel() * p.element_size()
+            total["gradients"] += 0 if p.grad is None else p.grad.numel() * p.grad.element_size()
+            for key, t in opt.state.get(p, {}).items():
+                kind = "masters" if key == "error_bits" else "scales" if key.endswith("::scales") else "states"
+                total[kind] += 0 if key == "step" else t.numel() * t.element_size()
+    return {kind: size / max(n, 1) for kind, size in (total | {"total": sum(total.values())}).items()}

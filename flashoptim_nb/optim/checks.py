@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OptionError', 'ParametersError', 'GradientError', 'as_param_list', 'check_parameter', 'has_memory', 'placements_of',
-           'check_gradient', 'check_states', 'overlaps_itself', 'overlapping', 'check_parameters', 'check_options']
+           'check_gradient', 'check_states', 'overlaps_itself', 'overlapping', 'check_parameters', 'check_group_form',
+           'check_shared', 'check_options']
 
 # %% ../../nbs/optim/18_checks.ipynb #c4ec0003
 from collections.abc import Iterable, Mapping, Sequence
@@ -223,6 +224,43 @@ def check_parameters(
         raise OptionError(f"a parameter of shape {tuple(shards[found[0]].shape)} that shares memory with another "
                           "one: to tie weights, use one Parameter in both places; else clone() one of them")
 
+# %% ../../nbs/optim/18_checks.ipynb #c4ec000f
+def check_group_form(
+    group: dict,  # that is to be added
+):
+    "Raises `ParametersError` for a group that is no dict with parameters."
+    if not isinstance(group, dict):
+        raise ParametersError(f"a {type(group).__name__} in place of a group: a dict is needed, "
+                              "dict(params=model.parameters(), lr=...)")
+    if "params" not in group:
+        raise ParametersError(f"a group without params (it has {', '.join(map(str, group)) or 'nothing'}): "
+                              "add them, dict(params=model.parameters(), lr=...)")
+
+
+def check_shared(
+    opt,  # a FlashOptimizer
+    group: dict,  # as it was given
+):
+    """Raises `OptionError` for options of the whole optimizer in a group,
+    unless they repeat what it has (torch's ZeroRedundancyOptimizer hands all to the groups)."""
+    own = {name: getattr(opt, name) for name in opt.options if name in group and name != "fused"}
+    # as it was given, before max_norm settled it
+    if group.get("skip_nonfinite", False) is None: own["skip_nonfinite"] = None
+    if other := [name for name, value in own.items() if group[name] != value]:
+        raise OptionError(f"{', '.join(other)} in a group: an option of the whole optimizer, to be given beside "
+                          "the groups")
+    if group.get("compress_state_dict") is False:
+        raise OptionError("compress_state_dict=False through a wrapper that hands options to groups: such a "
+                          "wrapper puts states back as they were written, and a step needs them as they are "
+                          "kept; leave it out")
+    apart = (torch.distributed.is_available() and torch.distributed.is_initialized()
+             and torch.distributed.get_world_size() > 1)
+    if apart and any(group.get(name) for name in ("max_norm", "skip_nonfinite")):
+        raise OptionError("max_norm or skip_nonfinite through a wrapper that deals parameters out to ranks: each "
+                          "rank would see the norm of its own share alone; "
+                          "leave both out, and call torch.nn.utils.clip_grad_norm_(model.parameters(), ...) "
+                          "before step()")
+
 # %% ../../nbs/optim/18_checks.ipynb #c8327fa7
 def check_options(
     opt,  # a FlashOptimizer
@@ -232,7 +270,7 @@ def check_options(
     a tensor on a device is not read, which would wait for it."""
     for group in groups:
         try:
-            if not opt.options.keys().isdisjoint(group): opt._check_shared(group)
+            if not opt.options.keys().isdisjoint(group): check_shared(opt, group)
             opt._check_group({k: 0.0 if k in ("lr", "weight_decay") and _far(x) else x for k, x in group.items()})
             opt._scalars(group)
         except KeyError as error:
