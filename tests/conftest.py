@@ -1,4 +1,5 @@
-"""Shared by all tests: the marks, fresh random inputs that can be repeated, and `--record FOLDER`, which keeps a report as a record."""
+"""Shared by all tests: the marks, fresh random inputs that can be repeated, and `--record FOLDER`,
+which keeps a report as a record."""
 import os
 import random
 from datetime import datetime, timezone

@@ -151,10 +151,12 @@ def bench_memory(
     device: str = "auto",
     cells: Iterable[Cell] = CELLS,
 ) -> Path:
-    "Trains each cell for three steps, prints its predicted and measured peak and records them; returns the run's folder."
+    """Trains each cell for three steps, prints its predicted and measured peak and records them;
+    returns the run's folder."""
     cells, where = [*cells], pick_device(device)
     if where.type != "cuda" and any(cell.size != "tiny" for cell in cells):
-        raise UserError(f"models of billions of parameters want a GPU, and the device is {where}; `--dry-run` shows what would be measured")
+        raise UserError(f"models of billions of parameters want a GPU, and the device is {where}; "
+                        "`--dry-run` shows what would be measured")
     run = "memory" if cells == [*CELLS] else f"memory-{content_hash(cells)[:6]}"
     settings = dict(cells=[cell.to_dict() for cell in cells])
     with _recorded(out, where, run, "memory", settings, settings, arm="fit") as writer:

@@ -195,7 +195,8 @@ def _bench(args) -> int:
 def _fit(args) -> int:
     from flashoptim_nb.lm.fit import FIT_HELP, find_model, fit, fit_words
     model = find_model(args.params, args.config, args.build, args.style, args.seq)
-    found = fit(model, args.gpu, args.gpus, args.seq, configs=args.configs or tuple(FIT_HELP), loss=args.loss, micro=args.micro)
+    found = fit(
+        model, args.gpu, args.gpus, args.seq, configs=args.configs or tuple(FIT_HELP), loss=args.loss, micro=args.micro)
     print(json.dumps(found, indent=1) if args.json else visible(fit_words(found), keep="\n"))
     return 0
 
@@ -434,7 +435,8 @@ def _dimenet_names() -> str:
 
 def _memory_names() -> str:
     from flashoptim_nb.lm.cells import CELLS, CELLS_TWO
-    return "\n".join(["cells, on one GPU:", *(f"  {cell.name}" for cell in CELLS), "", "with --gpus 2:", *(f"  {cell.name}" for cell in CELLS_TWO)])
+    return "\n".join(["cells, on one GPU:", *(f"  {cell.name}" for cell in CELLS), "", "with --gpus 2:",
+                      *(f"  {cell.name}" for cell in CELLS_TWO)])
 
 def _capacity_names() -> str:
     from flashoptim_nb.cli.bench import LARGEST
@@ -448,7 +450,8 @@ _BENCHMARKS = {
                    "on the tensors of two GPTs and on many small ones", _timed_names),
     "dimenet": ("a training step of DimeNet++, PyG's blocks beside this package's (wants a GPU)", _dimenet_names),
     "capacity": ("the largest DimeNet++ that trains at batch 512 within 24 GiB (wants a GPU)", _capacity_names),
-    "memory": ("the memory of GPTs of 1 to 13 billion parameters, predicted beside measured (wants a GPU of 80 GB)", _memory_names),
+    "memory": ("the memory of GPTs of 1 to 13 billion parameters, predicted beside measured (wants a GPU of 80 GB)",
+               _memory_names),
 }
 _BENCH_OPTIONS = {
     # of which benchmarks, and its help
@@ -499,14 +502,16 @@ def _bench_parser(command):
 def _fit_names() -> str:
     from flashoptim_nb.lm.fit import FAMILIES, FIT_HELP, GPUS
     memory = {name: f"{mib / 1024:.1f} GiB" for name, mib in GPUS.items()}
-    return "\n\n".join((_listed("ways of training", FIT_HELP), _listed("GPUs", memory), _listed("architectures of a config.json", {name: family for name, (family, _) in FAMILIES.items()})))
+    return "\n\n".join(
+        (_listed("ways of training", FIT_HELP), _listed("GPUs", memory),
+         _listed("architectures of a config.json", {name: family for name, (family, _) in FAMILIES.items()})))
 
 def _fit_parser(command):
     fit = command(
         "fit", _fit, help="will it fit: memory by class, and the largest micro-batch", names=_fit_names,
-        description="Predicts, by arithmetic alone, what training a model takes on each GPU, and the largest micro-batch\n"
-                    "for each way of training and kind of checkpointing. No GPU is needed. Held against measured peaks\n"
-                    "by `flashoptim-nb bench memory`.",
+        description="Predicts, by arithmetic alone, what training a model takes on each GPU, "
+                    "and the largest micro-batch\nfor each way of training and kind of checkpointing. "
+                    "No GPU is needed. Held against measured peaks\nby `flashoptim-nb bench memory`.",
         epilog="examples:\n"
                "  flashoptim-nb fit --params 7B                              a GPT of 7 billion on one H100\n"
                "  flashoptim-nb fit --params 13B --gpu A100-80GB --gpus 2 --seq 8192\n"
@@ -514,15 +519,24 @@ def _fit_parser(command):
                "  flashoptim-nb fit --config Llama-3.1-8B/config.json --gpu H200 --seq 4096\n"
                "  flashoptim-nb fit --config config.json --json              for programs; bytes\n"
                "  PYTHONPATH=. flashoptim-nb fit --build mymodels:make_small    what stands of any torch module")
-    fit.add_argument("--params", "--preset", dest="params", metavar="N", help="a GPT of so many parameters: 124M, 1B, 7B, 13B, 70B of the project's ladder, or what lies between")
+    fit.add_argument(
+        "--params", "--preset", dest="params", metavar="N",
+        help="a GPT of so many parameters: 124M, 1B, 7B, 13B, 70B of the project's ladder, or what lies between")
     fit.add_argument("--config", metavar="FILE", help="a config.json of Hugging Face's transformers, on this machine")
-    fit.add_argument("--build", metavar="MODULE:FUNCTION", help="a function that makes a model, called on the meta device; only its parameters are counted")
-    fit.add_argument("--gpu", default="H100", metavar="NAME", help="a GPU of the table below, or a size: 24GB (default: H100)")
-    fit.add_argument("--gpus", type=int, default=1, metavar="N", help="how many; FSDP2 divides the model over them (default: 1)")
-    fit.add_argument("--seq", type=int, metavar="T", help="tokens in a sequence (default: 2048, or as many as the model has positions)")
+    fit.add_argument("--build", metavar="MODULE:FUNCTION",
+                     help="a function that makes a model, called on the meta device; only its parameters are counted")
+    fit.add_argument(
+        "--gpu", default="H100", metavar="NAME", help="a GPU of the table below, or a size: 24GB (default: H100)")
+    fit.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="how many; FSDP2 divides the model over them (default: 1)")
+    fit.add_argument("--seq", type=int, metavar="T",
+                     help="tokens in a sequence (default: 2048, or as many as the model has positions)")
     fit.add_argument("--configs", nargs="+", metavar="NAME", help="only these ways of training (default: all)")
-    fit.add_argument("--micro", type=int, metavar="B", help="show the bytes of this micro-batch (default: of the largest that fits)")
-    fit.add_argument("--loss", metavar="NAME", help="fused_linear, never the whole logits; or plain (default: plain for a config.json, else fused_linear)")
+    fit.add_argument(
+        "--micro", type=int, metavar="B", help="show the bytes of this micro-batch (default: of the largest that fits)")
+    fit.add_argument(
+        "--loss", metavar="NAME",
+        help="fused_linear, never the whole logits; or plain (default: plain for a config.json, else fused_linear)")
     fit.add_argument("--style", default="gpt2", metavar="NAME", help="with --params: gpt2 or llama2 (default: gpt2)")
     fit.add_argument("--json", action="store_true", help="an object: model, gpu, seq, loss, rows; bytes")
 

@@ -52,11 +52,13 @@ class Cell(Config):
     @property
     def name(self) -> str:
         way = "" if self.checkpointing == "none" else f"-{self.checkpointing}"
-        return f"{self.size}-{self.style}-{self.seq}-{self.config}-m{self.micro}{way}" + (f"-x{self.gpus}" if self.gpus > 1 else "")
+        return (f"{self.size}-{self.style}-{self.seq}-{self.config}-m{self.micro}{way}"
+                + (f"-x{self.gpus}" if self.gpus > 1 else ""))
 
     def row(self, guess: dict | None) -> dict:
         "The cell and what is predicted of it, as they stand in a record."
-        said = dict(size=self.size, style=self.style, seq=self.seq, config=self.config, micro_batch=self.micro, checkpointing=self.checkpointing, loss=self.loss, gpus=self.gpus)
+        said = dict(size=self.size, style=self.style, seq=self.seq, config=self.config, micro_batch=self.micro,
+                    checkpointing=self.checkpointing, loss=self.loss, gpus=self.gpus)
         return said | dict(predicted=(guess or {}).get("peak"), predicted_classes=guess or None)
 
     @property
@@ -64,9 +66,12 @@ class Cell(Config):
         "The configuration that is trained."
         return FIT_CONFIGS[self.config].replace(loss=self.loss, checkpointing=self.checkpointing)
 
-_LLAMA = {  # size -> the shape of a Llama of transformers
-    "1B": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, vocab_size=128_256, tie_word_embeddings=True),
-    "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=512, tie_word_embeddings=True),
+_LLAMA = {
+    # size -> the shape of a Llama of transformers
+    "1B": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+               num_key_value_heads=8, vocab_size=128_256, tie_word_embeddings=True),
+    "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, vocab_size=512, tie_word_embeddings=True),
 }
 
 def predicted(
@@ -74,9 +79,12 @@ def predicted(
 ) -> dict[str, float] | None:  # as `lm.fit.predict` gives it; None: there is no formula
     "What the arithmetic says of a cell."
     theirs = cell.style == "transformers"
-    model = architecture_of(choose("size", cell.size, _LLAMA) | dict(model_type="llama", max_position_embeddings=cell.seq)) if theirs else gpt_of(cell.size, cell.style, cell.seq)
+    model = (
+        architecture_of(choose("size", cell.size, _LLAMA) | dict(model_type="llama", max_position_embeddings=cell.seq))
+        if theirs else gpt_of(cell.size, cell.style, cell.seq))
     if theirs and cell.checkpointing == "selective": return None
-    return predict(model, cell.train.replace(loss="plain") if theirs else cell.train, cell.micro, cell.seq, checkpointing=cell.checkpointing, gpus=cell.gpus)
+    return predict(model, cell.train.replace(loss="plain") if theirs else cell.train, cell.micro, cell.seq,
+                   checkpointing=cell.checkpointing, gpus=cell.gpus)
 
 # %% ../../nbs/lm/15_cells.ipynb #a6cf6f16
 _release = dict(config="flash_adamw_release")
@@ -112,10 +120,12 @@ def _of_transformers(cell: Cell, device: torch.device):
     "Hugging Face's Llama and its loss."
     try: import transformers
     except ImportError: raise UserError("transformers is not installed") from None
-    shape = transformers.LlamaConfig(**choose("size", cell.size, _LLAMA), max_position_embeddings=cell.seq, attn_implementation="sdpa")
+    shape = transformers.LlamaConfig(
+        **choose("size", cell.size, _LLAMA), max_position_embeddings=cell.seq, attn_implementation="sdpa")
     with device: model = transformers.AutoModelForCausalLM.from_config(shape).float()
     model.train()
-    if cell.checkpointing == "full": model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+    if cell.checkpointing == "full":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     elif cell.checkpointing != "none": raise UserError(f"transformers has no checkpointing {cell.checkpointing!r}")
     return model, shape.vocab_size, lambda x_BT, y_BT: model(input_ids=x_BT, labels=x_BT, use_cache=False).loss
 
@@ -172,8 +182,12 @@ def run_cell(
     "A cell's row: what it is, what was predicted, what was measured; oom and reason where it was not."
     guess, start = predicted(cell), time.perf_counter()
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cell.gpus}"] if cell.gpus > 1 else []
-    command = [sys.executable, "-P", *launcher, "-m", "flashoptim_nb.lm.cells", "--cell", json.dumps(asdict(cell)), "--device", device]
-    try: found = dict(reason=skip) if skip else _found(subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=os.environ | {"PYTHONSAFEPATH": "1"}), cell)
+    command = [sys.executable, "-P", *launcher, "-m", "flashoptim_nb.lm.cells", "--cell", json.dumps(asdict(cell)),
+               "--device", device]
+    try:
+        found = (dict(reason=skip) if skip
+                 else _found(subprocess.run(command, capture_output=True, text=True, timeout=timeout,
+                                            env=os.environ | {"PYTHONSAFEPATH": "1"}), cell))
     except subprocess.TimeoutExpired: found = dict(oom=False, reason=f"did not finish within {timeout:.0f} s")
     return cell.row(guess) | dict(oom=False, reason="") | found | dict(seconds=time.perf_counter() - start)
 
@@ -206,7 +220,8 @@ def row_words(
     row: dict,  # of `run_cell`
 ) -> str:
     "A row as a line of a terminal."
-    head = f"{row['size']:4} {row['style']:12} {row['seq']:5} {row['config']:19} micro {row['micro_batch']} {row['checkpointing']:9}"
+    head = (f"{row['size']:4} {row['style']:12} {row['seq']:5} {row['config']:19} micro {row['micro_batch']} "
+            f"{row['checkpointing']:9}")
     if row["gpus"] > 1: head += f" x {row['gpus']} GPUs"
     guess = f"predicted {row['predicted'] / 1e9:6.2f} GB" if row["predicted"] else "not predicted    "
     if row.get("peak") is None: return f"{head} {guess}, {'OUT OF MEMORY: ' * bool(row.get('oom'))}{row['reason']}"
@@ -220,6 +235,7 @@ def reason_to_skip(
 ) -> str:
     "Why a cell cannot be measured here; empty where it can."
     if device.type != "cuda": return ""
-    if cell.gpus > torch.cuda.device_count(): return f"{cell.gpus} GPUs are needed, and there is {torch.cuda.device_count()}"
+    if cell.gpus > torch.cuda.device_count():
+        return f"{cell.gpus} GPUs are needed, and there is {torch.cuda.device_count()}"
     if cell.style == "transformers" and not (able := capabilities()["transformers"]).ok: return able.why
     return ""

@@ -40,7 +40,9 @@ def parameter_count(
 
 def _nearest_width(n: float, n_layer: int, style: str, max_seq: int) -> GPTConfig:
     "The model of so many layers whose width, a multiple of 128, brings it nearest to `n` parameters."
-    def of(heads): return GPTConfig(style=style, n_layer=n_layer, d_model=128 * heads, n_head=heads, vocab_size=50_304, max_seq=max_seq)
+    def of(heads):
+        return GPTConfig(
+            style=style, n_layer=n_layer, d_model=128 * heads, n_head=heads, vocab_size=50_304, max_seq=max_seq)
     about = max(1, round(math.sqrt(n / (12 * n_layer)) / 128))
     return min(map(of, range(max(1, about - 4), about + 5)), key=lambda c: abs(count_parameters(c)["total"] - n))
 
@@ -50,13 +52,17 @@ def gpt_of(
     max_seq: int = 2048,  # positions
 ) -> GPTConfig:
     "The GPT of a size: a rung of the project's ladder, or what lies between two of them."
-    if (rung := next((size for size in SIZES if size.upper() == params.strip().upper()), None)): return gpt_config(rung, style, max_seq=max_seq)
+    if (rung := next((size for size in SIZES if size.upper() == params.strip().upper()), None)):
+        return gpt_config(rung, style, max_seq=max_seq)
     n, rungs = parameter_count(params), [gpt_config(size) for size in _LADDER]
     sizes = [count_parameters(c)["total"] for c in rungs]
-    if not sizes[0] / 20 <= n <= sizes[-1] * 20: raise UserError(f"{params!r} lies far outside the ladder of models, {_LADDER[0]} to {_LADDER[-1]}; give the model's own configuration")
+    if not sizes[0] / 20 <= n <= sizes[-1] * 20:
+        raise UserError(f"{params!r} lies far outside the ladder of models, {_LADDER[0]} to {_LADDER[-1]}; "
+                        "give the model's own configuration")
     k = max(0, min(len(rungs) - 2, sum(size < n for size in sizes) - 1))
     share = math.log(n / sizes[k]) / math.log(sizes[k + 1] / sizes[k])
-    return _nearest_width(n, max(1, round(rungs[k].n_layer + share * (rungs[k + 1].n_layer - rungs[k].n_layer))), style, max_seq)
+    return _nearest_width(
+        n, max(1, round(rungs[k].n_layer + share * (rungs[k + 1].n_layer - rungs[k].n_layer))), style, max_seq)
 
 # %% ../../nbs/lm/09_fit.ipynb #bbb08a88
 _ours = TrainConfig(attention="flash", optimizer="flash_adamw", fused=True)
@@ -104,29 +110,35 @@ class Architecture(Config):
         "Parameters, as `lm.sizing.count_parameters` gives them."
         d, V = self.d_model, self.vocab_size
         matrices = 2 * d * (self.q + self.k) + (3 if self.gated else 2) * d * self.ffn_width
-        parts = dict(embedding=V * d, positions=self.max_seq * d * (self.family == "gpt2"), layers=self.n_layer * (matrices + self.vectors),
-                     norm=d if self.gated else 2 * d, head=0 if self.tied else V * d)
+        parts = dict(embedding=V * d, positions=self.max_seq * d * (self.family == "gpt2"),
+                     layers=self.n_layer * (matrices + self.vectors), norm=d if self.gated else 2 * d,
+                     head=0 if self.tied else V * d)
         return parts | dict(total=sum(parts.values()), matrices=self.n_layer * matrices + V * d)
 
 # %% ../../nbs/lm/09_fit.ipynb #f94f3bbe
 def _field(config: dict, *names, default=None) -> int:
     "A size that a config.json states under one of these names."
     found = next((config[name] for name in names if config.get(name) is not None), default)
-    if type(found) is not int or found < 1: raise UserError(f"this config.json has no {names[0]!r} that is a whole number above 0 (it is {found!r}); give the file that lies beside the model's weights")
+    if type(found) is not int or found < 1:
+        raise UserError(f"this config.json has no {names[0]!r} that is a whole number above 0 (it is {found!r}); "
+                        "give the file that lies beside the model's weights")
     return found
 
 def _common(config: dict, tied: bool) -> dict:
     "What most architectures say in the same words."
     d, heads = _field(config, "hidden_size"), _field(config, "num_attention_heads")
-    return dict(n_layer=_field(config, "num_hidden_layers"), d_model=d, n_head=heads, n_kv_head=_field(config, "num_key_value_heads", default=heads),
-                head_dim=_field(config, "head_dim", default=d // heads), ffn_width=_field(config, "intermediate_size"), vocab_size=_field(config, "vocab_size"),
-                max_seq=_field(config, "max_position_embeddings", default=2048), tied=bool(config.get("tie_word_embeddings", tied)))
+    return dict(
+        n_layer=_field(config, "num_hidden_layers"), d_model=d, n_head=heads, n_kv_head=_field(
+            config, "num_key_value_heads", default=heads), head_dim=_field(config, "head_dim", default=d // heads),
+        ffn_width=_field(config, "intermediate_size"), vocab_size=_field(config, "vocab_size"), max_seq=_field(
+            config, "max_position_embeddings", default=2048), tied=bool(config.get("tie_word_embeddings", tied)))
 
 def _llama(config: dict) -> dict:
     c, family = _common(config, config["family"] == "gemma"), config["family"]
     q, k = c["n_head"] * c["head_dim"], c["n_kv_head"] * c["head_dim"]
     biases = q + 2 * k if family == "qwen2" else (q + 2 * k + c["d_model"]) * bool(config.get("attention_bias"))
-    return c | dict(vectors=2 * c["d_model"] + biases + 2 * c["head_dim"] * (family == "qwen3") + (2 * c["ffn_width"] + c["d_model"]) * bool(config.get("mlp_bias")))
+    return (c | dict(vectors=2 * c["d_model"] + biases + 2 * c["head_dim"] * (family == "qwen3")
+                     + (2 * c["ffn_width"] + c["d_model"]) * bool(config.get("mlp_bias"))))
 
 def _neox(config: dict) -> dict:
     c = _common(config, False)
@@ -135,22 +147,32 @@ def _neox(config: dict) -> dict:
 def _gpt2(config: dict) -> dict:
     d, heads = _field(config, "n_embd"), _field(config, "n_head")
     F = _field(config, "n_inner", default=4 * d)
-    return dict(n_layer=_field(config, "n_layer"), d_model=d, n_head=heads, n_kv_head=heads, head_dim=d // heads, ffn_width=F, vocab_size=_field(config, "vocab_size"),
-                max_seq=_field(config, "n_positions", "n_ctx", default=1024), tied=bool(config.get("tie_word_embeddings", True)), vectors=9 * d + F)
+    return dict(
+        n_layer=_field(config, "n_layer"), d_model=d, n_head=heads, n_kv_head=heads, head_dim=d // heads, ffn_width=F,
+        vocab_size=_field(config, "vocab_size"), max_seq=_field(config, "n_positions", "n_ctx", default=1024),
+        tied=bool(config.get("tie_word_embeddings", True)), vectors=9 * d + F)
 
-FAMILIES = {  # architecture in config.json -> its family, and what reads its sizes
-    "LlamaForCausalLM": ("llama", _llama), "MistralForCausalLM": ("mistral", _llama), "Qwen2ForCausalLM": ("qwen2", _llama), "Qwen3ForCausalLM": ("qwen3", _llama),
-    "GemmaForCausalLM": ("gemma", _llama), "GPTNeoXForCausalLM": ("gpt_neox", _neox), "GPT2LMHeadModel": ("gpt2", _gpt2),
+FAMILIES = {
+    # architecture in config.json -> its family, and what reads its sizes
+    "LlamaForCausalLM": ("llama", _llama), "MistralForCausalLM": ("mistral", _llama),
+    "Qwen2ForCausalLM": ("qwen2", _llama), "Qwen3ForCausalLM": ("qwen3", _llama),
+    "GemmaForCausalLM": ("gemma", _llama), "GPTNeoXForCausalLM": ("gpt_neox", _neox),
+    "GPT2LMHeadModel": ("gpt2", _gpt2),
 }
 
 def architecture_of(
     config: dict,  # a config.json of transformers
 ) -> Architecture:
     "The shape that a config.json describes; raises `UserError` for an architecture that is not known here."
-    names = config.get("architectures") or [name for name, (family, _) in FAMILIES.items() if family == config.get("model_type")]
-    if not names or not isinstance(names, list): raise UserError(f"this config.json names no architecture that is known here (its model_type is {config.get('model_type')!r}); known are: {', '.join(FAMILIES)}")
+    names = (config.get("architectures")
+             or [name for name, (family, _) in FAMILIES.items() if family == config.get("model_type")])
+    if not names or not isinstance(names, list):
+        raise UserError("this config.json names no architecture that is known here "
+                        f"(its model_type is {config.get('model_type')!r}); known are: {', '.join(FAMILIES)}")
     family, read = choose("architecture", names[0], FAMILIES)
-    if config.get("quantization_config"): raise UserError("this config.json is of a quantized model, which cannot be trained whole; give that of the model it was made from")
+    if config.get("quantization_config"):
+        raise UserError("this config.json is of a quantized model, which cannot be trained whole; "
+                        "give that of the model it was made from")
     return Architecture(family=family, **read(config | dict(family=family)))
 
 # %% ../../nbs/lm/09_fit.ipynb #3113b016
@@ -175,19 +197,24 @@ def _architecture_activations(a: Architecture, N: int, checkpointing: str, loss:
     d, V, stream = a.d_model, a.vocab_size, 4 if wide else 2
     layers = a.n_layer * (stream * d if checkpointing == "full" else _architecture_layer(a, wide))
     norm = (stream + 2) * d + 16 if not a.gated else (10 if wide or a.family == "gemma" else 8) * d + 4
-    return N * (layers + norm + 24 + (4 * V if loss == "plain" else 0)) + (stream * V * d if loss == "fused_linear" else 0)
+    return (N * (layers + norm + 24 + (4 * V if loss == "plain" else 0))
+            + (stream * V * d if loss == "fused_linear" else 0))
 
 # %% ../../nbs/lm/09_fit.ipynb #04445d89
-WORKSPACE = 2 * 32 * 2**20  # bytes that cuBLAS holds, on Hopper: torch's default of CUBLAS_WORKSPACE_CONFIG, for two threads
+# bytes that cuBLAS holds, on Hopper: torch's default of CUBLAS_WORKSPACE_CONFIG, for two threads
+WORKSPACE = 2 * 32 * 2**20
 
 Model = GPTConfig | Architecture
 
-def _count(model: Model) -> dict[str, int]: return model.count() if isinstance(model, Architecture) else count_parameters(model)
+def _count(model: Model) -> dict[str, int]:
+    return model.count() if isinstance(model, Architecture) else count_parameters(model)
 
 def _kept(model: Model, config: TrainConfig, micro: int, seq: int, checkpointing: str) -> float:
     "Bytes that the forward pass leaves for the backward pass."
-    if isinstance(model, Architecture): return _architecture_activations(model, micro * seq, checkpointing, config.loss, not config.narrow)
-    return activation_bytes(model, micro, seq, config.attention, checkpointing, config.loss, config.weights, compiled=config.compile)
+    if isinstance(model, Architecture):
+        return _architecture_activations(model, micro * seq, checkpointing, config.loss, not config.narrow)
+    return activation_bytes(
+        model, micro, seq, config.attention, checkpointing, config.loss, config.weights, compiled=config.compile)
 
 def _again(model: Model, config: TrainConfig, micro: int, seq: int, checkpointing: str) -> float:
     "Bytes of a checkpointed layer that is run again, and of the two widest gradients in it."
@@ -204,7 +231,8 @@ def predict(
     checkpointing: str = "none",
     gpus: int = 1,  # over which FSDP2 divides weights, gradients and states
     accumulate: bool = False,  # over several micro-batches: gradients of earlier ones are there during the forward pass
-) -> dict[str, float]:  # bytes: weights, gradients, masters, states, copies, activations, gathered, workspace, other, peak
+    # bytes: weights, gradients, masters, states, copies, activations, gathered, workspace, other, peak
+) -> dict[str, float]:
     "What a training step holds on each GPU by class, and at its peak."
     c, n, each = config, _count(model), bytes_per_parameter(config.weights, config.states, config.release)
     held = {name: each[name] * n["total"] / gpus for name in ("weights", "gradients", "masters", "states")}
@@ -213,8 +241,10 @@ def predict(
     held["activations"] = _kept(model, c, micro, seq, checkpointing)
     held["gathered"] = each["weights"] * (n["total"] - n["layers"]) if gpus > 1 else 0
     held["workspace"] = WORKSPACE
-    standing = sum(held[name] for name in ("weights", "masters", "states", "gathered", "workspace")) + held["gradients"] * accumulate
-    loss = held["activations"] + each["copies"] * n["matrices"] + _moment(model, micro * seq, c.loss, c.weights, c.compile)
+    standing = (sum(held[name] for name in ("weights", "masters", "states", "gathered", "workspace"))
+                + held["gradients"] * accumulate)
+    loss = (held["activations"] + each["copies"] * n["matrices"]
+            + _moment(model, micro * seq, c.loss, c.weights, c.compile))
     layers = held["activations"] * (1 - 1 / model.n_layer if checkpointing == "none" else 1) + held["copies"]
     again = layers + _again(model, c, micro, seq, checkpointing) + 4 * layer
     end = held["gradients"] * (not accumulate) + held["gathered"] + 2 * layer
@@ -222,12 +252,17 @@ def predict(
     return held | dict(other=max(0.0, peak - sum(held.values())), peak=peak)
 
 # %% ../../nbs/lm/09_fit.ipynb #dbabbd6d
-GPUS = {  # name -> MiB, as nvidia-smi shows them
-    "T4": 15_360, "V100-16GB": 16_384, "V100-32GB": 32_768, "A10": 23_028, "A10G": 23_028, "L4": 23_034, "L40S": 46_068, "A40": 46_068,
-    "RTX 3060": 12_288, "RTX 3090": 24_576, "RTX 4080": 16_376, "RTX 4090": 24_564, "RTX 5090": 32_607, "RTX A6000": 49_140, "RTX 6000 Ada": 49_140,
-    "A100-40GB": 40_960, "A100-80GB": 81_920, "H100": 81_559, "H100 NVL": 95_830, "GH200": 97_871, "H200": 143_771, "B200": 183_359,
+GPUS = {
+    # name -> MiB, as nvidia-smi shows them
+    "T4": 15_360, "V100-16GB": 16_384, "V100-32GB": 32_768, "A10": 23_028, "A10G": 23_028, "L4": 23_034, "L40S": 46_068,
+    "A40": 46_068,
+    "RTX 3060": 12_288, "RTX 3090": 24_576, "RTX 4080": 16_376, "RTX 4090": 24_564, "RTX 5090": 32_607,
+    "RTX A6000": 49_140, "RTX 6000 Ada": 49_140,
+    "A100-40GB": 40_960, "A100-80GB": 81_920, "H100": 81_559, "H100 NVL": 95_830, "GH200": 97_871, "H200": 143_771,
+    "B200": 183_359,
 }
-_ALIASES = {"A100": "A100-80GB", "V100": "V100-32GB", "H100-80GB": "H100", "NVIDIA H100 80GB HBM3": "H100", "NVIDIA H200": "H200"}
+_ALIASES = {"A100": "A100-80GB", "V100": "V100-32GB", "H100-80GB": "H100", "NVIDIA H100 80GB HBM3": "H100",
+            "NVIDIA H200": "H200"}
 
 def gpu_memory(
     name: str,  # of `GPUS`, in any case, with or without spaces; or a number of GB: 80GB
@@ -254,12 +289,17 @@ def built_on_meta(
     "Calls a function on the meta device and counts what it makes; raises `UserError` where that cannot be done."
     name, _, function = where.partition(":")
     try: made = getattr(importlib.import_module(name), function)
-    except (ImportError, ValueError, AttributeError) as error: raise UserError(f"{where!r} cannot be found ({error}); give module:function, of a module that Python finds from here (PYTHONPATH=. for one in this folder)") from None
+    except (ImportError, ValueError, AttributeError) as error:
+        raise UserError(f"{where!r} cannot be found ({error}); give module:function, "
+                        "of a module that Python finds from here (PYTHONPATH=. for one in this folder)") from None
     try:
         with torch.device("meta"): model = made()
     except Exception as error:  # the user's own code may fail in any way
-        raise UserError(f"{where!r} cannot be built on the meta device ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}); it is called without arguments, and must neither load weights nor read values of tensors") from None
-    if not isinstance(model, torch.nn.Module): raise UserError(f"{where!r} made a {type(model).__name__}; it has to make a torch.nn.Module")
+        raise UserError(f"{where!r} cannot be built on the meta device ({type(error).__name__}: "
+                        f"{(str(error).splitlines() or [''])[0]}); it is called without arguments, "
+                        "and must neither load weights nor read values of tensors") from None
+    if not isinstance(model, torch.nn.Module):
+        raise UserError(f"{where!r} made a {type(model).__name__}; it has to make a torch.nn.Module")
     sizes = [p.numel() for p in model.parameters()]
     if not sizes: raise UserError(f"{where!r} made a model without parameters")
     return Counted(name=where, total=sum(sizes), largest=max(sizes))
@@ -272,19 +312,23 @@ def find_model(
     seq: int | None = None,  # tokens; a GPT gets as many positions (None: 2048)
 ) -> Model | Counted:
     "The model that is asked about, by one of three ways."
-    if sum(way is not None for way in (params, config, build)) != 1: raise UserError("which model? give one of: a number of parameters (--params 7B), a config.json (--config), module:function (--build)")
+    if sum(way is not None for way in (params, config, build)) != 1:
+        raise UserError("which model? give one of: a number of parameters (--params 7B), a config.json (--config), "
+                        "module:function (--build)")
     if params: return gpt_of(params, style, 2048 if seq is None else seq)
     if build: return built_on_meta(build)
     path = Path(config) / "config.json" if config and Path(config).is_dir() else Path(config)
     try: found = read_json(path.read_text())
-    except OSError as error: raise UserError(f"cannot read {path}: {error.strerror}; give a config.json that lies on this machine") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give a config.json that lies on this machine") from None
     except ValueError: raise UserError(f"{path} is no JSON; give a config.json of transformers") from None
     if not isinstance(found, dict): raise UserError(f"{path} holds no object; give a config.json of transformers")
     return architecture_of(found)
 
 # %% ../../nbs/lm/09_fit.ipynb #744db973
 HOST = "flash_adamw_on_host"  # states and masters in the host's memory: arithmetic only
-FIT_HELP = FIT_HELP | {HOST: "FlashAdamW, states and masters in the host's memory: arithmetic only, the package does not do it"}
+FIT_HELP = FIT_HELP | {
+    HOST: "FlashAdamW, states and masters in the host's memory: arithmetic only, the package does not do it"}
 
 def _peak(model: Model, name: str, loss: str, micro: int, seq: int, **how) -> dict[str, float]:
     "What `predict` says of a way of training by its name."
@@ -314,9 +358,11 @@ def _standing(model: Counted, name: str, gpus: int, budget: float) -> dict:
     "What stands of a model of which only the parameters are known."
     config = FIT_CONFIGS["flash_adamw" if name == HOST else name]
     each = bytes_per_parameter(config.weights, config.states, config.release)
-    classes = {kind: 0.0 if name == HOST and kind in ("masters", "states") else each[kind] * model.total / gpus for kind in ("weights", "gradients", "masters", "states")}
+    classes = {kind: 0.0 if name == HOST and kind in ("masters", "states") else each[kind] * model.total / gpus
+               for kind in ("weights", "gradients", "masters", "states")}
     peak = sum(classes.values()) + config.release * each["weights"] * model.largest
-    return dict(config=name, checkpointing=None, micro=None, fits=peak <= budget, peak=peak, classes=classes, left=budget - peak)
+    return dict(config=name, checkpointing=None, micro=None, fits=peak <= budget, peak=peak, classes=classes,
+                left=budget - peak)
 
 def fit(
     model: Model | Counted,  # see `find_model`
@@ -337,15 +383,20 @@ def fit(
     for one in configs: choose("configuration", one, FIT_HELP)
     loss = choose("loss", loss or ("fused_linear" if isinstance(model, GPTConfig) else "plain"), [*LOSSES])
     about = dict(gpu=dict(name=name, count=gpus, bytes=total, usable=budget), seq=seq, loss=loss)
-    if isinstance(model, Counted): return dict(model=dict(name=model.name, parameters=model.total)) | about | dict(rows=[_standing(model, one, gpus, budget) for one in configs])
-    if seq > model.max_seq: raise UserError(f"a sequence of {seq:,} tokens was asked for, and the model has {model.max_seq:,} positions")
+    if isinstance(model, Counted):
+        return (dict(model=dict(name=model.name, parameters=model.total)) | about
+                | dict(rows=[_standing(model, one, gpus, budget) for one in configs]))
+    if seq > model.max_seq:
+        raise UserError(f"a sequence of {seq:,} tokens was asked for, and the model has {model.max_seq:,} positions")
     kinds, rows = [kind for kind in CHECKPOINTING if kind != "selective" or isinstance(model, GPTConfig)], []
     for one in configs:
         for kind in kinds:
             best = largest_that_fits(model, one, budget, seq, loss, checkpointing=kind, gpus=gpus)
             classes = _peak(model, one, loss, micro or max(1, best), seq, checkpointing=kind, gpus=gpus)
-            rows.append(dict(config=one, checkpointing=kind, micro=best, fits=best >= (micro or 1), shown=micro or max(1, best), peak=classes.pop("peak"), classes=classes))
-    said = dict(parameters=_count(model)["total"], layers=model.n_layer, width=model.d_model, name=model.family if isinstance(model, Architecture) else model.style)
+            rows.append(dict(config=one, checkpointing=kind, micro=best, fits=best >= (micro or 1),
+                             shown=micro or max(1, best), peak=classes.pop("peak"), classes=classes))
+    said = dict(parameters=_count(model)["total"], layers=model.n_layer, width=model.d_model,
+                name=model.family if isinstance(model, Architecture) else model.style)
     return dict(model=said) | about | dict(rows=rows)
 
 # %% ../../nbs/lm/09_fit.ipynb #5a328424
@@ -355,16 +406,27 @@ def fit_words(
     "An answer as a table for a terminal."
     m, g = found["model"], found["gpu"]
     shape = f", {m['layers']} layers of width {m['width']:,}" if "layers" in m else ""
-    lines = [f"{m['name']}: {m['parameters'] / 1e9:.3g} billion parameters{shape}; sequences of {found['seq']:,} tokens, loss {found['loss']}",
-             f"{g['count']} x {g['name']}: {g['bytes'] / 2**30:.1f} GiB each, of which a plan fills {g['usable'] / 2**30:.1f}", ""]
+    lines = [f"{m['name']}: {m['parameters'] / 1e9:.3g} billion parameters{shape}; "
+             f"sequences of {found['seq']:,} tokens, loss {found['loss']}",
+             f"{g['count']} x {g['name']}: {g['bytes'] / 2**30:.1f} GiB each, "
+             f"of which a plan fills {g['usable'] / 2**30:.1f}", ""]
     names = {row["config"]: FIT_HELP[row["config"]] for row in found["rows"]}
     heads = ("weights", "gradients", "masters", "states", "activations", "peak")
-    lines.append(f"{'way of training':20} {'checkpointing':13} {'micro-batch':>11}  " + " ".join(f"{head:>11}" for head in heads) + "   GiB a GPU")
+    lines.append(f"{'way of training':20} {'checkpointing':13} {'micro-batch':>11}  "
+                 + " ".join(f"{head:>11}" for head in heads) + "   GiB a GPU")
     for row in found["rows"]:
         c = dict(row["classes"])
         shown = {head: c.pop(head, None) for head in heads[:5]} | dict(peak=row["peak"])
-        micro = "fits" if row["micro"] is None and row["fits"] else "does not" if not row["fits"] and not row["micro"] else str(row["micro"])
-        lines.append(f"{row['config']:20} {row['checkpointing'] or '':13} {micro:>11}  " + " ".join(f"{'?' if shown[head] is None else format(shown[head] / 2**30, '.1f'):>11}" for head in heads))
-    if not any(row["micro"] is None for row in found["rows"]): lines += ["", "Bytes are those of the largest micro-batch that fits, or of one sequence. The peak is less than their sum where gradients come as activations go,", "and more by what a moment takes for itself: a piece of the logits, a layer that is run again, cuBLAS."]
-    if any(row["micro"] is None for row in found["rows"]): lines += ["", "Activations are not known without running the model: what stands is counted, and they come on top."]
+        micro = ("fits" if row["micro"] is None and row["fits"] else "does not" if not row["fits"] and not row["micro"]
+                 else str(row["micro"]))
+        lines.append(f"{row['config']:20} {row['checkpointing'] or '':13} {micro:>11}  " + " ".join(
+                         f"{'?' if shown[head] is None else format(shown[head] / 2**30, '.1f'):>11}" for head in heads))
+    if not any(row["micro"] is None for row in found["rows"]):
+        lines += [
+            "", "Bytes are those of the largest micro-batch that fits, or of one sequence. "
+                "The peak is less than their sum where gradients come as activations go,",
+            "and more by what a moment takes for itself: a piece of the logits, a layer that is run again, cuBLAS."]
+    if any(row["micro"] is None for row in found["rows"]):
+        lines += [
+            "", "Activations are not known without running the model: what stands is counted, and they come on top."]
     return "\n".join(lines + ["", *(f"{name:20} {words}" for name, words in names.items())])

@@ -1,4 +1,5 @@
-"""A record that was damaged, altered or is of another shape is refused in words by whoever reads it, and going on loses nothing of it."""
+"""A record that was damaged, altered or is of another shape is refused in words by whoever reads it,
+and going on loses nothing of it."""
 import json
 import shutil
 

@@ -1,4 +1,5 @@
-"""Every public optimizer of the package, for the tests of what all of them do: a new class is tested as soon as it is there."""
+"""Every public optimizer of the package, for the tests of what all of them do:
+a new class is tested as soon as it is there."""
 import inspect
 from functools import partial
 

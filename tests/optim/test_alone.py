@@ -1,4 +1,5 @@
-"""The optimizers stand alone: torch, numpy and the standard library are enough, and a GPU's kernels need Triton beside them."""
+"""The optimizers stand alone: torch, numpy and the standard library are enough,
+and a GPU's kernels need Triton beside them."""
 import subprocess
 import sys
 

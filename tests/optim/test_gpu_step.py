@@ -1,4 +1,5 @@
-"""What only a GPU can show of a step: no waiting for the device, life inside CUDA graphs, parameters on two devices, no hidden memory."""
+"""What only a GPU can show of a step: no waiting for the device, life inside CUDA graphs, parameters on two devices,
+no hidden memory."""
 import copy
 
 import pytest

@@ -1,4 +1,5 @@
-"""What a user does to groups and states between two steps is what the next step steps, as in torch.optim, or is refused with nothing changed."""
+"""What a user does to groups and states between two steps is what the next step steps, as in torch.optim,
+or is refused with nothing changed."""
 import copy
 import gc
 import math

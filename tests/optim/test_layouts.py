@@ -1,4 +1,5 @@
-"""Parameters, gradients and states wherever they lie in memory: the step is that of a contiguous copy, nothing else is written, or it is refused."""
+"""Parameters, gradients and states wherever they lie in memory:
+the step is that of a contiguous copy, nothing else is written, or it is refused."""
 import os
 import subprocess
 import sys

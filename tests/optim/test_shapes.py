@@ -1,4 +1,5 @@
-"""Optimizers that step one parameter at a time in its own shape, with states of any shape: rows, columns, one number, none."""
+"""Optimizers that step one parameter at a time in its own shape, with states of any shape:
+rows, columns, one number, none."""
 import copy
 import io
 

@@ -1,4 +1,5 @@
-"""FSDP2, with and without gradient release, distributed checkpoints and ZeroRedundancyOptimizer: two processes step shards, uneven and empty ones too, as one process steps the whole."""
+"""FSDP2, with and without gradient release, distributed checkpoints and ZeroRedundancyOptimizer:
+two processes step shards, uneven and empty ones too, as one process steps the whole."""
 import subprocess
 import sys
 import textwrap

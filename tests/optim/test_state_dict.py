@@ -1,4 +1,5 @@
-"""State dicts: what is stored is read as what it is, whichever package wrote it, or refused with nothing changed; and weights in fp32."""
+"""State dicts: what is stored is read as what it is, whichever package wrote it, or refused with nothing changed;
+and weights in fp32."""
 import copy
 import importlib.util
 import io

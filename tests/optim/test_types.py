@@ -1,4 +1,5 @@
-"""A type checker reads the package's annotations as a user's editor does: what is right passes, what is wrong is found in its line."""
+"""A type checker reads the package's annotations as a user's editor does:
+what is right passes, what is wrong is found in its line."""
 import importlib.util
 import subprocess
 import sys

@@ -158,9 +158,9 @@ def study(folder, alter=lambda row: row):
     "A protocol run that decides on a small study, on disk."
     runs = pair(folder, roles=("1B",), speed=1.12, utilization=0.5)
     table = evidence_table(runs, H1)
-    decisions = [
-        decide_from(id, Evidence(table, H1, "baseline_strong", device="GPU A"),
-                    supplied={"projected_cost": 9e4} if id == "H1-CB" else {}) for id in H1.checkpoints if id != "H1-CM"]
+    decisions = [decide_from(id, Evidence(table, H1, "baseline_strong", device="GPU A"),
+                             supplied={"projected_cost": 9e4} if id == "H1-CB" else {}) for id in H1.checkpoints
+                 if id != "H1-CM"]
     writer = RunWriter(folder / "protocol", header=dict(run="protocol", scale="gpu", arm="protocol"))
     for decision in decisions: writer.append("decision", **alter(decision.row))
     writer.end("finished")

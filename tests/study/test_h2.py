@@ -359,7 +359,8 @@ def test_every_preset_can_say_what_it_would_run(preset, capsys):
 
 
 def test_conditions_and_seeds_are_never_cut():
-    assert len(SURROGATE_PRESETS["gpu"].seeds) == len(SURROGATE_PRESETS["full"].seeds) == 5 and SURROGATE_PRESETS["gpu"].budget == 24 << 30
+    assert (len(SURROGATE_PRESETS["gpu"].seeds) == len(SURROGATE_PRESETS["full"].seeds) == 5
+            and SURROGATE_PRESETS["gpu"].budget == 24 << 30)
     for preset in SURROGATE_PRESETS.values():
         assert preset.plans.keys() >= DOMAINS.keys()
         for name in DOMAINS:

@@ -135,5 +135,6 @@ def test_a_checkpoint_that_could_not_be_written_leaves_nothing(tmp_path, monkeyp
     from flashoptim_nb.study import checkpoint
     def stop(*_): raise KeyboardInterrupt
     monkeypatch.setattr(checkpoint.os, "fsync", stop)
-    with pytest.raises(KeyboardInterrupt): checkpoint.save_checkpoint(tmp_path / "checkpoint.safetensors", dict(n=torch.zeros(3)))
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save_checkpoint(tmp_path / "checkpoint.safetensors", dict(n=torch.zeros(3)))
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,5 @@
-"""Amortized optimization: exact gradients, balance, frozen surrogates, and true scores kept apart from predicted ones."""
+"""Amortized optimization: exact gradients, balance, frozen surrogates,
+and true scores kept apart from predicted ones."""
 import functools
 import itertools
 import math

@@ -1,4 +1,5 @@
-"""A surrogate learns the same whatever its batch is split into, goes on bit for bit, meets overflows as its precision promises, and is evaluated as it says."""
+"""A surrogate learns the same whatever its batch is split into, goes on bit for bit,
+meets overflows as its precision promises, and is evaluated as it says."""
 import copy
 
 import numpy as np
