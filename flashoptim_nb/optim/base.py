@@ -135,7 +135,7 @@ class FlashOptimizer(Optimizer):
         *,
         quantize: bool = True,  # moments take a byte a value, not four: what the paper is about
         compress_state_dict: bool = True,  # state dicts have these bytes; False: fp32, for torch.optim to read
-        master_weight_bits: int | None = 24,  # 24 trains as fp32 in 3 bytes a weight; 32: exact; None: no masters
+        master_weight_bits: int | None = 24,  # 24 in 3 bytes a weight; 32: one more, for small rates; None: no masters
         fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
         check_numerics: bool = False,  # refuse an lr too small to move the largest weights; waits for the GPU
         decouple_lr: bool = False,  # weight decay as at the first lr, whatever a scheduler does; off, as in torch.optim

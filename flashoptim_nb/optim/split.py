@@ -39,17 +39,17 @@ def _exponent(
 
 # %% ../../nbs/optim/00_split.ipynb #ccd787e5
 def compute_ecc_bits(
-    fp32: torch.Tensor,  # theta: fp32, any shape
-    narrow: torch.Tensor,  # theta': the same weights in bf16 or fp16, same shape
+    fp32_param: torch.Tensor,  # theta: fp32, any shape
+    narrow_param: torch.Tensor,  # theta': the same weights in bf16 or fp16, same shape
     master_bytewidth: int = 4,  # bytes of both parts together: 4 (int16 error bits) or 3 (int8)
 ) -> torch.Tensor:  # rho: int8 or int16, same shape
-    """The error bits that `narrow` lacks to be `fp32` (arXiv 2602.23349, section 3);
+    """The error bits that `narrow_param` lacks to be `fp32_param` (arXiv 2602.23349, section 3);
     raises `UserError` for other types or widths."""
-    _check_split(fp32, narrow, master_bytewidth)
+    _check_split(fp32_param, narrow_param, master_bytewidth)
     bits = 8 * (master_bytewidth - 2)
-    # `narrow` is the caller's and may not be the nearest
-    code = _code(fp32, narrow, bits).clamp_(-MAX_CODE[bits], MAX_CODE[bits])
-    return code.masked_fill_(~(code.isfinite() & narrow.isfinite()), 0).to(CODE_DTYPE[bits])
+    # `narrow_param` is the caller's and may not be the nearest
+    code = _code(fp32_param, narrow_param, bits).clamp_(-MAX_CODE[bits], MAX_CODE[bits])
+    return code.masked_fill_(~(code.isfinite() & narrow_param.isfinite()), 0).to(CODE_DTYPE[bits])
 
 
 def encode(

@@ -109,7 +109,8 @@ def saved_public_state(opt) -> dict:
         raise StateError(f"a parameter of shape {tuple(changed[0].shape)} is {changed[0].dtype} now and its state "
                          f"was made for {opt._made_for[changed[0]]}: save before such a change of the model, or save "
                          "state_dict()")
-    beyond = {"state_format", "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "reference_lr"}
+    beyond = {"state_format", "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "reference_lr",
+              "decoupled_weight_decay"}  # the last comes with torch's own AdamW
     out = opt.state_dict()
     width = {None: 0, 24: 3, 32: 4}[opt.master_weight_bits]
     for n, own in enumerate(opt.param_groups):
