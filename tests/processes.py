@@ -1,7 +1,9 @@
 """Tests that need a process of their own."""
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 
@@ -12,3 +14,45 @@ def pass_in_the_interpreter(path, some):
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-k", some, "-p", "no:cacheprovider", path.name],
                           cwd=path.parent, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def _run(source, words, env, told):
+    with open(told, "wb") as file:
+        for stream in (1, 2): os.dup2(file.fileno(), stream)
+    os.environ.update(env)
+    import numpy
+    import torch
+    numpy.random.seed()  # as in a process that begins anew: nothing may rest on what the server had drawn
+    torch.set_num_threads(1)
+    sys.argv = ["-c", *words]
+    exec(compile(source, "<program>", "exec"), dict(__name__="__main__"))
+
+
+class Forked:
+    """A program in a process of its own that has the libraries from its first moment on: importing them takes longer than what most tests do with them.
+
+    It is forked from a server, and is watched, killed and waited for as a `subprocess.Popen` is."""
+
+    def __init__(self, source, *words, **env):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["flashoptim_nb.cli.main", "flashoptim_nb.study.h1.experiments", "flashoptim_nb.study.h2.experiments"])
+        descriptor, self.told = tempfile.mkstemp()
+        os.close(descriptor)
+        self.process = context.Process(target=_run, args=(source, [*map(str, words)], env, self.told))
+        self.process.start()
+
+    @property
+    def returncode(self): return self.process.exitcode
+
+    def poll(self): return self.process.exitcode
+
+    def send_signal(self, number): os.kill(self.process.pid, number)
+
+    def communicate(self, timeout=None):
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise subprocess.TimeoutExpired("a forked program", timeout)
+        told = Path(self.told).read_text()
+        os.unlink(self.told)
+        return told, None

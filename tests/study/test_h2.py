@@ -23,6 +23,7 @@ from flashoptim_nb.study.presets import select_runs
 from flashoptim_nb.study.runner import Study, dry_run
 from flashoptim_nb.cli.main import main
 from flashoptim_nb.study.loop import Interrupted
+from processes import Forked
 from records_factory import rows_without
 
 COMMON = """
@@ -70,17 +71,16 @@ def content(out):
     return rows_without(out / "h2-laptop", TIMED)
 
 
-def start(out):
-    return subprocess.Popen([sys.executable, "-c", DRIVER, str(out)], env=os.environ | {"OMP_NUM_THREADS": "1"},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(out): return Forked(DRIVER, out)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
+    "In a process that began anew, with an order of hashes of its own, unlike those that the tests kill."
     out = tmp_path_factory.mktemp("whole")
-    process = start(out)
-    told, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, told
+    done = subprocess.run([sys.executable, "-c", DRIVER, str(out)], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
     return out
 
 
