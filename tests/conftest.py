@@ -1,5 +1,6 @@
 """Shared by all tests: the marks, fresh random inputs that can be repeated, and `--record FOLDER`,
 which keeps a report as a record."""
+import gc
 import os
 import random
 from datetime import datetime, timezone
@@ -27,6 +28,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish():
+    "What was imported stays: no search for garbage looks through it again."
+    gc.collect()
+    gc.freeze()
 
 
 class Report:
