@@ -29,13 +29,14 @@ def _run(source, words, env, told):
 
 
 class Forked:
-    """A program in a process of its own that has the libraries from its first moment on: importing them takes longer than what most tests do with them.
+    """A program in a process of its own that has the libraries from its first moment on: importing them takes long.
 
     It is forked from a server, and is watched, killed and waited for as a `subprocess.Popen` is."""
 
     def __init__(self, source, *words, **env):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["flashoptim_nb.cli.main", "flashoptim_nb.study.h1.experiments", "flashoptim_nb.study.h2.experiments"])
+        studies = ["flashoptim_nb.study.h1.experiments", "flashoptim_nb.study.h2.experiments"]
+        context.set_forkserver_preload(["flashoptim_nb.cli.main", *studies])
         descriptor, self.told = tempfile.mkstemp()
         os.close(descriptor)
         self.process = context.Process(target=_run, args=(source, [*map(str, words)], env, self.told))

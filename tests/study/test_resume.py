@@ -13,7 +13,7 @@ from flashoptim_nb.base.records import problems
 from processes import Forked
 from records_factory import rows_without
 
-# A small study of the real protocol: one prerequisite, three uncompiled stacks, one seed, short runs; signals as in the command.
+# A small study of the real protocol: one prerequisite, three uncompiled stacks, one seed; signals as in the command.
 DRIVER = """
 import sys
 from flashoptim_nb.cli import main
