@@ -443,7 +443,7 @@ def packed(path, megabytes, piece=b"\0"):
 
 
 def test_what_unpacks_to_one_endless_document_is_refused(folder, tmp_path, monkeypatch):
-    "At a sixteenth of the bound, which takes a sixteenth of the time; the notebook of the files refuses at the bound itself."
+    "At a sixteenth of the bound, which takes a sixteenth of the time; the files' notebook refuses at the bound."
     assert T.LONGEST_DOCUMENT == files.LONGEST_DOCUMENT == 2**26
     for module in (T, files): monkeypatch.setattr(module, "LONGEST_DOCUMENT", 2**22)
     many = T.LONGEST_DOCUMENT // 2**20 + 2
