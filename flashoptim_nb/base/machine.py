@@ -181,5 +181,4 @@ def skip_without(
     if not (missing := [name for name in modules if not _module(name).ok]): return
     from IPython import get_ipython
     get_ipython().ast_transformers.append(_Nothing())
-    print(
-        f"The cells below were not run: {', '.join(missing)} is not installed here (pip install {' '.join(missing)}).")
+    print(f"The cells below were not run; missing here: {', '.join(missing)} (pip install {' '.join(missing)}).")
