@@ -101,12 +101,12 @@ CELLS = (
     Cell(size="1B", micro=8, config="adamw_bf16"),
     Cell(size="1B", micro=8, config="bf16_fp32_states", checkpointing="selective"),
     Cell(size="1B", seq=8192, micro=2, style="llama2"),
-    Cell(size="1B", micro=4, style="transformers"),
+    Cell(size="1B", micro=4, style="transformers", loss="plain"),
     Cell(size="3B", micro=4),
     Cell(size="3B", micro=2, config="adamw", checkpointing="full"),
     Cell(size="3B", seq=8192, micro=1, **_release),
     Cell(size="3B", seq=8192, micro=1, style="llama2", checkpointing="full"),
-    Cell(size="1B", micro=2, style="transformers", checkpointing="full", **_release),
+    Cell(size="1B", micro=2, style="transformers", loss="plain", checkpointing="full", **_release),
 )
 CELLS_TWO = (
     Cell(size="7B", micro=4, gpus=2),

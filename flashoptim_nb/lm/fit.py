@@ -216,11 +216,10 @@ def _kept(model: Model, config: TrainConfig, micro: int, seq: int, checkpointing
     return activation_bytes(
         model, micro, seq, config.attention, checkpointing, config.loss, config.weights, compiled=config.compile)
 
-def _again(model: Model, config: TrainConfig, micro: int, seq: int, checkpointing: str) -> float:
-    "Bytes of a checkpointed layer that is run again, and of the two widest gradients in it."
-    if checkpointing == "none": return 0
-    every, stored = (_kept(model, config, micro, seq, kind) for kind in ("none", checkpointing))
-    return (every - stored) / model.n_layer + 2 * micro * seq * (2 * model.ffn_width + 2 * model.d_model)
+def _run_again(model: Model, config: TrainConfig, micro: int, seq: int, stored: str) -> float:
+    "Bytes of a layer that is there whole beyond what is stored of it, and of the two widest gradients in it."
+    every, kept = (_kept(model, config, micro, seq, kind) for kind in ("none", stored))
+    return (every - kept) / model.n_layer + 2 * micro * seq * (2 * model.ffn_width + 2 * model.d_model)
 
 def predict(
     model: Model,  # a GPT of this package, or an architecture of transformers
@@ -245,10 +244,14 @@ def predict(
                 + held["gradients"] * accumulate)
     loss = (held["activations"] + each["copies"] * n["matrices"]
             + _moment(model, micro * seq, c.loss, c.weights, c.compile))
-    layers = held["activations"] * (1 - 1 / model.n_layer if checkpointing == "none" else 1) + held["copies"]
-    again = layers + _again(model, c, micro, seq, checkpointing) + 4 * layer
-    end = held["gradients"] * (not accumulate) + held["gathered"] + 2 * layer
-    peak = standing + max(loss, again, end)
+    coming, whole = held["gradients"] * (not accumulate), held["gathered"] * (1 - 1 / gpus)
+    if checkpointing == "none": again = held["activations"] * (1 - 1 / model.n_layer)
+    else: again = held["activations"] + _run_again(model, c, micro, seq, checkpointing)
+    # the share of the gradients that comes with and after the first layer
+    later = (n["layers"] / model.n_layer + head * (not model.tied)) / n["total"]
+    first = coming * (1 - later) + whole + _run_again(model, c, micro, seq, "full") + 3 * layer
+    end = coming + whole + 2 * layer
+    peak = standing + max(loss, again + held["copies"] + 4 * layer, first, end)
     return held | dict(other=max(0.0, peak - sum(held.values())), peak=peak)
 
 # %% ../../nbs/lm/09_fit.ipynb #dbabbd6d

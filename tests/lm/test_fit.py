@@ -1,0 +1,59 @@
+"""Will it fit: the prediction against every recorded peak, and the command's answers."""
+import json
+
+import pytest
+
+from flashoptim_nb.cli.main import main
+from flashoptim_nb.lm.fit import FIT_CONFIGS, gpt_of, predict
+from flashoptim_nb.report.fits import predicted_rows
+
+
+def test_every_recorded_peak_is_predicted_within_5_percent():
+    rows = predicted_rows()
+    assert len(rows) >= 30 and set(rows["kind"]) == {"fit", "memory"}
+    worst = rows.loc[rows["off"].abs().idxmax()]
+    assert abs(worst["off"]) < 5, worst.to_dict()
+
+
+@pytest.mark.parametrize("size, config, micro, how, peak", [  # gigabytes, read off GPUs while the package was made
+    ("1B", "flash_adamw", 8, {}, 33.6), ("7B", "flash_adamw", 2, {}, 52.8), ("7B", "flash_adamw_release", 4, {}, 70.1),
+    ("13B", "flash_adamw_release", 4, dict(checkpointing="full"), 71.5), ("7B", "flash_adamw", 4, dict(gpus=2), 53.8)])
+def test_known_peaks(size, config, micro, how, peak):
+    found = predict(gpt_of(size), FIT_CONFIGS[config].replace(loss="fused_linear"), micro, 2048, **how)["peak"]
+    assert found / 1e9 == pytest.approx(peak, rel=0.05)
+
+
+def answer(capsys, *words):
+    status = main(["fit", *words])
+    return status, *capsys.readouterr()
+
+
+def test_the_command_answers_programs(capsys, tmp_path):
+    status, out, _ = answer(capsys, "--params", "7B", "--gpu", "a100 80gb", "--json")
+    found = json.loads(out)
+    assert status == 0 and found["gpu"]["name"] == "A100-80GB"
+    by = {(row["config"], row["checkpointing"]): row for row in found["rows"]}
+    assert not by["adamw", "full"]["fits"] and by["flash_adamw", "none"]["fits"]
+    (tmp_path / "config.json").write_text(json.dumps(dict(
+        architectures=["Qwen2ForCausalLM"], hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, vocab_size=151_936, max_position_embeddings=32_768, tie_word_embeddings=True)))
+    status, out, _ = answer(capsys, "--config", str(tmp_path), "--json")
+    assert status == 0 and json.loads(out)["model"]["parameters"] == 494_032_768 and json.loads(out)["loss"] == "plain"
+
+
+@pytest.mark.parametrize("words, said", [
+    ("--params 7B --gpu RTX4091", "did you mean 'RTX 4090'"), ("--params seven", "350M, 1.3B or 7B"), ("", "which model?"), ("--params 7B --seq 0", "at least 1"),
+    ("--params 7B --gpus -1", "at least 1"), ("--params 7B --configs adam", "did you mean 'adamw'"), ("--config nowhere", "No such file"),
+    ("--build torch.nn:Linear", "cannot be built on the meta device"), ("--build json:loads", "cannot be built"), ("--build nothing", "cannot be found"), ("--params 7B --micro 0", "at least 1")])
+def test_bad_input_is_answered_in_words(capsys, words, said):
+    status, out, err = answer(capsys, *words.split())
+    assert status == 2 and said in err and not out and "Traceback" not in err
+
+
+@pytest.mark.parametrize("config, said", [
+    (dict(architectures=["MixtralForCausalLM"]), "unknown architecture"), (dict(model_type="bert"), "no architecture that is known"), ([], "no object"),
+    (dict(model_type="llama"), "no 'hidden_size'"), (dict(model_type="llama", hidden_size="wide"), "whole number"), (dict(architectures="LlamaForCausalLM"), "no architecture")])
+def test_a_config_that_cannot_be_read_is_refused(capsys, tmp_path, config, said):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    status, out, err = answer(capsys, "--config", str(tmp_path / "config.json"))
+    assert status == 2 and said in err and not out
