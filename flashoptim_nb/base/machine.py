@@ -15,6 +15,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -179,6 +180,5 @@ def skip_without(
 ):
     "In a notebook: where one of these modules is missing, says so, and leaves out the cells below."
     if not (missing := [name for name in modules if not _module(name).ok]): return
-    from IPython import get_ipython
-    get_ipython().ast_transformers.append(_Nothing())
+    sys.modules["IPython"].get_ipython().ast_transformers.append(_Nothing())  # it runs the notebook, so it is there
     print(f"The cells below were not run; missing here: {', '.join(missing)} (pip install {' '.join(missing)}).")
