@@ -25,15 +25,19 @@ _BESIDE = ("run", "study", "scale", "device", "config", "arm", "seed")
 
 def _of_the_study(runs: Iterable[Run]) -> pd.DataFrame:
     "The rows of memory of the study of language models, with what is predicted of each."
-    runs = [run for run in runs if run.header["device_kind"] == "cuda" and run.header["scale"] != "laptop" and run.header["hypothesis"] == "h1"]
-    rows, by = frame(runs, "memory", _BESIDE), {(run.header["study"], run.id): run.header["settings"] for run in runs}
+    runs = [run for run in runs if run.header["device_kind"] == "cuda"
+            and run.header["scale"] != "laptop" and run.header["hypothesis"] == "h1"]
+    rows = frame(runs, "memory", _BESIDE)
+    by = {(run.header["study"], run.id): run.header["settings"] for run in runs}
     if rows.empty: return rows
     def guess(row):
         settings = by[row["study"], row["run"]]
         config = TrainConfig(**settings["stack"] | dict(attention=row["attention"]))
-        return predict(GPTConfig(**settings["model"]), config, row["batch"], row["seq"], checkpointing=row["checkpointing"], accumulate=row["arm"] == "equal")["peak"]
+        return predict(GPTConfig(**settings["model"]), config, row["batch"], row["seq"],
+                       checkpointing=row["checkpointing"], accumulate=row["arm"] == "equal")["peak"]
     sizes = [by[study, run]["size"] for study, run in zip(rows["study"], rows["run"])]
-    return rows.assign(model=[f"{size} gpt2" for size in sizes], micro=rows["batch"], gpus=1, predicted=[guess(row) for _, row in rows.iterrows()])
+    return rows.assign(model=[f"{size} gpt2" for size in sizes], micro=rows["batch"], gpus=1,
+                       predicted=[guess(row) for _, row in rows.iterrows()])
 
 def _of_the_benchmark(runs: Iterable[Run]) -> pd.DataFrame:
     "The rows of the benchmark that was made for it; the prediction is today's."
@@ -41,24 +45,29 @@ def _of_the_benchmark(runs: Iterable[Run]) -> pd.DataFrame:
     rows = frame(runs, "fit", [name for name in _BESIDE if name != "config"])
     if rows.empty: return rows
     def guess(row):
-        cell = Cell(size=row["size"], seq=row["seq"], config=row["config"], micro=row["micro_batch"], checkpointing=row["checkpointing"], style=row["style"], loss=row["loss"], gpus=row["gpus"])
+        names = ("size", "seq", "config", "checkpointing", "style", "loss", "gpus")
+        cell = Cell(micro=row["micro_batch"], **{name: row[name] for name in names})
         return (predicted(cell) or {}).get("peak")
-    return rows.assign(model=rows["size"] + " " + rows["style"], micro=rows["micro_batch"], predicted=[guess(row) for _, row in rows.iterrows()])
+    return rows.assign(model=rows["size"] + " " + rows["style"], micro=rows["micro_batch"],
+                       predicted=[guess(row) for _, row in rows.iterrows()])
 
 def predicted_rows(
     runs: Iterable[Run] | None = None,  # None: all there are
 ) -> pd.DataFrame:
-    "A row for each peak that was measured on a GPU: model, seq, config, micro, checkpointing, gpus, peak, predicted, off (its share)."
+    """A row for each peak that was measured on a GPU: model, seq, config, micro, checkpointing, gpus,
+    peak and predicted (gigabytes), off (per cent)."""
     runs = load_runs(hypothesis=None) if runs is None else list(runs)
     found = [rows for rows in (_of_the_benchmark(runs), _of_the_study(runs)) if not rows.empty]
     if not found: return pd.DataFrame()
     rows = pd.concat(found, ignore_index=True)
     if "peak" not in rows: return pd.DataFrame()
     rows = rows[rows["peak"].notna() & rows["predicted"].notna()].reset_index(drop=True)
-    return rows.assign(off=100 * (rows["predicted"] / rows["peak"] - 1), peak=rows["peak"] / 1e9, predicted=rows["predicted"] / 1e9)
+    return rows.assign(off=100 * (rows["predicted"] / rows["peak"] - 1),
+                       peak=rows["peak"] / 1e9, predicted=rows["predicted"] / 1e9)
 
 # %% ../../nbs/report/15_fits.ipynb #d24cea63
-_HEADS = dict(model="model", seq="tokens", config="trained by", micro="micro-batch", checkpointing="checkpointing", gpus="GPUs", peak="measured, GB", predicted="predicted, GB", off="off by, %")
+_HEADS = dict(model="model", seq="tokens", config="trained by", micro="micro-batch", checkpointing="checkpointing",
+              gpus="GPUs", peak="measured, GB", predicted="predicted, GB", off="off by, %")
 _FORMS = dict(peak=".2f", predicted=".2f", off="+.1f", seq=",", micro=".0f", gpus=".0f")
 
 def show_predicted(
@@ -70,7 +79,8 @@ def show_predicted(
     rows = predicted_rows(runs)
     if not rows.empty:
         rows = rows[rows["kind"] == kind] if "kind" in rows else rows
-        rows = rows.drop_duplicates([name for name in _HEADS if name not in ("peak", "predicted", "off")]).reset_index(drop=True)
+        same = [name for name in _HEADS if name not in ("peak", "predicted", "off")]
+        rows = rows.drop_duplicates(same).reset_index(drop=True)
     return show_rows(rows, _HEADS, kind, runs, "Not measured.", _FORMS)
 
 def predicted_sentence(
@@ -82,7 +92,8 @@ def predicted_sentence(
     if rows.empty: return Rendered("<p>Not measured.</p>", "Not measured.")
     behind = [run for run in runs if (run.header["study"], run.id) in set(zip(rows["study"], rows["run"]))]
     off, within = rows["off"].sort_values(), (rows["off"].abs() <= 5).sum()
-    return sentence(f"Of {len(rows)} measured peaks {within} are predicted within 5 %. The prediction is off by {off.iloc[0]:+.1f} % to {off.iloc[-1]:+.1f} %, the median {off.median():+.1f} %.", behind)
+    return sentence(f"Of {len(rows)} measured peaks {within} are predicted within 5 %. The prediction is off by "
+                    f"{off.iloc[0]:+.1f} % to {off.iloc[-1]:+.1f} %, the median {off.median():+.1f} %.", behind)
 
 # %% ../../nbs/report/15_fits.ipynb #b9cd328e
 _MADE = ("size", "style", "seq", "config", "micro_batch", "checkpointing", "gpus")
@@ -92,9 +103,11 @@ def missing_sentence(
 ) -> Rendered:
     "Which trainings of the benchmark's lists are not measured."
     rows = predicted_rows(runs)
-    done = set() if rows.empty or "fit" not in set(rows["kind"]) else {tuple(row[name] for name in _MADE) for _, row in rows[rows["kind"] == "fit"].iterrows()}
+    if not rows.empty: rows = rows[rows["kind"] == "fit"]
+    done = {tuple(row[name] for name in _MADE) for _, row in rows.iterrows()}
     left = [cell.name for cell in CELLS + CELLS_TWO if tuple(cell.row(None)[name] for name in _MADE) not in done]
-    said = f"Of the benchmark's {len(CELLS + CELLS_TWO)} trainings {len(left)} are not measured: {', '.join(left)}." if left else "All trainings of the benchmark are measured."
+    said = "All trainings of the benchmark are measured."
+    if left: said = f"Of the benchmark's {len(CELLS + CELLS_TWO)} trainings {len(left)} are not measured: {', '.join(left)}."
     return sentence(said, [])
 
 # %% ../../nbs/report/15_fits.ipynb #060056c4
@@ -108,17 +121,20 @@ def largest_gpt(
     budget, low, high = HEADROOM * gpu_memory(gpu)[1], 1, 2000
     while high - low > 1:
         middle = (low + high) // 2
-        fits = largest_that_fits(gpt_of(f"{middle / 10}B", max_seq=seq), config, budget, seq, most=1, checkpointing="full", gpus=gpus)
+        model = gpt_of(f"{middle / 10}B", max_seq=seq)
+        fits = largest_that_fits(model, config, budget, seq, most=1, checkpointing="full", gpus=gpus)
         low, high = (middle, high) if fits else (low, middle)
     return low / 10
 
-_SHOWN = {"adamw": "AdamW, fp32 weights (16 B a parameter)", "adamw_bf16": "AdamW, bf16 weights and states (8 B)", "flash_adamw": "FlashAdamW (7.1 B)", "flash_adamw_release": "FlashAdamW, gradient release (5.1 B)"}
+_SHOWN = {"adamw": "AdamW, fp32 weights (16 B a parameter)",
+          "adamw_bf16": "AdamW, bf16 weights and states (8 B)", "flash_adamw": "FlashAdamW (7.1 B)", "flash_adamw_release": "FlashAdamW, gradient release (5.1 B)"}
 
 def show_largest(
     gpus: Iterable[str] = ("24GB", "40GB", "80GB"),
 ) -> Rendered:
     "The largest GPT for each way of training and GPU."
-    return table([{"billions of parameters that train on one GPU of": words} | {gpu.replace("GB", " GB"): f"{largest_gpt(name, gpu):.1f}" for gpu in gpus} for name, words in _SHOWN.items()])
+    def row(name): return {gpu.replace("GB", " GB"): f"{largest_gpt(name, gpu):.1f}" for gpu in gpus}
+    return table([{"billions of parameters that train on one GPU of": words} | row(name) for name, words in _SHOWN.items()])
 
 # %% ../../nbs/report/15_fits.ipynb #c339710d
 def show_micro(
@@ -128,5 +144,8 @@ def show_micro(
 ) -> Rendered:
     "The largest micro-batch without checkpointing and with full, for each way of training and GPU."
     model = gpt_of(size, max_seq=seq)
-    def told(name, gpu): return " / ".join(str(largest_that_fits(model, name, HEADROOM * gpu_memory(gpu)[1], seq, checkpointing=kind) or "-") for kind in ("none", "full"))
-    return table([{f"largest micro-batch of {size}, without / with full checkpointing": words} | {gpu.replace("GB", " GB"): told(name, gpu) for gpu in gpus} for name, words in _SHOWN.items()])
+    def largest(name, gpu, kind):
+        return str(largest_that_fits(model, name, HEADROOM * gpu_memory(gpu)[1], seq, checkpointing=kind) or "-")
+    def told(name, gpu): return " / ".join(largest(name, gpu, kind) for kind in ("none", "full"))
+    head = f"largest micro-batch of {size}, without / with full checkpointing"
+    return table([{head: words} | {gpu.replace("GB", " GB"): told(name, gpu) for gpu in gpus} for name, words in _SHOWN.items()])
