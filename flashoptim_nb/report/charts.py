@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONFIG_COLOURS', 'MEMORY_CLASSES', 'DASHES', 'config_dash', 'config_colour', 'titled', 'draw', 'thin', 'seed_band',
            'ended_early', 'loss_curves', 'paired_difference', 'run_lines', 'byte_unit', 'memory_bars',
-           'throughput_points', 'estimates', 'as_cost', 'equivalence', 'by_size', 'decision_marks']
+           'throughput_points', 'estimates', 'as_cost', 'equivalence', 'by_size']
 
 # %% ../../nbs/report/03_charts.ipynb #872ced40
 from collections.abc import Callable, Iterable
@@ -314,19 +314,3 @@ def by_size(
     dots = base.mark_point(size=90, strokeWidth=2).encode(
         fill=alt.condition("datum.projected", alt.value("transparent"), alt.value("#555555")))
     return titled(base.mark_line() + dots, title, found, "hollow: projected")
-
-# %% ../../nbs/report/03_charts.ipynb #53e64a75
-def decision_marks(
-    decisions: pd.DataFrame,  # rows of kind "decision": checkpoint, action, why, config, scale
-    title: str = "What the checkpoints decided",
-) -> alt.Chart:
-    "How often each checkpoint took each action; the reasons answer to the pointer."
-    actions = {"continue": "#009e73", "downgrade": "#e69f00", "pause": "#0072b2", "abort": "#d55e00"}
-    counted = decisions.groupby(["checkpoint", "action"]).agg(
-        runs=("config", "size"), why=("why", "first")).reset_index()
-    chart = alt.Chart(counted, width=420, height=alt.Step(26)).mark_bar().encode(
-        x=alt.X("runs:Q", title="decisions", axis=alt.Axis(tickMinStep=1)), y=alt.Y("checkpoint:N", title=None),
-        color=alt.Color(
-            "action:N", title="action", scale=alt.Scale(domain=list(actions), range=list(actions.values()))),
-        tooltip=["checkpoint", "action", "runs", "why"])
-    return titled(chart, title, decisions)

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['N_SIDE', 'PARAMETERS', 'CROSSING', 'RIDGE', 'MAX_ERROR', 'MAX_WEIGHT', 'TURNED', 'MOST_POINTS', 'cst_matrix',
            'stations', 'check_cst_parameters', 'coordinates', 'AirfoilGeometry', 'geometry', 'Fit', 'check_contour',
-           'sound_contour', 'fit_cst', 'solver_contour', 'Shapes', 'parameterize', 'read_contours', 'load_shapes',
-           'shape_frame']
+           'sound_contour', 'fit_cst', 'solver_contour', 'Shapes', 'parameterize', 'read_contours', 'load_shapes']
 
 # %% ../../../../nbs/surrogates/domains/aerodynamics/00_airfoils.ipynb #a1f00003
 import json
@@ -213,13 +212,3 @@ def read_contours() -> dict[str, np.ndarray]:
 def load_shapes() -> Shapes:
     "The shipped airfoils, parameterized (about a second, once a process)."
     return parameterize(read_contours())
-
-# %% ../../../../nbs/surrogates/domains/aerodynamics/00_airfoils.ipynb #a1f0001c
-def shape_frame(
-    xy: np.ndarray,  # (n, 2), such as `coordinates` gives
-    **labels,  # columns that are the same in all rows: name="best", ...
-):
-    "A contour as a data frame with `x`, `y` (chords) and `order` (the way along it)."
-    import pandas as pd
-    xy = np.asarray(xy, float)
-    return pd.DataFrame(dict(x=xy[:, 0], y=xy[:, 1], order=np.arange(len(xy)), **labels))

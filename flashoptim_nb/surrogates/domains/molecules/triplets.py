@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['zonal_harmonics', 'Edges', 'triplet_sum_reference', 'meeting', 'check_lists', 'check_edges',
-           'triplets_forward_kernel', 'triplets_backward_kernel', 'triplet_sum', 'triplet_errors', 'triplet_floor']
+           'triplets_forward_kernel', 'triplets_backward_kernel', 'triplet_sum', 'triplet_errors']
 
 # %% ../../../../nbs/surrogates/domains/molecules/02_triplets.ipynb #6d0c2003
 import math
@@ -323,17 +323,3 @@ def triplet_errors(
     ours, same = run(lambda *a: triplet_sum(*a, g, tile), x, q, w2, grad), run(plain, x, q, w2, grad)
     exact = run(plain, *(t.double() for t in (x, q, w2, grad)))
     return dict(zip(("out", "dx", "dq", "dw2"), zip(ours, same, exact)))
-
-# %% ../../../../nbs/surrogates/domains/molecules/02_triplets.ipynb #6d0c201b
-def triplet_floor(
-    edges: int, triplets: int,  # E, T
-    C: int = 64, B: int = 8, L: int = 7,
-    element: int = 2,  # bytes of a value: 2 or 4
-) -> dict:  # bytes and floating-point operations of one block, forward and backward
-    "Least traffic and arithmetic of the sum over triplets, beside what tensors over triplets would take."
-    lists = edges * (3 * 4 + 2 * 8 + 4)
-    forward = edges * element * (2 * C + L * B) + lists
-    backward = edges * element * (3 * C + 2 * L * B) + lists
-    return dict(bytes_forward=forward, bytes_backward=backward, flops_forward=2 * (triplets * L * C + edges * L * B * C)
-                    + edges * L * C, flops_backward=2 * (triplets * L * C + 3 * edges * L * B * C) + 3 * edges * L * C,
-                bytes_of_one_triplet_tensor=triplets * C * element)
