@@ -180,5 +180,8 @@ def skip_without(
 ):
     "In a notebook: where one of these modules is missing, says so, and leaves out the cells below."
     if not (missing := [name for name in modules if not _module(name).ok]): return
-    sys.modules["IPython"].get_ipython().ast_transformers.append(_Nothing())  # it runs the notebook, so it is there
-    print(f"The cells below were not run; missing here: {', '.join(missing)} (pip install {' '.join(missing)}).")
+    said = f"missing here: {', '.join(missing)} (pip install {' '.join(missing)})"
+    shell = "IPython" in sys.modules and sys.modules["IPython"].get_ipython()
+    if not shell: raise UserError(said)  # a script that was made of a notebook
+    shell.ast_transformers.append(_Nothing())
+    print(f"The cells below were not run; {said}.")

@@ -48,6 +48,10 @@ class Cell(Config):
     def __post_init__(self):
         choose("configuration", self.config, FIT_CONFIGS), choose("checkpointing", self.checkpointing, CHECKPOINTING)
         choose("style", self.style, STYLES), choose("loss", self.loss, LOSSES)
+        for what in ("seq", "micro", "gpus"):
+            if getattr(self, what) < 1: raise UserError(f"{what} is {getattr(self, what)}; it has to be at least 1")
+        if self.style == "transformers" and self.gpus > 1:
+            raise UserError(f"a cell of transformers on {self.gpus} GPUs: those are measured on one")
 
     @property
     def name(self) -> str:

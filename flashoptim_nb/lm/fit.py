@@ -127,6 +127,9 @@ def _field(config: dict, *names, default=None) -> int:
 def _common(config: dict, tied: bool) -> dict:
     "What most architectures say in the same words."
     d, heads = _field(config, "hidden_size"), _field(config, "num_attention_heads")
+    if d % heads and config.get("head_dim") is None:
+        raise UserError(f"this config.json divides a width of {d:,} into {heads} heads, which does not go evenly, "
+                        "and has no head_dim; give the file that lies beside the model's weights")
     return dict(
         n_layer=_field(config, "num_hidden_layers"), d_model=d, n_head=heads, n_kv_head=_field(
             config, "num_key_value_heads", default=heads), head_dim=_field(config, "head_dim", default=d // heads),
@@ -146,6 +149,7 @@ def _neox(config: dict) -> dict:
 
 def _gpt2(config: dict) -> dict:
     d, heads = _field(config, "n_embd"), _field(config, "n_head")
+    if d % heads: raise UserError(f"this config.json divides a width of {d:,} into {heads} heads, which does not go evenly")
     F = _field(config, "n_inner", default=4 * d)
     return dict(
         n_layer=_field(config, "n_layer"), d_model=d, n_head=heads, n_kv_head=heads, head_dim=d // heads, ffn_width=F,
@@ -273,7 +277,8 @@ def gpu_memory(
     "How much memory a GPU has; raises `UserError`, with the nearest names, for one that is not in the table."
     def plain(text): return re.sub(r"[^a-z0-9]", "", text.lower().replace("nvidia", "").replace("geforce", ""))
     if found := re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*G(?:i)?B\s*", name, re.I):
-        if float(found[1]) > 0: return f"{float(found[1]):g} GB", float(found[1]) * 2**30
+        if not 0 < float(found[1]) <= 2**14: raise UserError(f"a GPU of {name}; write its memory as 80GB, above 0")
+        return f"{float(found[1]):g} GB", float(found[1]) * 2**30
     known = {plain(one): one for one in GPUS} | {plain(other): one for other, one in _ALIASES.items()}
     if plain(name) in known: return known[plain(name)], GPUS[known[plain(name)]] * 2**20
     choose("GPU", name, GPUS)
@@ -291,13 +296,14 @@ def built_on_meta(
 ) -> Counted:
     "Calls a function on the meta device and counts what it makes; raises `UserError` where that cannot be done."
     name, _, function = where.partition(":")
+    if not (name and function): raise UserError(f"{where!r} cannot be found: it names no function; give module:function")
     try: made = getattr(importlib.import_module(name), function)
-    except (ImportError, ValueError, AttributeError) as error:
-        raise UserError(f"{where!r} cannot be found ({error}); give module:function, "
+    except (Exception, SystemExit) as error:  # what stands in the module runs when it is imported
+        raise UserError(f"{where!r} cannot be found or imported ({type(error).__name__}: {error}); give module:function, "
                         "of a module that Python finds from here (PYTHONPATH=. for one in this folder)") from None
     try:
         with torch.device("meta"): model = made()
-    except Exception as error:  # the user's own code may fail in any way
+    except (Exception, SystemExit) as error:  # the user's own code may fail in any way
         raise UserError(f"{where!r} cannot be built on the meta device ({type(error).__name__}: "
                         f"{(str(error).splitlines() or [''])[0]}); it is called without arguments, "
                         "and must neither load weights nor read values of tensors") from None
@@ -318,8 +324,9 @@ def find_model(
     if sum(way is not None for way in (params, config, build)) != 1:
         raise UserError("which model? give one of: a number of parameters (--params 7B), a config.json (--config), "
                         "module:function (--build)")
-    if params: return gpt_of(params, style, 2048 if seq is None else seq)
-    if build: return built_on_meta(build)
+    if seq is not None and not 1 <= seq <= 2**24: raise UserError(f"seq is {seq:,}; it has to be at least 1 and at most {2**24:,}")
+    if params is not None: return gpt_of(params, style, 2048 if seq is None else seq)
+    if build is not None: return built_on_meta(build)
     path = Path(config) / "config.json" if config and Path(config).is_dir() else Path(config)
     try: found = read_json(path.read_text())
     except OSError as error:
@@ -380,7 +387,7 @@ def fit(
     "What fits: a row for each way of training and kind of checkpointing."
     seq = min(2048, getattr(model, "max_seq", 2048)) if seq is None else seq
     for what, n in dict(gpus=gpus, seq=seq, micro=1 if micro is None else micro).items():
-        if not 1 <= n <= 2**24: raise UserError(f"{what} is {n}; it has to be at least 1")
+        if not 1 <= n <= 2**24: raise UserError(f"{what} is {n:,}; it has to be at least 1 and at most {2**24:,}")
     name, total = gpu_memory(gpu)
     configs, budget = [*configs], HEADROOM * total
     for one in configs: choose("configuration", one, FIT_HELP)
@@ -414,20 +421,22 @@ def fit_words(
              f"{g['count']} x {g['name']}: {g['bytes'] / 2**30:.1f} GiB each, "
              f"of which a plan fills {g['usable'] / 2**30:.1f}", ""]
     names = {row["config"]: FIT_HELP[row["config"]] for row in found["rows"]}
-    heads = ("weights", "gradients", "masters", "states", "activations", "peak")
+    heads = ("weights", "gradients", "masters", "states", "copies", "activations", "peak")
     lines.append(f"{'way of training':20} {'checkpointing':13} {'micro-batch':>11}  "
                  + " ".join(f"{head:>11}" for head in heads) + "   GiB a GPU")
     for row in found["rows"]:
         c = dict(row["classes"])
-        shown = {head: c.pop(head, None) for head in heads[:5]} | dict(peak=row["peak"])
+        shown = {head: c.pop(head, None) for head in heads[:-1]} | dict(peak=row["peak"])
         micro = ("fits" if row["micro"] is None and row["fits"] else "does not" if not row["fits"] and not row["micro"]
                  else str(row["micro"]))
         lines.append(f"{row['config']:20} {row['checkpointing'] or '':13} {micro:>11}  " + " ".join(
                          f"{'?' if shown[head] is None else format(shown[head] / 2**30, '.1f'):>11}" for head in heads))
     if not any(row["micro"] is None for row in found["rows"]):
+        asked = {row["shown"] for row in found["rows"]} if all(row["shown"] != max(1, row["micro"]) for row in found["rows"]) else ()
         lines += [
-            "", "Bytes are those of the largest micro-batch that fits, or of one sequence. "
-                "The peak is less than their sum where gradients come as activations go,",
+            "", (f"Bytes are those of the micro-batch that was asked for, {min(asked)}; beside them the largest that fits. "
+                 if len(asked) == 1 else "Bytes are those of the largest micro-batch that fits, or of one sequence. ")
+                + "The peak is less than their sum where gradients come as activations go,",
             "and more by what a moment takes for itself: a piece of the logits, a layer that is run again, cuBLAS."]
     if any(row["micro"] is None for row in found["rows"]):
         lines += [

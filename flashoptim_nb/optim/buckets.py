@@ -22,6 +22,7 @@ from .multi_tensor import TYPES, GradPointers, TensorList, Operands
 from .shards import like, local
 from .states import new_state, state_kinds, state_operands
 # importable from here, as models pickled by earlier versions look it up
+from .checks import GradientError, OptionError, ParametersError
 from .states import CastError
 
 try: from torch._C._dynamo.guards import TensorGuards  # what torch.compile looks at its inputs with: one call for all
@@ -45,7 +46,7 @@ def _counter(x, device):
     return local(x.detach()).to(device, torch.float32, copy=True).reshape(())
 
 # %% ../../nbs/optim/07_buckets.ipynb #3f9c7201
-LIVE_OPTIMIZERS = WeakSet()  # those alive  # those alive
+LIVE_OPTIMIZERS = WeakSet()  # those alive
 
 
 def own_states(

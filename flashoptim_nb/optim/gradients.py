@@ -113,7 +113,7 @@ def compute_grad_scaling(
 def _looked_at(opt, buckets, devices, max_norm, scaler, looks):
     "The scaling of a step that looks at its gradients or at a scaler."
     if (looks and len(devices) == 1 and all(bucket.tensors is not None and not bucket.sharded for bucket in buckets)
-            and opt.skipped_steps.device in devices):
+            and opt.skipped_steps.device in devices and opt.skipped_steps.dtype == torch.int64):
         norm, multiplier, skip = grad_scaling_fused([(bucket.tensors, bucket.grad_pointers) for bucket in buckets],
                                                     opt.skipped_steps, max_norm, *scaler).unbind()
         return GradScaling(multiplier, skip, norm)

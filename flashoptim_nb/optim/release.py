@@ -311,6 +311,9 @@ def check_releasable(model: nn.Module, optimizer: FlashOptimizer):
     if not {id(p) for p in own} & {id(p) for p in model.parameters()}:
         raise ReleaseError("the optimizer steps none of the model's parameters, so that nothing would be released: "
                            "build it from model.parameters()")
+    if odd := {p.device.type for p in own if isinstance(p, DTensor)} - {"cpu", "cuda"}:
+        raise ReleaseError(f"gradient release of shards on {', '.join(odd)}: it has been shown to be right on cpu and "
+                           "cuda only; train FSDP2 without release there")
     for p in own:
         owners = [getattr(hook, "__self__", None) for hook in (p._post_accumulate_grad_hooks or {}).values()]
         if any(isinstance(owner, GradientReleaseHandle) for owner in owners):

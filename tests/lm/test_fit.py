@@ -44,7 +44,7 @@ def test_the_command_answers_programs(capsys, tmp_path):
 @pytest.mark.parametrize("words, said", [
     ("--params 7B --gpu RTX4091", "did you mean 'RTX 4090'"), ("--params seven", "350M, 1.3B or 7B"), ("", "which model?"), ("--params 7B --seq 0", "at least 1"),
     ("--params 7B --gpus -1", "at least 1"), ("--params 7B --configs adam", "did you mean 'adamw'"), ("--config nowhere", "No such file"),
-    ("--build torch.nn:Linear", "cannot be built on the meta device"), ("--build json:loads", "cannot be built"), ("--build nothing", "cannot be found"), ("--params 7B --micro 0", "at least 1")])
+    ("--build torch.nn:Linear", "cannot be built on the meta device"), ("--build json:loads", "cannot be built"), ("--build nothing", "cannot be found"), ("--params 7B --micro 0", "at least 1"), ("--params 7B --micro 99999999", "at most"), ("--gpu 0GB --params 7B", "above 0"), ("--build antigravity.nothing:x", "cannot be found")])
 def test_bad_input_is_answered_in_words(capsys, words, said):
     status, out, err = answer(capsys, *words.split())
     assert status == 2 and said in err and not out and "Traceback" not in err
