@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -25,7 +24,7 @@ from .batches import Synthetic
 from .fit import FIT_CONFIGS, architecture_of, gpt_of, predict
 from .gpt import CHECKPOINTING, GPT, LOSSES
 from .sharded import shard
-from ..measure.memory import device_memory, free, memory_by_class
+from ..measure.memory import free, memory_by_class
 from ..optim import FlashOptimizer, enable_gradient_release
 from ..train.config import Recipe
 from ..train.optimizers import cast_weights, make_optimizer
@@ -169,7 +168,7 @@ def measure_cell(
     return row
 
 # %% ../../nbs/lm/15_cells.ipynb #bd94c373
-def _found(done: subprocess.CompletedProcess, cell: Cell) -> dict:
+def _found(done: subprocess.CompletedProcess) -> dict:
     "What the process reported, or why it did not."
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"cell"')]
     if lines: return json.loads(lines[-1])["cell"]
@@ -191,7 +190,7 @@ def run_cell(
     try:
         found = (dict(reason=skip) if skip
                  else _found(subprocess.run(command, capture_output=True, text=True, timeout=timeout,
-                                            env=os.environ | {"PYTHONSAFEPATH": "1"}), cell))
+                                            env=os.environ | {"PYTHONSAFEPATH": "1"})))
     except subprocess.TimeoutExpired: found = dict(oom=False, reason=f"did not finish within {timeout:.0f} s")
     return cell.row(guess) | dict(oom=False, reason="") | found | dict(seconds=time.perf_counter() - start)
 

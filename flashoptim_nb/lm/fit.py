@@ -21,7 +21,7 @@ from ..base.config import Config, read_json
 from ..base.errors import UserError, choose
 from .gpt import CHECKPOINTING, GPTConfig, LOSSES
 from .sizes import SIZES, gpt_config
-from .sizing import _moment, activation_bytes, count_parameters
+from .sizing import _copied, _moment, activation_bytes, count_parameters
 from ..measure.memory import HEADROOM
 from ..train.config import TrainConfig, bytes_per_parameter
 
@@ -240,7 +240,7 @@ def predict(
     c, n, each = config, _count(model), bytes_per_parameter(config.weights, config.states, config.release)
     held = {name: each[name] * n["total"] / gpus for name in ("weights", "gradients", "masters", "states")}
     head, layer = model.vocab_size * model.d_model, each["weights"] * n["layers"] / model.n_layer * (gpus > 1)
-    held["copies"] = each["copies"] * ((n["matrices"] - head) * (checkpointing == "none") + head * (c.loss == "plain"))
+    held["copies"] = each["copies"] * _copied(n["matrices"], head, checkpointing, c.loss)
     held["activations"] = _kept(model, c, micro, seq, checkpointing)
     held["gathered"] = each["weights"] * (n["total"] - n["layers"]) if gpus > 1 else 0
     held["workspace"] = WORKSPACE

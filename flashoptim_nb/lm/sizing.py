@@ -89,11 +89,10 @@ def _moment(c: GPTConfig, N: int, loss: str, weights: str, compiled: bool) -> fl
         return 2 * V * chunk_rows_for(N, V, True) + (0 if weights.startswith("fp32") else 4 * V * d)
     return 2 * (V + N) * d if compiled else 8 * N * V
 
-def _copied(c: GPTConfig, checkpointing: str, loss: str) -> int:
+def _copied(matrices: int, head: int, checkpointing: str, loss: str) -> int:
     """Parameters of which the graph keeps autocast's copy:
     checkpointed layers make theirs again, the fused loss needs none."""
-    head = c.vocab_size * c.d_model
-    return (count_parameters(c)["matrices"] - head) * (checkpointing == "none") + head * (loss == "plain")
+    return (matrices - head) * (checkpointing == "none") + head * (loss == "plain")
 
 # %% ../../nbs/lm/08_sizing.ipynb #df253e8a
 def memory_estimate(
@@ -114,7 +113,7 @@ def memory_estimate(
     parameters, each = count_parameters(config), bytes_per_parameter(weights, states, release)
     held = {name: each[name] * parameters["total"] for name in ("weights", "gradients", "states", "masters")}
     standing = held["weights"] + held["states"] + held["masters"]
-    held["copies"] = each["copies"] * _copied(config, checkpointing, loss)
+    held["copies"] = each["copies"] * _copied(parameters["matrices"], config.vocab_size * config.d_model, checkpointing, loss)
     held["activations"] = activation_bytes(
         config, batch, seq, attention, checkpointing, loss, weights, compiled=compiled)
     early = (held["activations"] + each["copies"] * parameters["matrices"]

@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..base.records import Run, frame
 from ..lm.cells import CELLS, CELLS_TWO, Cell, predicted
-from ..lm.fit import FIT_CONFIGS, HOST, gpt_of, gpu_memory, largest_that_fits, predict
+from ..lm.fit import gpt_of, gpu_memory, largest_that_fits, predict
 from ..lm.gpt import GPTConfig
 from ..measure.memory import HEADROOM
 from .render import Rendered, load_runs, sentence, table
