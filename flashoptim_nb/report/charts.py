@@ -51,6 +51,10 @@ def config_colour(
     return alt.Color("config:N", title=title, **encoding,
                      scale=alt.Scale(domain=known, range=[CONFIG_COLOURS[name] for name in known]))
 
+# %% ../../nbs/report/03_charts.ipynb #0ff11e02
+if alt.renderers.active == "default": alt.renderers.enable("svg")
+alt.data_transformers.disable_max_rows()  # the rows lie in the notebook, not on a server
+
 # %% ../../nbs/report/03_charts.ipynb #432e8acc
 def titled(
     chart,  # any Altair chart
