@@ -203,15 +203,16 @@ def _fit(args) -> int:
 def _quality(args) -> int:
     from flashoptim_nb.base.machine import repo_root
     from flashoptim_nb.base.records import read_study
-    from flashoptim_nb.cli.quality import SCHEDULES, quality
+    from flashoptim_nb.cli.quality import quality, quality_role
     from flashoptim_nb.study.h1.quantities import OPTIMIZER_MARGIN_NATS
     from flashoptim_nb.report.optimizers import format_gaps
     chosen = dict(configs=args.configs) if args.configs else {}
-    folder = quality(args.out or repo_root() / "runs", scale=args.scale, device=args.device, seeds=args.seeds,
+    folder = quality(args.out or repo_root() / "runs", preset=args.scale, device=args.device, seeds=args.seeds,
                      schedule=args.schedule, steps=args.steps, minutes=args.minutes, **chosen)
     runs = read_study(folder)
     for text in sorted({row["set"] for run in runs for row in run.of("eval") if "tracked" not in row["set"]}):
-        for _, gap in format_gaps(text, OPTIMIZER_MARGIN_NATS, runs, SCHEDULES[args.schedule]["role"]).iterrows():
+        for _, gap in format_gaps(text, OPTIMIZER_MARGIN_NATS, runs,
+                                       quality_role(args.scale, args.schedule)).iterrows():
             print(f"  {gap['what']}, {text}: {gap['value']:+.4f} nats a token over {gap['n']} "
                   f"pair{'s' * (gap['n'] != 1)}, {gap['says']} at a margin of {OPTIMIZER_MARGIN_NATS}")
     print(f"recorded in {folder}; next: flashoptim-nb book --records {folder.parent}")

@@ -49,6 +49,9 @@ SETS = {
                             overlaps=frozenset({"pile/pile_cc", "pile/openwebtext2", "pile/wikipedia_(en)"})),
              "validation": Split(files=("pile/pile_eval_14sets.jsonl.xz",),
                                  hub=("mit-han-lab/pile-val-backup", None, "validation"), n_groups=22)},
+    # three shards of eight: 16 million tokens of GPT-2's
+    "prose": {"train": Split(files=tuple(f"prose/prose_train.0{n}.jsonl.xz" for n in range(3))),
+              "validation": Split(files=("prose/prose_train.07.jsonl.xz",))},
 }
 
 # %% ../../nbs/lm/00_text.ipynb #fda8cea6

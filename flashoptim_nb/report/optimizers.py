@@ -23,7 +23,7 @@ from .render import Rendered, full_name, load_runs, sentence
 from ..train.optimizers import BASELINE_OF
 
 # %% ../../nbs/report/05_optimizers.ipynb #7c65f109
-HELD_OUT_TEXTS = ("c4", "wikitext103", "sotu")
+HELD_OUT_TEXTS = ("c4", "wikitext103", "prose", "sotu")
 TENSOR_SET_NAMES = {"1.3B": "a GPT of 1.3 billion parameters in 196 tensors",
                     "124M": "GPT-2's 124 million in 100 tensors",
         "small": "1.9 million in 236 small tensors"}

@@ -132,7 +132,7 @@ def test_a_list_of_checksums_that_is_none(folder, line):
 
 
 def test_unknown_names():
-    with pytest.raises(UserError, match="choose one of: sotu, c4, wikitext103, lambada, pile"): load_text("wikitext2")
+    with pytest.raises(UserError, match="choose one of: sotu, c4, wikitext103, lambada, pile, prose"): load_text("wikitext2")
     with pytest.raises(UserError, match="choose one of: train, validation"): load_text("c4", "test")
 
 
