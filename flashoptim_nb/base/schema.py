@@ -87,6 +87,9 @@ TABLES = {
         predicted_classes:object? parameters:count? weights:amount? gradients:amount? masters:amount? states:amount? activations:amount?
         copies:amount? other:number? overlap:number? peak:amount? reserved:amount? used:amount? total:amount? oom:flag? reason:text?
         seconds:amount?""",
+    "compat": """topic!:name what!:name case!:name package:name? gpus:size? steps:count? outcome:text? ours:text? theirs:text? same:flag?
+        differing:count? values:count? largest:amount? relative:amount? codes:count? codes_differing:count? loaded:count? kept:count?
+        reason:text?""",
 }
 
 # %% ../../nbs/base/04_schema.ipynb #16eabda9

@@ -160,8 +160,10 @@ def _benchmark(args) -> str:
     name = next(iter(asked), "optimizers")
     if (args.tensors or args.optimizers) and name != "optimizers":
         raise UserError(f"--tensors and --optimizers belong to `bench optimizers`; leave them out with {name}")
-    if (args.cells or args.gpus or args.dry_run) and name != "memory":
-        raise UserError(f"--cells, --gpus and --dry-run belong to `bench memory`; leave them out with {name}")
+    if args.cells and name != "memory":
+        raise UserError(f"--cells belongs to `bench memory`; leave it out with {name}")
+    if (args.gpus or args.dry_run) and name not in ("memory", "compat"):
+        raise UserError(f"--gpus and --dry-run belong to `bench memory` and `bench compat`; leave them out with {name}")
     if args.blocks and name != "dimenet" or args.precisions and name == "optimizers":
         raise UserError("--blocks belongs to `bench dimenet`, --precisions to that and to `bench capacity`; "
                         f"leave them out with {name}")
@@ -174,6 +176,14 @@ def _show_cells(cells: list) -> int:
     print(f"{len(cells)} trainings of three steps; nothing was run")
     return 0
 
+def _show_parts(names: list) -> int:
+    "What would be compared, and with what."
+    from flashoptim_nb.measure.compatibility import find_package
+    public = find_package()
+    print(f"{public.name} {public.version or '(' + public.reason + ')'}, in {len(names)} processes: {', '.join(names)}")
+    print("nothing was run")
+    return 0
+
 def _bench(args) -> int:
     from flashoptim_nb.base.machine import repo_root
     from flashoptim_nb.cli.bench import bench, bench_domain, bench_largest
@@ -184,6 +194,10 @@ def _bench(args) -> int:
         cells = memory_cells(args.gpus or 1, args.cells)
         if args.dry_run: return _show_cells(cells)
         folder = bench_memory(out, device=args.device, cells=cells)
+    elif name == "compat":
+        from flashoptim_nb.cli.bench import bench_compat, parts
+        if args.dry_run: return _show_parts(parts(args.gpus or 1))
+        folder = bench_compat(out, device=args.device, gpus=args.gpus or 1)
     elif name == "dimenet":
         folder = bench_domain("molecules", out, device=args.device, steps=args.times,
                               **given(implementations=args.blocks, precisions=args.precisions))
@@ -439,6 +453,10 @@ def _memory_names() -> str:
     return "\n".join(["cells, on one GPU:", *(f"  {cell.name}" for cell in CELLS), "", "with --gpus 2:",
                       *(f"  {cell.name}" for cell in CELLS_TWO)])
 
+def _compat_names() -> str:
+    from flashoptim_nb.measure.compatibility import CASES, CLASSES
+    return f"classes: {', '.join(CLASSES)}\nweights: {', '.join(CASES)}"
+
 def _capacity_names() -> str:
     from flashoptim_nb.cli.bench import LARGEST
     from flashoptim_nb.train.config import SURROGATE_CONFIGS
@@ -453,7 +471,10 @@ _BENCHMARKS = {
     "capacity": ("the largest DimeNet++ that trains at batch 512 within 24 GiB (wants a GPU)", _capacity_names),
     "memory": ("the memory of GPTs of 1 to 13 billion parameters, predicted beside measured (wants a GPU of 80 GB)",
                _memory_names),
+    "compat": ("the public package flashoptim with this one: steps, checkpoints, release, ranks (wants a GPU)",
+               _compat_names),
 }
+_VERBS = {"capacity": "Searches for", "compat": "Compares"}
 _BENCH_OPTIONS = {
     # of which benchmarks, and its help
     ("--tensors", "--works"): ("optimizers", dict(dest="tensors", nargs="+", metavar="SET",
@@ -463,10 +484,11 @@ _BENCH_OPTIONS = {
     ("--precisions", "--configs"): (
         "dimenet capacity", dict(dest="precisions", nargs="+", metavar="NAME", help="only these")),
     ("--cells",): ("memory", dict(nargs="+", metavar="NAME", help="only these (default: all)")),
-    ("--gpus",): ("memory", dict(type=int, metavar="N",
-                                 help="1, or 2 for the list of models that two GPUs share (default: 1)")),
-    ("--dry-run",): ("memory", dict(action="store_true",
-                                    help="print what would be measured and what is predicted; run nothing")),
+    ("--gpus",): ("memory compat", dict(type=int, metavar="N",
+                                        help="1, or 2 for what takes two GPUs (default: 1)")),
+    ("--dry-run",): ("memory compat", dict(action="store_true",
+                                           help="print what would be measured (of memory, what is predicted, too); "
+                                                "run nothing")),
     ("--times",): (
         "optimizers dimenet", dict(type=int, metavar="N", help="timed steps behind each median (default: 20)")),
 }
@@ -483,7 +505,8 @@ def _bench_parser(command):
                "  flashoptim-nb bench dimenet --blocks pyg fused\n"
                "  flashoptim-nb bench capacity --configs fp32 flash\n"
                "  flashoptim-nb bench memory --dry-run                  which trainings would be measured\n"
-               "  flashoptim-nb bench memory --out runs")
+               "  flashoptim-nb bench memory --out runs\n"
+               "  flashoptim-nb bench compat --gpus 2                   the public package beside this one")
     for names, (_, words) in _BENCH_OPTIONS.items():
         bench.add_argument(*names, **words | dict(help=argparse.SUPPRESS, default=20 if "--times" in names else None))
     # the names' forerunners
@@ -493,8 +516,7 @@ def _bench_parser(command):
     known = bench.add_subparsers(dest="benchmark", metavar="BENCHMARK")
     for name, (what, listed) in _BENCHMARKS.items():
         one = known.add_parser(
-            name, help=what, description=f"Times {what}." if name != "capacity" else f"Searches for {what}.",
-            names=listed)
+            name, help=what, description=f"{_VERBS.get(name, 'Times')} {what}.", names=listed)
         for names, (of, words) in _BENCH_OPTIONS.items():
             if name in of.split(): one.add_argument(*names, **words, default=argparse.SUPPRESS)
         _where(one, what="records", default=argparse.SUPPRESS)

@@ -78,6 +78,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_first(name, out, told, pla
         ("bench --molecules --largest", "one at a time"),
         ("bench --molecules --works small", "leave them out"), ("bench --largest dimenet", "one at a time"),
         ("bench capacity --configs fp7", "unknown configuration"), ("quality --preset huge", "unknown preset"),
+        ("bench compat --gpus 3", "on 1 and on 2"),
         ("quality --scale laptop --recipe harsh", "unknown schedule"),
         ("bench --molecules --blocks pig", "unknown implementation"),
         ("bench --molecules --precisions fp64", "unknown precision"),
