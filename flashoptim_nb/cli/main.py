@@ -40,7 +40,7 @@ def _studies(given: list[str]) -> list[Path]:
 def _check_surroundings(args):
     """Raises `UserError` for a place that cannot be written to and for a variable of this package that does not hold
     what it names, before anything is begun."""
-    from flashoptim_nb.base.machine import commit, repo_root
+    from flashoptim_nb.base.machine import commit, work_root
     from flashoptim_nb.base.records import check_place
     from flashoptim_nb.lm.text import data_folder
     from flashoptim_nb.measure.cost import known_platforms
@@ -50,7 +50,7 @@ def _check_surroundings(args):
         try: check_place(cache)
         except UserError as error:
             raise UserError(f"FLASHOPTIM_CACHE: {error}".replace("with --out", "in FLASHOPTIM_CACHE")) from None
-    if hasattr(args, "out"): check_place(args.out or repo_root() / ("_book" if args.command == "book" else "runs"))
+    if hasattr(args, "out"): check_place(args.out or work_root() / ("_book" if args.command == "book" else "runs"))
 
 class _Stop:
     "Remembers that a signal asked the study to stop."
@@ -65,7 +65,7 @@ class _Stop:
               file=sys.stderr)
 
 def _run(args) -> int:
-    from flashoptim_nb.base.machine import repo_root
+    from flashoptim_nb.base.machine import work_root
     from flashoptim_nb.study.hypotheses import hypothesis_of
     from flashoptim_nb.study.presets import select_runs
     from flashoptim_nb.study.protocols import PROTOCOLS
@@ -80,7 +80,7 @@ def _run(args) -> int:
     chosen = dict(workloads=args.sizes or args.domains, configs=args.configs)
     if args.dry_run: return dry_run(protocol, select_runs(preset, **chosen, what=protocol.workload), args.arms)
     study = Study(
-        protocol, preset, args.out or repo_root() / "runs", device=args.device or preset.device, experiments=args.arms,
+        protocol, preset, args.out or work_root() / "runs", device=args.device or preset.device, experiments=args.arms,
         workers=workers, graphs=bool(args.graphs), minutes=args.minutes, stopped=_Stop(), **chosen)
     return study.run(args.confirm)
 
@@ -140,13 +140,14 @@ def _verdict(args) -> int:
 
 def _book(args) -> int:
     from flashoptim_nb.base.machine import repo_root
+    repo = repo_root()  # the notebooks; said before anything else is looked at
     from flashoptim_nb.report.book import build_book, check_port, serve
     if args.serve: check_port(args.port)
     studies = _studies(args.records)
     _tell_unfinished(studies)
     # children are ended, and what is half made is removed
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try: out = build_book(args.out or repo_root() / "_book", studies if args.records else None)
+    try: out = build_book(args.out or repo / "_book", studies if args.records else None)
     finally: signal.signal(signal.SIGTERM, before)
     print(f"the book is at {out / 'index.html'}")
     return serve(out, args.port) if args.serve else 0
@@ -185,9 +186,9 @@ def _show_parts(names: list) -> int:
     return 0
 
 def _bench(args) -> int:
-    from flashoptim_nb.base.machine import repo_root
+    from flashoptim_nb.base.machine import work_root
     from flashoptim_nb.cli.bench import bench, bench_domain, bench_largest
-    name, out = _benchmark(args), args.out or repo_root() / "runs"
+    name, out = _benchmark(args), args.out or work_root() / "runs"
     def given(**options): return {key: tuple(value) for key, value in options.items() if value}
     if name == "memory":
         from flashoptim_nb.cli.bench import bench_memory, memory_cells
@@ -215,13 +216,13 @@ def _fit(args) -> int:
     return 0
 
 def _quality(args) -> int:
-    from flashoptim_nb.base.machine import repo_root
+    from flashoptim_nb.base.machine import work_root
     from flashoptim_nb.base.records import read_study
     from flashoptim_nb.cli.quality import quality, quality_role
     from flashoptim_nb.study.h1.quantities import OPTIMIZER_MARGIN_NATS
     from flashoptim_nb.report.optimizers import format_gaps
     chosen = dict(configs=args.configs) if args.configs else {}
-    folder = quality(args.out or repo_root() / "runs", preset=args.scale, device=args.device, seeds=args.seeds,
+    folder = quality(args.out or work_root() / "runs", preset=args.scale, device=args.device, seeds=args.seeds,
                      schedule=args.schedule, steps=args.steps, minutes=args.minutes, **chosen)
     runs = read_study(folder)
     for text in sorted({row["set"] for run in runs for row in run.of("eval") if "tracked" not in row["set"]}):
@@ -359,7 +360,7 @@ def _where(parser, device: str | None = "auto", default=None, what="studies"):
     said = "auto" if device else "what the preset says"
     parser.add_argument("--device", default=default or device, help=f"auto, cpu, cuda or cuda:N (default: {said})")
     parser.add_argument(
-        "--out", type=_folder, default=default, help=f"where {what} are kept (default: runs/ of the checkout)")
+        "--out", type=_folder, default=default, help=f"where {what} are kept (default: runs/ of the clone, or here)")
 
 def _preset(parser, help: str, **words): parser.add_argument("--preset", "--scale", dest="scale", help=help, **words)
 
@@ -419,7 +420,7 @@ def _book_parser(command):
                    description="Executes the chapters over the records and builds the site; offline.")
     book.add_argument("--serve", action="store_true", help="serve it on this machine when it is built")
     book.add_argument("--port", type=int, default=8000, help="with --serve (default: 8000; 0: any that is free)")
-    book.add_argument("--out", type=_folder, help="where the site goes (default: _book/ of the checkout)")
+    book.add_argument("--out", type=_folder, help="where the site goes (default: _book/ of the clone)")
     book.add_argument("--records", **_RECORDS)
 
 def _check_parser(command):

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ..base.errors import UserError, visible
-from ..base.machine import data_root, repo_root
+from ..base.machine import data_root, work_root
 from ..base.records import ROWS, RecordError, Run, find_studies, read_study, study_name, study_origin
 from ..study.expression import readable
 
@@ -110,7 +110,7 @@ def record_folders() -> list[Path]:
     """The folders that hold studies, later ones taking precedence;
     raises `UserError` for a named folder that is not there."""
     if not (named := os.environ.get(RECORDS)):
-        return [f for f in (data_root() / "records", repo_root() / "runs") if any(f.glob(f"*/*/{ROWS}"))]
+        return [f for f in (data_root() / "records", work_root() / "runs") if any(f.glob(f"*/*/{ROWS}"))]
     folders = [Path(name) for name in named.split(os.pathsep) if name]
     for folder in folders:
         if not folder.is_dir():

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..base.errors import UserError, choose
-from ..base.machine import pick_device, provenance, repo_root, safe_path
+from ..base.machine import pick_device, provenance, safe_path, work_root
 from ..base.records import (RecordError, RowError, RunWriter, finite, only_writer, read_study, study_name,
                                         study_origin)
 from ..measure.memory import free
@@ -434,7 +434,7 @@ def run_stages(
 # %% ../../nbs/study/13_runner.ipynb #91ca25ac
 def _say_end(study: Study, failed: int):
     name, out = study.protocol.name, study.folder.parent
-    where = "" if out.resolve() == repo_root() / "runs" else f" --records {shlex.quote(str(out))}"
+    where = "" if out.resolve() == work_root() / "runs" else f" --records {shlex.quote(str(out))}"
     if not study.preset.enforced:
         study.say("  what a checkpoint *would* do is advice at this scale: nothing was cut short")
     study.say(
