@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from itertools import count
 
 import torch
 import torch.distributed as dist
@@ -24,10 +25,9 @@ from .batches import Synthetic
 from .fit import FIT_CONFIGS, architecture_of, gpt_of, predict
 from .gpt import CHECKPOINTING, GPT, LOSSES
 from .sharded import shard
+from .task import LMTask
 from ..measure.memory import free, memory_by_class
-from ..optim import FlashOptimizer, enable_gradient_release
 from ..train.config import Recipe
-from ..train.optimizers import cast_weights, make_optimizer
 
 # %% ../../nbs/lm/15_cells.ipynb #5bfaf253
 STYLES = ("gpt2", "llama2", "transformers")
@@ -68,6 +68,11 @@ class Cell(Config):
     def train(self):
         "The configuration that is trained."
         return FIT_CONFIGS[self.config].replace(loss=self.loss, checkpointing=self.checkpointing)
+
+    @property
+    def products(self) -> torch.dtype | None:
+        "What shards of fp32 weights are gathered as, in place of autocast."
+        return self.train.autocast_dtype if self.gpus > 1 else None
 
 _LLAMA = {
     # size -> the shape of a Llama of transformers
@@ -116,11 +121,18 @@ CELLS_TWO = (
     Cell(size="7B", micro=4, gpus=2, **_release),
     Cell(size="13B", micro=2, gpus=2, checkpointing="full"),
     Cell(size="3B", seq=8192, micro=2, style="llama2", gpus=2),
+    Cell(size="3B", micro=4, config="adamw", gpus=2),
 )
 
 # %% ../../nbs/lm/15_cells.ipynb #977949c3
+class _Theirs(torch.nn.Module):
+    "A model of transformers, which takes its own loss."
+    def __init__(self, model): super().__init__(); self.model = model
+
+    def loss(self, x_BT, y_BT, how): return self.model(input_ids=x_BT, labels=x_BT, use_cache=False).loss
+
 def _of_transformers(cell: Cell, device: torch.device):
-    "Hugging Face's Llama and its loss."
+    "Hugging Face's Llama, and its vocabulary."
     try: import transformers
     except ImportError: raise UserError("transformers is not installed") from None
     shape = transformers.LlamaConfig(
@@ -130,15 +142,14 @@ def _of_transformers(cell: Cell, device: torch.device):
     if cell.checkpointing == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     elif cell.checkpointing != "none": raise UserError(f"transformers has no checkpointing {cell.checkpointing!r}")
-    return model, shape.vocab_size, lambda x_BT, y_BT: model(input_ids=x_BT, labels=x_BT, use_cache=False).loss
+    return _Theirs(model), shape.vocab_size
 
 def _of_ours(cell: Cell, device: torch.device):
-    "This package's GPT and its loss."
+    "This package's GPT, and its vocabulary."
     shape = gpt_of(cell.size, cell.style, cell.seq)
     with device: model = GPT(shape, cell.train.attention, cell.checkpointing)
     model.init_weights(0)
-    if cell.gpus > 1: shard(model)
-    return model, shape.vocab_size, lambda x_BT, y_BT: model(x_BT, y_BT, cell.loss)
+    return shard(model, cell.products) if cell.gpus > 1 else model, shape.vocab_size
 
 # %% ../../nbs/lm/15_cells.ipynb #98d4cdf8
 def measure_cell(
@@ -146,22 +157,14 @@ def measure_cell(
     device: torch.device,
 ) -> dict:  # as `measure.memory.memory_by_class` gives it, and parameters, used, total
     "Trains three steps and counts; raises `torch.OutOfMemoryError` where it does not fit."
-    model, vocab, loss_of = (_of_transformers if cell.style == "transformers" else _of_ours)(cell, device)
-    config, recipe = cell.train, Recipe(steps=3, batch=cell.micro, micro=cell.micro, seq=cell.seq)
+    model, vocab = (_of_transformers if cell.style == "transformers" else _of_ours)(cell, device)
+    recipe, steps = Recipe(steps=3, batch=cell.micro, micro=cell.micro, seq=cell.seq), count(1)
     parameters = sum(p.numel() for p in model.parameters())
-    cast_weights(model, config)
-    optimizer = make_optimizer(model, config, recipe)
-    if config.release: enable_gradient_release(model, optimizer)
-    batches, dtype = iter(range(1 << 20)), config.autocast_dtype
-    def step():
-        x_BT, y_BT = (t.to(device) for t in Synthetic(vocab, cell.seq, cell.micro, 0).batch(next(batches)))
-        with torch.autocast(device.type, dtype, enabled=dtype is not None): loss = loss_of(x_BT, y_BT)
-        loss.backward()
-        if not isinstance(optimizer, FlashOptimizer): torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    config = cell.train.replace(autocast="") if cell.products else cell.train
+    task = LMTask(model, config, recipe, Synthetic(vocab, cell.seq, cell.micro, 0), seed=0, device=device)
     free(device)
-    row = memory_by_class(step, model=model, optimizer=optimizer, device=device) | dict(parameters=parameters)
+    row = memory_by_class(lambda: task.step(next(steps)), model=task.model, optimizer=task.optimizer, device=device)
+    row |= dict(parameters=parameters)
     if device.type == "cuda":
         left, total = torch.cuda.mem_get_info(device)
         row |= dict(used=total - left, total=total)

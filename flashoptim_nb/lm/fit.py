@@ -20,8 +20,9 @@ import torch
 from ..base.config import Config, read_json
 from ..base.errors import UserError, choose
 from .gpt import CHECKPOINTING, GPTConfig, LOSSES
+from .linear_ce import chunk_rows_for
 from .sizes import SIZES, gpt_config
-from .sizing import _copied, _moment, activation_bytes, count_parameters
+from .sizing import activation_bytes, count_parameters
 from ..measure.memory import HEADROOM
 from ..train.config import TrainConfig, bytes_per_parameter
 
@@ -204,6 +205,19 @@ def _architecture_activations(a: Architecture, N: int, checkpointing: str, loss:
     return (N * (layers + norm + 24 + (4 * V if loss == "plain" else 0))
             + (stream * V * d if loss == "fused_linear" else 0))
 
+# %% ../../nbs/lm/09_fit.ipynb #41547f7c
+def _moment(c: GPTConfig, N: int, loss: str, weights: str, compiled: bool) -> float:
+    "Bytes that taking the loss of N tokens holds besides what it leaves."
+    V, d = c.vocab_size, c.d_model
+    if loss == "fused_linear":
+        return 2 * V * chunk_rows_for(N, V, True) + (0 if weights.startswith("fp32") else 4 * V * d)
+    return 2 * (V + N) * d if compiled else 8 * N * V
+
+def _copied(matrices: int, head: int, checkpointing: str, loss: str) -> int:
+    """Parameters of which the graph keeps autocast's copy:
+    checkpointed layers make theirs again, the fused loss needs none."""
+    return (matrices - head) * (checkpointing == "none") + head * (loss == "plain")
+
 # %% ../../nbs/lm/09_fit.ipynb #04445d89
 # bytes that cuBLAS holds, on Hopper: torch's default of CUBLAS_WORKSPACE_CONFIG, for two threads
 WORKSPACE = 2 * 32 * 2**20
@@ -237,24 +251,26 @@ def predict(
     # bytes: weights, gradients, masters, states, copies, activations, gathered, workspace, other, peak
 ) -> dict[str, float]:
     "What a training step holds on each GPU by class, and at its peak."
-    c, n, each = config, _count(model), bytes_per_parameter(config.weights, config.states, config.release)
+    c = config if gpus == 1 else config.replace(weights="bf16")  # what layers compute with: FSDP2 gathers bf16
+    n, each = _count(model), bytes_per_parameter(config.weights, config.states, config.release)
+    copy, whole = (bytes_per_parameter(c.weights)[name] for name in ("copies", "weights"))  # of a parameter
     held = {name: each[name] * n["total"] / gpus for name in ("weights", "gradients", "masters", "states")}
-    head, layer = model.vocab_size * model.d_model, each["weights"] * n["layers"] / model.n_layer * (gpus > 1)
-    held["copies"] = each["copies"] * _copied(n["matrices"], head, checkpointing, c.loss)
+    head, layer = model.vocab_size * model.d_model, whole * n["layers"] / model.n_layer * (gpus > 1)
+    held["copies"] = copy * _copied(n["matrices"], head, checkpointing, c.loss)
     held["activations"] = _kept(model, c, micro, seq, checkpointing)
-    held["gathered"] = each["weights"] * (n["total"] - n["layers"]) if gpus > 1 else 0
+    held["gathered"] = whole * (n["total"] - n["layers"]) if gpus > 1 else 0
     held["workspace"] = WORKSPACE
     standing = (sum(held[name] for name in ("weights", "masters", "states", "gathered", "workspace"))
                 + held["gradients"] * accumulate)
-    loss = (held["activations"] + each["copies"] * n["matrices"]
+    loss = (held["activations"] + copy * n["matrices"]
             + _moment(model, micro * seq, c.loss, c.weights, c.compile))
-    coming, whole = held["gradients"] * (not accumulate), held["gathered"] * (1 - 1 / gpus)
+    coming, root = held["gradients"] * (not accumulate), held["gathered"] * (1 - 1 / gpus)
     if checkpointing == "none": again = held["activations"] * (1 - 1 / model.n_layer)
     else: again = held["activations"] + _run_again(model, c, micro, seq, checkpointing)
     # the share of the gradients that comes with and after the first layer
     later = (n["layers"] / model.n_layer + head * (not model.tied)) / n["total"]
-    first = coming * (1 - later) + whole + _run_again(model, c, micro, seq, "full") + 3 * layer
-    end = coming + whole + 2 * layer
+    first = coming * (1 - later) + root + _run_again(model, c, micro, seq, "full") + 3 * layer
+    end = coming + root + 2 * layer
     peak = standing + max(loss, again + held["copies"] + 4 * layer, first, end)
     return held | dict(other=max(0.0, peak - sum(held.values())), peak=peak)
 

@@ -16,7 +16,7 @@ import time
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from ..base.errors import UserError
 from .batches import synthetic
@@ -26,10 +26,12 @@ from .sizes import gpt_config
 # %% ../../nbs/lm/11_sharded.ipynb #471c0d11
 def shard(
     model: GPT,  # on its device
+    products: torch.dtype | None = None,  # what layers are gathered as and compute in; None: the shards' own type
 ) -> GPT:
     "Shards each block, then what is left, over all ranks; returns the model."
-    for block in model.blocks: fully_shard(block)
-    fully_shard(model)
+    how = MixedPrecisionPolicy(param_dtype=products, cast_forward_inputs=False)  # rotations come in fp32, and stay so
+    for block in model.blocks: fully_shard(block, mp_policy=how)
+    fully_shard(model, mp_policy=how)
     return model
 
 # %% ../../nbs/lm/11_sharded.ipynb #ecf9b0ab

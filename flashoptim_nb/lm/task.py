@@ -24,7 +24,8 @@ class LMTask:
     raises `UserError` if the text repeats too often."""
     def __init__(
         self,
-        model: GPTConfig,
+        # the GPT to build; or a network on its device that has `loss(inputs, targets, how)`, its weights drawn
+        model: GPTConfig | torch.nn.Module,
         config: TrainConfig,  # with `checkpointing` resolved: none, selective or full
         recipe: Recipe,
         windows: Windows | Synthetic,  # batches of (recipe.batch, recipe.seq) tokens
@@ -34,11 +35,8 @@ class LMTask:
     ):
         self.config, self.recipe, self.windows, self.device = config, recipe, windows, torch.device(device)
         self.epochs = check_repeats(windows, recipe.steps)  # how often the whole recipe goes through the text
-        self.attention = resolve_attention(config.attention, self.device, torch.bfloat16, model.d_model // model.n_head)
-        stream = torch.bfloat16 if config.weights == "fp32_stream16" else None
-        with self.device:
-            network = GPT(model, attention=self.attention, checkpointing=config.checkpointing, stream=stream)
-        self.model = network.init_weights(seed)
+        self.attention = config.attention
+        self.model = model if isinstance(model, torch.nn.Module) else self._build(model, seed)
         cast_weights(self.model, config)
         if config.compile: self.model.compile_blocks()
         self.autocast_dtype = config.autocast_dtype
@@ -46,6 +44,15 @@ class LMTask:
         self.flash = isinstance(self.optimizer, FlashOptimizer)
         self.release = enable_gradient_release(self.model, self.optimizer) if config.release else None
         self.skipped = 0
+
+    def _build(self, model: GPTConfig, seed: int) -> GPT:
+        "The network of a shape, its weights drawn."
+        self.attention = resolve_attention(
+            self.config.attention, self.device, torch.bfloat16, model.d_model // model.n_head)
+        stream = torch.bfloat16 if self.config.weights == "fp32_stream16" else None
+        with self.device:
+            network = GPT(model, attention=self.attention, checkpointing=self.config.checkpointing, stream=stream)
+        return network.init_weights(seed)
 
 # %% ../../nbs/lm/10_task.ipynb #13b268be
 @patch
@@ -72,6 +79,7 @@ def _update(self: LMTask) -> torch.Tensor:
         norm = self.optimizer.grad_norm
     else:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        if hasattr(norm, "full_tensor"): norm = norm.full_tensor()  # of shards: that of all ranks
         if torch.isfinite(norm): self.optimizer.step()
         else: self.skipped += 1
     self.optimizer.zero_grad(set_to_none=True)
