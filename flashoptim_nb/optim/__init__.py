@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/optim/15_package.ipynb #5f6ea2af
 from . import adam, momentum
+from .muon import FlashMuon, muon_groups
 from .adam import *
 from .momentum import *
 from .base import FlashOptimizer, NumericsError
@@ -18,7 +19,8 @@ from .split import compute_ecc_bits, reconstruct_fp32_param
 from .state_dict import StateError
 
 __all__ = [
-    "AveragedMasters", "FlashOptimizer", "GradientError", "GradientReleaseHandle", "NumericsError", "OptionError",
-    "StateError", "cast_model", "compute_ecc_bits", "enable_gradient_release", "reconstruct_fp32_param"]
+    "AveragedMasters", "FlashMuon", "FlashOptimizer", "GradientError", "GradientReleaseHandle", "NumericsError",
+    "OptionError", "StateError", "cast_model", "compute_ecc_bits", "enable_gradient_release", "muon_groups",
+    "reconstruct_fp32_param"]
 __all__ += adam.__all__  # a class that one of these notebooks exports is public
 __all__ += momentum.__all__

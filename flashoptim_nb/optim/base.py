@@ -238,6 +238,9 @@ class FlashOptimizer(Optimizer):
         super().__setstate__(state)
         LIVE_OPTIMIZERS.add(self)
 
+    def _check_release(self):
+        "Raises `OptionError` where parameters cannot be stepped one at a time, as their gradients come."
+
     def _moments_of(self, group: dict) -> dict[str, torch.dtype]:
         "The moments that a group's parameters have: all, unless a subclass knows better."
         return self.moments

@@ -149,6 +149,7 @@ class ParamBucket:
         self.taken, self.empty = {at for p in self.local if (at := p.data_ptr())}, sum(
             not p.numel() for p in self.local)
         self.apart = True  # whether no gradient is a parameter's own memory
+        self.plan = None  # what an optimizer of matrices made for its launches
         self.operands = [Operands(flat, None, *state_operands(opt, group, p)) for p, flat in zip(params, self.flat)]
         self.tensors = TensorList(self.operands) if self.on_gpu else None
         self.kept = [local(t) for p in (params if self.tensors is None else {params[0], params[-1]})

@@ -235,12 +235,13 @@ def launch(
     arguments: Sequence,  # tensors on the current device, floats and integers below 2^31, before the constants
     constants: dict,  # in the kernel's order
     num_warps: int = 4,
+    num_stages: int = 3,  # loads of a loop that are under way at a time
 ):
     "Runs a kernel; from the second time on without Triton's search for the binary."
     if INTERPRETED: return kernel[(programs,)](*arguments, **constants)
-    key = (id(kernel), torch.cuda.current_device(), num_warps, *constants.values())
+    key = (id(kernel), torch.cuda.current_device(), num_warps, num_stages, *constants.values())
     if (binary := _BINARIES.get(key)) is None:
-        _BINARIES[key] = kernel[(programs,)](*arguments, **constants, num_warps=num_warps)
+        _BINARIES[key] = kernel[(programs,)](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
     else: binary[(programs, 1, 1)](*arguments, *constants.values())
 
 

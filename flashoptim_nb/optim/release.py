@@ -305,7 +305,8 @@ def enable_gradient_release(
 
 
 def check_releasable(model: nn.Module, optimizer: FlashOptimizer):
-    "Raises `ReleaseError` for a model whose gradients cannot be released, or not to this optimizer."
+    "Raises `UserError` for a model whose gradients cannot be released, or not to this optimizer."
+    optimizer._check_release()
     for part in model.modules(): _check_wrapper(part)
     own = [p for group in optimizer.param_groups for p in group["params"]]
     if not {id(p) for p in own} & {id(p) for p in model.parameters()}:

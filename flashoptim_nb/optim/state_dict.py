@@ -281,7 +281,9 @@ _KINDS = {frozenset(tells): kind for kind, tells in {
               "NAdam": ("betas", "eps", "momentum_decay", "decoupled_weight_decay"),
               "RAdam": ("betas", "eps", "decoupled_weight_decay"), "RMSprop": ("alpha", "eps", "momentum"),
               "Adagrad": ("eps", "lr_decay"), "Adadelta": ("eps", "rho"),
-              "Rprop": ("etas",), "ASGD": ("alpha", "lambd"), "LBFGS": ("history_size",)}.items()}
+              "Rprop": ("etas",), "ASGD": ("alpha", "lambd"), "LBFGS": ("history_size",),
+              "Muon": ("eps", "momentum", "ns_steps"), "Muon with AdamW": ("betas", "eps", "momentum", "ns_steps"),
+          }.items()}
 
 
 def _check_kind(opt, group, where):
@@ -289,7 +291,7 @@ def _check_kind(opt, group, where):
     one without any telling option keeps the optimizer's own."""
     saved, own = (frozenset().union(*_KINDS).intersection(options) for options in (group, opt.defaults))
     if "amsgrad" in group: saved -= {"decoupled_weight_decay"}  # torch's Adam has both, its RAdam the second alone
-    if not saved or saved == own: return
+    if not saved or saved == own or "ns_steps" in saved & own: return  # torch's Muon is one of matrices alone
     raise StateError(f"{where} was saved by {_KINDS.get(saved, 'another kind of optimizer')} (it has "
                      f"{', '.join(sorted(saved))}), another kind than {type(opt).__name__}, "
                      f"which loads {_KINDS.get(own, 'its own')} ({', '.join(sorted(own))}): load it into the kind "
