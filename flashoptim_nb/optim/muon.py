@@ -109,7 +109,7 @@ def owners_of(
 def rounds_of(
     shapes: Sequence[tuple[int, int]],
     world: int = 1,
-    most: int = STACK,  # values in a stack, unless one matrix has more
+    most: int = 1 << 25,  # values in a stack, unless one matrix has more
 ) -> list[list[list[int]]]:  # for each round, the matrices that each rank orthogonalizes, of one shape
     "Which matrices go together, and when."
     stacks = [[] for _ in range(world)]
@@ -129,8 +129,8 @@ class MuonPlan:
     cut: MatrixSharding
     ratios: list[float]  # factors of lr
     adjust_lr_fn: str | None  # that they are by
-    rounds: list[list[list[int]]] = ()
-    places: list[int] = ()  # where each one's direction begins
+    rounds: list[list[list[int]]] = field(default_factory=list)  # see `rounds_of`
+    places: list[int] = field(default_factory=list)  # where each one's direction begins
     tables: tuple[torch.Tensor, torch.Tensor] | None = None  # places and ratios on the device
     layouts: dict = field(default_factory=dict)  # which addresses are aligned -> the launches of each round
 
@@ -141,7 +141,7 @@ class MuonPlan:
         cut, shapes = MatrixSharding.of(bucket.params[0]), [tuple(p.shape) for p in bucket.params]
         bucket.plan = plan = cls(shapes, [x.numel() for x in bucket.flat], cut,
                                  [lr_ratio(shape, adjust_lr_fn) if prod(shape) else 1.0 for shape in shapes], adjust_lr_fn)
-        plan.rounds, plan.places = rounds_of(shapes, cut.world), [0] * len(shapes)
+        plan.rounds, plan.places = rounds_of(shapes, cut.world, STACK), [0] * len(shapes)
         for each in plan.rounds:
             at = 0
             for i in plan.members(each): plan.places[i] = at; at += plan.sizes[i]
@@ -173,9 +173,8 @@ class MuonPlan:
 
     def gathered(self, each: list[list[int]], scratch: torch.Tensor) -> torch.Tensor | None:
         "The whole directions of the matrices that this rank owns, (n, R, C); None where it owns none."
-        own, cut = each[cut_rank] if (cut_rank := self.cut.rank) < len(each) else [], self.cut
-        shape = self.shapes[own[0]] if own else None
-        if cut.world == 1: return scratch.view(len(own), *shape)
+        own, cut = each[self.cut.rank], self.cut
+        if cut.world == 1: return scratch.view(len(own), *self.shapes[own[0]])
         sent, received, parts = self._sizes(each)
         out = scratch.new_empty(sum(received))
         cut.exchange(out, scratch, received, sent)
@@ -223,6 +222,7 @@ class FlashMuon(FlashOptimizer):
         *,
         algorithm: str = "muon",  # of groups that name none; "adamw"
         betas: tuple[float, float] = (0.9, 0.999),  # of AdamW's groups
+        maximize: bool = False,  # ascend instead of descend
         quantize: bool = True,  # moments take a byte a value, not four: what the paper is about
         compress_state_dict: bool = True,  # state dicts have these bytes; False: fp32, for torch.optim to read
         master_weight_bits: int | None = 24,  # 24 in 3 bytes a weight; 32: one more, for small rates; None: no masters
@@ -236,7 +236,7 @@ class FlashMuon(FlashOptimizer):
     ):
         defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
                         ns_coefficients=ns_coefficients, eps=eps, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn,
-                        algorithm=algorithm, betas=betas)
+                        algorithm=algorithm, betas=betas, maximize=maximize)
         super().__init__(params, defaults, quantize=quantize, compress_state_dict=compress_state_dict,
                          master_weight_bits=master_weight_bits, fused=fused, check_numerics=check_numerics,
                          decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded)
@@ -279,10 +279,10 @@ class FlashMuon(FlashOptimizer):
         "What is the same for every value of a step."
         if group["algorithm"] == "adamw":
             return AdamWScalars(group["lr"], *group["betas"], group["eps"], **self._decays(group),
-                                companded=self.companded)
+                                maximize=group["maximize"], companded=self.companded)
         return MuonScalars(group["lr"], group["momentum"], group["nesterov"], self._decays(group)["weight_decay"],
                            tuple(group["ns_coefficients"]), group["eps"], group["ns_steps"], group["adjust_lr_fn"],
-                           self.companded)
+                           group["maximize"], self.companded)
 
     def _update(
         self,

@@ -33,6 +33,7 @@ class MuonScalars(NamedTuple):
     eps: float = 1e-7  # least norm to divide by
     ns_steps: int = 5  # iterations
     adjust_lr_fn: str | None = None  # the shape's factor: see `lr_ratio`
+    maximize: bool = False
     companded: bool = True  # False: the momentum's linear code, for comparison
 
 
@@ -73,6 +74,7 @@ def _direction_chunk(
     "Advances the momentum of one chunk and forms the direction."
     g = x.grad.to(torch.float32, copy=True)
     if multiplier is not None: g.mul_(multiplier)
+    if h.maximize: g.neg_()
     m = x.m if x.m_scale is None else dequantize_m(x.m, x.m_scale, h.companded)
     m.lerp_(g, 1 - h.momentum)
     x.v.copy_(g.lerp_(m, h.momentum) if h.nesterov else m)
@@ -127,7 +129,7 @@ def directions_kernel(
     step_scalars,  # fp32 (8,), of `step_scalars_kernel`
     momentum,
     NESTEROV: tl.constexpr, GRAD: tl.constexpr, QUANTIZED: tl.constexpr, COMPANDED: tl.constexpr,
-    ALIGNED: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
+    MAXIMIZE: tl.constexpr, ALIGNED: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     "Momentum and direction of many matrices: program i takes the block that `blocks[i]` names."
     if tl.load(step_scalars + 3) != 0.0: return
@@ -137,7 +139,9 @@ def directions_kernel(
     m_at = address(row + 2, first, tl.int8 if QUANTIZED else tl.float32, ALIGNED) + at
     m_scale = address(row + 4, first // 32, tl.float16, ALIGNED) + group
 
-    g = widen(load(address(grads + tensor, first, GRAD, ALIGNED) + at, mask, MASK), GRAD) * tl.load(step_scalars + 2)
+    factor = tl.load(step_scalars + 2)
+    if MAXIMIZE: factor = -factor
+    g = widen(load(address(grads + tensor, first, GRAD, ALIGNED) + at, mask, MASK), GRAD) * factor
     m = load(m_at, mask, MASK)
     if QUANTIZED: m = decode_m(m, load(m_scale, group_mask, MASK).to(tl.float32)[:, None], COMPANDED)
     m = tl.fma(m - g, momentum, g)
@@ -191,7 +195,8 @@ def directions_fused(
         launch(directions_kernel, share.blocks.shape[0],
                (tensors.rows, grads.addresses, share.blocks, places, directions, step_scalars, float(h.momentum)),
                dict(NESTEROV=bool(h.nesterov), GRAD=grads.dtype, QUANTIZED=tensors.first.m_scale is not None,
-                    COMPANDED=h.companded, ALIGNED=share.ALIGNED, MASK=share.MASK, BLOCK=BLOCK), WARPS)
+                    COMPANDED=h.companded, MAXIMIZE=h.maximize, ALIGNED=share.ALIGNED, MASK=share.MASK, BLOCK=BLOCK),
+               WARPS)
 
 
 def moves_fused(
@@ -212,7 +217,7 @@ def moves_fused(
 
 # %% ../../nbs/optim/20_muon_kernel.ipynb #aa56bbec
 GEMM = dict(BLOCK=128, DEPTH=64)  # a tile's side, and how deep it goes at a time
-GEMM_WARPS, GEMM_STAGES = 8, 3
+GEMM_WARPS, GEMM_STAGES = 8, 4
 
 
 @jit_for_constants

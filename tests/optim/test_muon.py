@@ -1,0 +1,304 @@
+"""FlashMuon: torch.optim.Muon's steps in 4.06 bytes a value, alone, released, resumed, in Triton and on several ranks."""
+import copy
+import io
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import flashoptim_nb.optim.muon as muon
+from flashoptim_nb.optim import FlashMuon, OptionError, cast_model, enable_gradient_release, muon_groups
+from flashoptim_nb.optim.muon_kernel import newton_schulz, newton_schulz_stack
+from flashoptim_nb.optim.split import decode
+from processes import pass_in_the_interpreter
+
+SHAPES = [(16, 16), (33, 7), (7, 33), (40, 24), (16, 16), (1, 5)]
+on_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
+
+
+def matrices(shapes=SHAPES, dtype=torch.float32, seed=0, device="cpu"):
+    rng = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(s, generator=rng).to(device, dtype)) for s in shapes]
+
+
+def step(opt, params, n):
+    rng = torch.Generator().manual_seed(n)
+    for p in params: p.grad = torch.randn(p.shape, generator=rng).to(p.device, p.dtype)
+    opt.step()
+
+
+def weights(opt, p):
+    error_bits = opt.state[p].get("error_bits")
+    return p.detach() if error_bits is None else decode(p.detach(), error_bits)
+
+
+def way(a, b, start): return ((a.float() - b.float()).norm() / (b.float() - start.float()).norm()).item()
+
+
+@devices
+@given(st.sampled_from([{}, dict(nesterov=False), dict(adjust_lr_fn="match_rms_adamw"), dict(adjust_lr_fn="original"),
+                        dict(ns_steps=0), dict(ns_steps=2, eps=1e-2), dict(weight_decay=0.0, momentum=0.0),
+                        dict(ns_coefficients=(2.0, -1.5, 0.5))]))
+def test_it_is_torchs_muon(device, options):
+    "fp32: to the bit where both take one matrix after the other; stacks within bf16's rounding."
+    ours, theirs = matrices(device=device), matrices(device=device)
+    start = [p.detach().clone() for p in ours]
+    a, b = FlashMuon(ours, lr=1e-2, quantize=False, **options), torch.optim.Muon(theirs, lr=1e-2, **options)
+    for n in range(6): step(a, ours, n); step(b, theirs, n)
+    for p, q, s in zip(ours, theirs, start):
+        assert torch.equal(p, q) if device == "cpu" else way(p, q, s) < 0.02, (p.shape, options)
+
+
+@devices
+def test_in_four_bytes_it_stays_close(device):
+    ours, theirs = matrices(dtype=torch.bfloat16, device=device), [nn.Parameter(p.detach().float()) for p in matrices(dtype=torch.bfloat16, device=device)]
+    start = [p.detach().clone() for p in theirs]
+    a, b = FlashMuon(ours, lr=1e-2), torch.optim.Muon(theirs, lr=1e-2)
+    for n in range(20): step(a, ours, n); step(b, theirs, n)
+    for p, q, s in zip(ours, theirs, start): assert way(weights(a, p), q, s) < 0.25, p.shape
+
+
+@devices
+def test_a_stack_is_as_near_as_the_published_iteration(device):
+    for shape in (64, 64), (48, 160), (160, 48), (130, 70), (5, 300):
+        rng = torch.Generator().manual_seed(0)
+        u = torch.randn(4, *shape, generator=rng).to(device, torch.bfloat16)
+        if device == "cpu":
+            from flashoptim_nb.optim.muon_kernel import symmetric_reference as halves
+        else: halves = None
+        true = torch.stack([newton_schulz(x.double(), dtype=torch.float64) for x in u])
+        off = lambda x: (x.double() - true).norm().item()
+        assert off(newton_schulz_stack(u.clone(), halves=halves)) < 2 * off(torch.stack([newton_schulz(x) for x in u]))
+
+
+def test_the_kernels_in_the_interpreter(): pass_in_the_interpreter(__file__, "fused_is_the_reference and cpu")
+
+
+@devices
+@pytest.mark.parametrize("options", [
+    dict(max_norm=0.5), dict(quantize=False, nesterov=False), dict(master_weight_bits=32, maximize=True, ns_steps=1)],
+    ids=str)
+def test_fused_is_the_reference(device, options, monkeypatch):
+    "The kernels where there are some; stacks of one matrix and of several."
+    from flashoptim_nb.optim.backend import INTERPRETED
+    if device == "cpu" and not INTERPRETED: pytest.skip("plain PyTorch both times")
+    shapes = SHAPES if device == "cuda" else [(16, 16), (33, 7), (7, 33), (16, 16)]  # an interpreter is slow
+    for most in (1, 1 << 25):
+        monkeypatch.setattr(muon, "STACK", most)
+        ours, theirs = (matrices(shapes, torch.bfloat16, device=device) for _ in range(2))
+        start = [p.detach().clone() for p in ours]
+        a, b = FlashMuon(ours, lr=1e-2, **options), FlashMuon(theirs, lr=1e-2, fused=False, **options)
+        for n in range(2): step(a, ours, n); step(b, theirs, n)
+        assert a._cached[None].made[0][0].on_gpu and not b._cached[None].made[0][0].on_gpu
+        for p, q, s in zip(ours, theirs, start): assert way(weights(a, p), weights(b, q), s) < 0.05, (p.shape, way(weights(a, p), weights(b, q), s))
+
+
+def test_a_gradient_of_nothing_and_one_that_is_not_a_number():
+    "A gradient of zeros moves nothing but by decay; one with NaN is left out with skip_nonfinite."
+    ours = matrices(dtype=torch.bfloat16)
+    opt = FlashMuon(ours, lr=1e-2, weight_decay=0.0, skip_nonfinite=True)
+    before = [p.detach().clone() for p in ours]
+    for p in ours: p.grad = torch.zeros_like(p)
+    opt.step()
+    assert all(torch.equal(p, q) for p, q in zip(ours, before))
+    step(opt, ours, 0)
+    before = [weights(opt, p).clone() for p in ours]
+    for p in ours: p.grad[0, 0] = torch.nan
+    opt.step()
+    assert all(torch.equal(weights(opt, p), q) for p, q in zip(ours, before)) and opt.skipped_steps == 1
+
+
+class Net(nn.Module):
+    def __init__(self, dtype=torch.float32, seed=0):
+        super().__init__(); torch.manual_seed(seed)
+        self.embed, self.up, self.down, self.norm = nn.Embedding(20, 64), nn.Linear(64, 96), nn.Linear(96, 64), nn.LayerNorm(64)
+        self.head = nn.Linear(64, 20, bias=False)
+        self.to(dtype)
+
+    def forward(self, i): return self.head(self.norm(self.embed(i) + self.down(self.up(self.embed(i)).relu())))
+
+
+def train(model, opt, steps, first=0):
+    for n in range(first, first + steps):
+        i = torch.randint(20, (32,), generator=torch.Generator().manual_seed(n)).to(next(model.parameters()).device)
+        nn.functional.cross_entropy(model(i).float(), (i * 3 + 1) % 20).backward()
+        opt.step(); opt.zero_grad()
+
+
+def test_what_muon_takes_of_a_model():
+    model = Net()
+    names = {p: n for n, p in model.named_parameters()}
+    mine, rest = muon_groups(model, lr=3e-4)
+    assert [names[p] for p in mine["params"]] == ["up.weight", "down.weight"]
+    assert {*names.values()} == {names[p] for group in (mine, rest) for p in group["params"]} and rest["lr"] == 3e-4
+    model.embed.weight = model.head.weight  # tied
+    assert sum(len(group["params"]) for group in muon_groups(model)) == len(list(model.parameters()))
+    assert [names.get(p) for p in muon_groups(model, heads=["down"])[0]["params"]] == ["up.weight"]  # the head is the embedding
+    model.up.weight.requires_grad_(False)
+    assert [names.get(p) for p in muon_groups(model)[0]["params"]] == ["down.weight"]
+
+
+@devices
+def test_bytes(device):
+    "Counted in the tensors: weight 2, error bits 1, momentum 1, scales a 16th; AdamW's rest 5.125."
+    model = Net().to(device)
+    cast_model(model)
+    opt = FlashMuon(muon_groups(model, lr=1e-3), lr=1e-2)
+    enable_gradient_release(model, opt)
+    train(model, opt, 2)
+    for p in model.up.weight, model.down.weight:
+        held = p.nbytes + sum(t.nbytes for k, t in opt.state[p].items() if k != "step")
+        assert p.grad is None and held / p.numel() == 2 + 1 + 1 + 2 / 32
+    p = model.embed.weight
+    assert (p.nbytes + sum(t.nbytes for k, t in opt.state[p].items() if k != "step")) / p.numel() == 2 + 1 + 2 + 4 / 32
+
+
+@devices
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_released_it_takes_the_same_steps(device, clip):
+    a, b = (Net(torch.bfloat16).to(device) for _ in range(2))
+    oa, ob = (FlashMuon(muon_groups(m, lr=1e-3), lr=1e-2, skip_nonfinite=True) for m in (a, b))
+    handle = enable_gradient_release(b, ob)
+    train(a, oa, 5); train(b, ob, 5)
+    for p, q in zip(a.parameters(), b.parameters()):
+        if device == "cpu": assert torch.equal(p, q)
+        else: torch.testing.assert_close(p, q, rtol=0.02, atol=0.02)  # in another stack, products may be added up otherwise
+    assert ob.grad_norm.item() == pytest.approx(oa.grad_norm.item(), rel=1e-3 if device == "cpu" else 0.1)
+    handle.remove()
+
+
+@devices
+@pytest.mark.parametrize("how", [{}, dict(quantize=False), dict(compress_state_dict=False, quantize=False), dict(master_weight_bits=32)], ids=str)
+def test_a_resumed_run_is_an_uninterrupted_one(device, how):
+    make = lambda m: FlashMuon(muon_groups(m, lr=1e-3), lr=1e-2, max_norm=1.0, **how)
+    whole, half, again = (Net(torch.bfloat16, seed).to(device) for seed in (0, 0, 7))
+    train(whole, opt := make(whole), 8)
+    train(half, first := make(half), 4)
+    torch.save((half.state_dict(), first.state_dict()), file := io.BytesIO()); file.seek(0)
+    kept = torch.load(file, weights_only=True)
+    again.load_state_dict(kept[0])
+    (second := make(again)).load_state_dict(kept[1])
+    train(again, second, 4, first=4)
+    for p, q in zip(whole.parameters(), again.parameters()):
+        assert torch.equal(p, q)
+        for key, t in opt.state[p].items(): assert torch.equal(t, second.state[q][key]), key
+
+
+def test_a_vector_is_refused_and_nothing_is_changed():
+    layer = nn.Linear(4, 3)
+    for bad in layer.parameters(), [layer.bias], [dict(params=[nn.Parameter(torch.ones(2, 3, 4))])]:
+        with pytest.raises(OptionError, match='algorithm="adamw"'): FlashMuon(bad)
+    opt = FlashMuon([layer.weight])
+    with pytest.raises(OptionError, match="shape \\(3,\\)"): opt.add_param_group(dict(params=[layer.bias]))
+    assert len(opt.param_groups) == 1
+    layer.weight.grad = torch.ones(3, 4)
+    opt.step()
+    weight, state = layer.weight.detach().clone(), copy.deepcopy(opt.state[layer.weight])
+    opt.param_groups[0]["params"].append(layer.bias); layer.bias.grad = torch.ones(3)
+    with pytest.raises(OptionError, match="shape \\(3,\\)"): opt.step()
+    assert torch.equal(layer.weight, weight) and all(torch.equal(t, opt.state[layer.weight][k]) for k, t in state.items())
+
+
+def test_fp32_weights_out_and_in():
+    model = Net()
+    cast_model(model)
+    opt = FlashMuon(muon_groups(model, lr=1e-3), lr=1e-2)
+    train(model, opt, 3)
+    fp32 = opt.get_fp32_model_state_dict(model)
+    assert torch.equal(fp32["up.weight"], weights(opt, model.up.weight))
+    other = Net(seed=3); cast_model(other)
+    new = FlashMuon(muon_groups(other), lr=1e-2)
+    new.set_fp32_model_state_dict(other, fp32)
+    for name, t in new.get_fp32_model_state_dict(other).items(): assert (t - fp32[name]).abs().max() <= 2.0**-16 * t.abs().max()
+
+
+RANK = """
+import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+import flashoptim_nb.optim.muon as muon
+from flashoptim_nb.optim import FlashMuon, OptionError, enable_gradient_release, muon_groups
+from flashoptim_nb.base.errors import UserError
+
+kind, where = sys.argv[1:]
+dist.init_process_group("gloo" if kind == "cpu" else "nccl")
+rank, world = dist.get_rank(), dist.get_world_size()
+if kind == "cuda": torch.cuda.set_device(rank)
+flat = init_device_mesh(kind, (world,))
+copies = init_device_mesh(kind, (1, world), mesh_dim_names=("copies", "shards"))
+
+def net(dtype):
+    torch.manual_seed(0)  # on two ranks 7 and 6 rows, 9 and 9, one and none
+    return nn.Sequential(nn.Linear(37, 13), nn.Tanh(), nn.Linear(13, 18), nn.Tanh(), nn.Linear(18, 13), nn.Linear(13, 1)).to(kind, dtype)
+
+def sharded(dtype, mesh, **how):
+    model = net(dtype)
+    for part in (*(m for m in model if isinstance(m, nn.Linear)), model): fully_shard(part, mesh=mesh, **how)
+    return model
+
+def train(model, opt, steps, dtype, first=0):
+    for n in range(first, first + steps):
+        torch.manual_seed(n)
+        (100 * model(torch.randn(8, 37).to(kind, dtype)).float().square().mean()).backward()
+        opt.step(); opt.zero_grad()
+
+def by_columns(p): return Shard(int(p.ndim == 2 and p.shape[1] % world == 0))
+def whole(model): return [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+
+for most in (1, 1 << 25):
+    muon.STACK = most
+    for mesh, how in ((flat, {}), (copies, {}), (flat, dict(shard_placement_fn=by_columns))):
+        for dtype, close, options in ((torch.float32, 1e-5 if kind == "cpu" else 1e-2, dict(quantize=False)), (torch.bfloat16, 5e-2, {})):
+            make = lambda model: FlashMuon(muon_groups(model, lr=1e-3), lr=1e-3, max_norm=1.0, **options)
+            if how and dtype == torch.bfloat16: continue
+            a, b = sharded(dtype, mesh, **how) , net(dtype)
+            oa, ob = make(a), make(b)
+            train(a, oa, 5, dtype); train(b, ob, 5, dtype)
+            assert abs(oa.grad_norm - ob.grad_norm) <= close * ob.grad_norm
+            for p, q in zip(whole(a), whole(b)): assert (p - q).abs().max() <= close * q.abs().max() + close * 1e-2, (dtype, most, p.shape, (p - q).abs().max())
+            full = oa.get_fp32_model_state_dict(a)
+            for key, t in ob.get_fp32_model_state_dict(b).items(): assert (full[key].full_tensor() - t).abs().max() <= close * t.abs().max() + close * 1e-2
+plans = [x.plan for x in oa._cached[None].made[0]]
+assert {owner for plan in plans for each in plan.rounds for owner, own in enumerate(each) if own} == {*range(world)}, "a rank owns nothing"
+
+# a checkpoint, read into a new optimizer, goes on bit for bit
+make = lambda model: FlashMuon(muon_groups(model, lr=1e-3), lr=1e-3)
+a, b = sharded(torch.bfloat16, flat), sharded(torch.bfloat16, flat)
+oa, ob = make(a), make(b)
+train(a, oa, 6, torch.bfloat16); train(b, ob, 3, torch.bfloat16)
+dcp.save(dict(opt=get_optimizer_state_dict(b, ob)), checkpoint_id=where)
+oc = make(b)
+state = get_optimizer_state_dict(b, oc)
+dcp.load(dict(opt=state), checkpoint_id=where)
+set_optimizer_state_dict(b, oc, state)
+train(b, oc, 3, torch.bfloat16, first=3)
+assert all(torch.equal(p, q) for p, q in zip(whole(a), whole(b)))
+
+# what several ranks would have to exchange inside a backward pass
+try: enable_gradient_release(a, oa)
+except UserError as error: assert "sharded matrix" in str(error)
+else: raise AssertionError("released")
+print("rank", rank, "agrees")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=[
+    pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")])])
+def test_shards_are_stepped_as_the_whole(kind, tmp_path):
+    "Uneven and empty shards; rows or columns; each matrix has an owner, and each rank owns some."
+    script = tmp_path / "rank.py"
+    script.write_text(textwrap.dedent(RANK))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           str(script), kind, str(tmp_path / "kept")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("agrees") == 2
