@@ -147,6 +147,7 @@ CASES = {
     "24-bit masters, fp16 weights": dict(master_weight_bits=24, dtype=torch.float16),
     "24-bit masters, quantize=False": dict(master_weight_bits=24, quantize=False),
     "fp32 weights": dict(master_weight_bits=None, dtype=torch.float32),
+    "24-bit masters, fp32 weights": dict(master_weight_bits=24, dtype=torch.float32),
 }
 SHAPES = ((256, 96), (96,), (33, 7), (64, 64))
 STEPS = 20
@@ -175,7 +176,8 @@ def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, l
 def masters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     "The weights in fp32, of a sharded model this rank's."
     weights = optimizer.get_fp32_model_state_dict(model)
-    return {name: (t.to_local() if hasattr(t, "to_local") else t).detach().float().cpu() for name, t in weights.items()}
+    local = {name: t.to_local() if hasattr(t, "to_local") else t for name, t in weights.items()}
+    return {name: t.detach().float().cpu().clone() for name, t in local.items()}  # what steps later stays
 
 def public_layout(optimizer: torch.optim.Optimizer) -> dict:
     "A state dict as the public package lays it out."
@@ -185,7 +187,7 @@ def moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     "Codes and scales of the moments, or the moments where they are not quantized."
     found = {f"{i}.{key}": t for i, state in public_layout(optimizer)["state"].items() for key, t in state.items()
              if isinstance(t, torch.Tensor) and t.dim() and key != "error_bits"}
-    return {name: t.view(torch.float16) if "::scales" in name and t.element_size() == 2 else t
+    return {name: (t.view(torch.float16) if "::scales" in name and t.element_size() == 2 else t).cpu().clone()
             for name, t in found.items()}
 
 def _after(module: ModuleType, name: str, device: torch.device, steps: Iterable[int], **options) -> list[tuple]:
