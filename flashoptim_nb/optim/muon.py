@@ -139,8 +139,8 @@ class MuonPlan:
         "The plan of a bucket, made when there is none that fits."
         if (plan := bucket.plan) is not None and plan.adjust_lr_fn == adjust_lr_fn: return plan
         cut, shapes = MatrixSharding.of(bucket.params[0]), [tuple(p.shape) for p in bucket.params]
-        bucket.plan = plan = cls(shapes, [x.numel() for x in bucket.flat], cut,
-                                 [lr_ratio(shape, adjust_lr_fn) if prod(shape) else 1.0 for shape in shapes], adjust_lr_fn)
+        ratios = [lr_ratio(shape, adjust_lr_fn) if prod(shape) else 1.0 for shape in shapes]
+        bucket.plan = plan = cls(shapes, [x.numel() for x in bucket.flat], cut, ratios, adjust_lr_fn)
         plan.rounds, plan.places = rounds_of(shapes, cut.world, STACK), [0] * len(shapes)
         for each in plan.rounds:
             at = 0
@@ -243,7 +243,8 @@ class FlashMuon(FlashOptimizer):
 
     def add_param_group(self, param_group: dict):
         "As in torch.optim; a group that names AdamW has AdamW's eps unless it says another."
-        if isinstance(param_group, dict) and param_group.get("algorithm") == "adamw": param_group.setdefault("eps", 1e-8)
+        if isinstance(param_group, dict) and param_group.get("algorithm") == "adamw":
+            param_group.setdefault("eps", 1e-8)
         super().add_param_group(param_group)
 
     def _check_group(self, group: dict):
@@ -251,7 +252,8 @@ class FlashMuon(FlashOptimizer):
         super()._check_group(group)
         if group["algorithm"] not in ("muon", "adamw"):
             raise OptionError(f"algorithm={group['algorithm']!r}: \"muon\" or \"adamw\" is needed")
-        if not is_number(group["eps"], 0): raise OptionError(f"eps={group['eps']!r}: a finite number, 0 or more, is needed")
+        if not is_number(group["eps"], 0):
+            raise OptionError(f"eps={group['eps']!r}: a finite number, 0 or more, is needed")
         if group["algorithm"] == "adamw": return _check_betas(group["betas"])
         _check_muon(group)
         for p in group["params"]:
@@ -337,8 +339,10 @@ def _check_betas(betas):
 
 def _check_muon(group):
     "Raises `OptionError` for options of Muon that cannot work."
-    if not is_number(group["momentum"], 0): raise OptionError(f"momentum={group['momentum']!r}: a finite number, 0 or more")
-    if not isinstance(group["nesterov"], bool): raise OptionError(f"nesterov={group['nesterov']!r}: True or False")
+    if not is_number(group["momentum"], 0):
+        raise OptionError(f"momentum={group['momentum']!r}: a finite number, 0 or more, is needed")
+    if not isinstance(group["nesterov"], bool):
+        raise OptionError(f"nesterov={group['nesterov']!r}: True or False is needed")
     abc, steps = group["ns_coefficients"], group["ns_steps"]
     if not isinstance(abc, (tuple, list)) or len(abc) != 3 or not all(map(is_number, abc)):
         raise OptionError(f"ns_coefficients={abc!r}: three finite numbers are needed")

@@ -18,7 +18,8 @@ def muon(params, **options):
     "FlashMuon over parameters of any shapes: matrices by Muon, the others by AdamW."
     params = list(params)
     if any(not isinstance(p, torch.Tensor) for p in params): return optim.FlashMuon(params, **options)
-    groups = [dict(params=[p for p in params if p.ndim == 2]), dict(params=[p for p in params if p.ndim != 2], algorithm="adamw")]
+    groups = [dict(params=[p for p in params if p.ndim == 2]),
+              dict(params=[p for p in params if p.ndim != 2], algorithm="adamw")]
     return optim.FlashMuon([group for group in groups if group["params"]], **options)
 
 

@@ -114,6 +114,21 @@ def test_a_gradient_of_nothing_and_one_that_is_not_a_number():
     assert all(torch.equal(weights(opt, p), q) for p, q in zip(ours, before)) and opt.skipped_steps == 1
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_scratch_memory_is_bounded():
+    "Two stacks of directions and two of their products, however many matrices there are."
+    params = [nn.Parameter(torch.randn(512, 512, device="cuda").bfloat16()) for _ in range(300)]
+    opt = FlashMuon(params)
+    for p in params: p.grad = torch.ones_like(p)
+    opt.step()
+    torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    opt.step()
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < 4.1 * 2 * muon.STACK < sum(p.nbytes for p in params) * 2
+
+
 class Net(nn.Module):
     def __init__(self, dtype=torch.float32, seed=0):
         super().__init__(); torch.manual_seed(seed)
