@@ -163,7 +163,7 @@ def _benchmark(args) -> str:
         raise UserError(f"--tensors and --optimizers belong to `bench optimizers`; leave them out with {name}")
     if args.cells and name != "memory":
         raise UserError(f"--cells belongs to `bench memory`; leave it out with {name}")
-    if (args.gpus or args.dry_run) and name not in ("memory", "compat"):
+    if (args.gpus is not None or args.dry_run) and name not in ("memory", "compat"):
         raise UserError(f"--gpus and --dry-run belong to `bench memory` and `bench compat`; leave them out with {name}")
     if args.blocks and name != "dimenet" or args.precisions and name == "optimizers":
         raise UserError("--blocks belongs to `bench dimenet`, --precisions to that and to `bench capacity`; "
@@ -189,16 +189,17 @@ def _bench(args) -> int:
     from flashoptim_nb.base.machine import work_root
     from flashoptim_nb.cli.bench import bench, bench_domain, bench_largest
     name, out = _benchmark(args), args.out or work_root() / "runs"
+    gpus = 1 if args.gpus is None else args.gpus
     def given(**options): return {key: tuple(value) for key, value in options.items() if value}
     if name == "memory":
         from flashoptim_nb.cli.bench import bench_memory, memory_cells
-        cells = memory_cells(args.gpus or 1, args.cells)
+        cells = memory_cells(gpus, args.cells)
         if args.dry_run: return _show_cells(cells)
         folder = bench_memory(out, device=args.device, cells=cells)
     elif name == "compat":
         from flashoptim_nb.cli.bench import bench_compat, parts
-        if args.dry_run: return _show_parts(parts(args.gpus or 1))
-        folder = bench_compat(out, device=args.device, gpus=args.gpus or 1)
+        if args.dry_run: return _show_parts(parts(gpus))
+        folder = bench_compat(out, device=args.device, gpus=gpus)
     elif name == "dimenet":
         folder = bench_domain("molecules", out, device=args.device, steps=args.times,
                               **given(implementations=args.blocks, precisions=args.precisions))
@@ -554,15 +555,16 @@ def _fit_parser(command):
     fit.add_argument(
         "--gpus", type=int, default=1, metavar="N", help="how many; FSDP2 divides the model over them (default: 1)")
     fit.add_argument("--seq", type=int, metavar="T",
-                     help="tokens in a sequence (default: 2048, or as many as the model has positions)")
+                     help="tokens in a sequence (default: 2048, or as many as the model has positions); not with --build")
     fit.add_argument("--configs", nargs="+", metavar="NAME", help="only these ways of training (default: all)")
     fit.add_argument(
-        "--micro", type=int, metavar="B", help="show the bytes of this micro-batch (default: of the largest that fits)")
+        "--micro", type=int, metavar="B", help="show the bytes of this micro-batch (default: of the largest that fits, of up to 4,096); not with --build")
     fit.add_argument(
         "--loss", metavar="NAME",
-        help="fused_linear, never the whole logits; or plain (default: plain for a config.json, else fused_linear)")
-    fit.add_argument("--style", default="gpt2", metavar="NAME", help="with --params: gpt2 or llama2 (default: gpt2)")
-    fit.add_argument("--json", action="store_true", help="an object: model, gpu, seq, loss, rows; bytes")
+        help="fused_linear, never the whole logits; or plain (default: plain for a config.json, else fused_linear); "
+             "not with --build")
+    fit.add_argument("--style", metavar="NAME", help="with --params: gpt2 or llama2 (default: gpt2)")
+    fit.add_argument("--json", action="store_true", help="an object: model, gpu, seq, loss, micro, most, rows; bytes")
 
 def _quality_names() -> str:
     from flashoptim_nb.cli.quality import QUALITY_PLANS, SCHEDULES

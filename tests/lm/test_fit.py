@@ -44,16 +44,58 @@ def test_the_command_answers_programs(capsys, tmp_path):
 @pytest.mark.parametrize("words, said", [
     ("--params 7B --gpu RTX4091", "did you mean 'RTX 4090'"), ("--params seven", "350M, 1.3B or 7B"), ("", "which model?"), ("--params 7B --seq 0", "at least 1"),
     ("--params 7B --gpus -1", "at least 1"), ("--params 7B --configs adam", "did you mean 'adamw'"), ("--config nowhere", "No such file"),
-    ("--build torch.nn:Linear", "cannot be built on the meta device"), ("--build json:loads", "cannot be built"), ("--build nothing", "cannot be found"), ("--params 7B --micro 0", "at least 1"), ("--params 7B --micro 99999999", "at most"), ("--gpu 0GB --params 7B", "above 0"), ("--build antigravity.nothing:x", "cannot be found")])
+    ("--build torch.nn:Linear", "cannot be built on the meta device"), ("--build json:loads", "cannot be built"), ("--build nothing", "cannot be found"), ("--params 7B --micro 0", "at least 1"), ("--params 7B --micro 99999999", "at most"), ("--gpu 0GB --params 7B", "above 0"), ("--build antigravity.nothing:x", "cannot be found"),
+    ("--build torch.nn:Module --style gpt2", "belongs to a model by its size"), ("--config nowhere --style gpt2", "belongs to a model by its size"), ("--params 7B --style gpt3", "did you mean 'gpt2'")])
 def test_bad_input_is_answered_in_words(capsys, words, said):
     status, out, err = answer(capsys, *words.split())
     assert status == 2 and said in err and not out and "Traceback" not in err
 
 
+LLAMA = dict(model_type="llama", hidden_size=64, num_attention_heads=4, num_hidden_layers=2, intermediate_size=128, vocab_size=512)
+
+
 @pytest.mark.parametrize("config, said", [
     (dict(architectures=["MixtralForCausalLM"]), "unknown architecture"), (dict(model_type="bert"), "no architecture that is known"), ([], "no object"),
-    (dict(model_type="llama"), "no 'hidden_size'"), (dict(model_type="llama", hidden_size="wide"), "whole number"), (dict(architectures="LlamaForCausalLM"), "no architecture")])
+    (dict(model_type="llama"), "no 'hidden_size'"), (dict(model_type="llama", hidden_size="wide"), "whole number"), (dict(architectures="LlamaForCausalLM"), "no architecture"),
+    (LLAMA | dict(num_key_value_heads=8), "does not go evenly"), (LLAMA | dict(num_attention_heads=5), "does not go evenly"),
+    (LLAMA | dict(tie_word_embeddings="no"), "true or false"), (dict(model_type="gpt2", n_embd=64, n_head=5, n_layer=2, vocab_size=512), "does not go evenly")])
 def test_a_config_that_cannot_be_read_is_refused(capsys, tmp_path, config, said):
     (tmp_path / "config.json").write_text(json.dumps(config))
     status, out, err = answer(capsys, "--config", str(tmp_path / "config.json"))
     assert status == 2 and said in err and not out
+
+
+def test_what_changes_nothing_is_refused(capsys, tmp_path, monkeypatch):
+    (tmp_path / "of_mine.py").write_text("import torch\ndef make(): return torch.nn.Linear(8, 8)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert answer(capsys, "--build", "of_mine:make")[0] == 0
+    for words in ("--loss plain", "--micro 2", "--seq 4096", "--style gpt2"):
+        status, out, err = answer(capsys, "--build", "of_mine:make", *words.split())
+        assert status == 2 and "leave it out" in err and not out
+
+
+def test_the_micro_batch_that_was_asked_for_is_named(capsys):
+    found = json.loads(answer(capsys, "--params", "1B", "--configs", "adamw", "--json")[1])
+    best = found["rows"][0]["micro"]
+    assert found["micro"] is None and found["most"] == 4096
+    _, said, _ = answer(capsys, "--params", "1B", "--configs", "adamw", "--micro", str(best))
+    assert f"that was asked for, {best};" in said
+    assert json.loads(answer(capsys, "--params", "1B", "--micro", str(best), "--json")[1])["micro"] == best
+
+
+def test_where_the_search_for_a_micro_batch_ends_is_said(capsys):
+    _, said, _ = answer(capsys, "--params", "124M", "--seq", "16", "--gpu", "H200", "--configs", "flash_adamw")
+    assert "4096+" in said and "4,096 is the largest micro-batch that is tried" in said
+
+
+@pytest.mark.parametrize("benchmark, gpus", [("memory", "0"), ("memory", "3"), ("memory", "-1"), ("compat", "0")])
+def test_a_number_of_gpus_that_is_not_measured_is_refused(capsys, benchmark, gpus):
+    status = main(["bench", benchmark, "--gpus", gpus, "--dry-run"])
+    out, err = capsys.readouterr()
+    assert status == 2 and "GPUs were asked for" in err and not out
+
+
+def test_adamw_over_several_gpus_gathers_bf16_and_keeps_no_copies():
+    wide, narrow = (predict(gpt_of("7B"), FIT_CONFIGS[name], 1, 2048, gpus=2) for name in ("adamw", "adamw_bf16"))
+    assert wide["copies"] == 0 and wide["activations"] == narrow["activations"] and wide["gathered"] == narrow["gathered"]
+    assert wide["weights"] == 2 * narrow["weights"] and wide["states"] == 2 * narrow["states"]
