@@ -21,14 +21,14 @@ from functools import lru_cache
 from pathlib import Path
 
 from .. import __version__
-from ..base.errors import UserError, choose, missing_module, visible
+from ..base.errors import EXTRAS, UserError, absent, choose, missing_module, visible
 
 # %% ../../nbs/cli/02_main.ipynb #c6e882a7
 def _studies(given: list[str]) -> list[Path]:
     """The studies that were named, at whatever level, or those where records usually are;
     raises `UserError` for a place that holds none and for a study named twice."""
-    from flashoptim_nb.base.records import find_studies
-    from flashoptim_nb.report.render import record_folders, study_folders
+    from flashoptim_nb.base.records import find_studies, record_folders
+    from flashoptim_nb.report.render import study_folders
     for folder in given:
         if not find_studies(folder):
             raise UserError(f"{folder} holds no records; name a folder of studies or a study, "
@@ -37,6 +37,19 @@ def _studies(given: list[str]) -> list[Path]:
             else list(study_folders(record_folders()).values()))
 
 # %% ../../nbs/cli/02_main.ipynb #ba429dc0
+_STUDY, _LM = EXTRAS["study"], (*EXTRAS["study"], "tokenizers")
+_NEEDS = {  # command -> modules beyond the package's own requirements
+    "fit": (), "doctor": (), "verdict": _STUDY, "check": _STUDY, "bench": _STUDY, "quality": _LM, "run h1": _LM,
+    "run h2": _STUDY, "book": _STUDY + EXTRAS["book"]}
+
+def _check_packages(args):
+    "Raises `UserError` with all that a command needs and that is not installed, before anything is begun."
+    name = f"run {args.hypothesis}" if args.command == "run" else args.command
+    if name == "book":
+        from flashoptim_nb.base.machine import repo_root
+        repo_root()  # the notebooks
+    if lacks := absent(_NEEDS.get(name, _STUDY)): raise missing_module(*lacks, what=f"`flashoptim-nb {name}`")
+
 def _check_surroundings(args):
     """Raises `UserError` for a place that cannot be written to and for a variable of this package that does not hold
     what it names, before anything is begun."""
@@ -44,7 +57,7 @@ def _check_surroundings(args):
     from flashoptim_nb.base.records import check_place
     from flashoptim_nb.lm.text import data_folder
     from flashoptim_nb.measure.cost import known_platforms
-    from flashoptim_nb.report.render import record_folders
+    from flashoptim_nb.base.records import record_folders
     data_folder(), known_platforms(), record_folders(), commit()
     if cache := os.environ.get("FLASHOPTIM_CACHE"):
         try: check_place(cache)
@@ -140,14 +153,13 @@ def _verdict(args) -> int:
 
 def _book(args) -> int:
     from flashoptim_nb.base.machine import repo_root
-    repo = repo_root()  # the notebooks; said before anything else is looked at
     from flashoptim_nb.report.book import build_book, check_port, serve
     if args.serve: check_port(args.port)
     studies = _studies(args.records)
     _tell_unfinished(studies)
     # children are ended, and what is half made is removed
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try: out = build_book(args.out or repo / "_book", studies if args.records else None)
+    try: out = build_book(args.out or repo_root() / "_book", studies if args.records else None)
     finally: signal.signal(signal.SIGTERM, before)
     print(f"the book is at {out / 'index.html'}")
     return serve(out, args.port) if args.serve else 0
@@ -312,6 +324,19 @@ def _grouped(found: dict[str, dict]) -> list[tuple[bool, str, str]]:
     return [
         (ok, why, ", ".join(names)) for (ok, why), names in sorted(groups.items(), key=lambda group: not group[0][0])]
 
+def _without() -> list[tuple[str, list[str]]]:
+    "Commands by what keeps them from working here; first those that nothing keeps."
+    from flashoptim_nb.base.machine import repo_root
+    groups = defaultdict(list, {"": []})
+    for name in _NEEDS:
+        lacks = absent(_NEEDS[name])
+        why = str(missing_module(*lacks, what="it")) if lacks else ""
+        if name == "book":
+            try: repo_root()
+            except UserError as error: why = str(error)
+        groups[why].append(name)
+    return list(groups.items())
+
 def _doctor(args) -> int:
     import torch
     from flashoptim_nb.base.machine import capabilities, pick_device, provenance
@@ -329,6 +354,8 @@ def _doctor(args) -> int:
     print("  ".join(f"{name} {version}" for name, version in origin["libraries"].items()) + "\n")
     for name, can in found.items():
         print(f"  {'yes' if can['ok'] else 'no':4} {name:{max(map(len, found))}}  {can['why']}")
+    print("\ncommands")
+    for why, names in _without(): print(f"  {'no' if why else 'yes':4} {', '.join(names)}" + f"\n       {why}" * bool(why))
     print("\ndata")
     for ok, why, names in _grouped(data): print(f"  {'yes' if ok else 'no':4} {names}\n       {why}")
     print("\nNext: flashoptim-nb run h1 --preset laptop"
@@ -348,7 +375,11 @@ class _Parser(argparse.ArgumentParser):
         self.names = names
 
     def format_help(self) -> str:
-        told, self.epilog = self.epilog, "\n\n".join(filter(None, (self.epilog, self.names())))
+        try: names = self.names()
+        except ModuleNotFoundError as error:
+            if not error.name or error.name.startswith("flashoptim_nb"): raise
+            names = f"its names are not listed: {missing_module(error.name)}"
+        told, self.epilog = self.epilog, "\n\n".join(filter(None, (self.epilog, names)))
         try: return super().format_help()
         finally: self.epilog = told
 
@@ -615,6 +646,7 @@ def main(
     "Runs one command; returns its exit status."
     args = _parser().parse_args(words)
     try:
+        _check_packages(args)
         if getattr(args, "hypothesis", None):
             from flashoptim_nb.study.hypotheses import HYPOTHESES
             choose("hypothesis", args.hypothesis, HYPOTHESES)
@@ -627,7 +659,7 @@ def main(
         return 130 if loop and isinstance(error, loop.Interrupted) else 2
     except ModuleNotFoundError as error:
         if not error.name or error.name.startswith("flashoptim_nb"): raise
-        print(f"flashoptim-nb: {missing_module(error.name, f'`flashoptim-nb {args.command}`')}", file=sys.stderr)
+        print(f"flashoptim-nb: {missing_module(error.name, what=f'`flashoptim-nb {args.command}`')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nflashoptim-nb: stopped; nothing that was written is harmed", file=sys.stderr)

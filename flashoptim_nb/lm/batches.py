@@ -8,9 +8,9 @@ __all__ = ['MAX_EPOCHS', 'synthetic', 'Windows', 'check_repeats', 'Synthetic']
 # %% ../../nbs/lm/02_batches.ipynb #6c5fe9f7
 import numpy as np
 import torch
-from fastcore.basics import patch
 
 from ..base.errors import UserError
+from ..base.patch import patch
 
 # %% ../../nbs/lm/02_batches.ipynb #5a8727d0
 class Windows:

@@ -12,13 +12,13 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..base.config import Config
 from ..base.errors import UserError, check_indices, choose
 from ..base.machine import capabilities
+from ..base.patch import patch
 from .attention import ATTENTION, attend
 from .linear_ce import checked_targets, linear_cross_entropy, linear_cross_entropy_reference
 

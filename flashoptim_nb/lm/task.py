@@ -9,8 +9,8 @@ __all__ = ['LMTask']
 from contextlib import nullcontext
 
 import torch
-from fastcore.basics import patch
 
+from ..base.patch import patch
 from .batches import Synthetic, Windows, check_repeats
 from .attention import resolve_attention
 from .gpt import GPT, GPTConfig

@@ -20,8 +20,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ..base.config import content_hash, read_json
 from ..base.errors import UserError, choose
@@ -42,6 +40,8 @@ class Tokenizer:
     ):
         self.name, self.vocab_size, self.eot = name, len(vocab), vocab[EOT]
         self.hash = content_hash([vocab, [list(pair) for pair in merges]])
+        import tokenizers  # here: records are judged without it
+        from tokenizers import decoders, models, pre_tokenizers
         self._bpe = tokenizers.Tokenizer(models.BPE(vocab, [tuple(pair) for pair in merges], cache_capacity=2**18))
         self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         self._bpe.decoder = decoders.ByteLevel()
@@ -79,6 +79,8 @@ def train_bpe(
     vocab_size: int,  # tokens in all, at least 257
 ) -> dict:  # vocab: token -> id; merges: pairs in order
     "Learns a byte-level BPE."
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, trainers
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

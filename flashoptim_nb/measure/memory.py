@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from fastcore.basics import patch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..base.errors import UserError, choose
+from ..base.patch import patch
 
 # %% ../../nbs/measure/00_memory.ipynb #9a75cbcb
 def tensors_in(

@@ -29,10 +29,10 @@ import yaml
 from ..base.config import content_hash
 from ..base.errors import UserError
 from ..base.machine import capabilities, repo_root, safe_path
-from ..base.records import ROWS, check_place, only_writer
+from ..base.records import RECORDS, ROWS, check_place, only_writer, record_folders
 from .guard import page_problems, read_page, remote_loads
 from .notebooks import Job, dress, execute_all, split_directives
-from .render import RECORDS, full_name, load_runs, record_folders, study_folders
+from .render import full_name, load_runs, study_folders
 
 # %% ../../nbs/report/13_book.ipynb #841b5cce
 RECIPES = {"start": "Start here: the optimizer in your training"}  # folders of pages to run yourself

@@ -17,7 +17,8 @@ from pathlib import Path
 from ..base.machine import data_root, repo_root
 from .book import CHAPTERS, PARTS, RECIPES, SLICES, notebook_paths
 from .notebooks import execute, split_directives
-from .render import RECORDS, Rendered
+from ..base.records import RECORDS
+from .render import Rendered
 
 # %% ../../nbs/report/14_readme.ipynb #227bc1a1
 ROLES = {

@@ -14,10 +14,10 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from torch import nn
 
 from ..base.errors import UserError, choose
+from ..base.patch import patch
 from ..optim.split import decode
 from ..optim.release import enable_gradient_release
 from .precision import LossScale, forward_in, take_step, tf32

@@ -1,7 +1,9 @@
-"""What is installed: the optimizers need torch, Triton and numpy; an extra brings what its modules import."""
+"""What is installed: the optimizers need torch, Triton and numpy; an extra brings what its modules import; what is
+built works in an empty folder."""
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -64,7 +66,8 @@ def test_a_missing_module_is_named_with_its_extra():
 
 
 @pytest.mark.parametrize("absent, extra, words",
-                         [("rich", "all", ["run", "h1", "--scale", "laptop", "--dry-run"]), ("yaml", "book", ["book"])])
+                         [("rich", "study", ["run", "h1", "--scale", "laptop", "--dry-run"]),
+                          ("yaml", "book", ["book"])])
 def test_the_command_says_which_extra_is_missing(absent, extra, words):
     # as if it were not installed
     code = (f"import sys; sys.modules[{absent!r}] = None; from flashoptim_nb.cli.main import main; "
@@ -73,3 +76,74 @@ def test_the_command_says_which_extra_is_missing(absent, extra, words):
         [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ) | {"PYTHONPATH": str(REPO)})
     assert (done.returncode == 2 and f"needs the package {absent}" in done.stderr
             and f"pip install 'flashoptim_nb[{extra}]'" in done.stderr), done.stderr
+
+
+def test_versions_of_python_that_are_promised_are_the_same_everywhere():
+    settings = ConfigParser(delimiters=["="])
+    settings.read(REPO / "settings.ini")
+    cfg = settings["DEFAULT"]
+    promised = re.findall(r"Python :: (3\.\d+)", cfg["classifiers"])
+    assert promised[0] == cfg["min_python"] and promised == sorted(promised, key=lambda v: int(v[2:]))
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    "The package as pip installs it from a source distribution, in a folder of its own; nothing is fetched."
+    clone, built, target = (tmp_path_factory.mktemp(name) for name in ("clone", "built", "target"))
+    hidden = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("flashoptim_nb", "data"): shutil.copytree(REPO / name, clone / name, ignore=hidden)
+    for name in ("setup.py", "settings.ini", "MANIFEST.in", "README.md", "LICENSE", "NOTICE", "CITATION.cff",
+                 "CHANGELOG.md"):
+        shutil.copy(REPO / name, clone)
+    def done(*words, at): subprocess.run([sys.executable, *words], cwd=at, check=True, capture_output=True)
+    done("setup.py", "-q", "sdist", "--formats", "tar", "-d", built, at=clone)
+    shutil.unpack_archive(next(built.glob("*.tar")), built)
+    (source,) = (path for path in built.iterdir() if path.is_dir())
+    done("-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--target", target, source,
+         at=built)
+    return target
+
+
+# the folder of the test stands for everywhere outside a clone: neither the clone nor its installation is found
+OUTSIDE = """
+import sys
+sys.modules.update(dict.fromkeys({absent!r}))  # as if they were not installed
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+"""
+MAIN = """
+from flashoptim_nb.cli.main import main
+for words in {commands!r}:
+    print("$", *words)
+    try: status = main(words)
+    except SystemExit as end: status = end.code
+    print("status", status)
+"""
+
+
+def outside(installed, folder, code, *absent):
+    "What the code prints in an empty folder, after the package was installed and with some modules out of reach."
+    env = {key: value for key, value in os.environ.items() if not key.startswith("FLASHOPTIM_")}
+    done = subprocess.run(
+        [sys.executable, "-c", OUTSIDE.format(absent=absent) + code], cwd=folder, capture_output=True, text=True,
+        env=env | dict(PYTHONPATH=str(installed), PYTHONSAFEPATH="1"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout, done.stderr
+
+
+def test_commands_work_outside_a_clone(installed, tmp_path):
+    commands = [["doctor"], ["fit", "--params", "1B"], ["verdict", "h1"],
+                *[["run", h, "--preset", "laptop", "--dry-run"] for h in ("h1", "h2")], ["bench", "memory", "--dry-run"],
+                ["check", str(installed / "flashoptim_nb/data/records/bench-gpu-nvidia-h200")], ["book"]]
+    out, error = outside(installed, tmp_path, MAIN.format(commands=commands))
+    told = [part.rsplit("status ", 1) for part in out.split("$ ")[1:]]
+    assert [int(status) for _, status in told] == [0] * 7 + [2], out + error
+    assert "0 problems" in told[6][0] and "clone the repository" in error and not any(tmp_path.iterdir())
+
+
+def test_without_extras_a_command_works_or_names_all_that_it_lacks(installed, tmp_path):
+    commands = [["doctor"], ["fit", "--params", "1B"], ["fit", "--help"], ["quality", "--help"], ["verdict", "h1"],
+                ["run", "h1", "--preset", "laptop", "--dry-run"], ["check"], ["bench"]]
+    modules = {name for names in EXTRAS.values() for name in names} | {"fastcore", "triton"}
+    out, error = outside(installed, tmp_path, MAIN.format(commands=commands), *modules)
+    assert re.findall(r"^status (\w+)", out, re.M) == ["0"] * 4 + ["2"] * 4, out + error
+    assert "pandas, scipy" in error and "pip install 'flashoptim_nb[lm]'" in error and "flashoptim_nb[study]" in out

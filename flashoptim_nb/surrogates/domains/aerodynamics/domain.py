@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 
 from ....base.errors import UserError, check_labels, choose
+from ....base.patch import patch
 from .airfoils import check_cst_parameters, cst_matrix, stations
 from .polars import Table, load_table, select, split_airfoils
 from .solvers import operating_points

@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 
+from ....base.patch import patch
 from ...policies import BoxPolicy
 from ....base.errors import UserError
 from .airfoils import CROSSING, PARAMETERS, coordinates, geometry

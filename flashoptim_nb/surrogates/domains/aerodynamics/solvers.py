@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from fastcore.basics import patch
 
 from ....base.errors import UserError, choose
 from ....base.machine import find_program
+from ....base.patch import patch
 from .airfoils import (
     MAX_ERROR, MAX_WEIGHT, N_SIDE, fit_cst, solver_contour)
 

@@ -9,9 +9,9 @@ __all__ = ['WANTED', 'drug_score', 'FragmentPolicy', 'DrugProblem', 'drug_proble
 from collections.abc import Callable
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ....base.patch import patch
 from ...policies import Head, draw_one, waves
 from ...problem import Samples
 from ....base.errors import UserError

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from torch import nn
 
 from ....base.errors import UserError, check_indices, choose, vouched
+from ....base.patch import patch
 from .graphs import Graph, graphs_folder
 from .partial import (
     SPLITS, Labels, draw_labels, load_labels, make_labels, split_graphs)

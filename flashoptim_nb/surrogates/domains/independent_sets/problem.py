@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ....base.patch import patch
 from ...problem import Problem, Samples
 from ....base.errors import UserError
 from .exact import Solved, largest_containing

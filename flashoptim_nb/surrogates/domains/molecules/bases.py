@@ -12,12 +12,11 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from scipy.optimize import brentq
 from scipy.special import spherical_jn
 from torch import nn
 
+from ....optim.backend import tl, triton
 from ....optim.multi_tensor import TYPES, device_guard
 from .triplets import _fused, _put
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 
 from ....base.errors import UserError, choose
 from ....base.machine import data_root
+from ....base.patch import patch
 from .geometry import check_structures
 from ....base.files import DataUnavailable, read_verified
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import nn
 from torch.nn import Linear
 from torch.utils.checkpoint import checkpoint
 
 from ....base.config import Config
 from ....base.errors import UserError, check_indices, choose, is_vouched
+from ....base.patch import patch
 from .geometry import ELEMENTS, Molecules
 from .bases import RadialBasis, spherical_radial
 from .gathered import gated_sum

@@ -8,10 +8,10 @@ __all__ = ['UNITS', 'MoleculeDomain', 'load_molecules']
 # %% ../../../../nbs/surrogates/domains/molecules/07_domain.ipynb #6d0c7003
 import numpy as np
 import torch
-from fastcore.basics import patch
 from torch import nn
 
 from ....base.errors import UserError, check_labels, choose
+from ....base.patch import patch
 from .geometry import Geometry, Molecules
 from .data import Structures, load_qm9, split_molecules
 from .dimenet import DIMENET, DimeNetConfig, DimeNetPP

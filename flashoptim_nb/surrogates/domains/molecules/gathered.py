@@ -8,11 +8,10 @@ __all__ = ['gated_sum_reference', 'gated_sum_kernel', 'gated_sum_backward_kernel
 # %% ../../../../nbs/surrogates/domains/molecules/03_gathered.ipynb #6d0c5003
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from ....base.errors import UserError, check_indices
+from ....optim.backend import tl, triton
 from ....optim.multi_tensor import TYPES, device_guard
 from .triplets import check_lists, _dot, _fused, _operand, _programs, _put
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 
 from ....base.errors import UserError, vouched
+from ....base.patch import patch
 
 # %% ../../../../nbs/surrogates/domains/molecules/00_geometry.ipynb #6d0c0006
 ELEMENTS = 94  # the heaviest that the networks know: plutonium

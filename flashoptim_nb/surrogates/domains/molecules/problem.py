@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ....base.patch import patch
 from ...policies import PoolPolicy
 from ...problem import Problem
 from ....base.errors import UserError, choose

@@ -12,13 +12,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from ....base.errors import UserError, check_indices, refuse_where
 from ....optim.multi_tensor import TYPES, device_guard
-from ....optim.backend import INTERPRETED
+from ....optim.backend import HAS_TRITON, INTERPRETED, tl, triton
 from ....optim.split import round_narrow
 
 # %% ../../../../nbs/surrogates/domains/molecules/02_triplets.ipynb #6d0c2006
@@ -224,8 +222,8 @@ def _programs(device: torch.device) -> int:
     return 8 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 def _fused(x_EC: torch.Tensor) -> bool:
-    "Whether the kernels take it: on CUDA, or under the interpreter, and in no more than fp32."
-    return x_EC.dtype in (torch.float32, torch.bfloat16, torch.float16) and (x_EC.is_cuda or bool(INTERPRETED))
+    "Whether the kernels take it: on CUDA with Triton, or under the interpreter, and in no more than fp32."
+    return x_EC.dtype in (torch.float32, torch.bfloat16, torch.float16) and (x_EC.is_cuda and HAS_TRITON or bool(INTERPRETED))
 
 def _dot(x: torch.Tensor) -> str:
     "How fp32 products are taken: as PyTorch was told to, by whatever name."
