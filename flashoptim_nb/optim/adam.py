@@ -50,12 +50,14 @@ class FlashAdam(FlashOptimizer):
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
+        offload_states: bool = False,  # states and error bits in the host's memory, streamed through the step
     ):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize,
                         foreach=foreach, capturable=capturable, differentiable=differentiable)
         super().__init__(params, defaults, quantize=quantize, compress_state_dict=compress_state_dict,
                          master_weight_bits=master_weight_bits, fused=fused, check_numerics=check_numerics,
-                         decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded)
+                         decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded,
+                         offload_states=offload_states)
 
     def _check_group(self, group: dict):
         "Raises `OptionError` for options of a group that cannot work."
@@ -121,9 +123,11 @@ class FlashAdamW(FlashAdam):
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
+        offload_states: bool = False,  # states and error bits in the host's memory, streamed through the step
     ):
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable,
             differentiable=differentiable, quantize=quantize, compress_state_dict=compress_state_dict,
             master_weight_bits=master_weight_bits, fused=fused, check_numerics=check_numerics, decouple_lr=decouple_lr,
-            max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded)
+            max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded,
+            offload_states=offload_states)

@@ -45,7 +45,7 @@ def _masters(opt, params):
     kept = [first_error_bits(p, bits, keep=True) if error_bits is None and not opt.state.get(p) else error_bits
             for p, error_bits in zip(params, kept)]
     none = lambda p: torch.zeros(local(p).numel(), dtype=CODE_DTYPE[bits], device=narrow.device)
-    return decode(narrow, torch.cat([none(p) if error_bits is None else local(error_bits).reshape(-1)
+    return decode(narrow, torch.cat([none(p) if error_bits is None else local(error_bits).to(narrow.device).reshape(-1)
                                      for p, error_bits in zip(params, kept)]))
 
 # %% ../../nbs/optim/14_averages.ipynb #09a10008

@@ -28,6 +28,7 @@ from .checks import (
     check_shared, check_states)
 from .states import error_bit_width, read_state, write_state
 from .gradients import GradScaling, compute_grad_scaling
+from .host import HostStates, check_capture
 from .state_dict import fp32_weights, load_state, saved_public_state, saved_state, set_fp32_weights
 
 # %% ../../nbs/optim/08_base.ipynb #ec9ee8b9
@@ -73,7 +74,8 @@ def known_options(init: Init) -> Init:
     return checked
 
 # %% ../../nbs/optim/08_base.ipynb #ac4c8448
-FORMATS = ("quantize", "master_weight_bits", "companded", "decouple_lr")  # options that states and groups are made by
+# options that states and groups are made by
+FORMATS = ("quantize", "master_weight_bits", "companded", "decouple_lr", "offload_states")
 
 
 def check_option(
@@ -120,8 +122,9 @@ class FlashOptimizer(Optimizer):
     moments: dict[str, torch.dtype] = {}  # state key -> dtype of its 8-bit codes: int8 is signed, uint8 0 or more
     decoupled = True  # whether weight decay shrinks the weights, and is not part of the gradient
     options = dict(quantize=True, compress_state_dict=True, master_weight_bits=24, fused=True, check_numerics=False,
-                   decouple_lr=False, max_norm=None, skip_nonfinite=None, companded=True)
+                   decouple_lr=False, max_norm=None, skip_nonfinite=None, companded=True, offload_states=False)
 
+    _host: HostStates | None = None  # where the states are and how they come and go, with `offload_states`
     _update_fused = None  # a bucket's step in one launch, `(bucket, group, scaling)`; None: there is no kernel
     _update_one = None  # one parameter's step in its own shape, `(theta, grad, state, group, t)`; None: elementwise
     _next_clip: torch.Tensor | None = None  # under gradient release 0-d fp32: by what the next step is clipped
@@ -143,6 +146,7 @@ class FlashOptimizer(Optimizer):
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
+        offload_states: bool = False,  # states and error bits in the host's memory, streamed through the step
     ):
         if isinstance(params, torch.nn.Module):
             raise ParametersError(f"a whole {type(params).__name__}: give its parameters, model.parameters()")
@@ -150,8 +154,9 @@ class FlashOptimizer(Optimizer):
             raise OptionError("no parameters: one at least is needed; was model.parameters() used up before?")
         given = dict(quantize=quantize, compress_state_dict=compress_state_dict, master_weight_bits=master_weight_bits,
                      fused=fused, check_numerics=check_numerics, decouple_lr=decouple_lr, max_norm=max_norm,
-                     skip_nonfinite=skip_nonfinite, companded=companded)
+                     skip_nonfinite=skip_nonfinite, companded=companded, offload_states=offload_states)
         self.__dict__ |= given | dict(_cached={})  # buckets of the last step, see `optim.buckets`
+        if offload_states: self._host = HostStates()
         for name in self.options: setattr(self, name, getattr(self, name))  # checked, as when it is set later
         if self.fused and not HAS_TRITON: warn_without_triton()
         self.grad_norm: torch.Tensor | None = None  # 0-d fp32: the global norm before clipping, of the last step
@@ -164,6 +169,7 @@ class FlashOptimizer(Optimizer):
         LIVE_OPTIMIZERS.add(self)
         self.skipped_steps = self.skipped_steps.to(
             next((p.device for group in self.param_groups for p in group["params"]), "cpu"))
+        if self._host is not None: self._host.check_room(self)
 
     def __setattr__(self, name: str, x: object):
         """Options of the whole optimizer are checked when they are set, and hold from the next step on;
@@ -236,6 +242,7 @@ class FlashOptimizer(Optimizer):
     def __setstate__(self, state: dict):
         "A copy is an optimizer of its own."
         super().__setstate__(state)
+        if self.offload_states: self._host = HostStates()
         LIVE_OPTIMIZERS.add(self)
 
     def _check_release(self):
@@ -278,8 +285,10 @@ class FlashOptimizer(Optimizer):
         # of a step that is no longer the one before
         if self._next_clip is not None and self.release is None: self._next_clip = None
         work = self._collect()
+        if self._host is not None: self._host.begin([bucket for _, bucket in work])
         scaling = compute_grad_scaling(self, [bucket for _, bucket in work])
         for group, bucket in work: self._apply(bucket, group, scaling[bucket.device])
+        if self._host is not None: self._host.finish()
         return loss
 
     # torch's: with hooks, inside a range of the profiler
@@ -315,10 +324,12 @@ class FlashOptimizer(Optimizer):
             scaling = compute_grad_scaling(self, [bucket], clip=False)[bucket.device]
             self._apply(bucket, group,
                         GradScaling(multiplier if scaling.multiplier is None else scaling.multiplier, scaling.skip))
+        if self._host is not None: self._host.finish()
 
     def _collect(self) -> list[tuple[dict, ParamBucket]]:
         """Each group's buckets with the gradients at hand;
         whatever is wrong with groups, states or gradients is raised before anything changes."""
+        if self._host is not None: check_capture()
         made = None if self.check_numerics else cached_buckets(self, self.param_groups)
         if made is None:
             check_groups(self)
@@ -332,6 +343,7 @@ class FlashOptimizer(Optimizer):
 
     def _collect_one(self, p: torch.Tensor, group: dict) -> list[ParamBucket]:
         "A single parameter with its gradient, as a bucket."
+        if self._host is not None: check_capture()
         if (made := cached_buckets(self, [group], p)) is None:
             check_options(self, [group])
             check_parameters([[p]])
@@ -347,7 +359,8 @@ class FlashOptimizer(Optimizer):
         scaling: GradScaling,  # multiplier and skip flag, on the bucket's device
     ):
         "One step of a bucket, in place."
-        if bucket.tensors is not None: self._update_fused(bucket, group, scaling)
+        if self._host is not None: self._host.step(self, bucket, group, scaling)
+        elif bucket.tensors is not None: self._update_fused(bucket, group, scaling)
         elif scaling.skip is None or not scaling.skip > 0:
             bucket.step.add_(1.0)
             self._update(bucket, group, float(bucket.step), scaling.multiplier)
@@ -386,7 +399,7 @@ class FlashOptimizer(Optimizer):
 
     def bytes_per_parameter(self) -> dict[str, float]:
         """Resident bytes of each class, over the number of values optimized:
-        weights, gradients, masters, states, scales, and total."""
+        weights, gradients, masters, states, scales, and total; beside them what is on the host instead."""
         return resident_bytes(self)
 
     def state_dict(self) -> dict:
@@ -461,5 +474,7 @@ def resident_bytes(
             total["gradients"] += 0 if p.grad is None else p.grad.numel() * p.grad.element_size()
             for key, t in opt.state.get(p, {}).items():
                 kind = "masters" if key == "error_bits" else "scales" if key.endswith("::scales") else "states"
+                if key != "step" and t.device != p.device: kind = "host"
                 total[kind] += 0 if key == "step" else t.numel() * t.element_size()
-    return {kind: size / max(n, 1) for kind, size in (total | {"total": sum(total.values())}).items()}
+    device = sum(total.values()) - total["host"]
+    return {kind: size / max(n, 1) for kind, size in (total | {"total": device}).items()}

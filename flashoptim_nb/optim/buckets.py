@@ -155,6 +155,8 @@ class ParamBucket:
         self.kept = [local(t) for p in (params if self.tensors is None else {params[0], params[-1]})
                      for k, t in opt.state[p].items() if k == "step" or k in state_kinds(opt, group, p)]
         self.addresses = _addresses((*self.local, *self.kept))
+        # where states lie on the host: what goes to the device and back together
+        self.parts = None if opt._host is None else opt._host.parts_of(opt, group, self)
 
     def take(self, grads: Sequence[torch.Tensor], at: tuple[int, ...] | None = None, found: GradPointers | None = None):
         """Sets the gradients of the next step, in the parameters' order, flat or contiguous;
@@ -289,8 +291,10 @@ def build_buckets(
 ) -> list[list[ParamBucket]]:
     "Buckets of those parameters that have gradients, made anew for each group."
     steps = [(group, [p for p in params if p.grad is not None]) for group, params in pairs]
+    if opt._host is not None: opt._host.reserve(opt)
     own_states(opt, steps)
     tangled = untangle(opt, steps)
+    if opt._host is not None: opt._host.adopt(opt, steps)
     made = [[ParamBucket(opt, group, company) for company in companies]
             for (group, _), companies in zip(steps, split_by_step(opt, steps))]
     for buckets in made:

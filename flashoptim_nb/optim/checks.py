@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from ..base.errors import UserError, is_number
 from .shards import local, scale_count
 from .split import HALF_FORMATS
-from .states import cast_error_of, state_kinds
+from .states import cast_error_of, state_device, state_kinds
 
 # %% ../../nbs/optim/18_checks.ipynb #c8225618
 class OptionError(UserError, ValueError):
@@ -106,12 +106,12 @@ def check_gradient(
             "both must be sharded alike, p.grad.redistribute(placements=p.placements)")
 
 # %% ../../nbs/optim/18_checks.ipynb #c4ec0009
-def _fits(t, p, dtype, scales, shape=None):
-    """Whether a state's tensor has this dtype and is where its parameter is, in its shape or, for scales,
-    with one for each group."""
+def _fits(t, p, dtype, scales, shape=None, homes=None):
+    """Whether a state's tensor has this dtype and is where its parameter is, or in one of `homes`, in its shape or,
+    for scales, with one for each group."""
     if not isinstance(t, torch.Tensor) or isinstance(t, DTensor) != isinstance(p, DTensor): return False
-    if (t.dtype, t.device, t.layout) != (dtype, p.device, torch.strided) or not has_memory(local(t.detach())):
-        return False
+    if (t.dtype, t.layout) != (dtype, torch.strided) or not has_memory(local(t.detach())): return False
+    if t.device not in (homes or [p.device]): return False
     if shape is not None: return t.shape == torch.Size(shape)
     if scales: return local(t).ndim == 1 and local(t).numel() == scale_count(p)
     return t.shape == p.shape and local(t).shape == local(p).shape
@@ -138,9 +138,9 @@ def check_states(
         if not isinstance(state := opt.state.get(p) or {}, dict):
             raise OptionError(f"the state of a parameter of shape {tuple(p.shape)} is a {type(state).__name__}: a "
                               "dict is needed, an empty one to start anew")
-        kinds, shapes = state_kinds(opt, group, p), opt._state_shapes(p)
+        kinds, shapes, homes = state_kinds(opt, group, p), opt._state_shapes(p), {p.device, state_device(opt, p)}
         wrong = [k for k, kind in kinds.items()
-                 if k in state and not _fits(state[k], p, kind, k.endswith("::scales"), shapes.get(k))]
+                 if k in state and not _fits(state[k], p, kind, k.endswith("::scales"), shapes.get(k), homes)]
         if "error_bits" in state and (p.dtype not in HALF_FORMATS or p.dtype != opt._made_for.get(p, p.dtype)):
             wrong.append("error_bits")
         if wrong:

@@ -132,11 +132,12 @@ class Launch(NamedTuple):
 def _kinds(
     sizes: Sequence[int],  # of the tensors, in values
     aligned: Sequence[bool],  # whether a tensor's addresses are
+    firsts: Sequence[int] | None = None,  # values before which nothing is stepped, whole blocks; None: none
 ) -> dict[tuple[bool, int], list[tuple[int, int]]]:  # (ALIGNED, MASK) -> (tensor, block) pairs
     "Which blocks go together."
     kinds = defaultdict(list)
     for i, (n, a) in enumerate(zip(sizes, aligned)):
-        kinds[a, 0] += [(i, b) for b in range(n // BLOCK)]
+        kinds[a, 0] += [(i, b) for b in range(firsts[i] // BLOCK if firsts else 0, n // BLOCK)]
         if n % BLOCK: kinds[a, 16 if a and n % 16 == 0 else 1].append((i, n // BLOCK))
     if 0 < len(kinds.get((True, 0), ())) <= FEW and (True, 16) in kinds: kinds[True, 16] += kinds.pop((True, 0))
     return {kind: blocks for kind, blocks in kinds.items() if blocks}
@@ -149,6 +150,12 @@ class GradPointers(NamedTuple):
     dtype: tl.dtype  # of all of them
 
 
+def _base(t, name, first):
+    "Where value 0 of an operand would lie, of which the states begin at value `first`; 0 for what is not kept."
+    if t is None or name == "param": return 0 if t is None else t.data_ptr()
+    return t.data_ptr() - first // (GROUP if name.endswith("scale") else 1) * t.element_size()
+
+
 class TensorList:
     "The addresses of many tensors on their device, for launches over all of them."
 
@@ -156,11 +163,14 @@ class TensorList:
         self,
         # of the same dtypes, on one CUDA device (any, under Triton's interpreter); kept alive; gradients are not read
         operands: Sequence[Operands],
+        # first value (of a whole block) and end of what is stepped of each tensor, the states being those of these
+        # values alone; None: all
+        spans: Sequence[tuple[int, int]] | None = None,
     ):
         self.operands, self.first, self.device = operands, operands[0], operands[0].param.device
-        self.sizes = [x.param.numel() for x in operands]
-        rows = [[0 if getattr(x, c) is None else getattr(x, c).data_ptr() for c in COLUMNS] + [n]
-                for x, n in zip(operands, self.sizes)]
+        spans = [(0, x.param.numel()) for x in operands] if spans is None else spans
+        self.firsts, self.sizes = [a for a, _ in spans], [b for _, b in spans]
+        rows = [[_base(getattr(x, c), c, a) for c in COLUMNS] + [b] for x, (a, b) in zip(operands, spans)]
         self.aligned = [all(a % 16 == 0 for a in row[:-1]) for row in rows]
         self.known: dict[tuple[int, ...], GradPointers] = {}
         self.layouts: dict[tuple[bool, ...], list[Launch]] = {}
@@ -187,7 +197,8 @@ class TensorList:
         aligned = tuple(mine and a % 16 == 0 for mine, a in zip(self.aligned, at))
         if aligned not in self.layouts:
             self.layouts[aligned] = [
-                Launch(*kind, self.table(blocks, torch.int32)) for kind, blocks in _kinds(self.sizes, aligned).items()]
+                Launch(*kind, self.table(blocks, torch.int32))
+                for kind, blocks in _kinds(self.sizes, aligned, self.firsts).items()]
         found = GradPointers(self.table(at, torch.int64), self.layouts[aligned], TYPES[grads[0].dtype])
         if len(self.known) >= 8: del self.known[next(iter(self.known))]
         self.known[at] = found

@@ -124,12 +124,14 @@ class GradientReleaseHandle:
         self._forget_failed()
         self._task, self._mark, self._running = task, len(self._squares), True
         self._groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
+        if self.optimizer._host is not None: self.optimizer._host.begin()
         torch.autograd.Variable._execution_engine.queue_callback(self._ended)
 
     def _ended(self):
         "Ends a backward pass."
         self._running = False
         self._join()
+        if self.optimizer._host is not None: self.optimizer._host.finish()
 
     def _join(self):
         """The caller's stream goes on behind the hooks' steps:
@@ -219,6 +221,7 @@ class GradientReleaseHandle:
         for group in opt.param_groups:  # what only earlier micro-batches used has not been released yet
             for p in group["params"]:
                 if p.grad is not None: self._release(p, group)
+        if opt._host is not None: opt._host.finish()
         self._close(len(self._squares))
         self._seen, self._stepped, repeated, self._repeated = {}, True, self._repeated, False
         if repeated: raise ReleaseError(_SECOND)

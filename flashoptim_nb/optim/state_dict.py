@@ -19,8 +19,8 @@ from ..base.errors import UserError, is_number
 from .codec import GROUP, SCALE_MAX, codec_of
 from .split import CODE_DTYPE, HALF_FORMATS, compute_ecc_bits, decode
 from .buckets import own_states
-from .states import error_bit_width, first_error_bits, new_state, state_kinds
-from .shards import like, local, scale_shape, scales_like
+from .states import error_bit_width, first_error_bits, new_state, state_device, state_kinds
+from .shards import from_shard, like, local, scale_shape, scales_like
 
 # %% ../../nbs/optim/09_state_dict.ipynb #e9813702
 class StateError(UserError, ValueError):
@@ -88,8 +88,7 @@ def _exported(
 def _viewed(t, dtype):
     "The same bits under another dtype of their width, sharded as before."
     view = local(t).view(dtype)
-    if not isinstance(t, DTensor): return view
-    return DTensor.from_local(view, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride())
+    return from_shard(view, t.device_mesh, t.placements, t.shape, t.stride()) if isinstance(t, DTensor) else view
 
 
 def _public(state, p):
@@ -159,7 +158,7 @@ def _whole(t, dtype, where):
     return whole
 
 
-def _quantized(p, saved, key, code, origin, where):
+def _quantized(p, saved, key, code, origin, where, home):
     "Codes and scales of a saved moment in their own types."
     if origin.through_torch:
         raise StateError(f"{where}: {key} holds the public package's 8-bit codes as torch.optim cast them: "
@@ -174,14 +173,14 @@ def _quantized(p, saved, key, code, origin, where):
     if not (local(half).to(s.dtype) == local(s)).all():
         raise StateError(f"{where}: {key}::scales is {s.dtype} with values that fp16 lacks: the checkpoint is damaged")
     _nonnegative(half, f"{where}: {key}::scales")
-    return q.detach().to(p.device, copy=True), half.detach().to(p.device, copy=True)
+    return q.detach().to(home, copy=True), half.detach().to(home, copy=True)
 
 
 def _moment(opt, p, saved, key, origin, where):
     "One moment of one parameter in the form this optimizer keeps: a dict of one or two tensors."
-    code = opt.moments[key]
+    code, home = opt.moments[key], state_device(opt, p)
     if f"{key}::quantized" in saved and saved.get(key) is None:  # torch's SGD writes its own momentum beside old codes
-        q, s = _quantized(p, saved, key, code, origin, where)
+        q, s = _quantized(p, saved, key, code, origin, where, home)
         companded = opt.companded if origin.companded is None else origin.companded
         if opt.quantize and companded == opt.companded and local(q).is_contiguous():
             return {f"{key}::quantized": q, f"{key}::scales": s}
@@ -190,7 +189,7 @@ def _moment(opt, p, saved, key, origin, where):
         x = saved.get(key)
         _check_saved(x, p, p.shape, None, f"{where}: {key}")
         if code == torch.uint8: _nonnegative(x, f"{where}: {key}")
-        x = x.detach().to(p.device, torch.float32, copy=True).contiguous()
+        x = x.detach().to(home, torch.float32, copy=True).contiguous()
     if not opt.quantize: return {key: x}
     codes, scales = codec_of(code)[0](local(x), opt.companded)
     return {f"{key}::quantized": like(p, codes), f"{key}::scales": scales_like(p, scales)}
@@ -259,9 +258,9 @@ def _error_bits(opt, p, saved, origin, where):
     if error_bits is None:
         rounded = first_error_bits(p, bits, keep=True)
         return {"error_bits": _no_error_bits(p, bits) if rounded is None else rounded.clone()}
-    error_bits = error_bits.detach().to(p.device, copy=True)
+    error_bits = error_bits.detach().to(state_device(opt, p), copy=True)
     if error_bits.dtype != CODE_DTYPE[bits]:
-        narrow = local(p.detach())
+        narrow = local(p.detach()).to(error_bits.device)
         error_bits = like(p, compute_ecc_bits(decode(narrow, local(error_bits)), narrow, 2 + bits // 8))
     return {"error_bits": error_bits.contiguous()}
 
@@ -353,7 +352,8 @@ def _states(opt, groups, saved, options):
             for key in opt._moments_of(own | options[n]): states[p] |= _moment(opt, p, saved[i], key, origin, where)
             for key, shape in opt._state_shapes(p).items():
                 _check_saved(saved[i].get(key), p, shape, None, f"{where}: {key}")
-                states[p][key] = saved[i][key].detach().to(p.device, torch.float32, copy=True).contiguous()
+                states[p][key] = saved[i][key].detach().to(
+                    state_device(opt, p), torch.float32, copy=True).contiguous()
     return states
 
 
