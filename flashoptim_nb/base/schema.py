@@ -87,6 +87,9 @@ TABLES = {
         predicted_classes:object? parameters:count? weights:amount? gradients:amount? masters:amount? states:amount? activations:amount?
         copies:amount? other:number? overlap:number? peak:amount? reserved:amount? used:amount? total:amount? oom:flag? reason:text?
         seconds:amount?""",
+    "host": """size!:name parameters!:count seq!:count micro_batch!:size checkpointing!:name offload_states!:flag budget!:amount
+        seconds!:amount compute_seconds!:amount tokens_per_s!:amount first_seconds:amount? moved!:amount link_in:amount? link_out:amount?
+        link_both!:amount floor_seconds!:amount of_floor!:amount loss:number? peak:amount? reserved:amount? used:amount?""",
     "compat": """topic!:name what!:name case!:name package:name? gpus:size? steps:count? outcome:text? ours:text? theirs:text? same:flag?
         differing:count? values:count? largest:amount? relative:amount? codes:count? codes_differing:count? loaded:count? kept:count?
         reason:text?""",

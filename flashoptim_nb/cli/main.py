@@ -175,6 +175,8 @@ def _benchmark(args) -> str:
         raise UserError(f"--tensors and --optimizers belong to `bench optimizers`; leave them out with {name}")
     if args.cells and name != "memory":
         raise UserError(f"--cells belongs to `bench memory`; leave it out with {name}")
+    if (args.size or args.budget or args.micro) and name != "host":
+        raise UserError(f"--size, --budget and --micro belong to `bench host`; leave them out with {name}")
     if (args.gpus is not None or args.dry_run) and name not in ("memory", "compat"):
         raise UserError(f"--gpus and --dry-run belong to `bench memory` and `bench compat`; leave them out with {name}")
     if args.blocks and name != "dimenet" or args.precisions and name == "optimizers":
@@ -208,6 +210,10 @@ def _bench(args) -> int:
         cells = memory_cells(gpus, args.cells)
         if args.dry_run: return _show_cells(cells)
         folder = bench_memory(out, device=args.device, cells=cells)
+    elif name == "host":
+        from flashoptim_nb.cli.bench import bench_host
+        folder = bench_host(out, device=args.device, **{key: value for key, value in (
+            ("size", args.size), ("budget", args.budget), ("micros", args.micro)) if value})
     elif name == "compat":
         from flashoptim_nb.cli.bench import bench_compat, parts
         if args.dry_run: return _show_parts(parts(gpus))
@@ -490,6 +496,10 @@ def _compat_names() -> str:
     from flashoptim_nb.measure.compatibility import CASES, CLASSES
     return f"classes: {', '.join(CLASSES)}\nweights: {', '.join(CASES)}"
 
+def _host_names() -> str:
+    from flashoptim_nb.lm.sizes import SIZES
+    return f"sizes: {', '.join(SIZES)}, or any number of parameters between them"
+
 def _capacity_names() -> str:
     from flashoptim_nb.cli.bench import LARGEST
     from flashoptim_nb.train.config import SURROGATE_CONFIGS
@@ -506,6 +516,8 @@ _BENCHMARKS = {
                _memory_names),
     "compat": ("the public package flashoptim with this one: steps, checkpoints, release, ranks (wants a GPU)",
                _compat_names),
+    "host": ("training with the states in the host's memory, beside what the link to it allows (wants a GPU and "
+             "41 GB of the host's memory)", _host_names),
 }
 _VERBS = {"capacity": "Searches for", "compat": "Compares"}
 _BENCH_OPTIONS = {
@@ -522,6 +534,9 @@ _BENCH_OPTIONS = {
     ("--dry-run",): ("memory compat", dict(action="store_true",
                                            help="print what would be measured (of memory, what is predicted, too); "
                                                 "run nothing")),
+    ("--size",): ("host", dict(metavar="N", help="parameters (default: 13B)")),
+    ("--budget",): ("host", dict(type=float, metavar="GB", help="of the device's memory (default: 40)")),
+    ("--micro",): ("host", dict(type=int, nargs="+", metavar="N", help="sequences in a micro-batch (default: 1 4)")),
     ("--times",): (
         "optimizers dimenet", dict(type=int, metavar="N", help="timed steps behind each median (default: 20)")),
 }

@@ -348,9 +348,9 @@ dist.destroy_process_group()
 """
 
 
-def ranks(kind, tmp_path):
+def ranks(kind, tmp_path, n=2):
     (script := tmp_path / "rank.py").write_text(textwrap.dedent(RANK))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}",
                            str(script), kind], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
@@ -359,8 +359,8 @@ def test_shards(tmp_path): ranks("cpu", tmp_path)
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_shards_on_gpus(tmp_path): ranks("cuda", tmp_path)
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+def test_shards_on_gpus(tmp_path): ranks("cuda", tmp_path, min(2, torch.cuda.device_count()))
 
 
 # what a GPU alone can show
@@ -386,14 +386,15 @@ class TestOnAGpu:
     def test_states_are_pinned_and_the_device_holds_the_ring_alone(self, monkeypatch):
         monkeypatch.setattr(host, "STAGING", 1 << 22)
         model = large()
-        weights = sum(p.nbytes for p in model.parameters())
+        model(torch.ones(16, 1024, device="cuda", dtype=torch.bfloat16)).sum().backward()  # cuBLAS takes its workspace
+        model.zero_grad()
+        before = torch.cuda.memory_allocated()
         opt = FlashAdamW(model.parameters(), lr=1e-3, offload_states=True)
         enable_gradient_release(model, opt)
         run_large(model, opt)
         assert all(t.is_pinned() for key, t in states(opt) if key != "step")
-        torch.cuda.synchronize()
-        tables = 1 << 22  # addresses and blocks; each small tensor takes 512 bytes
-        assert torch.cuda.memory_allocated() < weights + (1 << 22) + tables + torch.cuda.memory_allocated() * 0.1
+        tables = 1 << 20  # addresses and blocks; each small tensor takes 512 bytes
+        assert torch.cuda.memory_allocated() - before < (1 << 22) + tables
 
     @pytest.mark.parametrize("release", [False, True], ids=["step", "release"])
     @pytest.mark.parametrize("staging", [1 << 18, 1 << 22, 1 << 26], ids=str)
@@ -401,7 +402,8 @@ class TestOnAGpu:
         monkeypatch.setattr(host, "STAGING", staging)
         a = large()
         b = copy.deepcopy(a)
-        oa, ob = (FlashAdamW(m.parameters(), lr=1e-3, max_norm=0.5, offload_states=o) for m, o in ((a, 0 == 1), (b, True)))
+        oa, ob = (FlashAdamW(m.parameters(), lr=1e-3, max_norm=0.5, offload_states=o)
+                  for m, o in ((a, False), (b, True)))
         if release:
             for model, opt in (a, oa), (b, ob): enable_gradient_release(model, opt)
         for model, opt in (a, oa), (b, ob): run_large(model, opt, 6)
@@ -476,11 +478,12 @@ class TestOnAGpu:
         opt = FlashAdamW(model.parameters(), lr=1e-3, offload_states=True)
         enable_gradient_release(model, opt)
         run_large(model, opt, 3)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace: run_large(model, opt, 2)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+            run_large(model, opt, 2)
         spans = {"HtoD": [], "DtoH": [], "kernel": []}
         for event in trace.events():
-            kind = next((k for k in ("HtoD", "DtoH") if k in event.name), "kernel" if "kernel" in event.name.lower() else "")
-            if kind and event.device_type == torch.autograd.DeviceType.CUDA:
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                kind = next((k for k in ("HtoD", "DtoH") if k in event.name), "kernel")
                 spans[kind].append((event.time_range.start, event.time_range.end))
         def together(x, y):
             return sum(max(0, min(b, d) - max(a, c)) for a, b in spans[x] for c, d in spans[y])
