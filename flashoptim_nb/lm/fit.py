@@ -460,14 +460,14 @@ def fit_words(
              f"of which a plan fills {g['usable'] / 2**30:.1f}", ""]
     names = {row["config"]: FIT_HELP[row["config"]] for row in found["rows"]}
     heads = ("weights", "gradients", "masters", "states", "copies", "activations", "peak")
-    lines.append(f"{'way of training':20} {'checkpointing':13} {'micro-batch':>11}  "
+    lines.append(f"{'way of training':27} {'checkpointing':13} {'micro-batch':>11}  "
                  + " ".join(f"{head:>11}" for head in heads) + "   GiB a GPU")
     for row in found["rows"]:
         c = dict(row["classes"])
         shown = {head: c.pop(head, None) for head in heads[:-1]} | dict(peak=row["peak"])
         micro = ("fits" if row["micro"] is None and row["fits"] else "does not" if not row["fits"] and not row["micro"]
                  else f"{row['micro']}{'+' * (row['micro'] == found['most'])}")
-        lines.append(f"{row['config']:20} {row['checkpointing'] or '':13} {micro:>11}  " + " ".join(
+        lines.append(f"{row['config']:27} {row['checkpointing'] or '':13} {micro:>11}  " + " ".join(
                          f"{'?' if shown[head] is None else format(shown[head] / 2**30, '.1f'):>11}" for head in heads))
     if "seq" in found:
         lines += [
@@ -481,4 +481,4 @@ def fit_words(
     else:
         lines += [
             "", "Activations are not known without running the model: what stands is counted, and they come on top."]
-    return "\n".join(lines + ["", *(f"{name:20} {words}" for name, words in names.items())])
+    return "\n".join(lines + ["", *(f"{name:27} {words}" for name, words in names.items())])

@@ -142,7 +142,7 @@ def host_words(
         f"; peak {gb('peak')}, reserved {gb('reserved')}, used {gb('used')} of {gb('budget')}")
     return (f"{row['size']} ({row['parameters'] / 1e9:.2f} billion), {row['micro_batch']} x {row['seq']} tokens: "
             f"{row['seconds']:.3f} s a step, {row['tokens_per_s']:,.0f} tokens/s; {gb('moved')} each way at "
-            f"{gb('link_both')}/s (alone {gb('link_in')}/s in, {gb('link_out')}/s out) take {row['floor_seconds']:.3f} s: "
-            f"{row['of_floor']:.3f} of the link's floor; forward and backward pass alone "
+            f"{gb('link_both')}/s (alone {gb('link_in')}/s in, {gb('link_out')}/s out) take "
+            f"{row['floor_seconds']:.3f} s: {row['of_floor']:.3f} of the link's floor; forward and backward pass alone "
             f"{row['compute_seconds']:.3f} s: {least / row['seconds']:.3f} of the larger of both{memory}; "
             f"the first step took {row['first_seconds']:.1f} s; loss {row['loss']:.3f}")
