@@ -388,6 +388,10 @@ class FlashOptimizer(Optimizer):
         "Shapes of the fp32 states that `_update_one` keeps beside the moments, of any shape: rows, columns, none."
         return {}
 
+    def _whole(self, group: dict) -> bool:
+        "Whether parameters are stepped in their own shapes, so that none may be cut."
+        return self._update_one is not None
+
     def _scalars(self, group: dict) -> object:
         "What is the same for every value of a step, for an elementwise kernel."
         return None

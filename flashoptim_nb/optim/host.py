@@ -181,6 +181,7 @@ class Part:
         self.copies = [(slab[start:stop], at, at + stop - start) for slab, start, stop, at in self.ranges]
         self.states: list[torch.Tensor] = []  # those by which one notices that somebody changed what was loaded ahead
         self.staged_at, self.tensors, self.operands, self.written = None, None, None, None
+        self.plan, self.at = None, None  # as a bucket's
 
     def versions(self) -> int: return sum(t._version for t in self.states)
 
@@ -210,9 +211,8 @@ class Part:
             self.staged_at = memory.data_ptr()
         self.grads = [bucket.grads[i] for i, _, _ in self.spans]
         self.step = bucket.step if self.last else bucket.step.clone()  # counted once
-        if self.tensors is not None:
-            at = None if bucket.at is None else tuple(bucket.at[i] for i, _, _ in self.spans)
-            self.grad_pointers = self.tensors.grad_pointers(self.grads, at)
+        self.at = None if bucket.at is None else tuple(bucket.at[i] for i, _, _ in self.spans)
+        if self.tensors is not None: self.grad_pointers = self.tensors.grad_pointers(self.grads, self.at)
 
     @contextmanager
     def standing_in(self, opt, memory: torch.Tensor):
@@ -417,12 +417,17 @@ class HostStates:
 
     def parts_of(self, opt, group: dict, bucket) -> list[Part]:
         "Cuts a bucket into parts."
-        whole, most = opt._update_one is not None, STAGING // PARTS
+        whole, most = opt._whole(group), STAGING // PARTS
         kinds = [state_kinds(opt, group, p) for p in bucket.params]
-        sizes = [flat.numel() for flat in bucket.flat]
-        each = [sum(_lined(self.places[p][key].tensor.nbytes) for key in keys) / max(n, 1)
-                for p, keys, n in zip(bucket.params, kinds, sizes)]
+        held = [flat.numel() for flat in bucket.flat]
+        if whole:  # the same parts on all ranks: some step together
+            sizes, each = [p.numel() for p in bucket.params], [sum(t.itemsize for t in keys.values()) for keys in kinds]
+        else:
+            sizes = held
+            each = [sum(_lined(self.places[p][key].tensor.nbytes) for key in keys) / max(n, 1)
+                    for p, keys, n in zip(bucket.params, kinds, sizes)]
         packs, parts = _spans(sizes, each, most, whole), []
+        if whole: packs = [[Span(i, 0, held[i]) for i, _, _ in pack] for pack in packs]
         for n, spans in enumerate(packs, 1):
             slices = [_slices(kinds[span.index], opt._state_shapes(p := bucket.params[span.index]), self.places[p],
                               span, whole) for span in spans]

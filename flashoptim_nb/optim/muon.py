@@ -233,13 +233,15 @@ class FlashMuon(FlashOptimizer):
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
+        offload_states: bool = False,  # states and error bits in the host's memory, streamed through the step
     ):
         defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
                         ns_coefficients=ns_coefficients, eps=eps, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn,
                         algorithm=algorithm, betas=betas, maximize=maximize)
         super().__init__(params, defaults, quantize=quantize, compress_state_dict=compress_state_dict,
                          master_weight_bits=master_weight_bits, fused=fused, check_numerics=check_numerics,
-                         decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded)
+                         decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite,
+                         companded=companded, offload_states=offload_states)
 
     def add_param_group(self, param_group: dict):
         "As in torch.optim; a group that names AdamW has AdamW's eps unless it says another."
@@ -273,6 +275,8 @@ class FlashMuon(FlashOptimizer):
             raise OptionError(f"gradient release of a sharded matrix of shape {tuple(sharded[0].shape)} under Muon: "
                               "ranks would have to exchange it inside the backward pass; train it without release, or "
                               "give it algorithm=\"adamw\"")
+
+    def _whole(self, group: dict) -> bool: return group["algorithm"] == "muon"
 
     def _moments_of(self, group: dict) -> dict[str, torch.dtype]:
         return {k: x for k, x in self.moments.items() if (k == "momentum_buffer") == (group["algorithm"] == "muon")}

@@ -327,14 +327,18 @@ def same(a, oa, b, ob):
         assert oa.state[p].keys() == ob.state[q].keys()
         for key in oa.state[p]: assert torch.equal(own(oa.state[p][key]), own(ob.state[q][key])), key
 
-for release in False, True:
-    made = [(model := sharded(), optim.FlashAdamW(model.parameters(), lr=1e-2, max_norm=1.0, offload_states=offload)) for offload in (False, True)]
+def adamw(model, **options): return optim.FlashAdamW(model.parameters(), lr=1e-2, max_norm=1.0, **options)
+def muon(model, **options): return optim.FlashMuon(optim.muon_groups(model), lr=1e-2, **options)
+
+for make, release in (adamw, False), (adamw, True), (muon, False):
+    made = [(model := sharded(), make(model, offload_states=offload)) for offload in (False, True)]
     (a, oa), (b, ob) = made
     for model, opt in made:
         if release: optim.enable_gradient_release(model, opt)
         train(model, opt, 0, 4)
     same(a, oa, b, ob)
-    assert all(own(t).device.type == "cpu" and t._local_tensor.device.type == "cpu" for p in b.parameters() for key, t in ob.state[p].items() if key != "step")
+    kept = [t for p in b.parameters() for key, t in ob.state[p].items() if key != "step"]
+    assert all(t._local_tensor.device.type == "cpu" for t in kept)
     full = [opt.get_fp32_model_state_dict(model) for model, opt in made]
     for key in full[0]: assert torch.equal(full[0][key].full_tensor(), full[1][key].full_tensor())
     if release: oa.release.remove(); ob.release.remove()
