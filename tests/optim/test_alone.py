@@ -43,12 +43,14 @@ assert not beyond, f"base.errors imports {beyond}"
 import torch
 import flashoptim_nb.optim as optim
 classes = [c for c in vars(optim).values() if isinstance(c, type) and issubclass(c, optim.FlashOptimizer) and c is not optim.FlashOptimizer]
+def parameters(cls, model): return optim.muon_groups(model) if cls is optim.FlashMuon else model.parameters()
+
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
     for cls in classes:
         models = [torch.nn.Linear(40, 8) for _ in range(2)]
         for model in models: optim.cast_model(model)
-        opt, again = [cls(model.parameters(), lr=1e-2) for model in models]
+        opt, again = [cls(parameters(cls, model), lr=1e-2) for model in models]
         x = torch.ones(2, 40, dtype=torch.bfloat16)
         models[0](x).square().mean().backward()
         opt.step()
