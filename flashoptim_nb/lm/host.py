@@ -90,6 +90,7 @@ def train_on_host(
     cuda = device.type == "cuda"
     if times < 1: raise UserError(f"{times} timed steps were asked for; at least 1 is needed")
     if cuda:
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, (budget - ASIDE) / total), device)
     try:

@@ -131,7 +131,8 @@ def host_sentence(
                 f"{row['budget'] / 1e9:g} GB ({row['used'] / 1e9:.1f} used), {row['micro_batch']} x {row['seq']:,} tokens "
                 f"a step: {row['seconds']:.2f} s, {row['tokens_per_s']:,.0f} tokens a second. {row['moved'] / 1e9:.1f} GB "
                 f"each way at {row['link_both'] / 1e9:.1f} GB a second take {row['floor_seconds']:.2f} s at least "
-                f"({row['of_floor']:.2f} of that floor), forward and backward pass alone {row['compute_seconds']:.2f} s.")
+                f"({row['of_floor']:.2f} of that floor), forward and backward pass alone {row['compute_seconds']:.2f} s; "
+                f"{max(row['floor_seconds'], row['compute_seconds']) / row['seconds']:.2f} of the larger of both.")
     return sentence("\n\n".join(said) or "Not measured: training with the states on the host (`flashoptim-nb bench "
                     "host` measures it).", runs)
 
