@@ -292,12 +292,14 @@ def _without_journal(study: Path, runs: list) -> list[str]:
 
 def _check(args) -> int:
     from flashoptim_nb.base.records import ROWS, complete, examine, read_study
+    from flashoptim_nb.study.content import content_problems
     found, n = [], 0
     runs_of = lru_cache(maxsize=None)(read_study)
     for study in _studies(args.folders):
         looked = [examine(path.parent) for path in sorted(study.glob(f"*/{ROWS}"))]
         bad = ([line for _, lines in looked for line in lines]
-               + _without_journal(study, [run for run, _ in looked if run]))
+               + _without_journal(study, [run for run, _ in looked if run])
+               + content_problems([run for run, lines in looked if run and not lines]))
         n += len(looked)
         try:
             for run, _ in looked:
