@@ -16,6 +16,7 @@ from .base import FlashOptimizer, known_options
 from .buckets import ParamBucket
 from .checks import OptionError
 from .gradients import GradScaling
+from .rounding import ROUNDING
 
 
 # %% ../../nbs/optim/10_adam.ipynb #968bf0b2
@@ -44,20 +45,21 @@ class FlashAdam(FlashOptimizer):
         compress_state_dict: bool = True,  # state dicts have these bytes; False: fp32, for torch.optim to read
         master_weight_bits: int | None = 24,  # 24 in 3 bytes a weight; 32: one more, for small rates; None: no masters
         fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
-        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; waits for the GPU
+        check_numerics: bool = False,  # refuse an lr that rounds away and moments out of range; waits for the GPU
         decouple_lr: bool = False,  # of the class with a W: here weight decay is part of the gradient
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
         offload_states: bool = False,  # states and error bits in the host's memory, streamed through the step
+        rounding: str = ROUNDING,  # of 8-bit codes: "dithered", so that errors cancel; "nearest", as the public package
     ):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize,
                         foreach=foreach, capturable=capturable, differentiable=differentiable)
         super().__init__(params, defaults, quantize=quantize, compress_state_dict=compress_state_dict,
                          master_weight_bits=master_weight_bits, fused=fused, check_numerics=check_numerics,
                          decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded,
-                         offload_states=offload_states)
+                         offload_states=offload_states, rounding=rounding)
 
     def _check_group(self, group: dict):
         "Raises `OptionError` for options of a group that cannot work."
@@ -75,7 +77,7 @@ class FlashAdam(FlashOptimizer):
     def _scalars(self, group: dict) -> AdamWScalars:
         "What is the same for every value of a step."
         return AdamWScalars(group["lr"], *group["betas"], group["eps"], **self._decays(group),
-                            maximize=group["maximize"], companded=self.companded)
+                            maximize=group["maximize"], companded=self.companded, dithered=self.rounding == "dithered")
 
     def _update(
         self,
@@ -117,17 +119,18 @@ class FlashAdamW(FlashAdam):
         compress_state_dict: bool = True,  # state dicts have these bytes; False: fp32, for torch.optim to read
         master_weight_bits: int | None = 24,  # 24 in 3 bytes a weight; 32: one more, for small rates; None: no masters
         fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
-        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; waits for the GPU
+        check_numerics: bool = False,  # refuse an lr that rounds away and moments out of range; waits for the GPU
         decouple_lr: bool = False,  # weight decay as at the first lr, whatever a scheduler does; off, as in torch.optim
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
         offload_states: bool = False,  # states and error bits in the host's memory, streamed through the step
+        rounding: str = ROUNDING,  # of 8-bit codes: "dithered", so that errors cancel; "nearest", as the public package
     ):
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable,
             differentiable=differentiable, quantize=quantize, compress_state_dict=compress_state_dict,
             master_weight_bits=master_weight_bits, fused=fused, check_numerics=check_numerics, decouple_lr=decouple_lr,
             max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded,
-            offload_states=offload_states)
+            offload_states=offload_states, rounding=rounding)

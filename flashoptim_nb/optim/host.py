@@ -18,7 +18,7 @@ import torch
 from .checks import OptionError
 from .codec import GROUP
 from .multi_tensor import BLOCK, Operands, TensorList, _cut
-from .shards import like, local, scale_count, scales_like
+from .shards import first_place, like, local, scale_count, scales_like
 from .states import state_kinds, state_operands
 
 # %% ../../nbs/optim/19_host.ipynb #40570106
@@ -201,12 +201,15 @@ class Part:
         if memory.data_ptr() != self.staged_at:
             with self.standing_in(opt, memory):
                 states = [state_operands(opt, group, p) for p in self.params]
+            firsts = [first_place(p) for p in self.params]
             if bucket.tensors is None:
-                cut = [_cut(Operands(x, None), span.a, span.b) for x, span in zip(self.flat, self.spans)]
+                cut = [_cut(Operands(x, None, place=first), span.a, span.b)
+                       for x, first, span in zip(self.flat, firsts, self.spans)]
                 names = Operands._fields[2:]
                 self.operands = [x._replace(**dict(zip(names, s))) for x, s in zip(cut, states)]
             else:
-                self.operands = [Operands(x, None, *s) for x, s in zip(self.flat, states)]
+                self.operands = [Operands(x, None, *s)._replace(place=first)
+                                 for x, first, s in zip(self.flat, firsts, states)]
                 self.tensors = TensorList(self.operands, [(a, b) for _, a, b in self.spans])
             self.staged_at = memory.data_ptr()
         self.grads = [bucket.grads[i] for i, _, _ in self.spans]

@@ -16,6 +16,7 @@ from .base import FlashOptimizer, known_options
 from .buckets import ParamBucket
 from .checks import OptionError
 from .gradients import GradScaling
+from .rounding import ROUNDING
 
 
 # %% ../../nbs/optim/11_momentum.ipynb #ccb41b59
@@ -62,20 +63,21 @@ class FlashSGD(_Momentum):
         compress_state_dict: bool = True,  # state dicts have these bytes; False: fp32, for torch.optim to read
         master_weight_bits: int | None = 24,  # 24 in 3 bytes a weight; 32: one more, for small rates; None: no masters
         fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
-        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; waits for the GPU
+        check_numerics: bool = False,  # refuse an lr that rounds away and moments out of range; waits for the GPU
         decouple_lr: bool = False,  # of the class with a W: here weight decay is part of the gradient
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
         offload_states: bool = False,  # states and error bits in the host's memory, streamed through the step
+        rounding: str = ROUNDING,  # of 8-bit codes: "dithered", so that errors cancel; "nearest", as the public package
     ):
         defaults = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov,
                         maximize=maximize, foreach=foreach, differentiable=differentiable)
         super().__init__(params, defaults, quantize=quantize, compress_state_dict=compress_state_dict,
                          master_weight_bits=master_weight_bits, fused=fused, check_numerics=check_numerics,
                          decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded,
-                         offload_states=offload_states)
+                         offload_states=offload_states, rounding=rounding)
 
     def _check_group(self, group: dict):
         "Raises `OptionError` for options of a group that cannot work."
@@ -96,7 +98,8 @@ class FlashSGD(_Momentum):
         "What is the same for every value of a step."
         return MomentumScalars(
             group["lr"], "sgd", group["momentum"], 1.0 - group["dampening"], nesterov=group["nesterov"],
-            **self._decays(group), maximize=group["maximize"], companded=self.companded)
+            **self._decays(group), maximize=group["maximize"], companded=self.companded,
+            dithered=self.rounding == "dithered")
 
 # %% ../../nbs/optim/11_momentum.ipynb #dd68755d
 class FlashSGDW(FlashSGD):
@@ -122,19 +125,20 @@ class FlashSGDW(FlashSGD):
         compress_state_dict: bool = True,  # state dicts have these bytes; False: fp32, for torch.optim to read
         master_weight_bits: int | None = 24,  # 24 in 3 bytes a weight; 32: one more, for small rates; None: no masters
         fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
-        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; waits for the GPU
+        check_numerics: bool = False,  # refuse an lr that rounds away and moments out of range; waits for the GPU
         decouple_lr: bool = False,  # weight decay as at the first lr, whatever a scheduler does; off, as in torch.optim
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
         offload_states: bool = False,  # states and error bits in the host's memory, streamed through the step
+        rounding: str = ROUNDING,  # of 8-bit codes: "dithered", so that errors cancel; "nearest", as the public package
     ):
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach,
                          differentiable=differentiable, quantize=quantize, compress_state_dict=compress_state_dict,
                          master_weight_bits=master_weight_bits, fused=fused, check_numerics=check_numerics,
                          decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded,
-                         offload_states=offload_states)
+                         offload_states=offload_states, rounding=rounding)
 
 # %% ../../nbs/optim/11_momentum.ipynb #76df1d83
 class FlashLion(_Momentum):
@@ -157,19 +161,20 @@ class FlashLion(_Momentum):
         compress_state_dict: bool = True,  # state dicts have these bytes; False: fp32, for torch.optim to read
         master_weight_bits: int | None = 24,  # 24 in 3 bytes a weight; 32: one more, for small rates; None: no masters
         fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
-        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; waits for the GPU
+        check_numerics: bool = False,  # refuse an lr that rounds away and moments out of range; waits for the GPU
         decouple_lr: bool = False,  # weight decay as at the first lr, whatever a scheduler does; off, as in torch.optim
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
         offload_states: bool = False,  # states and error bits in the host's memory, streamed through the step
+        rounding: str = ROUNDING,  # of 8-bit codes: "dithered", so that errors cancel; "nearest", as the public package
     ):
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize),
                          quantize=quantize, compress_state_dict=compress_state_dict,
                          master_weight_bits=master_weight_bits, fused=fused, check_numerics=check_numerics,
                          decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded,
-                         offload_states=offload_states)
+                         offload_states=offload_states, rounding=rounding)
 
     def _check_group(self, group: dict):
         "Raises `OptionError` for options of a group that cannot work."
@@ -182,4 +187,5 @@ class FlashLion(_Momentum):
         "What is the same for every value of a step."
         beta1, beta2 = group["betas"]
         return MomentumScalars(group["lr"], "lion", beta2, 1.0 - beta2, beta1, **self._decays(group),
-                               maximize=group["maximize"], companded=self.companded)
+                               maximize=group["maximize"], companded=self.companded,
+                               dithered=self.rounding == "dithered")

@@ -22,6 +22,11 @@ class HalfFormat(NamedTuple):
     max: float  # largest finite number
     bound: float  # largest fp32 number that still rounds to `max`, not to infinity
 
+    @property
+    def reach(self) -> float:
+        "Of a dither of 8 error bits, in codes: a code that fp32's rounding put off by 2^(p-17) at most stays what it is."
+        return 1 - 1.25 * 2.0 ** (self.p - 16)
+
 HALF_FORMATS = {
     torch.bfloat16: HalfFormat(8, 1, 3.3895313892515355e38, 3.396177326406364e38),
     torch.float16: HalfFormat(11, 113, 65504.0, 65519.99609375),
@@ -64,14 +69,16 @@ def encode(
     return narrow, _code(theta, narrow, bits).nan_to_num_(0.0).to(CODE_DTYPE[bits])
 
 # %% ../../nbs/optim/00_split.ipynb #e6932f27
-def _code(theta, narrow, bits):
+def _code(theta, narrow, bits, dither=None):
     """rho of fp32 `theta` beside 16-bit `narrow`, as a float, NaN where they are not finite:
-    the arithmetic of every encoder."""
+    the arithmetic of every encoder. A dither in [-1/2, 1/2) moves int8 codes before they are rounded."""
     wide, N = narrow.float(), MAX_CODE[bits]
     inverse = _exponent(wide, narrow.dtype).bitwise_xor_(255 << 23)  # 255 - e, all eight bits flipped: 2^(128-e)
     ratio = torch.sub(theta, wide, out=wide).mul_(inverse.view(torch.float32))
     if bits == 16: ratio = ratio.double()  # 31 significant bits
-    return ratio.mul_(N << (HALF_FORMATS[narrow.dtype].p - 1)).round_()
+    ratio.mul_(N << (HALF_FORMATS[narrow.dtype].p - 1))
+    if dither is not None and bits == 8: ratio.add_(dither, alpha=HALF_FORMATS[narrow.dtype].reach)
+    return ratio.round_()
 
 
 def _check_split(fp32, narrow, master_bytewidth, shapes=True):
@@ -166,14 +173,18 @@ def _inverse_bits(wide, E_MIN: tl.constexpr):
 
 # %% ../../nbs/optim/00_split.ipynb #031032e2
 @triton.jit
-def encode_tile(theta, narrow, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    "`compute_ecc_bits` on registers: fp32 theta and its `round_narrow` give error bits, int8 or int16."
+def encode_tile(theta, narrow, BITS: tl.constexpr, DTYPE: tl.constexpr, dither=1.5, DITHERED: tl.constexpr = False):
+    """`compute_ecc_bits` on registers: fp32 theta and its `round_narrow` give error bits, int8 or int16;
+    int8 ones DITHERED as `optim.rounding` says."""
     P: tl.constexpr = 11 if DTYPE == tl.float16 else 8
     E_MIN: tl.constexpr = 113 if DTYPE == tl.float16 else 1
     N: tl.constexpr = 127.0 if BITS == 8 else 32767.0
     wide = widen(narrow, DTYPE)
     inverse = _inverse_bits(wide, E_MIN).to(tl.float32, bitcast=True)
     ratio = (theta - wide) * inverse  # exact, and at most 2^(1-P)
+    if BITS == 8 and DITHERED:
+        unit: tl.constexpr = (1.0 - 1.25 * 2.0 ** (P - 16)) / (127.0 * 2.0 ** (P - 1))
+        ratio = ratio + (dither * unit - 1.5 * unit)
     code = tl.fma(ratio, N * 2.0 ** (P - 1), ROUND).to(tl.int32, bitcast=True)  # one rounding, also for N = 32767
     return code.to(tl.int8) if BITS == 8 else code.to(tl.int16)
 
