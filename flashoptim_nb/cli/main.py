@@ -37,10 +37,12 @@ def _studies(given: list[str]) -> list[Path]:
             else list(study_folders(record_folders()).values()))
 
 # %% ../../nbs/cli/02_main.ipynb #ba429dc0
-_STUDY, _LM = EXTRAS["study"], (*EXTRAS["study"], "tokenizers")
+_STUDY = EXTRAS["study"]
+_PLAIN = tuple(name for name in _STUDY if name != "z3")  # z3 solves the second study's instances alone
+_LM = (*_PLAIN, "tokenizers")
 _NEEDS = {  # command -> modules beyond the package's own requirements
-    "fit": (), "doctor": (), "verdict": _STUDY, "check": _STUDY, "bench": _STUDY, "quality": _LM, "run h1": _LM,
-    "run h2": _STUDY, "book": _STUDY + EXTRAS["book"]}
+    "fit": (), "doctor": (), "verdict": _PLAIN, "check": _PLAIN, "bench": _PLAIN, "quality": _LM, "run h1": _LM,
+    "run h2": _PLAIN, "book": _STUDY + EXTRAS["book"]}
 
 def _check_packages(args):
     "Raises `UserError` with all that a command needs and that is not installed, before anything is begun."
@@ -48,7 +50,7 @@ def _check_packages(args):
     if name == "book":
         from flashoptim_nb.base.machine import repo_root
         repo_root()  # the notebooks
-    if lacks := absent(_NEEDS.get(name, _STUDY)): raise missing_module(*lacks, what=f"`flashoptim-nb {name}`")
+    if lacks := absent(_NEEDS.get(name, _PLAIN)): raise missing_module(*lacks, what=f"`flashoptim-nb {name}`")
 
 def _check_surroundings(args):
     """Raises `UserError` for a place that cannot be written to and for a variable of this package that does not hold
@@ -234,21 +236,25 @@ def _fit(args) -> int:
     print(json.dumps(found, indent=1) if args.json else visible(fit_words(found), keep="\n"))
     return 0
 
+def _tell_gaps(runs: list, role: str):
+    "Prints how far the formats end from what they stand for, on each held-out text."
+    from flashoptim_nb.study.h1.quantities import OPTIMIZER_MARGIN_NATS
+    from flashoptim_nb.report.optimizers import format_gaps
+    for text in sorted({row["set"] for run in runs for row in run.of("eval") if "tracked" not in row["set"]}):
+        for _, gap in format_gaps(text, OPTIMIZER_MARGIN_NATS, runs, role).iterrows():
+            print(f"  {gap['what']}, {text}: {gap['value']:+.4f} nats a token over {gap['n']} "
+                  f"pair{'s' * (gap['n'] != 1)}, {gap['says']} at a margin of {OPTIMIZER_MARGIN_NATS}")
+
 def _quality(args) -> int:
     from flashoptim_nb.base.machine import work_root
     from flashoptim_nb.base.records import read_study
     from flashoptim_nb.cli.quality import quality, quality_role
-    from flashoptim_nb.study.h1.quantities import OPTIMIZER_MARGIN_NATS
-    from flashoptim_nb.report.optimizers import format_gaps
     chosen = dict(configs=args.configs) if args.configs else {}
     folder = quality(args.out or work_root() / "runs", preset=args.scale, device=args.device, seeds=args.seeds,
                      schedule=args.schedule, steps=args.steps, minutes=args.minutes, **chosen)
     runs = read_study(folder)
-    for text in sorted({row["set"] for run in runs for row in run.of("eval") if "tracked" not in row["set"]}):
-        for _, gap in format_gaps(text, OPTIMIZER_MARGIN_NATS, runs,
-                                       quality_role(args.scale, args.schedule)).iterrows():
-            print(f"  {gap['what']}, {text}: {gap['value']:+.4f} nats a token over {gap['n']} "
-                  f"pair{'s' * (gap['n'] != 1)}, {gap['says']} at a margin of {OPTIMIZER_MARGIN_NATS}")
+    if lacks := absent(("altair", "IPython")): print(missing_module(*lacks, what="  the table of differences"))
+    else: _tell_gaps(runs, quality_role(args.scale, args.schedule))
     print(f"recorded in {folder}; next: flashoptim-nb book --records {folder.parent}")
     return 0
 
