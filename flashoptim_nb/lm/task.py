@@ -10,12 +10,15 @@ from contextlib import nullcontext
 
 import torch
 
+from ..base.errors import UserError
 from ..base.patch import patch
 from .batches import Synthetic, Windows, check_repeats
 from .attention import resolve_attention
 from .gpt import GPT, GPTConfig
+from .sharded import shard
 from ..optim import FlashOptimizer, enable_gradient_release
 from ..train.config import Recipe, TrainConfig
+from ..train.ranks import on_first, over_ranks, world
 from ..train.optimizers import cast_weights, make_optimizer
 
 # %% ../../nbs/lm/10_task.ipynb #ac0ab3ca
@@ -35,20 +38,31 @@ class LMTask:
     ):
         self.config, self.recipe, self.windows, self.device = config, recipe, windows, torch.device(device)
         self.epochs = check_repeats(windows, recipe.steps)  # how often the whole recipe goes through the text
-        self.attention = config.attention
+        self.attention, (self.rank, self.ranks) = config.attention, world()
+        self.n_micro = self._micro_batches()
         self.model = model if isinstance(model, torch.nn.Module) else self._build(model, seed)
+        # shards are gathered in the type that autocast would compute in
+        self.autocast_dtype = config.autocast_dtype if self.ranks == 1 else None
+        if self.ranks > 1: shard(self.model, config.autocast_dtype)
         cast_weights(self.model, config)
         if config.compile: self.model.compile_blocks()
-        self.autocast_dtype = config.autocast_dtype
         self.optimizer = make_optimizer(self.model, config, recipe)
         self.flash = isinstance(self.optimizer, FlashOptimizer)
         self.release = enable_gradient_release(self.model, self.optimizer) if config.release else None
         self.skipped = 0
 
+    def _micro_batches(self) -> int:
+        "Forward and backward passes a step, on each rank."
+        recipe, ranks = self.recipe, self.ranks
+        if ranks > 1 and recipe.batch % (recipe.micro * ranks):
+            raise UserError(f"a batch of {recipe.batch} sequences cannot be dealt out to {ranks} GPUs in micro-batches "
+                            f"of {recipe.micro}; take a batch that {recipe.micro * ranks} divides")
+        return recipe.batch // (recipe.micro * ranks)
+
     def _build(self, model: GPTConfig, seed: int) -> GPT:
         "The network of a shape, its weights drawn."
-        self.attention = resolve_attention(
-            self.config.attention, self.device, torch.bfloat16, model.d_model // model.n_head)
+        self.attention = on_first(lambda: resolve_attention(
+            self.config.attention, self.device, torch.bfloat16, model.d_model // model.n_head))
         stream = torch.bfloat16 if self.config.weights == "fp32_stream16" else None
         with self.device:
             network = GPT(model, attention=self.attention, checkpointing=self.config.checkpointing, stream=stream)
@@ -56,19 +70,24 @@ class LMTask:
 
 # %% ../../nbs/lm/10_task.ipynb #13b268be
 @patch
+def _rows(self: LMTask, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    "This rank's micro-batch `k` (from 0) of step `n`: together the ranks go through the step's rows in their order."
+    return self.windows.slice(n - 1, k * self.ranks + self.rank, self.n_micro * self.ranks)
+
+@patch
 def _backward(self: LMTask, n: int) -> torch.Tensor:
-    "Accumulates the step's gradients; returns its mean loss."
-    n_micro = self.recipe.batch // self.recipe.micro
+    "Accumulates the step's gradients; returns its mean loss, over all ranks."
+    n_micro = self.n_micro
     total = torch.zeros((), device=self.device)
     for k in range(n_micro):
-        inputs_BT, targets_BT = (t.to(self.device, non_blocking=True) for t in self.windows.slice(n - 1, k, n_micro))
+        inputs_BT, targets_BT = (t.to(self.device, non_blocking=True) for t in self._rows(n, k))
         accumulating = self.release.accumulate() if self.release and k < n_micro - 1 else nullcontext()
         with accumulating:
             with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
                 loss = self.model.loss(inputs_BT, targets_BT, self.config.loss)
             (loss / n_micro).backward()
         total += loss.detach() / n_micro
-    return total
+    return over_ranks(total) / self.ranks
 
 # %% ../../nbs/lm/10_task.ipynb #5a3cfe76
 @patch

@@ -16,7 +16,7 @@ from ...base.errors import UserError
 from ...base.records import Run, read_run, read_study, study_origin
 from ...lm.plan import gpu_hours
 from ...lm.prerequisites import PREREQUISITES
-from ...lm.sharded import RanksFailed
+from ...train.ranks import RanksFailed
 from ...lm.sizes import gpt_config, pad_vocab
 from ...lm.sizing import flops_per_token
 from ...lm.task import LMTask
