@@ -73,7 +73,7 @@ def test_the_engine_that_judges_names_no_hypothesis(name):
     assert not wrong, f"study.{name} imports {wrong}"
 
 
-RUNS = ("checkpoint", "loop", "presets", "run", "experiment", "journal", "runner")
+RUNS = ("checkpoint", "loop", "presets", "run", "experiment", "journal", "registration", "runner")
 
 
 @pytest.mark.parametrize("name", RUNS)

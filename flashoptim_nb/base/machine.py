@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['repo_root', 'data_root', 'work_root', 'find_program', 'safe_path', 'commit', 'has_history', 'committed',
-           'pick_device', 'provenance', 'Capability', 'capabilities', 'skip_without']
+           'repository_file', 'repository_tar', 'pick_device', 'provenance', 'Capability', 'capabilities',
+           'skip_without']
 
 # %% ../../nbs/base/02_machine.ipynb #3a8218b5
 import ast
@@ -105,6 +106,27 @@ def committed(
     "When a commit of this repository was made; None where there is none of that name."
     sha = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
     return datetime.fromisoformat(at) if sha and (at := _git("show", "-s", "--format=%cI", sha)) else None
+
+@lru_cache
+def repository_file(
+    name: str,  # of a commit, as a record has it
+    path: str,  # of a file in the repository
+) -> str | None:
+    "A file as a commit has it, empty where it has none; None where there is no such commit, or no history."
+    if not (has_history() and committed(name)): return None
+    sha = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
+    return _git("show", f"{sha}:{path}") or ""
+
+def repository_tar(
+    name: str,  # of a commit
+    folder: str,  # in the repository
+) -> bytes | None:
+    "A folder as a commit has it, as a tar file; None where there is no such commit, or no history."
+    if not (has_history() and committed(name)): return None
+    sha = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
+    done = subprocess.run([find_program("git"), "-C", str(repo_root()), "archive", sha, "--", folder],
+                          capture_output=True, timeout=60)
+    return done.stdout if done.returncode == 0 else None
 
 # %% ../../nbs/base/02_machine.ipynb #3f81ad85
 LIBRARIES = ("torch", "triton", "numpy", "scipy", "pandas", "tokenizers", "safetensors", "flash-attn")

@@ -133,9 +133,20 @@ def _tell_unfinished(studies: list[Path]):
                           f"({', '.join(runs[:3])}{', ...' * (len(runs) > 3)}); "
                           "`flashoptim-nb check` says how to finish them"), file=sys.stderr)
 
+def _as_registered(runs: list, hypothesis: str, hash: str, studies: list[Path]) -> list[dict]:
+    "The verdict by the code that the runs were registered with; where it cannot be had, none, and why is said."
+    from flashoptim_nb.study.registration import verdict_at
+    commit = next(run.header["commit"] for run in runs if run.header.get("registration") == hash)
+    mine = [study for study in studies if any(run.folder.resolve().parent == study for run in runs)]
+    try: return [entry | dict(given="registered", registration=hash) for entry in verdict_at(commit, hypothesis, mine)]
+    except UserError as error:
+        print(visible(f"the verdict as registered is not to be had: {error}"), file=sys.stderr)
+        return []
+
 def _verdict(args) -> int:
     from flashoptim_nb.study.hypotheses import HYPOTHESES
     from flashoptim_nb.study.protocols import PROTOCOLS
+    from flashoptim_nb.study.registration import standing
     from flashoptim_nb.study.verdict import verdict
     from flashoptim_nb.report.render import load_runs
     from flashoptim_nb.report.tables import verdict_text
@@ -148,9 +159,14 @@ def _verdict(args) -> int:
         raise UserError(f"there are no records of {args.hypothesis}{f' at scale {args.scale}' if args.scale else ''} "
                         "to judge; name others with --records, "
                         f"or make some with `flashoptim-nb run {args.hypothesis} --preset {args.scale or 'laptop'}`")
-    entries = verdict(runs, HYPOTHESES[args.hypothesis])
-    print(visible(json.dumps(entries, indent=1, allow_nan=False) if args.json
-                      else verdict_text(entries, args.statements), keep="\n"))
+    stands, entries = standing(runs, PROTOCOLS[args.hypothesis]), verdict(runs, HYPOTHESES[args.hypothesis])
+    for entry in entries: entry |= dict(given=stands["status"], registration=stands["hash"])
+    said = [f"Registration: {stands['words']}", verdict_text(entries, args.statements)]
+    if stands["status"] == "post hoc":
+        before = _as_registered(runs, args.hypothesis, stands["hash"], studies)
+        entries = [*before, *entries]
+        said = ["As registered:", verdict_text(before, args.statements), *said] if before else said
+    print(visible(json.dumps(entries, indent=1, allow_nan=False) if args.json else "\n\n".join(said), keep="\n"))
     return 0
 
 def _book(args) -> int:
@@ -299,13 +315,16 @@ def _without_journal(study: Path, runs: list) -> list[str]:
 def _check(args) -> int:
     from flashoptim_nb.base.records import ROWS, complete, examine, read_study
     from flashoptim_nb.study.content import content_problems
+    from flashoptim_nb.study.protocols import PROTOCOLS
+    from flashoptim_nb.study.registration import registration_problems
     found, n = [], 0
     runs_of = lru_cache(maxsize=None)(read_study)
     for study in _studies(args.folders):
         looked = [examine(path.parent) for path in sorted(study.glob(f"*/{ROWS}"))]
         bad = ([line for _, lines in looked for line in lines]
                + _without_journal(study, [run for run, _ in looked if run])
-               + content_problems([run for run, lines in looked if run and not lines]))
+               + content_problems([run for run, lines in looked if run and not lines])
+               + registration_problems([run for run, _ in looked if run], PROTOCOLS))
         n += len(looked)
         try:
             for run, _ in looked:

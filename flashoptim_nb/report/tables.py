@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIGNS', 'tone', 'chip', 'part_text', 'verdict_cell', 'judged', 'show_criteria', 'part_frame', 'show_rules',
-           'decided_runs', 'verdict_banner', 'measured_saving', 'best_evidence_of', 'runs_of', 'paced_by',
-           'verdict_text']
+           'decided_runs', 'verdict_banner', 'registration_note', 'measured_saving', 'best_evidence_of', 'runs_of',
+           'paced_by', 'verdict_text']
 
 # %% ../../nbs/report/02_tables.ipynb #ed3755d0
 import re
@@ -15,15 +15,17 @@ from textwrap import wrap
 
 import pandas as pd
 
-from ..base.records import Run
+from ..base.records import REHEARSAL, Run
 from ..study.evidence import Evidence, evidence_table, rank_devices
 from ..study.expression import quantities, readable
 from ..study.h1.criteria import H1
 from ..study.h1.quantities import REFERENCE_PPL
 from ..study.hypotheses import criterion_of, hypothesis_of
 from ..study.hypothesis import Criterion, Hypothesis
+from ..study.protocols import PROTOCOLS
+from ..study.registration import history, standing
 from ..study.verdict import side_text, value_text, verdict
-from .render import Rendered, attributes, full_name, load_runs, provenance_note, table
+from .render import Rendered, attributes, full_name, load_runs, provenance_note, sentence, table
 
 # %% ../../nbs/report/02_tables.ipynb #1159ca4f
 SIGNS = {"met": "●", "not met": "○", "inconclusive": "◐", "not measured": "", "no evidence at this scale": "·",
@@ -215,6 +217,19 @@ def verdict_banner(
         parts.append(Rendered(html, f"- **{head}: {whole['status']}**. {reason}."))
     whole = Rendered("\n".join(p.html for p in parts), "\n".join(p.markdown for p in parts))
     return whole if brief else whole + provenance_note(runs)
+
+# %% ../../nbs/report/02_tables.ipynb #7e61a002
+def registration_note(
+    hypothesis: Hypothesis = H1,
+    runs: Iterable[Run] | None = None,
+) -> Rendered:
+    "How the verdict stands to the registration, and the verdicts that were given before, with what changed."
+    runs, name = _runs(runs, hypothesis), hypothesis.id.lower()
+    runs = [run for run in runs if run.header["scale"] != REHEARSAL] or [*runs]
+    words = standing(runs, PROTOCOLS[name])["words"]
+    before = [f"{row['day']} (commit {row['commit'][:7]}): {row['status']}. {row['words']}" for row in history(name)]
+    earlier = "\n\nVerdicts that were given before, from the same runs: " + " ".join(before) if before else ""
+    return sentence(f"{hypothesis.id}'s verdict is {words}.{earlier}", runs)
 
 # %% ../../nbs/report/02_tables.ipynb #0038ad8e
 def measured_saving(

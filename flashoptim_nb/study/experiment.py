@@ -69,6 +69,7 @@ class StudyProtocol:
     after_downgrade: tuple[str, ...] = ()  # workloads that a downgrade leaves out
     shared_data: bool = False  # all workloads read the same data, without which there is no study
     compiles: bool = False  # runs compile their networks
+    timed_by: tuple[str, ...] = ()  # further modules whose code takes the measurements
 
     def stages(self, preset: Preset, experiments: Iterable[str] | None = None) -> list[Stage]:
         "The protocol's order over what the preset has; only these experiments, where they are named."

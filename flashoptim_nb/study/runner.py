@@ -37,6 +37,7 @@ from .experiment import Stage, StudyProtocol, run_key
 from .journal import Journal
 from .loop import CHECKPOINT, Callback, Interrupted, Paused
 from .presets import Preset, select_runs
+from .registration import current, refuse_unregistered
 from .run import RunSpec, end_at_once, is_done, recorded, run_header
 
 # %% ../../nbs/study/13_runner.ipynb #a75fd96a
@@ -145,7 +146,12 @@ class Study:
         if data_hash is None:
             data_hash = getattr(self.data(spec.workload), "data_hash", None) or self.protocol.asked_hash(spec)
         return run_header(spec, self.device, data_hash=data_hash, study=self.folder.name, hypothesis=self.protocol.name,
-                          criteria_hash=self.protocol.hypothesis.hash) | self.protocol.header_fields(self.whole)
+                          criteria_hash=self.protocol.hypothesis.hash) | self.fields()
+
+    def fields(self) -> dict:
+        "Further fields of every header: the study's own, and the registration that holds, if one does."
+        registered = dict(registration=hash) if (hash := current(self.protocol)) else {}
+        return self.protocol.header_fields(self.whole) | registered
 
     def writer(self, spec: RunSpec) -> RunWriter:
         "A new record of a run."
@@ -447,6 +453,7 @@ def run_study(
 ) -> int:
     "Runs what is left of the protocol; returns 0, or 1 if a run failed or a decision ended or holds the study."
     journal, known = study.journal, study.protocol.hypothesis.checkpoints
+    refuse_unregistered(study.protocol, study.whole)
     study.open_journal()  # only reads
     journal.waiting(confirm, known)
     with only_writer(study.folder):

@@ -149,6 +149,7 @@ class H1Protocol(StudyProtocol):
     name, hypothesis, spec_type, presets, experiments = "h1", H1, LMSpec, LM_PRESETS, _EXPERIMENTS
     workload, narrowing, after_downgrade = "size", "--sizes and --configs", ("7B", "13B")
     shared_data = compiles = True
+    timed_by = ("flashoptim_nb.study.h1.callbacks", "flashoptim_nb.study.h1.run")
 
     def stages(self, preset, experiments=None):
         "The protocol's order, over the sizes and configurations that the preset has."

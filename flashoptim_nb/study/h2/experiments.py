@@ -114,6 +114,7 @@ class H2Protocol(StudyProtocol):
     "Hypothesis 2 as the runner takes it."
     name, hypothesis, spec_type, presets, experiments = "h2", H2, SurrogateSpec, SURROGATE_PRESETS, _EXPERIMENTS
     workload, narrowing, first_configs = "domain", "--domains, --configs and --arms", CONDITIONS
+    timed_by = ("flashoptim_nb.study.h2.run",)
 
     def header_fields(self, preset): return dict(cut=list(preset.cut))
     def journal_rows(self, study): return [("cut", dict(what=what)) for what in study.whole.cut]
