@@ -36,7 +36,8 @@ ENGINE = tuple(f"flashoptim_nb.{name}" for name in (
 def source_hash(
     module: str,  # its full name
 ) -> str:
-    "Hash of a module's lines of code."
+    "Hash of a module's lines of code; empty for one that is not of the package, whose source nobody has."
+    if not module.startswith("flashoptim_nb."): return ""
     lines = Path(find_spec(module).origin).read_text().splitlines()
     return content_hash([line.rstrip() for line in lines if line.strip() and not line.lstrip().startswith("#")])
 
