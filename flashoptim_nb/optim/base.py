@@ -24,8 +24,8 @@ from .split import HALF_FORMATS, MAX_CODE
 from .multi_tensor import read_weights, write_weights
 from .buckets import LIVE_OPTIMIZERS, ParamBucket, build_buckets, cached_buckets
 from .checks import (
-    OptionError, ParametersError, as_param_list, check_gradient, check_group_form, check_options, check_parameters,
-    check_shared, check_states)
+    OptionError, ParametersError, as_param_list, check_gradient, check_group_form, check_group_names, check_options,
+    check_parameters, check_shared, check_states)
 from .states import error_bit_width, read_state, write_state
 from .codec import SCALE_MAX
 from .shards import local
@@ -64,15 +64,15 @@ def explained(function: Init) -> Init:
 
 
 def known_options(init: Init) -> Init:
-    "A class's `__init__` that answers an option which it has not with the nearest one, as an `OptionError`."
-    names = list(signature(init).parameters)[1:]
+    "A function, or a class's `__init__`, that answers an option which it has not with the nearest, by `OptionError`."
+    names = [name for name in signature(init).parameters if name != "self"]
 
     @wraps(explained(init))
-    def checked(self, *args, **options):
+    def checked(*args, **options):
         try:
             for name in options: choose("option", name, names)
         except UserError as error: raise OptionError(str(error)) from None
-        init(self, *args, **options)
+        return init(*args, **options)
 
     return checked
 
@@ -195,6 +195,7 @@ class FlashOptimizer(Optimizer):
     def add_param_group(self, param_group: dict):
         "As in torch.optim, after checking the parameters; remembers the group's lr for `decouple_lr`."
         check_group_form(param_group)
+        check_group_names(self, param_group)
         given = param_group["params"]
         check_shared(self, param_group)
         param_group["params"] = [given] if isinstance(given, torch.Tensor) else as_param_list(given)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OptionError', 'ParametersError', 'GradientError', 'as_param_list', 'check_parameter', 'has_memory', 'placements_of',
            'check_gradient', 'check_states', 'overlaps_itself', 'overlapping', 'check_parameters', 'check_group_form',
-           'check_shared', 'check_options']
+           'one_slip', 'check_group_names', 'check_shared', 'check_options']
 
 # %% ../../nbs/optim/18_checks.ipynb #c4ec0003
 from collections.abc import Iterable, Mapping, Sequence
@@ -235,6 +235,29 @@ def check_group_form(
     if "params" not in group:
         raise ParametersError(f"a group without params (it has {', '.join(map(str, group)) or 'nothing'}): "
                               "add them, dict(params=model.parameters(), lr=...)")
+
+
+def one_slip(
+    a: str,
+    b: str,
+) -> bool:
+    "Whether two names begin alike and differ in one character: added, left out, another (of four or more), swapped."
+    def shorter(name): return {name[:i] + name[i + 1:] for i in range(len(name))}
+    if a[:1] != b[:1] or len(a) < 2 or len(b) < 2: return False
+    if len(a) != len(b): return a in shorter(b) or b in shorter(a)
+    off = [i for i in range(len(a)) if a[i] != b[i]]
+    return len(off) == 1 and len(a) > 3 or len(off) == 2 and sorted(a) == sorted(b) and off[1] == off[0] + 1
+
+
+def check_group_names(
+    opt,  # a FlashOptimizer
+    group: dict,  # that is to be added
+):
+    "Raises `OptionError` for a key that is nearly an option's name; others are the user's own, as in torch.optim."
+    known = ("params", *opt.defaults, *opt.options)
+    for key in (key for key in group if isinstance(key, str) and key not in known):
+        if near := [name for name in known if key.casefold() == name or one_slip(key.casefold(), name)]:
+            raise OptionError(f"{key!r} in a group: did you mean {near[0]!r}?")
 
 
 def check_shared(

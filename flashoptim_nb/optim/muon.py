@@ -35,12 +35,19 @@ from .state_dict import StateError
 HEADS = ("head", "lm_head", "embed_out", "output", "unembed", "score", "classifier")  # names of output layers
 
 
+@known_options
 def muon_groups(
-    model: nn.Module,
+    model: nn.Module,  # as it will be trained: what needs no gradient is left out
     heads: Sequence[str] = HEADS,  # last names of modules whose matrices AdamW takes, beside embeddings
-    **adamw,  # options of the group that AdamW steps: lr, betas, weight_decay, ...
+    *,
+    lr: float | torch.Tensor = 1e-3,  # AdamW's, as in torch.optim.AdamW: FlashMuon's own lr is the matrices' alone
+    betas: tuple[float, float] | None = None,  # AdamW's; None: those that FlashMuon is given
+    eps: float = 1e-8,  # AdamW's
+    weight_decay: float = 1e-2,  # AdamW's, as in torch.optim.AdamW; 0 spares embeddings, norms and biases
 ) -> list[dict]:  # for `FlashMuon`, in the model's order; empty ones are left out
-    "Two groups of a model's trained parameters: the matrices of hidden layers, and all others for AdamW."
+    """Two groups of a model's trained parameters: the matrices of hidden layers, and all others for AdamW,
+    with options of their own: `FlashMuon(muon_groups(model, lr=3e-4), lr=0.02)`."""
+    adamw = dict(algorithm="adamw", lr=lr, eps=eps, weight_decay=weight_decay) | (dict(betas=betas) if betas else {})
     head = getattr(model, "get_output_embeddings", lambda: None)()
     apart = {p for name, part in model.named_modules() for p in part.parameters(recurse=False)
              if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) or part is head or name.rpartition(".")[2] in heads}
@@ -48,8 +55,7 @@ def muon_groups(
     matrices = [p for p in trained if p.ndim == 2 and p not in apart]
     taken = {*matrices}
     rest = [p for p in trained if p not in taken]
-    return [group for group in (dict(params=matrices, algorithm="muon"), dict(params=rest, algorithm="adamw") | adamw)
-            if group["params"]]
+    return [group for group in (dict(params=matrices, algorithm="muon"), dict(params=rest) | adamw) if group["params"]]
 
 # %% ../../nbs/optim/21_muon.ipynb #92d948f8
 STACK = 1 << 25  # values of the matrices that are orthogonalized together, or one matrix

@@ -619,3 +619,22 @@ def test_other_memory_for_a_state_in_the_middle_is_seen_after_invalidate():
         return ps
     def exchanged(opt, t): t.data = t.data * 0.5; opt.invalidate()
     for p, q in zip(train(exchanged), train(lambda opt, t: t.mul_(0.5)), strict=True): assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("cls", [FlashAdamW, FlashLion, FlashSGD])
+@pytest.mark.parametrize("later", [False, True])
+def test_a_slip_in_an_options_name_is_answered_and_a_key_of_ones_own_is_kept(cls, later):
+    "As in torch.optim a group has what keys a user likes, but not what was meant for an option."
+    def made(**more):
+        group = dict(params=[nn.Parameter(torch.ones(3, device=DEVICE))], **more)
+        if not later: return cls([group])
+        opt = cls([nn.Parameter(torch.ones(3, device=DEVICE))])
+        opt.add_param_group(group)
+        return opt
+    for wrong, meant in {"weight_decy": "weight_decay", "weigth_decay": "weight_decay", "lrr": "lr", "LR": "lr",
+                         "quantise": "quantize"}.items():
+        with pytest.raises(OptionError, match=f"{wrong!r} in a group: did you mean {meant!r}"): made(**{wrong: 0.1})
+    own = dict(name="norms", layer_id=3, initial_lr=1.0, max_lr=2.0, lr_scale=0.5, base_momentum=0.8, max_momentum=0.9)
+    opt = made(**own)
+    assert opt.param_groups[-1].items() >= own.items()
+    torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, 10, cycle_momentum=cls is not FlashSGD)

@@ -158,6 +158,18 @@ def test_what_muon_takes_of_a_model():
     assert [names.get(p) for p in muon_groups(model)[0]["params"]] == ["down.weight"]
 
 
+def test_adamws_options_are_its_own_unless_they_are_given():
+    model = Net()
+    opt = FlashMuon(muon_groups(model), lr=0.02, weight_decay=0.1, betas=(0.8, 0.9))
+    _, rest = opt.param_groups
+    plain = torch.optim.AdamW(rest["params"]).defaults
+    assert {name: rest[name] for name in ("lr", "weight_decay", "eps")} == {
+        name: plain[name] for name in ("lr", "weight_decay", "eps")} and rest["betas"] == (0.8, 0.9)
+    assert [group["lr"] for group in muon_groups(model, lr=3e-4)[1:]] == [3e-4]
+    for wrong in "lrr", "weight_decy", "learning_rate":
+        with pytest.raises(OptionError, match=f"unknown option '{wrong}'"): muon_groups(model, **{wrong: 0.1})
+
+
 @devices
 def test_bytes(device):
     "Counted in the tensors: weight 2, error bits 1, momentum 1, scales a 16th; AdamW's rest 5.125."
