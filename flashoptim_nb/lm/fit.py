@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIT_CONFIGS', 'FIT_HELP', 'FAMILIES', 'WORKSPACE', 'Model', 'GPUS', 'ON_HOST', 'MOST', 'parameter_count', 'gpt_of',
-           'Architecture', 'architecture_of', 'predict', 'gpu_memory', 'Counted', 'built_on_meta', 'find_model',
-           'largest_that_fits', 'fit', 'fit_words']
+           'Architecture', 'architecture_of', 'predict', 'gpu_memory', 'sold_as', 'Counted', 'built_on_meta',
+           'find_model', 'largest_that_fits', 'fit', 'fit_words']
 
 # %% ../../nbs/lm/09_fit.ipynb #c82f6002
 import importlib
@@ -59,6 +59,7 @@ def gpt_of(
     n, rungs = parameter_count(params), [gpt_config(size) for size in _LADDER]
     sizes = [count_parameters(c)["total"] for c in rungs]
     if not sizes[0] / 20 <= n <= sizes[-1] * 20:
+        if n < 1000: raise UserError(f"{params!r} names no unit; did you mean {n:g}{'B' if n < 100 else 'M'}?")
         raise UserError(f"{params!r} lies far outside the ladder of models, {_LADDER[0]} to {_LADDER[-1]}; "
                         "give the model's own configuration")
     k = max(0, min(len(rungs) - 2, sum(size < n for size in sizes) - 1))
@@ -78,7 +79,7 @@ FIT_CONFIGS = {  # name -> how a model is trained
 FIT_HELP = {
     "adamw": "torch.optim.AdamW over fp32 weights, products in bf16",
     "adamw_bf16": "torch.optim.AdamW over bf16 weights: its states are bf16, and small updates are lost",
-    "bf16_fp32_states": "bf16 weights without masters, states in fp32 (FlashAdamW, quantize=False)",
+    "bf16_fp32_states": "bf16 weights without masters, states in fp32 (FlashAdamW(quantize=False, master_weight_bits=None))",
     "flash_adamw": "FlashAdamW: bf16 weights with 8 error bits, 8-bit states",
     "flash_adamw_release": "the same, each gradient used and freed in the backward pass",
 }
@@ -184,10 +185,12 @@ def architecture_of(
     "The shape that a config.json describes; raises `UserError` for an architecture that is not known here."
     names = (config.get("architectures")
              or [name for name, (family, _) in FAMILIES.items() if family == config.get("model_type")])
+    others = f"known are: {', '.join(FAMILIES)}; of any other, --build module:function counts the parameters"
     if not names or not isinstance(names, list):
         raise UserError("this config.json names no architecture that is known here "
-                        f"(its model_type is {config.get('model_type')!r}); known are: {', '.join(FAMILIES)}")
-    family, read = choose("architecture", names[0], FAMILIES)
+                        f"(its model_type is {config.get('model_type')!r}); {others}")
+    if names[0] not in [*FAMILIES]: raise UserError(f"unknown architecture {names[0]!r}; {others}")
+    family, read = FAMILIES[names[0]]
     if config.get("quantization_config"):
         raise UserError("this config.json is of a quantized model, which cannot be trained whole; "
                         "give that of the model it was made from")
@@ -308,9 +311,17 @@ def gpu_memory(
     if found := re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*G(?:i)?B\s*", name, re.I):
         if not 0 < float(found[1]) <= 2**14: raise UserError(f"a GPU of {name}; write its memory as 80GB, above 0")
         return f"{float(found[1]):g} GB", float(found[1]) * 2**30
+    if re.fullmatch(r"\s*[0-9.]+\s*", name):
+        raise UserError(f"unknown GPU {name!r}; did you mean {name.strip()}GB of memory? Write the unit, or a GPU's name")
     known = {plain(one): one for one in GPUS} | {plain(other): one for other, one in _ALIASES.items()}
     if plain(name) in known: return known[plain(name)], GPUS[known[plain(name)]] * 2**20
     choose("GPU", name, GPUS)
+
+def sold_as(
+    total: float,  # bytes, of a size that was given in GB
+) -> list[str]:
+    "GPUs that are sold as this size and show up to a tenth less of it; nothing of a GPU by its name."
+    return [f"{name} {mib / 1024:.1f}" for name, mib in GPUS.items() if 0.9 <= mib * 2**20 / total < 0.99]
 
 # %% ../../nbs/lm/09_fit.ipynb #ab3d68e1
 @dataclass(frozen=True, kw_only=True)
@@ -406,10 +417,11 @@ def _standing(model: Counted, name: str, gpus: int, budget: float) -> dict:
     each = bytes_per_parameter(config.weights, config.states, config.release)
     classes = {
         kind: each[kind] * model.total / gpus for kind in ("weights", "gradients", "masters", "states")}
-    if name in ON_HOST: classes |= dict(masters=0.0, states=min(classes["masters"] + classes["states"], STAGING))
+    away = (classes["masters"] + classes["states"]) * (name in ON_HOST)
+    if away: classes |= dict(masters=0.0, states=min(away, STAGING))
     peak = sum(classes.values()) + config.release * each["weights"] * model.largest
-    return dict(config=name, checkpointing=None, micro=None, fits=peak <= budget, peak=peak, classes=classes,
-                left=budget - peak)
+    return dict(config=name, checkpointing=None, micro=None, fits=peak <= budget, peak=peak,
+                classes=classes | dict(host=away), left=budget - peak)
 
 def fit(
     model: Model | Counted,  # see `find_model`
@@ -453,37 +465,88 @@ def fit(
     return dict(model=said) | about | dict(seq=seq, loss=loss, rows=rows)
 
 # %% ../../nbs/lm/09_fit.ipynb #5a328424
+_LOSS_WORDS = {"fused_linear": "the logits in pieces, this package's way and the default of its GPTs",
+               "plain": "all logits at once, transformers' way and the default of a config.json"}
+
+def _row_words(row: dict) -> str:
+    "A row's way of training, as it reads in a sentence."
+    kind = {None: "", "none": " without checkpointing"}.get(
+        row["checkpointing"], f" with {row['checkpointing']} checkpointing")
+    return row["config"] + kind
+
+def _cost(row: dict) -> tuple:
+    "What a row gives up, the worst first: bits of the weights, time on the link to the host, time for recomputing."
+    config = FIT_CONFIGS[ON_HOST.get(row["config"], row["config"])]
+    return config.weights == "bf16", row["config"] in ON_HOST, ["none", "selective", "full"].index(row["checkpointing"] or "none")
+
+def _answer(found: dict) -> str:
+    "The answer in a line: the largest micro-batch, and the way of training that gives up least."
+    rows, usable = found["rows"], found["gpu"]["usable"]
+    fitting = [row for row in rows if row["fits"]]
+    if not fitting:
+        least = min(rows, key=lambda row: row["peak"])
+        return (f"Nothing fits: the least peak is {least['peak'] / 2**30:.1f} GiB of {usable / 2**30:.1f}, "
+                f"by {_row_words(least)}.")
+    cheap = min(fitting, key=_cost)
+    cheapest = f"heapest that fits, in bits, moves and work given up: {_row_words(cheap)}"
+    if "seq" not in found: return f"C{cheapest}. Activations come on top."
+    most = max(fitting, key=lambda row: row["micro"])
+    return (f"Largest micro-batch: {most['micro']}, by {_row_words(most)}; "
+            f"c{cheapest}, micro-batch {cheap['micro']}.")
+
+# %% ../../nbs/lm/09_fit.ipynb #b71c40e2
+def _head_words(found: dict) -> list[str]:
+    "What was asked about: the model, its loss, the GPU."
+    m, g = found["model"], found["gpu"]
+    shape = f", {m['layers']} layers of width {m['width']:,}" if "layers" in m else ""
+    lines = [f"{m['name']}: {m['parameters'] / 1e9:.3g} billion parameters{shape}"]
+    if "seq" in found:
+        lines[0] += f"; sequences of {found['seq']:,} tokens"
+        lines.append(f"loss {found['loss']}: {_LOSS_WORDS[found['loss']]} (--loss)")
+    lines.append(f"{g['count']} x {g['name']}: {g['bytes'] / 2**30:.1f} GiB each, "
+                 f"of which a plan fills {g['usable'] / 2**30:.1f}")
+    if g["name"] not in GPUS and (less := sold_as(g["bytes"])):
+        lines.append(f"{g['name']} are taken as GiB; GPUs sold as that show less: {', '.join(less)} (name yours)")
+    return lines
+
+def _notes(found: dict) -> list[str]:
+    "What a reader of the table may stumble over."
+    peaks = {(row["config"], row["checkpointing"]): row["peak"] for row in found["rows"]}
+    same = "seq" in found and any(peak == peaks.get((name.replace("_release", ""), kind))
+                                  for (name, kind), peak in peaks.items() if "_release" in name)
+    return ["Where release changes gradients but not the peak, the peak lies at the end of the forward pass, "
+            "before any gradient is there."] * same
+
+# %% ../../nbs/lm/09_fit.ipynb #b71c40e3
+_HEADS = ("weights", "gradients", "masters", "states", "copies", "activations", "peak", "host")
+
+def _table_row(row: dict, most: int) -> str:
+    c = row["classes"] | dict(peak=row["peak"])
+    micro = ("fits" if row["fits"] else "too large") if row["micro"] is None else (
+        f"{row['micro']}{'+' * (row['micro'] == most)}" if row["fits"] or row["micro"] else "none fits")
+    return f"{row['config']:27} {row['checkpointing'] or '':13} {micro:>11}  " + " ".join(
+        f"{format(c[head] / 2**30, '.1f') if head in c else '?':>11}" for head in _HEADS)
+
 def fit_words(
     found: dict,  # of `fit`
 ) -> str:
-    "An answer as a table for a terminal."
-    m, g = found["model"], found["gpu"]
-    shape = f", {m['layers']} layers of width {m['width']:,}" if "layers" in m else ""
-    trained = f"; sequences of {found['seq']:,} tokens, loss {found['loss']}" if "seq" in found else ""
-    lines = [f"{m['name']}: {m['parameters'] / 1e9:.3g} billion parameters{shape}{trained}",
-             f"{g['count']} x {g['name']}: {g['bytes'] / 2**30:.1f} GiB each, "
-             f"of which a plan fills {g['usable'] / 2**30:.1f}", ""]
-    names = {row["config"]: FIT_HELP[row["config"]] for row in found["rows"]}
-    heads = ("weights", "gradients", "masters", "states", "copies", "activations", "peak")
-    lines.append(f"{'way of training':27} {'checkpointing':13} {'micro-batch':>11}  "
-                 + " ".join(f"{head:>11}" for head in heads) + "   GiB a GPU")
-    for row in found["rows"]:
-        c = dict(row["classes"])
-        shown = {head: c.pop(head, None) for head in heads[:-1]} | dict(peak=row["peak"])
-        micro = ("fits" if row["micro"] is None and row["fits"] else "does not" if not row["fits"] and not row["micro"]
-                 else f"{row['micro']}{'+' * (row['micro'] == found['most'])}")
-        lines.append(f"{row['config']:27} {row['checkpointing'] or '':13} {micro:>11}  " + " ".join(
-                         f"{'?' if shown[head] is None else format(shown[head] / 2**30, '.1f'):>11}" for head in heads))
+    "An answer as a table for a terminal, the answer in a line first."
+    lines = [_answer(found), "", *_head_words(found), "", *_notes(found),
+             f"{'way of training':27} {'checkpointing':13} {'micro-batch':>11}  "
+             + " ".join(f"{head:>11}" for head in _HEADS) + "   GiB a GPU",
+             *(_table_row(row, found["most"]) for row in found["rows"]), ""]
     if "seq" in found:
         lines += [
-            "", (f"Bytes are those of the micro-batch that was asked for, {found['micro']}; "
-                 "beside them the largest that fits. "
-                 if found["micro"] else "Bytes are those of the largest micro-batch that fits, or of one sequence. ")
-                + "The peak is less than their sum where gradients come as activations go,",
+            (f"Bytes are those of the micro-batch that was asked for, {found['micro']}; "
+             "beside them the largest that fits. "
+             if found["micro"] else "Bytes are those of the largest micro-batch that fits, or of one sequence. ")
+            + "The peak is less than their sum where gradients come as activations go,",
             "and more by what a moment takes for itself: a piece of the logits, a layer that is run again, cuBLAS."]
         if any(row["micro"] == found["most"] for row in found["rows"]):
             lines.append(f"{found['most']:,} is the largest micro-batch that is tried: with + more may fit.")
     else:
-        lines += [
-            "", "Activations are not known without running the model: what stands is counted, and they come on top."]
+        lines.append("Activations are not known without running the model: what stands is counted, and they come on top.")
+    if any(row["classes"].get("host") for row in found["rows"]):
+        lines.append("host: memory of the host for each GPU, and no part of the peak.")
+    names = {row["config"]: FIT_HELP[row["config"]] for row in found["rows"]}
     return "\n".join(lines + ["", *(f"{name:27} {words}" for name, words in names.items())])

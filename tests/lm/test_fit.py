@@ -42,7 +42,7 @@ def test_the_command_answers_programs(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("words, said", [
-    ("--params 7B --gpu RTX4091", "did you mean 'RTX 4090'"), ("--params seven", "350M, 1.3B or 7B"), ("", "which model?"), ("--params 7B --seq 0", "at least 1"),
+    ("--params 7B --gpu RTX4091", "did you mean 'RTX 4090'"), ("--params 7", "did you mean 7B?"), ("--params 7B --gpu 24", "did you mean 24GB"), ("--params seven", "350M, 1.3B or 7B"), ("", "which model?"), ("--params 7B --seq 0", "at least 1"),
     ("--params 7B --gpus -1", "at least 1"), ("--params 7B --configs adam", "did you mean 'adamw'"), ("--config nowhere", "No such file"),
     ("--build torch.nn:Linear", "cannot be built on the meta device"), ("--build json:loads", "cannot be built"), ("--build nothing", "cannot be found"), ("--params 7B --micro 0", "at least 1"), ("--params 7B --micro 99999999", "at most"), ("--gpu 0GB --params 7B", "above 0"), ("--build antigravity.nothing:x", "cannot be found"),
     ("--build torch.nn:Module --style gpt2", "belongs to a model by its size"), ("--config nowhere --style gpt2", "belongs to a model by its size"), ("--params 7B --style gpt3", "did you mean 'gpt2'")])
@@ -55,20 +55,40 @@ LLAMA = dict(model_type="llama", hidden_size=64, num_attention_heads=4, num_hidd
 
 
 @pytest.mark.parametrize("config, said", [
-    (dict(architectures=["MixtralForCausalLM"]), "unknown architecture"), (dict(model_type="bert"), "no architecture that is known"), ([], "no object"),
+    (dict(architectures=["MixtralForCausalLM"]), "of any other, --build"), (dict(model_type="bert"), "no architecture that is known"), ([], "no object"),
     (dict(model_type="llama"), "no 'hidden_size'"), (dict(model_type="llama", hidden_size="wide"), "whole number"), (dict(architectures="LlamaForCausalLM"), "no architecture"),
     (LLAMA | dict(num_key_value_heads=8), "does not go evenly"), (LLAMA | dict(num_attention_heads=5), "does not go evenly"),
     (LLAMA | dict(tie_word_embeddings="no"), "true or false"), (dict(model_type="gpt2", n_embd=64, n_head=5, n_layer=2, vocab_size=512), "does not go evenly")])
 def test_a_config_that_cannot_be_read_is_refused(capsys, tmp_path, config, said):
     (tmp_path / "config.json").write_text(json.dumps(config))
     status, out, err = answer(capsys, "--config", str(tmp_path / "config.json"))
-    assert status == 2 and said in err and not out
+    assert status == 2 and said in err and not out and "did you mean" not in err
+
+
+@pytest.mark.parametrize("words, first", [
+    ("7B", "Largest micro-batch: 63, by flash_adamw_on_host with full checkpointing; cheapest that fits, in bits, moves and work "
+           "given up: flash_adamw without checkpointing, micro-batch 4."),
+    ("70B", "Nothing fits: the least peak is")])
+def test_the_answer_stands_in_the_first_line(capsys, words, first):
+    assert answer(capsys, "--params", words)[1].startswith(first)
+
+
+def test_the_table_says_what_the_host_holds_and_why_release_may_change_nothing(capsys):
+    said = answer(capsys, "--params", "7B")[1]
+    rows = {tuple(line.split()[:2]): line.split() for line in said.splitlines() if line.startswith("flash_adamw")}
+    assert float(rows["flash_adamw_on_host", "full"][-1]) == 19.4 and float(rows["flash_adamw", "full"][-1]) == 0
+    assert "before any gradient is there" in said and "loss fused_linear: the logits in pieces" in said
+    assert "before any gradient" not in answer(capsys, "--params", "7B", "--gpu", "24GB")[1]
+    assert "A10 22.5" in answer(capsys, "--params", "1B", "--gpu", "24GB")[1]
+
 
 
 def test_what_changes_nothing_is_refused(capsys, tmp_path, monkeypatch):
     (tmp_path / "of_mine.py").write_text("import torch\ndef make(): return torch.nn.Linear(8, 8)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert answer(capsys, "--build", "of_mine:make")[0] == 0
+    status, out, _ = answer(capsys, "--build", "of_mine:make", "--json")
+    row = json.loads(out)["rows"][-1]
+    assert status == 0 and row["classes"]["host"] > 0 and row["peak"] == sum(row["classes"].values()) - row["classes"]["host"] + 2 * 64
     for words in ("--loss plain", "--micro 2", "--seq 4096", "--style gpt2"):
         status, out, err = answer(capsys, "--build", "of_mine:make", *words.split())
         assert status == 2 and "leave it out" in err and not out
