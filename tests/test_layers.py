@@ -73,7 +73,8 @@ def test_the_engine_that_judges_names_no_hypothesis(name):
     assert not wrong, f"study.{name} imports {wrong}"
 
 
-RUNS = ("checkpoint", "loop", "presets", "run", "experiment", "journal", "registration", "runner")
+RUNS = ("checkpoint", "loop", "presets", "run", "experiment", "journal", "registration", "manifest",
+        "runner")
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -315,6 +315,7 @@ def _without_journal(study: Path, runs: list) -> list[str]:
 def _check(args) -> int:
     from flashoptim_nb.base.records import ROWS, complete, examine, read_study
     from flashoptim_nb.study.content import content_problems
+    from flashoptim_nb.study.manifest import manifest_problems
     from flashoptim_nb.study.protocols import PROTOCOLS
     from flashoptim_nb.study.registration import registration_problems
     found, n = [], 0
@@ -324,7 +325,8 @@ def _check(args) -> int:
         bad = ([line for _, lines in looked for line in lines]
                + _without_journal(study, [run for run, _ in looked if run])
                + content_problems([run for run, lines in looked if run and not lines])
-               + registration_problems([run for run, _ in looked if run], PROTOCOLS))
+               + registration_problems([run for run, _ in looked if run], PROTOCOLS)
+               + manifest_problems(study, [run for run, _ in looked if run], PROTOCOLS))
         n += len(looked)
         try:
             for run, _ in looked:

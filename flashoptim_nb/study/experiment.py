@@ -60,7 +60,7 @@ class StudyProtocol:
     "Base of the descriptions: what the runner has to know about a study. Each study is one instance of one subclass."
     name: str  # on the command line and in records
     hypothesis: Hypothesis  # its checkpoints and its hash
-    presets: dict[str, Preset]
+    presets: dict[str, Preset] = {}  # none: made up for an example
     experiments: dict[str, Experiment]
     spec_type: type[RunSpec]
     workload: str  # what the study calls a workload: size, domain

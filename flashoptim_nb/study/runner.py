@@ -37,6 +37,7 @@ from .experiment import Stage, StudyProtocol, run_key
 from .journal import Journal
 from .loop import CHECKPOINT, Callback, Interrupted, Paused
 from .presets import Preset, select_runs
+from .manifest import write_manifest
 from .registration import current, refuse_unregistered
 from .run import RunSpec, end_at_once, is_done, recorded, run_header
 
@@ -465,8 +466,10 @@ def run_study(
             study.say(f"  {pause}\n  nothing is lost; to go on, "
                       "give the same command with --confirm and the checkpoint's name")
             journal.close("paused", str(pause))
+            write_manifest(study.folder, study.protocol)
             return 1
         journal.close("aborted" if ended else "finished", ended)
+        write_manifest(study.folder, study.protocol)
         _say_end(study, failed)
     return 1 if failed or ended else 0
 

@@ -1,0 +1,164 @@
+"""Ways to bend a verdict, each tried on a copy of the laptop's records: `check` finds it, or the test says who does."""
+import json
+import shutil
+
+import pytest
+
+from flashoptim_nb.base.machine import data_root
+from flashoptim_nb.base.records import ROWS, _line, _seal, examine
+from flashoptim_nb.study.content import content_problems
+from flashoptim_nb.study.manifest import manifest_problems
+from flashoptim_nb.study.protocols import PROTOCOLS
+from flashoptim_nb.study.registration import drift, registered
+
+
+def sealed(folder, change, name=ROWS):
+    "Writes a record's rows anew after `change` (of the list of rows), with seals that fit."
+    rows, seal = [json.loads(line) for line in (folder / ROWS).read_text().splitlines()], ""
+    for row in rows: del row["seal"]
+    with open(folder / name, "wb") as file:
+        for row in change(rows):
+            seal = _seal(seal, row)
+            file.write(_line(row | {"seal": seal}))
+
+
+def of(kind, **fields):
+    "A change of all rows of one kind: numbers by a factor, the rest as given."
+    def one(row):
+        return row | {key: row[key] * by if isinstance(by, float) and isinstance(row.get(key), (int, float)) else by
+                      for key, by in fields.items() if key in row or not isinstance(by, float)}
+    return lambda rows: [one(row) if row["kind"] == kind else row for row in rows]
+
+
+def runs_like(study, pattern): return sorted(study.glob(pattern))
+
+
+def faster(study, config="flashoptim_full", by=1.6):
+    for folder in runs_like(study, f"1B-best-{config}-s*"): sealed(folder, of("throughput", tokens_per_s=by))
+
+
+def decided_anew(study):
+    faster(study)
+    sealed(study / "protocol", of("decision", values={}))
+
+
+def better(study):
+    for folder in runs_like(study, "molecules-*-flash-s*"):
+        sealed(folder, lambda rows: of("eval", mae=0.5)(of("throughput", samples_per_s=2.0, ms=0.5)(rows)))
+
+
+def searched(study):
+    row = dict(kind="search", role="1B", config="flashoptim_full", micro=4, checkpointing="none", why="x", tried=[])
+    sealed(study / "protocol", lambda rows: [*rows[:-1], row, rows[-1]])
+
+
+def deleted(*patterns):
+    def harm(study):
+        for pattern in patterns:
+            for folder in runs_like(study, pattern): shutil.rmtree(folder)
+    return harm
+
+
+def lost(study):
+    end = dict(kind="end", status="unavailable", reason="node lost")
+    sealed(study / "1B-best-baseline-s0", lambda rows: [rows[0], end])
+
+
+def another_attempt(study):
+    sealed(study / "1B-best-baseline-s0", of("eval", nll=0.9))
+
+
+def failed(study):
+    folder = shutil.copytree(study / "1B-best-baseline-s0", study / "1B-best-baseline-s9")
+    end = dict(kind="end", status="failed", reason="x")
+    sealed(folder, lambda rows: [rows[0] | dict(run=folder.name), end])
+
+
+def copied(study):
+    for seed in range(3, 8):
+        name = f"1B-best-baseline-s{seed}"
+        folder = shutil.copytree(study / "1B-best-baseline-s0", study / name)
+        sealed(folder, lambda rows: [rows[0] | dict(run=name, seed=seed), *rows[1:]])
+
+
+def relabelled(study):
+    for folder in runs_like(study, "*"):
+        if (folder / ROWS).is_file():
+            sealed(folder, of("header", scale="full", device="NVIDIA H100", device_kind="cuda"))
+
+
+def cut(study):
+    def without(rows): return [row for row in rows if not (row["kind"] == "step" and 8 <= row["step"] < 13)]
+    sealed(study / "1B-best-baseline-s0", without)
+
+
+def dated(study):
+    fields = dict(started="2020-01-01T00:00:00+00:00", commit="0" * 40, criteria_hash="0" * 12)
+    sealed(study / "1B-best-baseline-s0", of("header", **fields))
+
+
+def at_another_micro_batch(study):
+    sealed(study / "1B-best-baseline-s0", of("throughput", micro_batch=2))
+
+
+def edited(study):
+    path = study / "1B-best-baseline-s0" / ROWS
+    path.write_text(path.read_text().replace('"tokens_per_s": ', '"tokens_per_s": 9'))
+
+
+ATTACKS = {  # what was tried: (the study, how, what is found)
+    "a value edited": ("h1-laptop", edited, "its seal does not fit"),
+    "the stack faster, steps untouched": ("h1-laptop", faster, "its throughput is"),
+    "and the decision taken anew": ("h1-laptop", decided_anew, "its throughput is"),
+    "the strong baseline slowed": (
+        "h1-laptop", lambda study: faster(study, "baseline_strong", 0.7), "its throughput is"),
+    "a surrogate's speeds and errors rewritten": ("h2-laptop", better, "is not the file"),
+    "a search row added": ("h1-laptop", searched, "protocol/rows.jsonl: is not the file"),
+    "a run of the stack deleted": ("h1-laptop", deleted("1B-best-flashoptim_full-s1"), "not there"),
+    "all runs of a kind deleted": ("h1-laptop", deleted("*stress*"), "not there"),
+    "a run deleted and the journal": ("h1-laptop", deleted("1B-best-baseline-s0", "protocol"), "not there"),
+    "a domain deleted": ("h2-laptop", deleted("molecules-*"), "not there"),
+    "a domain deleted and the journal": ("h2-laptop", deleted("molecules-*", "protocol"), "not there"),
+    "a run marked unavailable": ("h1-laptop", lost, "is not the file"),
+    "another attempt in its place": ("h1-laptop", another_attempt, "is not the file"),
+    "a failed run added": ("h1-laptop", failed, "no plan has this run"),
+    "a seed copied as five others": ("h1-laptop", copied, "it has the losses of"),
+    "a laptop relabelled": ("h1-laptop", relabelled, "machine without one"),
+    "five step rows cut": ("h1-laptop", cut, "not those of a whole run"),
+    "dates, commit and hash made up": ("h1-laptop", dated, "is not in the history"),
+    "a micro-batch that was not searched": ("h1-laptop", at_another_micro_batch, "it ran at micro-batch 2"),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_an_attack_on_the_records_is_found(attack, tmp_path):
+    name, harm, told = ATTACKS[attack]
+    study = shutil.copytree(data_root() / "records" / name, tmp_path / name)
+    harm(study)
+    looked = [examine(path.parent) for path in sorted(study.glob(f"*/{ROWS}"))]
+    runs = [run for run, _ in looked if run]
+    found = [line for _, lines in looked for line in lines]
+    found += content_problems(runs) + manifest_problems(study, runs, PROTOCOLS)
+    assert any(told in line for line in found), found[:5]
+
+
+def test_earlier_attempts_that_are_deleted_are_missed(tmp_path):
+    from flashoptim_nb.study.manifest import write_manifest
+    study = shutil.copytree(data_root() / "records" / "h1-laptop", tmp_path / "h1-laptop")
+    folder = study / "1B-best-baseline-s0"
+    sealed(folder, lambda rows: rows, "rows.1.jsonl")
+    write_manifest(study, PROTOCOLS["h1"])
+    run, _ = examine(folder)
+    assert manifest_problems(study, [run], PROTOCOLS) == []
+    (folder / "rows.1.jsonl").unlink()
+    assert "rows.1.jsonl: is not the file" in manifest_problems(study, [run], PROTOCOLS)[0]
+
+
+@pytest.mark.parametrize("change, told", [
+    (dict(criteria_hash="0"), "criteria_hash"),
+    (dict(estimators={"study.evidence": "0"}), "the source of study.evidence"),
+    (dict(plan={}), "the plan of gpu"), (dict(exclusions=[]), "exclusions")])
+def test_what_decides_cannot_change_in_silence(change, told):
+    "Thresholds, an estimator's line, the plan, the rules of exclusion: the verdict is post hoc, and says which."
+    old = registered("h1")[-1]["object"]
+    assert told in drift(old, old | change)
