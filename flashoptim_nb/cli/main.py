@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from .. import __version__
-from ..base.errors import EXTRAS, UserError, absent, choose, missing_module, visible
+from ..base.errors import EXTRAS, UserError, absent, choose, install_line, missing_module, visible
 
 # %% ../../nbs/cli/02_main.ipynb #c6e882a7
 def _studies(given: list[str]) -> list[Path]:
@@ -393,6 +393,9 @@ def _doctor(args) -> int:
     for why, names in _without(): print(f"  {'no' if why else 'yes':4} {', '.join(names)}" + f"\n       {why}" * bool(why))
     print("\ndata")
     for ok, why, names in _grouped(data): print(f"  {'yes' if ok else 'no':4} {names}\n       {why}")
+    if absent(_NEEDS["run h1"]):
+        print(f"\nNext: flashoptim-nb fit --params 7B   or, for hypothesis 1: {install_line('lm')}")
+        return 0
     print("\nNext: flashoptim-nb run h1 --preset laptop"
           + ("   or, on this GPU: flashoptim-nb run h1 --preset gpu --dry-run" if device.type == "cuda" else ""))
     return 0
@@ -669,7 +672,7 @@ def _quality_parser(command):
 # %% ../../nbs/cli/02_main.ipynb #5c6d2f97
 def _parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        "flashoptim-nb", epilog="A first tour: `doctor`, then `run h1 --preset laptop`, `verdict h1`, `book --serve`.",
+        "flashoptim-nb", epilog="A first tour: `doctor`, `fit --params 7B`; with the extra lm `run h1 --preset laptop`, `verdict h1`.",
         description="Does FlashOptim lower the cost of training, and make larger surrogates fit? Run the protocol, "
                     "judge its records, read the book.")
     top.add_argument("--version", action="version", version=__version__)

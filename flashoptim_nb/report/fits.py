@@ -153,7 +153,9 @@ def largest_gpt(
     return low / 10
 
 _SHOWN = {"adamw": "AdamW, fp32 weights (16 B a parameter)",
-          "adamw_bf16": "AdamW, bf16 weights and states (8 B)", "flash_adamw": "FlashAdamW (7.1 B)", "flash_adamw_release": "FlashAdamW, gradient release (5.1 B)"}
+          "adamw_bf16": "AdamW, bf16 weights and states (8 B)", "flash_adamw": "FlashAdamW (7.1 B)", "flash_adamw_release": "FlashAdamW, gradient release (5.1 B)",
+          "flash_adamw_on_host": "+ states on the host (4 B, 3.1 B there)",
+          "flash_adamw_release_on_host": "+ both (2 B, 3.1 B there)"}
 
 def show_largest_gpt(
     gpus: Iterable[str] = ("24GB", "40GB", "80GB"),

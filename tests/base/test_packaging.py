@@ -75,7 +75,7 @@ def test_the_command_says_which_extra_is_missing(absent, extra, words):
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ) | {"PYTHONPATH": str(REPO)})
     assert (done.returncode == 2 and f"needs the package {absent}" in done.stderr
-            and f"pip install 'flashoptim_nb[{extra}]'" in done.stderr), done.stderr
+            and f"pip install '.[{extra}]'" in done.stderr), done.stderr
 
 
 def test_versions_of_python_that_are_promised_are_the_same_everywhere():
@@ -146,4 +146,5 @@ def test_without_extras_a_command_works_or_names_all_that_it_lacks(installed, tm
     modules = {name for names in EXTRAS.values() for name in names} | {"fastcore", "triton"}
     out, error = outside(installed, tmp_path, MAIN.format(commands=commands), *modules)
     assert re.findall(r"^status (\w+)", out, re.M) == ["0"] * 4 + ["2"] * 4, out + error
-    assert "pandas, scipy" in error and "pip install 'flashoptim_nb[lm]'" in error and "flashoptim_nb[study]" in out
+    assert "pandas, scipy" in error and "pip install 'flashoptim_nb[lm] @ git+https://" in error and "flashoptim_nb[study]" in out
+    assert "Next: flashoptim-nb fit --params 7B" in out
