@@ -250,12 +250,16 @@ class FlashOptimizer(Optimizer):
 
     def __setstate__(self, state: dict):
         "A copy is an optimizer of its own; one that an earlier version pickled goes on as it did."
-        super().__setstate__({"rounding": "nearest"} | state)
+        super().__setstate__({"rounding": "nearest", "offload_states": False, "_host": None} | state)
         if self.offload_states: self._host = HostStates()
         LIVE_OPTIMIZERS.add(self)
 
     def _check_release(self):
         "Raises `OptionError` where parameters cannot be stepped one at a time, as their gradients come."
+
+    def _least_change(self, group: dict, p: torch.Tensor) -> float:
+        "How far a step carries a value of a parameter, as a rule."
+        return float(group["lr"])
 
     def _moments_of(self, group: dict) -> dict[str, torch.dtype]:
         "The moments that a group's parameters have: all, unless a subclass knows better."
@@ -472,11 +476,12 @@ def check_least_step(
             if p not in opt._largest: opt._largest[p] = float(p.detach().abs().max()) if p.numel() else 0.0
             largest, bits = opt._largest[p], error_bit_width(p.dtype, opt.master_weight_bits)
             share = (1 - HALF_FORMATS[p.dtype].reach) / 2 if opt.rounding == "dithered" and bits == 8 else 1 / 2
-            if largest and 0 < float(group["lr"]) < (least := share * min_step(largest, p.dtype, bits)):
+            change, least = opt._least_change(group, p), share * min_step(largest, p.dtype, bits)
+            if largest and 0 < change < least:
                 raise NumericsError(f"lr={float(group['lr']):.3g} cannot change weights of size {largest:.3g} in "
-                                    f"{p.dtype} with master_weight_bits={opt.master_weight_bits}: "
-                                    f"at least {least:.3g} is needed; raise lr or master_weight_bits, or set "
-                                    "check_numerics=False")
+                                    f"{p.dtype} with master_weight_bits={opt.master_weight_bits}: at least "
+                                    f"{float(group['lr']) * least / change:.3g} is needed; raise lr or "
+                                    "master_weight_bits, or set check_numerics=False")
 
 # %% ../../nbs/optim/08_base.ipynb #ba5e0011
 def check_scales(

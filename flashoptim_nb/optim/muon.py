@@ -243,19 +243,27 @@ class FlashMuon(FlashOptimizer):
         offload_states: bool = False,  # states and error bits in the host's memory, streamed through the step
         rounding: str = ROUNDING,  # of 8-bit codes: "dithered", so that errors cancel; "nearest", as the public package
     ):
+        # betas are no default: torch's cyclic schedulers would cycle them in place of the momentum
+        self._of_adamw = dict(betas=betas, eps=1e-8 if eps == 1e-7 or algorithm != "adamw" else eps)
         defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
                         ns_coefficients=ns_coefficients, eps=eps, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn,
-                        algorithm=algorithm, betas=betas, maximize=maximize)
+                        algorithm=algorithm, maximize=maximize)
         super().__init__(params, defaults, quantize=quantize, compress_state_dict=compress_state_dict,
                          master_weight_bits=master_weight_bits, fused=fused, check_numerics=check_numerics,
                          decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite,
                          companded=companded, offload_states=offload_states, rounding=rounding)
 
     def add_param_group(self, param_group: dict):
-        "As in torch.optim; a group that names AdamW has AdamW's eps unless it says another."
-        if isinstance(param_group, dict) and param_group.get("algorithm") == "adamw":
-            param_group.setdefault("eps", 1e-8)
+        "As in torch.optim; a group of AdamW has AdamW's eps unless it says another."
+        if isinstance(param_group, dict):
+            adamw = param_group.get("algorithm", self.defaults["algorithm"]) == "adamw"
+            for name in ("betas", "eps")[:1 + adamw]: param_group.setdefault(name, self._of_adamw[name])
         super().add_param_group(param_group)
+
+    def _least_change(self, group: dict, p: torch.Tensor) -> float:
+        "A matrix is moved along orthogonal rows: a value by lr over the root of the longer side, times the shape's factor."
+        if group["algorithm"] == "adamw" or not p.numel(): return super()._least_change(group, p)
+        return float(group["lr"]) * lr_ratio(p.shape, group["adjust_lr_fn"]) / max(p.shape) ** 0.5
 
     def _check_group(self, group: dict):
         "Raises `OptionError` for options of a group, or for parameters in it, that cannot work."

@@ -242,7 +242,7 @@ def symmetric_kernel(
     scales,  # fp32 (n,), with SCALED: a factor of all of a matrix
     out,  # bf16 (n, M, M)
     alpha, beta, gamma,  # of the product, of `square`, of the identity
-    M: tl.constexpr, K: tl.constexpr, TALL: tl.constexpr, ADDS: tl.constexpr, SCALED: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, TALL: tl.constexpr, ADDS: tl.constexpr, EYE: tl.constexpr, SCALED: tl.constexpr,
     BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):
     "scale (alpha x x^T + beta square + gamma I) for each of a stack, the tiles on and below the diagonal alone."
@@ -267,8 +267,10 @@ def symmetric_kernel(
     if ADDS:
         added = tl.load(tl.multiple_of(square + matrix * (M * M), 16) + square_at, mask=inside, other=0.0)
         total = tl.fma(added.to(tl.float32), beta, total)
-        total = tl.where(row[:, None] == column[None, :], total + gamma, total)
-    if SCALED: total = total * tl.load(scales + matrix)
+    if EYE: total = tl.where(row[:, None] == column[None, :], total + gamma, total)
+    if SCALED:
+        scale = tl.load(scales + matrix)
+        total = tl.where(scale == 0.0, 0.0, total * scale)  # whose norm is beyond fp32 stands still, as in torch
     total = round_narrow(total, tl.bfloat16)
     out = tl.multiple_of(out + matrix * (M * M), 16)
     tl.store(out + square_at, total, mask=inside)
@@ -307,7 +309,7 @@ def symmetric(
     launch(symmetric_kernel, n * tiles * (tiles + 1) // 2,
            (x, x, x.new_empty(1, dtype=torch.float32) if scales is None else scales, out, float(alpha), float(beta),
             float(gamma)),
-           dict(M=m, K=k, TALL=rows > columns, ADDS=beta != 0, SCALED=scales is not None, BLOCK=side,
+           dict(M=m, K=k, TALL=rows > columns, ADDS=beta != 0, EYE=gamma != 0, SCALED=scales is not None, BLOCK=side,
                 DEPTH=max(16, min(GEMM["DEPTH"], triton.next_power_of_2(k)))), GEMM_WARPS, GEMM_STAGES)
 
 
@@ -317,7 +319,8 @@ def symmetric_reference(x, out, alpha=1.0, beta=0.0, gamma=0.0, scales=None):
     total = product.float().mul_(alpha)
     if beta: total.add_(x, alpha=beta)
     total.diagonal(dim1=1, dim2=2).add_(gamma)
-    out.copy_(total if scales is None else total.mul_(scales[:, None, None]))
+    if scales is not None: total = torch.where(scales[:, None, None] == 0, 0.0, total * scales[:, None, None])
+    out.copy_(total)
 
 # %% ../../nbs/optim/20_muon_kernel.ipynb #37344e0a
 @torch.no_grad()

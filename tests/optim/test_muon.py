@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import flashoptim_nb.optim.muon as muon
-from flashoptim_nb.optim import FlashMuon, OptionError, cast_model, enable_gradient_release, muon_groups
-from flashoptim_nb.optim.muon_kernel import newton_schulz, newton_schulz_stack
+from flashoptim_nb.optim import FlashMuon, NumericsError, OptionError, cast_model, enable_gradient_release, muon_groups
+from flashoptim_nb.optim.muon_kernel import newton_schulz, newton_schulz_stack, symmetric_reference
 from flashoptim_nb.optim.split import decode
 from processes import pass_in_the_interpreter
 
@@ -328,3 +328,46 @@ def test_shards_are_stepped_as_the_whole(kind, tmp_path):
                            str(script), kind, str(tmp_path / "kept")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("agrees") == 2
+
+
+def test_coefficients_without_a_middle_one():
+    "A polynomial without its middle term keeps the identity, in the plain and the batched iteration."
+    torch.manual_seed(0)
+    u = torch.randn(2, 24, 40)
+    true = torch.stack([newton_schulz(x.double(), (1.5, 0.0, -0.5), dtype=torch.float64) for x in u])
+    ours = newton_schulz_stack(u.bfloat16(), (1.5, 0.0, -0.5), halves=symmetric_reference)
+    assert ((ours - true).norm() / true.norm()).item() < 0.05
+
+
+def test_a_norm_beyond_fp32_stands_still():
+    "As torch does: the direction of a matrix whose norm is infinite is zero, never NaN."
+    u = torch.full((2, 8, 16), 1e30).bfloat16()
+    u[1] = torch.randn(8, 16).bfloat16()
+    moved = newton_schulz_stack(u.clone(), halves=symmetric_reference)
+    assert not moved[0].any() and torch.isfinite(moved).all() and moved[1].any()
+
+
+def test_adamw_as_the_default_algorithm_has_its_eps():
+    p = torch.nn.Parameter(torch.ones(3))
+    assert FlashMuon([p], algorithm="adamw").param_groups[0]["eps"] == 1e-8
+    assert FlashMuon([p], algorithm="adamw", eps=1e-6).param_groups[0]["eps"] == 1e-6
+
+
+def test_a_cyclic_schedule_moves_the_momentum():
+    "As for torch.optim.Muon, and AdamW's betas stay."
+    w, b = torch.nn.Parameter(torch.randn(4, 4)), torch.nn.Parameter(torch.randn(4))
+    opt = FlashMuon([dict(params=[w]), dict(params=[b], algorithm="adamw")], lr=0.02)
+    torch.optim.lr_scheduler.OneCycleLR(opt, 0.02, total_steps=10)
+    assert [group["momentum"] for group in opt.param_groups][0] == 0.95
+    w.grad, b.grad = torch.randn(4, 4), torch.randn(4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 0.02, total_steps=10)
+    for _ in range(3): opt.step(); schedule.step()
+    assert opt.param_groups[0]["momentum"] < 0.95 and opt.param_groups[1]["betas"] == (0.9, 0.999)
+
+
+def test_check_numerics_knows_the_size_of_a_step():
+    "Rows are orthogonal, so a value moves by lr over the root of the longer side: 32 times less at 1024."
+    p = torch.nn.Parameter(torch.randn(1024, 64).bfloat16())
+    p.grad = torch.randn_like(p)
+    with pytest.raises(NumericsError, match="at least"): FlashMuon([p], lr=1e-4, check_numerics=True).step()
+    FlashMuon([p], lr=2e-2, check_numerics=True).step()
