@@ -16,6 +16,7 @@ from .base import FlashOptimizer, known_options
 from .buckets import ParamBucket
 from .checks import OptionError
 from .gradients import GradScaling
+from .rounding import ROUNDING
 
 
 # %% ../../nbs/optim/10_adam.ipynb #968bf0b2
@@ -50,12 +51,14 @@ class FlashAdam(FlashOptimizer):
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
+        rounding: str = ROUNDING,  # of 8-bit codes: "dithered", so that errors cancel; "nearest", as the public package
     ):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize,
                         foreach=foreach, capturable=capturable, differentiable=differentiable)
         super().__init__(params, defaults, quantize=quantize, compress_state_dict=compress_state_dict,
                          master_weight_bits=master_weight_bits, fused=fused, check_numerics=check_numerics,
-                         decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded)
+                         decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded,
+                         rounding=rounding)
 
     def _check_group(self, group: dict):
         "Raises `OptionError` for options of a group that cannot work."
@@ -73,7 +76,7 @@ class FlashAdam(FlashOptimizer):
     def _scalars(self, group: dict) -> AdamWScalars:
         "What is the same for every value of a step."
         return AdamWScalars(group["lr"], *group["betas"], group["eps"], **self._decays(group),
-                            maximize=group["maximize"], companded=self.companded)
+                            maximize=group["maximize"], companded=self.companded, dithered=self.rounding == "dithered")
 
     def _update(
         self,
@@ -121,9 +124,10 @@ class FlashAdamW(FlashAdam):
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
+        rounding: str = ROUNDING,  # of 8-bit codes: "dithered", so that errors cancel; "nearest", as the public package
     ):
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable,
             differentiable=differentiable, quantize=quantize, compress_state_dict=compress_state_dict,
             master_weight_bits=master_weight_bits, fused=fused, check_numerics=check_numerics, decouple_lr=decouple_lr,
-            max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded)
+            max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded, rounding=rounding)

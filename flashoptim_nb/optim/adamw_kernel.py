@@ -16,9 +16,11 @@ import torch
 from .backend import tl, triton
 from .codec import (_code_m, _code_root, decode_m, decode_root, dequantize_m, dequantize_v, encode_m,
                                        encode_root, reciprocal, root)
-from .multi_tensor import (
-    BLOCK, TYPES, WARPS, GradPointers, TensorList, Operands, address, load, in_chunks, bounds_mask, jit_for_constants,
-    launch, load_weights, block_range, device_guard, store, read_weights, store_weights, block_offsets, write_weights)
+from flashoptim_nb.optim.multi_tensor import (
+    BLOCK, REGISTERS, TYPES, WARPS, GradPointers, TensorList, Operands, address, load, in_chunks, bounds_mask, jit_for_constants,
+    launch, load_weights, block_dithers, block_range, device_guard, store, read_weights, store_weights, block_offsets,
+    write_weights)
+from .rounding import dithers
 from .split import widen
 
 # %% ../../nbs/optim/03_adamw_kernel.ipynb #d05664a3
@@ -32,6 +34,7 @@ class AdamWScalars(NamedTuple):
     l2: float = 0.0  # L2 weight decay: the gradient grows by l2 * weight (Adam's own)
     maximize: bool = False
     companded: bool = True  # False: the moments' linear code, for comparison
+    dithered: bool = False  # how codes are rounded: as `optim.rounding` says, or to the nearest
 
 # %% ../../nbs/optim/03_adamw_kernel.ipynb #464d5bad
 ROOT_MIN = 2.0**-63  # least denominator: below it the second moment has left fp32's range
@@ -39,6 +42,7 @@ ROOT_MIN = 2.0**-63  # least denominator: below it the second moment has left fp
 
 def _step_chunk(
     x: Operands,  # one chunk
+    spans: list[tuple[int, int]],  # of its tensors
     h: AdamWScalars,
     t: float,  # the step's number, from 1
     multiplier: torch.Tensor | None,  # 0-d factor of the gradient, or None for 1
@@ -57,10 +61,12 @@ def _step_chunk(
     denominator = torch.div(r, sqrt(1 - h.beta2**t), out=g).add_(h.eps)  # the gradient is done with
     if h.eps < ROOT_MIN: denominator.clamp_(min=ROOT_MIN)
     theta.mul_(1 - lr * h.weight_decay).addcdiv_(m, denominator, value=-lr / (1 - h.beta1**t))
-    write_weights(x, theta)
+    dither = dithers(t, spans, theta.device) if h.dithered else [None] * 3
+    write_weights(x, theta, dither[0])
     if x.m_scale is None: return
     for code, scale, (new, new_scale) in (
-            (x.m, x.m_scale, _code_m(m, h.companded)), (x.v, x.v_scale, _code_root(r if h.companded else v))):
+            (x.m, x.m_scale, _code_m(m, h.companded, dither[1])),
+            (x.v, x.v_scale, _code_root(r if h.companded else v, dither[2]))):
         code.copy_(new.view(-1)[:code.numel()]); scale.copy_(new_scale)
 
 # %% ../../nbs/optim/03_adamw_kernel.ipynb #aca0b0fb
@@ -71,7 +77,7 @@ def adamw_reference(
     multiplier: torch.Tensor | None = None,  # 0-d fp32 factor of every gradient: clipping, inverse loss scale
 ):
     "One AdamW step of many tensors in plain PyTorch, in place."
-    in_chunks(lambda x: _step_chunk(x, h, t, multiplier), operands)
+    in_chunks(lambda x, spans: _step_chunk(x, spans, h, t, multiplier), operands)
 
 # %% ../../nbs/optim/03_adamw_kernel.ipynb #493f8b90
 LEAST_ROOT = tl.constexpr(ROOT_MIN)
@@ -95,8 +101,8 @@ def adamw_kernel(
     step_scalars,  # fp32 (8,), of `step_scalars_kernel`
     weight1, beta1, weight2, beta2, eps, l2,  # 1 - beta1, beta1, sqrt(1 - beta2), beta2 or its root, eps, L2 decay
     PARAM: tl.constexpr, GRAD: tl.constexpr, BITS: tl.constexpr, QUANTIZED: tl.constexpr, COMPANDED: tl.constexpr,
-    L2: tl.constexpr, MAXIMIZE: tl.constexpr, FLOOR: tl.constexpr, ALIGNED: tl.constexpr, MASK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    L2: tl.constexpr, MAXIMIZE: tl.constexpr, FLOOR: tl.constexpr, DITHERED: tl.constexpr, SHIFTED: tl.constexpr,
+    ALIGNED: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     "AdamW on many tensors of the same dtypes: program i steps the block that `blocks[i]` names."
     if tl.load(step_scalars + 3) != 0.0: return
@@ -131,11 +137,15 @@ def adamw_kernel(
     theta, r = adamw_update(
         theta, m, v, tl.load(step_scalars), tl.load(step_scalars + 1), eps, tl.load(step_scalars + 4), FLOOR)
 
-    store_weights(param, error_bits, theta, mask, PARAM, BITS, MASK)
+    if DITHERED:
+        of_theta, of_m, of_v = block_dithers(step_scalars, row, first, at, SHIFTED)
+    else:
+        of_theta, of_m, of_v = 1.5, 1.5, 1.5
+    store_weights(param, error_bits, theta, mask, PARAM, BITS, MASK, of_theta)
     if QUANTIZED:
-        m, scale = encode_m(m, COMPANDED)
+        m, scale = encode_m(m, COMPANDED, of_m, DITHERED)
         store(m_scale, scale, group_mask, MASK)
-        v, scale = encode_root(r if COMPANDED else v)
+        v, scale = encode_root(r if COMPANDED else v, of_v, DITHERED)
         store(v_scale, scale, group_mask, MASK)
     store(m_at, m, mask, MASK)
     store(v_at, v, mask, MASK)
@@ -162,7 +172,8 @@ def adamw_fused(
                    dict(PARAM=TYPES[x.param.dtype], GRAD=grads.dtype,
                         BITS=0 if x.error_bits is None else 8 * x.error_bits.element_size(), QUANTIZED=quantized,
                         COMPANDED=h.companded, L2=h.l2 != 0, MAXIMIZE=h.maximize, FLOOR=h.eps < ROOT_MIN,
-                        ALIGNED=share.ALIGNED, MASK=share.MASK, BLOCK=BLOCK), WARPS)
+                        DITHERED=h.dithered, SHIFTED=h.dithered and tensors.shifted, ALIGNED=share.ALIGNED, MASK=share.MASK, BLOCK=BLOCK), WARPS,
+                   REGISTERS if h.dithered and not share.MASK and not tensors.shifted else None)
 
 
 @lru_cache(maxsize=64)

@@ -28,6 +28,7 @@ from .checks import (
     check_shared, check_states)
 from .states import error_bit_width, read_state, write_state
 from .gradients import GradScaling, compute_grad_scaling
+from .rounding import ROUNDING, ROUNDINGS, dithers
 from .state_dict import fp32_weights, load_state, saved_public_state, saved_state, set_fp32_weights
 
 # %% ../../nbs/optim/08_base.ipynb #ec9ee8b9
@@ -93,6 +94,8 @@ def check_option(
         if x is not None and not isinstance(x, bool):
             raise OptionError(f"skip_nonfinite={x!r}: True, False, or None to skip where the norm is formed "
                               "anyway")
+    elif name == "rounding":
+        if x not in ROUNDINGS: raise OptionError(f"rounding={x!r}: choose {' or '.join(map(repr, ROUNDINGS))}")
     elif not isinstance(x, bool) and not (name == "fused" and x is None):
         raise OptionError(f"{name}={x!r}: True or False is needed")
 
@@ -120,7 +123,7 @@ class FlashOptimizer(Optimizer):
     moments: dict[str, torch.dtype] = {}  # state key -> dtype of its 8-bit codes: int8 is signed, uint8 0 or more
     decoupled = True  # whether weight decay shrinks the weights, and is not part of the gradient
     options = dict(quantize=True, compress_state_dict=True, master_weight_bits=24, fused=True, check_numerics=False,
-                   decouple_lr=False, max_norm=None, skip_nonfinite=None, companded=True)
+                   decouple_lr=False, max_norm=None, skip_nonfinite=None, companded=True, rounding=ROUNDING)
 
     _update_fused = None  # a bucket's step in one launch, `(bucket, group, scaling)`; None: there is no kernel
     _update_one = None  # one parameter's step in its own shape, `(theta, grad, state, group, t)`; None: elementwise
@@ -143,6 +146,7 @@ class FlashOptimizer(Optimizer):
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
+        rounding: str = ROUNDING,  # of 8-bit codes: "dithered", so that errors cancel; "nearest", as the public package
     ):
         if isinstance(params, torch.nn.Module):
             raise ParametersError(f"a whole {type(params).__name__}: give its parameters, model.parameters()")
@@ -150,7 +154,7 @@ class FlashOptimizer(Optimizer):
             raise OptionError("no parameters: one at least is needed; was model.parameters() used up before?")
         given = dict(quantize=quantize, compress_state_dict=compress_state_dict, master_weight_bits=master_weight_bits,
                      fused=fused, check_numerics=check_numerics, decouple_lr=decouple_lr, max_norm=max_norm,
-                     skip_nonfinite=skip_nonfinite, companded=companded)
+                     skip_nonfinite=skip_nonfinite, companded=companded, rounding=rounding)
         self.__dict__ |= given | dict(_cached={})  # buckets of the last step, see `optim.buckets`
         for name in self.options: setattr(self, name, getattr(self, name))  # checked, as when it is set later
         if self.fused and not HAS_TRITON: warn_without_triton()
@@ -234,8 +238,8 @@ class FlashOptimizer(Optimizer):
         return super().__getstate__() | kept | {"release": None, "_largest": {}, "_cached": {}}
 
     def __setstate__(self, state: dict):
-        "A copy is an optimizer of its own."
-        super().__setstate__(state)
+        "A copy is an optimizer of its own; one that an earlier version pickled goes on as it did."
+        super().__setstate__({"rounding": "nearest"} | state)
         LIVE_OPTIMIZERS.add(self)
 
     def _check_release(self):
@@ -368,8 +372,9 @@ class FlashOptimizer(Optimizer):
             if group.get("maximize"): grad.neg_()
             theta, state = read_weights(x), read_state(self, group, p)
             self._update_one(theta.view(p.shape), grad, state, group, t)
-            write_weights(x, theta)
-            write_state(self, group, p, state)
+            dither = dithers(t, [(x.place, theta.numel())], p.device) if self.rounding == "dithered" else [None] * 3
+            write_weights(x, theta, dither[0])
+            write_state(self, group, p, state, dither[1:])
 
     def _state_shapes(self, p: torch.Tensor) -> dict[str, tuple[int, ...]]:
         "Shapes of the fp32 states that `_update_one` keeps beside the moments, of any shape: rows, columns, none."

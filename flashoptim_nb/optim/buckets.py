@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from .backend import HAS_TRITON, INTERPRETED
 from .checks import check_options, overlapping, overlaps_itself, placements_of
 from .multi_tensor import TYPES, GradPointers, TensorList, Operands
-from .shards import like, local
+from .shards import first_place, like, local
 from .states import new_state, state_kinds, state_operands
 # importable from here, as models pickled by earlier versions look it up
 from .checks import GradientError, OptionError, ParametersError
@@ -150,7 +150,8 @@ class ParamBucket:
             not p.numel() for p in self.local)
         self.apart = True  # whether no gradient is a parameter's own memory
         self.plan = None  # what an optimizer of matrices made for its launches
-        self.operands = [Operands(flat, None, *state_operands(opt, group, p)) for p, flat in zip(params, self.flat)]
+        self.operands = [Operands(flat, None, *state_operands(opt, group, p))._replace(place=first_place(p))
+                         for p, flat in zip(params, self.flat)]
         self.tensors = TensorList(self.operands) if self.on_gpu else None
         self.kept = [local(t) for p in (params if self.tensors is None else {params[0], params[-1]})
                      for k, t in opt.state[p].items() if k == "step" or k in state_kinds(opt, group, p)]

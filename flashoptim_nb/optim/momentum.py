@@ -16,6 +16,7 @@ from .base import FlashOptimizer, known_options
 from .buckets import ParamBucket
 from .checks import OptionError
 from .gradients import GradScaling
+from .rounding import ROUNDING
 
 
 # %% ../../nbs/optim/11_momentum.ipynb #ccb41b59
@@ -68,12 +69,14 @@ class FlashSGD(_Momentum):
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
+        rounding: str = ROUNDING,  # of 8-bit codes: "dithered", so that errors cancel; "nearest", as the public package
     ):
         defaults = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov,
                         maximize=maximize, foreach=foreach, differentiable=differentiable)
         super().__init__(params, defaults, quantize=quantize, compress_state_dict=compress_state_dict,
                          master_weight_bits=master_weight_bits, fused=fused, check_numerics=check_numerics,
-                         decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded)
+                         decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded,
+                         rounding=rounding)
 
     def _check_group(self, group: dict):
         "Raises `OptionError` for options of a group that cannot work."
@@ -94,7 +97,8 @@ class FlashSGD(_Momentum):
         "What is the same for every value of a step."
         return MomentumScalars(
             group["lr"], "sgd", group["momentum"], 1.0 - group["dampening"], nesterov=group["nesterov"],
-            **self._decays(group), maximize=group["maximize"], companded=self.companded)
+            **self._decays(group), maximize=group["maximize"], companded=self.companded,
+            dithered=self.rounding == "dithered")
 
 # %% ../../nbs/optim/11_momentum.ipynb #dd68755d
 class FlashSGDW(FlashSGD):
@@ -126,11 +130,13 @@ class FlashSGDW(FlashSGD):
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
+        rounding: str = ROUNDING,  # of 8-bit codes: "dithered", so that errors cancel; "nearest", as the public package
     ):
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach,
                          differentiable=differentiable, quantize=quantize, compress_state_dict=compress_state_dict,
                          master_weight_bits=master_weight_bits, fused=fused, check_numerics=check_numerics,
-                         decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded)
+                         decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded,
+                         rounding=rounding)
 
 # %% ../../nbs/optim/11_momentum.ipynb #76df1d83
 class FlashLion(_Momentum):
@@ -159,11 +165,13 @@ class FlashLion(_Momentum):
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
+        rounding: str = ROUNDING,  # of 8-bit codes: "dithered", so that errors cancel; "nearest", as the public package
     ):
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize),
                          quantize=quantize, compress_state_dict=compress_state_dict,
                          master_weight_bits=master_weight_bits, fused=fused, check_numerics=check_numerics,
-                         decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded)
+                         decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded,
+                         rounding=rounding)
 
     def _check_group(self, group: dict):
         "Raises `OptionError` for options of a group that cannot work."
@@ -176,4 +184,5 @@ class FlashLion(_Momentum):
         "What is the same for every value of a step."
         beta1, beta2 = group["betas"]
         return MomentumScalars(group["lr"], "lion", beta2, 1.0 - beta2, beta1, **self._decays(group),
-                               maximize=group["maximize"], companded=self.companded)
+                               maximize=group["maximize"], companded=self.companded,
+                               dithered=self.rounding == "dithered")

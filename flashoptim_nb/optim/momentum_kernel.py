@@ -13,9 +13,11 @@ import torch
 
 from .backend import tl, triton
 from .codec import _code_m, decode_m, dequantize_m, encode_m
-from .multi_tensor import (
+from flashoptim_nb.optim.multi_tensor import (
     BLOCK, TYPES, WARPS, GradPointers, TensorList, Operands, address, load, in_chunks, bounds_mask, jit_for_constants,
-    launch, load_weights, block_range, device_guard, store, read_weights, store_weights, block_offsets, write_weights)
+    launch, load_weights, block_dithers, block_range, device_guard, store, read_weights, store_weights, block_offsets,
+    write_weights)
+from .rounding import dithers
 from .split import widen
 
 # %% ../../nbs/optim/04_momentum_kernel.ipynb #e7a93ac5
@@ -31,10 +33,12 @@ class MomentumScalars(NamedTuple):
     l2: float = 0.0  # L2 weight decay: the gradient grows by l2 * weight
     maximize: bool = False
     companded: bool = True  # False: the moment's linear code, for comparison
+    dithered: bool = False  # how codes are rounded: as `optim.rounding` says, or to the nearest
 
 # %% ../../nbs/optim/04_momentum_kernel.ipynb #060564b2
 def _step_chunk(
     x: Operands,  # one chunk
+    spans: list[tuple[int, int]],  # of its tensors
     h: MomentumScalars,
     t: float,  # the step's number, from 1
     multiplier: torch.Tensor | None,  # 0-d factor of the gradient, or None for 1
@@ -54,9 +58,10 @@ def _step_chunk(
     else:
         m.mul_(h.momentum).add_(g, alpha=1.0 if t == 1 else h.grad_weight)
         u = g.add_(m, alpha=h.momentum) if h.nesterov else m
-    write_weights(x, theta.mul_(1 - lr * h.weight_decay).add_(u, alpha=-lr))
+    dither = dithers(t, spans, theta.device) if h.dithered else [None] * 3
+    write_weights(x, theta.mul_(1 - lr * h.weight_decay).add_(u, alpha=-lr), dither[0])
     if x.m_scale is None: return
-    code, scale = _code_m(m, h.companded)
+    code, scale = _code_m(m, h.companded, dither[1])
     x.m.copy_(code.view(-1)[:x.m.numel()]); x.m_scale.copy_(scale)
 
 
@@ -67,7 +72,7 @@ def momentum_reference(
     multiplier: torch.Tensor | None = None,  # 0-d fp32 factor of every gradient: clipping, inverse loss scale
 ):
     "One step of SGD or Lion of many tensors in plain PyTorch, in place."
-    in_chunks(lambda x: _step_chunk(x, h, t, multiplier), operands)
+    in_chunks(lambda x, spans: _step_chunk(x, spans, h, t, multiplier), operands)
 
 # %% ../../nbs/optim/04_momentum_kernel.ipynb #84a0fa99
 @triton.jit
@@ -83,7 +88,8 @@ def momentum_kernel(
     momentum, grad_weight, beta1, l2,  # of `MomentumScalars`
     LION: tl.constexpr, NESTEROV: tl.constexpr, KEPT: tl.constexpr,  # KEPT: there is a moment
     PARAM: tl.constexpr, GRAD: tl.constexpr, BITS: tl.constexpr, QUANTIZED: tl.constexpr, COMPANDED: tl.constexpr,
-    L2: tl.constexpr, MAXIMIZE: tl.constexpr, ALIGNED: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
+    L2: tl.constexpr, MAXIMIZE: tl.constexpr, DITHERED: tl.constexpr, SHIFTED: tl.constexpr, ALIGNED: tl.constexpr,
+    MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     "SGD or Lion on many tensors of the same dtypes: program i steps the block that `blocks[i]` names."
     if tl.load(step_scalars + 3) != 0.0: return
@@ -111,11 +117,15 @@ def momentum_kernel(
             m = tl.fma(m, momentum, g * tl.where(tl.load(step_scalars + 6) != 0.0, 1.0, grad_weight))
             u = tl.fma(m, momentum, g) if NESTEROV else m
 
+    if DITHERED:
+        of_theta, of_m, _ = block_dithers(step_scalars, row, first, at, SHIFTED)
+    else:
+        of_theta, of_m = 1.5, 1.5
     store_weights(param, error_bits, tl.fma(u, -tl.load(step_scalars + 5), theta * tl.load(step_scalars + 4)), mask,
-                  PARAM, BITS, MASK)
+                  PARAM, BITS, MASK, of_theta)
     if KEPT:
         if QUANTIZED:
-            m, scale = encode_m(m, COMPANDED)
+            m, scale = encode_m(m, COMPANDED, of_m, DITHERED)
             store(m_scale, scale, group_mask, MASK)
         store(m_at, m, mask, MASK)
 
@@ -138,4 +148,4 @@ def momentum_fused(
                    dict(LION=h.rule == "lion", NESTEROV=h.nesterov, KEPT=x.m is not None, PARAM=TYPES[x.param.dtype],
                         GRAD=grads.dtype, BITS=0 if x.error_bits is None else 8 * x.error_bits.element_size(),
                         QUANTIZED=x.m_scale is not None, COMPANDED=h.companded, L2=h.l2 != 0, MAXIMIZE=h.maximize,
-                        ALIGNED=share.ALIGNED, MASK=share.MASK, BLOCK=BLOCK), WARPS)
+                        DITHERED=h.dithered, SHIFTED=h.dithered and tensors.shifted, ALIGNED=share.ALIGNED, MASK=share.MASK, BLOCK=BLOCK), WARPS)

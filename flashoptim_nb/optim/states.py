@@ -8,6 +8,7 @@ __all__ = ['error_bit_width', 'CastError', 'cast_error_of', 'stash_cast_error', 
 
 # %% ../../nbs/optim/17_states.ipynb #5a7e0003
 import warnings
+from collections.abc import Sequence
 from weakref import WeakSet, WeakValueDictionary, ref
 
 import torch
@@ -170,11 +171,12 @@ def write_state(
     group: dict,  # the parameter's
     p: torch.Tensor,  # the parameter
     state: dict[str, torch.Tensor],  # of `read_state`, changed in place or replaced
+    dithers: Sequence[torch.Tensor | None] = (None, None),  # of signed codes, and of those of 0 or more
 ):
     "Puts stepped states back into the form they are kept in."
     kept, moments = opt.state[p], opt._moments_of(group) if opt.quantize else {}
     for key, code in moments.items():
-        codes, scales = codec_of(code)[0](state[key], opt.companded)
+        codes, scales = codec_of(code)[0](state[key], opt.companded, dithers[code == torch.uint8])
         kept[f"{key}::quantized"].copy_(codes)
         kept[f"{key}::scales"].copy_(scales)
     for key in state.keys() - moments.keys():

@@ -45,7 +45,7 @@ def values(x):
 
 
 def clone(x):
-    return Operands(*(t if t is None else t.clone() for t in x))
+    return Operands(*(t if t is None else t.clone() for t in x[:-1]), x.place)
 
 
 def random_operands(n, dtype, bits, quantize, size=1.0):

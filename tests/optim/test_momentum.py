@@ -32,7 +32,7 @@ def values(x):
     return theta, None if x.m is None else x.m if x.m_scale is None else dequantize_m(x.m, x.m_scale)
 
 
-def clone(x): return Operands(*(t if t is None else t.clone() for t in x))
+def clone(x): return Operands(*(t if t is None else t.clone() for t in x[:-1]), x.place)
 
 
 def exact(theta, m, g, h, t):
