@@ -45,7 +45,7 @@ class FlashAdam(FlashOptimizer):
         compress_state_dict: bool = True,  # state dicts have these bytes; False: fp32, for torch.optim to read
         master_weight_bits: int | None = 24,  # 24 in 3 bytes a weight; 32: one more, for small rates; None: no masters
         fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
-        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; waits for the GPU
+        check_numerics: bool = False,  # refuse an lr that rounds away and moments out of range; waits for the GPU
         decouple_lr: bool = False,  # of the class with a W: here weight decay is part of the gradient
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
@@ -118,7 +118,7 @@ class FlashAdamW(FlashAdam):
         compress_state_dict: bool = True,  # state dicts have these bytes; False: fp32, for torch.optim to read
         master_weight_bits: int | None = 24,  # 24 in 3 bytes a weight; 32: one more, for small rates; None: no masters
         fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
-        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; waits for the GPU
+        check_numerics: bool = False,  # refuse an lr that rounds away and moments out of range; waits for the GPU
         decouple_lr: bool = False,  # weight decay as at the first lr, whatever a scheduler does; off, as in torch.optim
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
         # leave out a step with NaN or infinity; None: where the norm is formed anyway

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Init', 'FORMATS', 'NumericsError', 'explained', 'known_options', 'check_option', 'check_groups', 'FlashOptimizer',
-           'min_step', 'check_least_step', 'resident_bytes']
+           'min_step', 'check_least_step', 'check_scales', 'resident_bytes']
 
 # %% ../../nbs/optim/08_base.ipynb #41d3d83a
 import re
@@ -20,20 +20,22 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from ..base.errors import UserError, choose, is_number
 from .backend import HAS_TRITON, warn_without_triton
-from .split import HALF_FORMATS, MAX_CODE
+from .split import HALF_FORMATS, MAX_CODE, REACH
 from .multi_tensor import read_weights, write_weights
 from .buckets import LIVE_OPTIMIZERS, ParamBucket, build_buckets, cached_buckets
 from .checks import (
     OptionError, ParametersError, as_param_list, check_gradient, check_group_form, check_options, check_parameters,
     check_shared, check_states)
 from .states import error_bit_width, read_state, write_state
+from .codec import SCALE_MAX
+from .shards import local
 from .gradients import GradScaling, compute_grad_scaling
 from .rounding import ROUNDING, ROUNDINGS, dithers
 from .state_dict import fp32_weights, load_state, saved_public_state, saved_state, set_fp32_weights
 
 # %% ../../nbs/optim/08_base.ipynb #ec9ee8b9
 class NumericsError(UserError, ArithmeticError, RuntimeError):
-    "A learning rate too small to change the largest weight of a tensor in the format it is kept in."
+    "A learning rate too small to change the largest weight of a tensor, or moments too large, for their formats."
 
 # %% ../../nbs/optim/08_base.ipynb #f99d931d
 Init = TypeVar("Init", bound=Callable)
@@ -140,7 +142,7 @@ class FlashOptimizer(Optimizer):
         compress_state_dict: bool = True,  # state dicts have these bytes; False: fp32, for torch.optim to read
         master_weight_bits: int | None = 24,  # 24 in 3 bytes a weight; 32: one more, for small rates; None: no masters
         fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
-        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; waits for the GPU
+        check_numerics: bool = False,  # refuse an lr that rounds away and moments out of range; waits for the GPU
         decouple_lr: bool = False,  # weight decay as at the first lr, whatever a scheduler does; off, as in torch.optim
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
@@ -262,10 +264,12 @@ class FlashOptimizer(Optimizer):
 
     def _state_format(self, group: dict) -> str:
         """What the tensors of a group's states are, to go with them in a state dict:
-        `companded-24-bfloat16` says coding, master weights' width and the weights' dtypes."""
+        `companded-24-bfloat16` says coding, master weights' width and the weights' dtypes,
+        `companded+dithered-24-bfloat16` also how the steps round."""
         made_for = {self._made_for.get(p, p.dtype) for p in group["params"]}
         dtypes = {str(dtype).removeprefix("torch.") for dtype in made_for if dtype in HALF_FORMATS}
-        return f"{'companded' if self.companded else 'linear'}-{self.master_weight_bits}-{'+'.join(sorted(dtypes))}"
+        coding = ("companded" if self.companded else "linear") + ("+dithered" if self.rounding == "dithered" else "")
+        return f"{coding}-{self.master_weight_bits}-{'+'.join(sorted(dtypes))}"
 
     def invalidate(self):
         "Lets go of what was remembered of parameters and states: they were replaced."
@@ -330,7 +334,7 @@ class FlashOptimizer(Optimizer):
             for group, params in work:
                 check_states(self, group, params)
                 for p in params: check_gradient(p)
-            if self.check_numerics: check_least_step(self, work)
+            if self.check_numerics: check_least_step(self, work); check_scales(self, work)
             made = build_buckets(self, [(group, group["params"]) for group in self.param_groups])
         return [(group, bucket) for group, buckets in zip(self.param_groups, made) for bucket in buckets]
 
@@ -447,11 +451,26 @@ def check_least_step(
         for p in params:
             if p not in opt._largest: opt._largest[p] = float(p.detach().abs().max()) if p.numel() else 0.0
             largest, bits = opt._largest[p], error_bit_width(p.dtype, opt.master_weight_bits)
-            if largest and 0 < float(group["lr"]) < (least := min_step(largest, p.dtype, bits) / 2):
+            share = (1 - REACH) / 2 if opt.rounding == "dithered" and bits == 8 else 1 / 2
+            if largest and 0 < float(group["lr"]) < (least := share * min_step(largest, p.dtype, bits)):
                 raise NumericsError(f"lr={float(group['lr']):.3g} cannot change weights of size {largest:.3g} in "
                                     f"{p.dtype} with master_weight_bits={opt.master_weight_bits}: "
                                     f"at least {least:.3g} is needed; raise lr or master_weight_bits, or set "
                                     "check_numerics=False")
+
+# %% ../../nbs/optim/08_base.ipynb #ba5e0011
+def check_scales(
+    opt,  # a FlashOptimizer
+    work: Iterable,  # pairs of a group and those of its parameters that step
+):
+    "Raises `NumericsError` where a quantized moment has left its format's range."
+    scales = [(p, k, local(t)) for _, params in work for p in params for k, t in opt.state.get(p, {}).items()
+              if k.endswith("::scales") and local(t).numel()]
+    largest = [float(t.max()) for _, _, t in scales]
+    if found := [(p, k) for (p, k, _), size in zip(scales, largest) if size >= SCALE_MAX]:
+        raise NumericsError(f"{found[0][1].partition('::')[0]} of a parameter of shape {tuple(found[0][0].shape)} "
+                            f"is at {SCALE_MAX:.0f}, the largest it can be in 8 bits: gradients are too large; scale "
+                            "the loss down, or keep fp32 moments with quantize=False")
 
 # %% ../../nbs/optim/08_base.ipynb #ba5e0003
 def resident_bytes(

@@ -6,6 +6,7 @@
 __all__ = ['StateError', 'saved_state', 'saved_public_state', 'load_state']
 
 # %% ../../nbs/optim/09_state_dict.ipynb #f3ee31ef
+import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from ..base.errors import UserError, is_number
 from .codec import GROUP, SCALE_MAX, codec_of
 from .split import CODE_DTYPE, HALF_FORMATS, compute_ecc_bits, decode
 from .buckets import own_states
+from .rounding import ROUNDINGS
 from .states import error_bit_width, first_error_bits, new_state, state_kinds
 from .shards import like, local, scale_shape, scales_like
 
@@ -133,18 +135,21 @@ class _Origin(NamedTuple):
     companded: bool | None = None  # how moments are coded; None: as the optimizer codes them
     weights: str = ""  # dtype of the weights that error bits belong to; several, or none: not known
     clip: float | None = None  # by which gradient release clips the next step
+    rounding: str | None = None  # of codes, in the steps before; None: another package's
 
 
 def _origin(group, where):
     "Where a saved group comes from."
     if (mark := group.get("state_format")) is not None:
         coding, bits, weights, clip = (str(mark).split("-", 3) + 3 * [""])[:4]
+        coding, _, rounding = coding.partition("+")
         try: clip = float(clip) if clip else None
         except ValueError: clip = -1.0
         if (coding not in ("companded", "linear") or bits not in ("24", "32", "None")
-                or not is_number(clip or 0.0, 0, 1)):
+                or rounding not in ("", *ROUNDINGS) or not is_number(clip or 0.0, 0, 1)):
             raise StateError(f"{where}: state_format is {mark!r}, not known here: was it saved by a newer version?")
-        return _Origin(bits={"24": 8, "32": 16}.get(bits), companded=coding == "companded", weights=weights, clip=clip)
+        return _Origin(bits={"24": 8, "32": 16}.get(bits), companded=coding == "companded", weights=weights, clip=clip,
+                       rounding=rounding or "nearest")
     if (width := group.get("master_bytewidth")) is None: return _Origin()
     if width not in (0, 3, 4):
         raise StateError(f"{where}: master_bytewidth is {width!r}; 0, 3 or 4 is needed: the checkpoint is damaged")
@@ -391,7 +396,11 @@ def load_state(
     opt.state.clear(); opt.state.update(states)
     opt._made_for = {p: p.dtype for p in states}
     for p in states: first_error_bits(p, None)  # what casting kept for a first state is not needed any more
-    clip = _origin(groups[0], "group 0").clip
+    origin = _origin(groups[0], "group 0")
+    if origin.rounding not in (None, opt.rounding):
+        warnings.warn(f"the state dict was saved under rounding={origin.rounding!r}, and this optimizer goes on with "
+                      f"{opt.rounding!r}: make it with rounding={origin.rounding!r} to go on as before")
+    clip = origin.clip
     opt._next_clip = None if clip is None else torch.full((), clip, device=opt.skipped_steps.device)
     opt._largest = {}
     opt.invalidate()

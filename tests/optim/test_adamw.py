@@ -13,7 +13,7 @@ import triton.language as tl
 from flashoptim_nb.base.compare import assert_2x
 from flashoptim_nb.optim.adamw_kernel import AdamWScalars, adamw_fused, adamw_reference
 from flashoptim_nb.optim.codec import dequantize_m, dequantize_v
-from flashoptim_nb.optim.multi_tensor import TYPES, TensorList, Operands, new_operands
+from flashoptim_nb.optim.multi_tensor import COLUMNS, TYPES, TensorList, Operands, new_operands
 from flashoptim_nb.optim.split import decode, round_narrow
 from processes import pass_in_the_interpreter
 
@@ -78,16 +78,18 @@ def test_reference_is_torch_adamw(maximize, rng_seed):
     torch.testing.assert_close(x.v, opt.state[p]["exp_avg_sq"], rtol=1e-5, atol=1e-10)
 
 
-def test_packing_and_chunks_change_nothing(rng_seed):
+@pytest.mark.parametrize("dithered", [False, True])
+def test_packing_and_chunks_change_nothing(dithered, rng_seed):
     torch.manual_seed(rng_seed)
+    h = scalars(dithered=dithered)
     sizes = [32, 1, 0, 64, 33, 4096, 200_000, 96]
     xs = [random_operands(n, torch.bfloat16, 8, True) for n in sizes]
     gs = [torch.randn(n, device=DEVICE).bfloat16() for n in sizes]
     alone = [clone(x) for x in xs]
-    adamw_reference([x._replace(grad=g) for x, g in zip(xs, gs)], scalars(), 4)
-    for x, g in zip(alone, gs): adamw_reference([x._replace(grad=g)], scalars(), 4)
+    adamw_reference([x._replace(grad=g) for x, g in zip(xs, gs)], h, 4)
+    for x, g in zip(alone, gs): adamw_reference([x._replace(grad=g)], h, 4)
     for x, y in zip(xs, alone):
-        for name, a, b in zip(Operands._fields, x, y): assert name == "grad" or a is None or torch.equal(a, b), name
+        for name in COLUMNS: assert torch.equal(getattr(x, name), getattr(y, name)), name
 
 
 @pytest.mark.parametrize("quantize", [True, False])
@@ -125,15 +127,17 @@ KINDS = [
 
 @kernel
 @pytest.mark.parametrize("dtype,bits,quantize", KINDS)
-def test_kernel_errs_at_most_twice_as_much(dtype, bits, quantize, rng_seed):
+@pytest.mark.parametrize("places", [None, (0, 32, 48, 4096, 0, 2**33), (0, 7, 33, 16, 0, 2**33 + 1)])
+def test_kernel_errs_at_most_twice_as_much(dtype, bits, quantize, places, rng_seed):
+    "Rounded to the nearest, and with the dithers of whole parameters and of shards that begin anywhere."
     torch.manual_seed(rng_seed)
-    sizes = [5000, 4096, 33, 1, 0, 2048]
-    xs = [random_operands(n, dtype, bits, quantize) for n in sizes]
+    sizes, h = [5000, 4096, 33, 1, 0, 2048], scalars(dithered=places is not None)
+    xs = [random_operands(n, dtype, bits, quantize)._replace(place=place) for n, place in zip(sizes, places or 6 * [0])]
     gs = [torch.randn(n, device=DEVICE).to(dtype) for n in sizes]
     ours, same = ([clone(x)._replace(grad=g) for x, g in zip(xs, gs)],
                   [clone(x)._replace(grad=g) for x, g in zip(xs, gs)])
-    fused([x for x in ours if x.param.numel()], scalars(), 4)
-    adamw_reference(same, scalars(), 4)
+    fused([x for x in ours if x.param.numel()], h, 4)
+    adamw_reference(same, h, 4)
     for x, g, a, b in zip(xs, gs, ours, same):
         for before, mine, torchs, ref in zip(values(x), values(a), values(b), exact(x, g, 4)):
             # where terms cancel, in a tensor of one value, their rounding is left
@@ -158,7 +162,7 @@ def test_kernel_multiplier_skip_and_maximize(rng_seed):
     tensors = TensorList([still])
     adamw_fused(tensors, tensors.grad_pointers([g]), scalars(), step, half, torch.ones((), device=DEVICE))
     assert step == 3  # a skipped step does not count
-    for name, t, u in zip(Operands._fields, still, x): assert name == "grad" or torch.equal(t, u), name
+    for name in COLUMNS: assert torch.equal(getattr(still, name), getattr(x, name)), name
 
 
 @kernel
@@ -169,7 +173,7 @@ def test_kernel_unaligned_views(rng_seed):
     buffer = torch.randn(2103, device=DEVICE).bfloat16()
     a, b = clone(x)._replace(grad=buffer[3:]), clone(x)._replace(grad=buffer[3:].clone())
     for y in a, b: fused([y], scalars(), 4)
-    for s, t in zip(a, b): assert torch.equal(s, t)
+    for name in COLUMNS: assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
 @kernel
@@ -199,22 +203,23 @@ def _round_both(x, a, b, DTYPE: tl.constexpr):
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under the interpreter")
 @pytest.mark.parametrize("param,bits,quantize", [("bf16", 8, True), ("fp16", 16, True), ("fp32", 0, False)])
-def test_compiles_for_hopper_without_spills(param, bits, quantize, tmp_path):
+@pytest.mark.parametrize("dithered", [False, True])
+def test_compiles_for_hopper_without_spills(param, bits, quantize, dithered, tmp_path):
     "Triton brings its own assembler: no GPU is needed to see what one would run."
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from flashoptim_nb.optim.adamw_kernel import adamw_kernel
-    from flashoptim_nb.optim.multi_tensor import BLOCK, WARPS
+    from flashoptim_nb.optim.multi_tensor import BLOCK, REGISTERS, WARPS
 
     dtype = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[param]
     flags = dict(PARAM=dtype, GRAD=dtype, BITS=bits, QUANTIZED=quantize, COMPANDED=True, L2=False, MAXIMIZE=False,
-                 FLOOR=False, ALIGNED=True, MASK=0, BLOCK=BLOCK)
+                 FLOOR=False, DITHERED=dithered, SHIFTED=False, ALIGNED=True, MASK=0, BLOCK=BLOCK)
     types = (dict(rows="*i64", grads="*i64", blocks="*i32", step_scalars="*fp32")
              | dict.fromkeys(("weight1", "beta1", "weight2", "beta2", "eps", "l2"), "fp32"))
     signature = types | dict.fromkeys(flags, "constexpr")
     source = ASTSource(fn=adamw_kernel, signature=signature,
                        constexprs={(list(signature).index(k),): v for k, v in flags.items()}, attrs={})
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=WARPS, maxnreg=REGISTERS if dithered else None))
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.exists(): pytest.skip("this build of Triton has no cuobjdump")
     (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
