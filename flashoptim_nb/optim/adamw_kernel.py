@@ -141,7 +141,7 @@ def adamw_kernel(
         of_theta, of_m, of_v = block_dithers(step_scalars, row, first, at, SHIFTED)
     else:
         of_theta, of_m, of_v = 1.5, 1.5, 1.5
-    store_weights(param, error_bits, theta, mask, PARAM, BITS, MASK, of_theta)
+    store_weights(param, error_bits, theta, mask, PARAM, BITS, MASK, of_theta, DITHERED)
     if QUANTIZED:
         m, scale = encode_m(m, COMPANDED, of_m, DITHERED)
         store(m_scale, scale, group_mask, MASK)

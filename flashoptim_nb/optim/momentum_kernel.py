@@ -122,7 +122,7 @@ def momentum_kernel(
     else:
         of_theta, of_m = 1.5, 1.5
     store_weights(param, error_bits, tl.fma(u, -tl.load(step_scalars + 5), theta * tl.load(step_scalars + 4)), mask,
-                  PARAM, BITS, MASK, of_theta)
+                  PARAM, BITS, MASK, of_theta, DITHERED)
     if KEPT:
         if QUANTIZED:
             m, scale = encode_m(m, COMPANDED, of_m, DITHERED)

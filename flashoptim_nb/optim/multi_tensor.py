@@ -320,6 +320,7 @@ def load_weights(param, error_bits, mask, PARAM: tl.constexpr, BITS: tl.constexp
 @triton.jit
 def store_weights(
     param, error_bits, theta, mask, PARAM: tl.constexpr, BITS: tl.constexpr, MASK: tl.constexpr, dither=1.5,
+    DITHERED: tl.constexpr = False,
 ):
     "fp32 weights into a parameter and, with BITS, its error bits."
     if PARAM == tl.float32:
@@ -327,7 +328,7 @@ def store_weights(
     else:
         narrow = round_narrow(theta, PARAM)
         store(param, narrow, mask, MASK)
-        if BITS != 0: store(error_bits, encode_tile(theta, narrow, BITS, PARAM, dither), mask, MASK)
+        if BITS != 0: store(error_bits, encode_tile(theta, narrow, BITS, PARAM, dither, DITHERED), mask, MASK)
 
 # %% ../../nbs/optim/02_multi_tensor.ipynb #6c971139
 PROGRAMS = 2048  # of the sum of squares: some for each multiprocessor, so that loads are always in flight

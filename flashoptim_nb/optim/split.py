@@ -171,16 +171,16 @@ def _inverse_bits(wide, E_MIN: tl.constexpr):
 
 # %% ../../nbs/optim/00_split.ipynb #031032e2
 @triton.jit
-def encode_tile(theta, narrow, BITS: tl.constexpr, DTYPE: tl.constexpr, dither=1.5):
+def encode_tile(theta, narrow, BITS: tl.constexpr, DTYPE: tl.constexpr, dither=1.5, DITHERED: tl.constexpr = False):
     """`compute_ecc_bits` on registers: fp32 theta and its `round_narrow` give error bits, int8 or int16;
-    int8 ones with the dither of `optim.rounding`, of which 1.5 rounds to the nearest."""
+    int8 ones DITHERED as `optim.rounding` says."""
     P: tl.constexpr = 11 if DTYPE == tl.float16 else 8
     E_MIN: tl.constexpr = 113 if DTYPE == tl.float16 else 1
     N: tl.constexpr = 127.0 if BITS == 8 else 32767.0
     wide = widen(narrow, DTYPE)
     inverse = _inverse_bits(wide, E_MIN).to(tl.float32, bitcast=True)
     ratio = (theta - wide) * inverse  # exact, and at most 2^(1-P)
-    if BITS == 8:
+    if BITS == 8 and DITHERED:
         unit: tl.constexpr = TILE_REACH / (127.0 * 2.0 ** (P - 1))
         ratio = ratio + (dither * unit - 1.5 * unit)
     code = tl.fma(ratio, N * 2.0 ** (P - 1), ROUND).to(tl.int32, bitcast=True)  # one rounding, also for N = 32767
