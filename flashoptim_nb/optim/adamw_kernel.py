@@ -16,10 +16,10 @@ import torch
 from .backend import tl, triton
 from .codec import (_code_m, _code_root, decode_m, decode_root, dequantize_m, dequantize_v, encode_m,
                                        encode_root, reciprocal, root)
-from flashoptim_nb.optim.multi_tensor import (
-    BLOCK, REGISTERS, TYPES, WARPS, GradPointers, TensorList, Operands, address, load, in_chunks, bounds_mask, jit_for_constants,
-    launch, load_weights, block_dithers, block_range, device_guard, store, read_weights, store_weights, block_offsets,
-    write_weights)
+from .multi_tensor import (
+    BLOCK, REGISTERS, TYPES, WARPS, GradPointers, TensorList, Operands, address, load, in_chunks, bounds_mask,
+    jit_for_constants, launch, load_weights, block_dithers, block_range, device_guard, store, read_weights,
+    store_weights, block_offsets, write_weights)
 from .rounding import dithers
 from .split import widen
 

@@ -20,7 +20,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from ..base.errors import UserError, choose, is_number
 from .backend import HAS_TRITON, warn_without_triton
-from .split import HALF_FORMATS, MAX_CODE, REACH
+from .split import HALF_FORMATS, MAX_CODE
 from .multi_tensor import read_weights, write_weights
 from .buckets import LIVE_OPTIMIZERS, ParamBucket, build_buckets, cached_buckets
 from .checks import (
@@ -451,7 +451,7 @@ def check_least_step(
         for p in params:
             if p not in opt._largest: opt._largest[p] = float(p.detach().abs().max()) if p.numel() else 0.0
             largest, bits = opt._largest[p], error_bit_width(p.dtype, opt.master_weight_bits)
-            share = (1 - REACH) / 2 if opt.rounding == "dithered" and bits == 8 else 1 / 2
+            share = (1 - HALF_FORMATS[p.dtype].reach) / 2 if opt.rounding == "dithered" and bits == 8 else 1 / 2
             if largest and 0 < float(group["lr"]) < (least := share * min_step(largest, p.dtype, bits)):
                 raise NumericsError(f"lr={float(group['lr']):.3g} cannot change weights of size {largest:.3g} in "
                                     f"{p.dtype} with master_weight_bits={opt.master_weight_bits}: "

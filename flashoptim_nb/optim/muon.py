@@ -27,6 +27,7 @@ from .multi_tensor import Launch, TensorList, device_guard, _kinds
 from flashoptim_nb.optim.muon_kernel import (
     MuonScalars, directions_fused, directions_reference, lr_ratio, moves_fused, moves_reference, newton_schulz,
     newton_schulz_stack)
+from .rounding import ROUNDING
 from .shards import dealt_out
 from .state_dict import StateError
 
@@ -227,19 +228,21 @@ class FlashMuon(FlashOptimizer):
         compress_state_dict: bool = True,  # state dicts have these bytes; False: fp32, for torch.optim to read
         master_weight_bits: int | None = 24,  # 24 in 3 bytes a weight; 32: one more, for small rates; None: no masters
         fused: bool | None = True,  # Triton launches where there is a GPU; False: plain PyTorch; None: as True
-        check_numerics: bool = False,  # refuse an lr too small to move the largest weights; waits for the GPU
+        check_numerics: bool = False,  # refuse an lr that rounds away and moments out of range; waits for the GPU
         decouple_lr: bool = False,  # weight decay as at the first lr, whatever a scheduler does; off, as in torch.optim
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
+        rounding: str = ROUNDING,  # of 8-bit codes: "dithered", so that errors cancel; "nearest", as the public package
     ):
         defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
                         ns_coefficients=ns_coefficients, eps=eps, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn,
                         algorithm=algorithm, betas=betas, maximize=maximize)
         super().__init__(params, defaults, quantize=quantize, compress_state_dict=compress_state_dict,
                          master_weight_bits=master_weight_bits, fused=fused, check_numerics=check_numerics,
-                         decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded)
+                         decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite, companded=companded,
+                         rounding=rounding)
 
     def add_param_group(self, param_group: dict):
         "As in torch.optim; a group that names AdamW has AdamW's eps unless it says another."
@@ -279,12 +282,13 @@ class FlashMuon(FlashOptimizer):
 
     def _scalars(self, group: dict) -> MuonScalars | AdamWScalars:
         "What is the same for every value of a step."
+        dithered = self.rounding == "dithered"
         if group["algorithm"] == "adamw":
             return AdamWScalars(group["lr"], *group["betas"], group["eps"], **self._decays(group),
-                                maximize=group["maximize"], companded=self.companded)
+                                maximize=group["maximize"], companded=self.companded, dithered=dithered)
         return MuonScalars(group["lr"], group["momentum"], group["nesterov"], self._decays(group)["weight_decay"],
                            tuple(group["ns_coefficients"]), group["eps"], group["ns_steps"], group["adjust_lr_fn"],
-                           group["maximize"], self.companded)
+                           group["maximize"], self.companded, dithered)
 
     def _update(
         self,
@@ -300,13 +304,13 @@ class FlashMuon(FlashOptimizer):
         for each in plan.rounds:
             members, scratch = plan.members(each), plan.scratch(each, bucket.device)
             place = lambda i: slice(plan.places[i], plan.places[i] + plan.sizes[i])
-            directions_reference([operands[i]._replace(v=scratch[place(i)]) for i in members], h, multiplier)
+            directions_reference([operands[i]._replace(v=scratch[place(i)]) for i in members], h, multiplier, t)
             whole = plan.gathered(each, scratch)
             if whole is not None:
                 whole = torch.stack([newton_schulz(u, h.coefficients, h.ns_steps, h.eps) for u in whole])
             moved = plan.returned(each, whole, scratch)
             moves_reference([operands[i]._replace(v=moved[place(i)]) for i in members], h,
-                            [plan.ratios[i] for i in members])
+                            [plan.ratios[i] for i in members], t)
 
     def _update_fused(self, bucket: ParamBucket, group: dict, scaling: GradScaling):
         "The same with kernels; the step is counted where its counter lies."
@@ -324,7 +328,8 @@ class FlashMuon(FlashOptimizer):
                 directions_fused(tensors, grads, launches, places, scratch, h, scalars)
                 whole = plan.gathered(each, scratch)
                 if whole is not None: whole = newton_schulz_stack(whole, h.coefficients, h.ns_steps, h.eps)
-                moves_fused(tensors, launches, places, ratios, plan.returned(each, whole, scratch), scalars)
+                moves_fused(tensors, launches, places, ratios, plan.returned(each, whole, scratch), scalars,
+                            h.dithered)
 
     def public_state_dict(self) -> dict:
         "Raises `StateError`: the public package has no Muon."

@@ -18,8 +18,9 @@ from .backend import INTERPRETED, tl, triton
 from .codec import _code_m, decode_m, dequantize_m, encode_m
 from flashoptim_nb.optim.multi_tensor import (
     BLOCK, TYPES, WARPS, GradPointers, Launch, TensorList, Operands, address, block_offsets, block_range, bounds_mask,
-    device_guard, in_chunks, jit_for_constants, launch, load, load_weights, read_weights, store, store_weights,
-    write_weights)
+    block_dithers, device_guard, in_chunks, jit_for_constants, launch, load, load_weights, read_weights, store,
+    store_weights, write_weights)
+from .rounding import dithers
 from .split import round_narrow, widen
 
 # %% ../../nbs/optim/20_muon_kernel.ipynb #67c6d0ef
@@ -35,6 +36,7 @@ class MuonScalars(NamedTuple):
     adjust_lr_fn: str | None = None  # the shape's factor: see `lr_ratio`
     maximize: bool = False
     companded: bool = True  # False: the momentum's linear code, for comparison
+    dithered: bool = False  # how codes are rounded: as `optim.rounding` says, or to the nearest
 
 
 def lr_ratio(
@@ -68,8 +70,10 @@ def newton_schulz(
 # %% ../../nbs/optim/20_muon_kernel.ipynb #375d0cfb
 def _direction_chunk(
     x: Operands,  # one chunk; v is where its direction goes, bf16
+    spans: list[tuple[int, int]],  # of its tensors
     h: MuonScalars,
     multiplier: torch.Tensor | None,  # 0-d factor of the gradient, or None for 1
+    t: float,  # the step's number, from 1
 ):
     "Advances the momentum of one chunk and forms the direction."
     g = x.grad.to(torch.float32, copy=True)
@@ -79,7 +83,7 @@ def _direction_chunk(
     m.lerp_(g, 1 - h.momentum)
     x.v.copy_(g.lerp_(m, h.momentum) if h.nesterov else m)
     if x.m_scale is None: return
-    code, scale = _code_m(m, h.companded)
+    code, scale = _code_m(m, h.companded, dithers(t, spans, m.device)[1] if h.dithered else None)
     x.m.copy_(code.view(-1)[:x.m.numel()]); x.m_scale.copy_(scale)
 
 
@@ -87,24 +91,27 @@ def directions_reference(
     operands: Sequence[Operands],  # same dtypes throughout, any device; v: bf16, out
     h: MuonScalars,
     multiplier: torch.Tensor | None = None,  # 0-d fp32 factor of every gradient: clipping, inverse loss scale
+    t: float = 1.0,  # the step's number, for dithered codes
 ):
     "Momentum and direction of many matrices in plain PyTorch; momentum in place."
-    in_chunks(lambda x: _direction_chunk(x, h, multiplier), operands)
+    in_chunks(lambda x, spans: _direction_chunk(x, spans, h, multiplier, t), operands)
 
 
-def _move_chunk(x, h, ratio):
+def _move_chunk(x, spans, h, ratio, t):
     "Moves one chunk of weights along its direction, which is in v."
     theta, lr = read_weights(x), float(h.lr)
-    write_weights(x, theta.mul_(1 - lr * h.weight_decay).add_(x.v, alpha=-lr * ratio))
+    write_weights(x, theta.mul_(1 - lr * h.weight_decay).add_(x.v, alpha=-lr * ratio),
+                  dithers(t, spans, theta.device)[0] if h.dithered else None)
 
 
 def moves_reference(
     operands: Sequence[Operands],  # same dtypes throughout, any device; v: bf16, orthogonal
     h: MuonScalars,
     ratios: Sequence[float],  # of `lr_ratio`, one for each
+    t: float = 1.0,  # the step's number, for dithered codes
 ):
     "Moves many matrices in plain PyTorch, in place."
-    for x, ratio in zip(operands, ratios): in_chunks(lambda chunk: _move_chunk(chunk, h, ratio), [x])
+    for x, ratio in zip(operands, ratios): in_chunks(lambda chunk, spans: _move_chunk(chunk, spans, h, ratio, t), [x])
 
 # %% ../../nbs/optim/20_muon_kernel.ipynb #8c6b578e
 def muon_reference(
@@ -112,13 +119,14 @@ def muon_reference(
     shapes: Sequence[tuple[int, int]],  # theirs
     h: MuonScalars,
     multiplier: torch.Tensor | None = None,  # 0-d fp32 factor of every gradient
+    t: float = 1.0,  # the step's number, for dithered codes
 ):
     "One step of Muon of many matrices in plain PyTorch, in place, one after the other."
     for x, shape in zip(operands, shapes):
         x = x._replace(v=torch.empty_like(x.param, dtype=torch.bfloat16))
-        directions_reference([x], h, multiplier)
+        directions_reference([x], h, multiplier, t)
         x.v.copy_(newton_schulz(x.v.view(shape), h.coefficients, h.ns_steps, h.eps).reshape(-1))
-        moves_reference([x], h, [lr_ratio(shape, h.adjust_lr_fn)])
+        moves_reference([x], h, [lr_ratio(shape, h.adjust_lr_fn)], t)
 
 # %% ../../nbs/optim/20_muon_kernel.ipynb #a6b5128d
 @jit_for_constants
@@ -129,7 +137,8 @@ def directions_kernel(
     step_scalars,  # fp32 (8,), of `step_scalars_kernel`
     momentum,
     NESTEROV: tl.constexpr, GRAD: tl.constexpr, QUANTIZED: tl.constexpr, COMPANDED: tl.constexpr,
-    MAXIMIZE: tl.constexpr, ALIGNED: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
+    MAXIMIZE: tl.constexpr, DITHERED: tl.constexpr, SHIFTED: tl.constexpr, ALIGNED: tl.constexpr, MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     "Momentum and direction of many matrices: program i takes the block that `blocks[i]` names."
     if tl.load(step_scalars + 3) != 0.0: return
@@ -149,7 +158,8 @@ def directions_kernel(
     store(in_scratch(directions, tl.load(places + tensor) + first, ALIGNED) + at, round_narrow(u, tl.bfloat16), mask,
           MASK)
     if QUANTIZED:
-        m, scale = encode_m(m, COMPANDED)
+        of_m = block_dithers(step_scalars, row, first, at, SHIFTED)[1] if DITHERED else 1.5
+        m, scale = encode_m(m, COMPANDED, of_m, DITHERED)
         store(m_scale, scale, group_mask, MASK)
     store(m_at, m, mask, MASK)
 
@@ -166,7 +176,8 @@ def moves_kernel(
     places, ratios,  # int64 and fp32 (tensors,): where each one's direction begins, and its factor of lr
     directions,  # bf16, orthogonal
     step_scalars,  # fp32 (8,), of `step_scalars_kernel`
-    PARAM: tl.constexpr, BITS: tl.constexpr, ALIGNED: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
+    PARAM: tl.constexpr, BITS: tl.constexpr, DITHERED: tl.constexpr, SHIFTED: tl.constexpr, ALIGNED: tl.constexpr,
+    MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     "Moves many matrices along their directions: program i takes the block that `blocks[i]` names."
     if tl.load(step_scalars + 3) != 0.0: return
@@ -178,7 +189,9 @@ def moves_kernel(
     theta = load_weights(param, error_bits, mask, PARAM, BITS, MASK)
     o = widen(load(in_scratch(directions, tl.load(places + tensor) + first, ALIGNED) + at, mask, MASK), tl.bfloat16)
     rate = tl.load(step_scalars + 5) * tl.load(ratios + tensor)
-    store_weights(param, error_bits, tl.fma(o, -rate, theta * tl.load(step_scalars + 4)), mask, PARAM, BITS, MASK)
+    of_theta = block_dithers(step_scalars, row, first, at, SHIFTED)[0] if DITHERED else 1.5
+    store_weights(param, error_bits, tl.fma(o, -rate, theta * tl.load(step_scalars + 4)), mask, PARAM, BITS, MASK,
+                  of_theta, DITHERED)
 
 # %% ../../nbs/optim/20_muon_kernel.ipynb #81090bbe
 def directions_fused(
@@ -195,7 +208,8 @@ def directions_fused(
         launch(directions_kernel, share.blocks.shape[0],
                (tensors.rows, grads.addresses, share.blocks, places, directions, step_scalars, float(h.momentum)),
                dict(NESTEROV=bool(h.nesterov), GRAD=grads.dtype, QUANTIZED=tensors.first.m_scale is not None,
-                    COMPANDED=h.companded, MAXIMIZE=h.maximize, ALIGNED=share.ALIGNED, MASK=share.MASK, BLOCK=BLOCK),
+                    COMPANDED=h.companded, MAXIMIZE=h.maximize, DITHERED=h.dithered,
+                    SHIFTED=h.dithered and tensors.shifted, ALIGNED=share.ALIGNED, MASK=share.MASK, BLOCK=BLOCK),
                WARPS)
 
 
@@ -206,6 +220,7 @@ def moves_fused(
     ratios: torch.Tensor,  # fp32 (tensors,) on the device
     directions: torch.Tensor,  # flat bf16 scratch, orthogonal
     step_scalars: torch.Tensor,  # fp32 (8,), of `tensors.step_scalars`
+    dithered: bool = False,  # error bits
 ):
     "`moves_reference` in one launch for all matrices of a round."
     x = tensors.first
@@ -213,7 +228,7 @@ def moves_fused(
         launch(moves_kernel, share.blocks.shape[0],
                (tensors.rows, share.blocks, places, ratios, directions, step_scalars),
                dict(PARAM=TYPES[x.param.dtype], BITS=0 if x.error_bits is None else 8 * x.error_bits.element_size(),
-                    ALIGNED=share.ALIGNED, MASK=share.MASK, BLOCK=BLOCK), WARPS)
+                    DITHERED=dithered, SHIFTED=dithered and tensors.shifted, ALIGNED=share.ALIGNED, MASK=share.MASK, BLOCK=BLOCK), WARPS)
 
 # %% ../../nbs/optim/20_muon_kernel.ipynb #aa56bbec
 GEMM = dict(BLOCK=128, DEPTH=64)  # a tile's side, and how deep it goes at a time

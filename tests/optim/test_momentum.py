@@ -76,12 +76,13 @@ def test_reference_against_float64(rule, dtype, bits, quantize, rng_seed):
 
 
 @kernel
+@pytest.mark.parametrize("dithered", [False, True])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype,bits,quantize",
                          [(torch.bfloat16, 8, True), (torch.bfloat16, 16, False), (torch.float16, 8, True),
                           (torch.float32, None, True), (torch.float32, None, False)])
-def test_kernel_errs_at_most_twice_as_much(rule, dtype, bits, quantize, rng_seed):
-    h, sizes = RULES[rule], [5000, 4096, 48, 33, 1, 2048]
+def test_kernel_errs_at_most_twice_as_much(rule, dtype, bits, quantize, dithered, rng_seed):
+    h, sizes = RULES[rule]._replace(dithered=dithered), [5000, 4096, 48, 33, 1, 2048]
     xs = [aged(n, dtype, bits, quantize, h) for n in sizes]
     gs = [torch.randn(n, device=DEVICE).to(dtype) for n in sizes]
     ours, same = [clone(x) for x in xs], [clone(x)._replace(grad=g) for x, g in zip(xs, gs)]

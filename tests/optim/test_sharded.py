@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from flashoptim_nb import optim
 
 kind, where = sys.argv[1:]
@@ -61,6 +62,21 @@ for name, options in (("FlashAdamW", {}), ("FlashSGD", dict(momentum=0.9)), ("Fl
         set_optimizer_state_dict(a, oc, state)
         assert same(oa, oc), name
         assert all(torch.equal(p, q) for p, q in zip(kept, whole(a))), "loading a state moved the weights"
+
+# dithers know the place in the whole: shards of whole groups have the codes of the whole, and others its error bits
+from flashoptim_nb.optim.shards import first_place
+for rows, columns, quantize in ((5, 64, True), (1, 32, True), (7, 5, False)):
+    torch.manual_seed(1)
+    start, grads = torch.randn(rows, columns, device=kind).bfloat16(), torch.randn(4, rows, columns, device=kind).bfloat16()
+    p, q = nn.Parameter(distribute_tensor(start, mesh, [Shard(0)])), nn.Parameter(start.clone())
+    a, b = (optim.FlashAdamW([x], lr=1e-3, rounding="dithered", quantize=quantize) for x in (p, q))
+    assert first_place(p) == (0 if rank == 0 or rows == 1 else (rows + 1) // 2 * columns)
+    for g in grads:
+        p.grad, q.grad = distribute_tensor(g, mesh, [Shard(0)]), g
+        a.step(), b.step()
+    assert torch.equal(p.full_tensor(), q), rows
+    for key in a.state[p].keys() - {"step"}:
+        if not key.endswith("scales"): assert torch.equal(a.state[p][key].full_tensor(), b.state[q][key]), (rows, key)
 
 # one bad gradient on one rank: nobody steps
 model = sharded(torch.float32)
