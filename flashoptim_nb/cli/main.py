@@ -37,10 +37,12 @@ def _studies(given: list[str]) -> list[Path]:
             else list(study_folders(record_folders()).values()))
 
 # %% ../../nbs/cli/02_main.ipynb #ba429dc0
-_STUDY, _LM = EXTRAS["study"], (*EXTRAS["study"], "tokenizers")
+_STUDY = EXTRAS["study"]
+_PLAIN = tuple(name for name in _STUDY if name != "z3")  # z3 solves the second study's instances alone
+_LM = (*_PLAIN, "tokenizers")
 _NEEDS = {  # command -> modules beyond the package's own requirements
-    "fit": (), "doctor": (), "verdict": _STUDY, "check": _STUDY, "bench": _STUDY, "quality": _LM, "run h1": _LM,
-    "run h2": _STUDY, "book": _STUDY + EXTRAS["book"]}
+    "fit": (), "doctor": (), "verdict": _PLAIN, "check": _PLAIN, "bench": _PLAIN, "quality": _LM, "run h1": _LM,
+    "run h2": _PLAIN, "book": _STUDY + EXTRAS["book"]}
 
 def _check_packages(args):
     "Raises `UserError` with all that a command needs and that is not installed, before anything is begun."
@@ -48,7 +50,7 @@ def _check_packages(args):
     if name == "book":
         from flashoptim_nb.base.machine import repo_root
         repo_root()  # the notebooks
-    if lacks := absent(_NEEDS.get(name, _STUDY)): raise missing_module(*lacks, what=f"`flashoptim-nb {name}`")
+    if lacks := absent(_NEEDS.get(name, _PLAIN)): raise missing_module(*lacks, what=f"`flashoptim-nb {name}`")
 
 def _check_surroundings(args):
     """Raises `UserError` for a place that cannot be written to and for a variable of this package that does not hold

@@ -25,7 +25,7 @@ WEIGHT_BYTES = {  # format -> bytes of a weight, its gradient, its error bits, a
     "split24_norms32": dict(weights=2, gradients=2, masters=1, copies=0),  # but for the few weights of normalizations
 }
 _INT8 = 2 + 2 * 2 / 32  # two codes, and an fp16 scale for each 32 of them
-STATE_BYTES = {"fp32": 8, "bf16": 4, "int8": _INT8, "int8_linear": _INT8}  # AdamW's two
+STATE_BYTES = {"fp32": 8, "bf16": 4, "int8": _INT8, "int8_linear": _INT8, "int8_dithered": _INT8}  # AdamW's two
 
 # %% ../../nbs/train/00_config.ipynb #e711b122
 def bytes_per_parameter(
@@ -55,7 +55,8 @@ class TrainConfig(Config):
     fused: bool = False  # the optimizer steps by torch's fused kernel, or by this package's Triton kernel
     weights: str = "fp32"  # a name of `WEIGHT_BYTES`: fp32; fp32_stream16 (with bf16 between the layers);
     # bf16 (no masters); split24 (bf16 and 8 error bits); split24_norms32 (the norms' in fp32)
-    states: str = "fp32"  # of `STATE_BYTES`: fp32; bf16; int8 (companded); int8_linear (not, for comparison)
+    states: str = "fp32"  # of `STATE_BYTES`: fp32; bf16; int8 (companded); int8_linear (not, for comparison);
+    # int8_dithered (companded, codes rounded with a dither)
     release: bool = False  # gradients are used and freed inside the backward pass
     autocast: str = "bf16"  # over fp32 weights, matrix products in bf16 or fp16; "": in fp32
     checkpointing: str = "none"  # none, selective, full, or "least": the least of these that fits

@@ -112,6 +112,7 @@ _LION = dict(rule="lion", rates=dict(lr=1e-5, betas=(0.9, 0.99), weight_decay=0.
 _MUON = dict(rule="muon", rates=dict(
     lr=1e-4, momentum=0.95, weight_decay=0.1, betas=(0.9, 0.95), adjust_lr_fn="match_rms_adamw"))
 _SPLIT = dict(weights="split24", states="int8")
+_DITHERED = dict(weights="split24", states="int8_dithered")
 _flash_adamw = partial(OptimizerRow, path="flashoptim_nb.optim.FlashAdamW", **_ADAMW)
 _torch_adamw = partial(OptimizerRow, path="torch.optim.AdamW", dtype=torch.float32, **_ADAMW)
 _flash_lion = partial(OptimizerRow, path="flashoptim_nb.optim.FlashLion", **_LION)
@@ -122,6 +123,11 @@ OPTIMIZERS = {row.name: row for row in (
     # AdamW in this package's formats
     _flash_adamw(name="flash_adamw", label="FlashAdamW", formats=_SPLIT,
                  baselines=("adamw", "adamw_stream16"), colour="#d55e00", help="split weights, 8-bit states"),
+    _flash_adamw(name="flash_adamw_dithered", formats=_formats("flash_adamw", **_DITHERED),
+                 baselines=("adamw", "flash_adamw"), colour="#6a3d9a", help="the same, codes rounded with a dither"),
+    _flash_adamw(name="flash_adamw_dithered_norms32",
+                 formats=_formats("flash_adamw", weights="split24_norms32", states="int8_dithered"),
+                 baselines=("adamw", "flash_adamw_dithered"), colour="#9e9ac8", help="and norms' weights in fp32"),
     _flash_adamw(name="flash_adamw_linear", formats=_formats("flash_adamw", weights="split24", states="int8_linear"),
                  baselines=("adamw", "flash_adamw"), colour="#0072b2", help="its states not companded"),
     _flash_adamw(name="flash_adamw_states", formats=_formats("flash_adamw", states="int8"),
@@ -158,6 +164,8 @@ OPTIMIZERS = {row.name: row for row in (
     _flash_lion(name="lion", formats=_formats("flash_lion"), colour="#56b4e9", help="over fp32 weights and states"),
     _flash_lion(name="flash_lion", label="FlashLion", formats=_SPLIT,
                 baselines=("lion",), colour="#009e73", help="split weights, 8-bit states"),
+    _flash_lion(name="flash_lion_dithered", formats=_formats("flash_lion", **_DITHERED), baselines=("lion", "flash_lion"),
+                colour="#6a3d9a", help="the same, codes rounded with a dither"),
     # Muon for matrices, AdamW for the rest
     OptimizerRow(name="muon", path="flashoptim_nb.train.optimizers.MuonAdamW", package="torch", **_MUON,
                  label="torch Muon", dtype=torch.float32, options=dict(fused=True), formats={}, colour="#8c564b",
@@ -194,6 +202,7 @@ def _own_options(config: TrainConfig, recipe: Recipe) -> dict:
     "What this package's classes are asked for."
     return dict(fused=config.fused, max_norm=recipe.clip, quantize=config.states.startswith("int8"),
                 companded=config.states != "int8_linear",
+                rounding="dithered" if config.states == "int8_dithered" else "nearest",
                 master_weight_bits=24 if config.weights.startswith("split24") else None)
 
 # %% ../../nbs/train/01_optimizers.ipynb #222990a6
