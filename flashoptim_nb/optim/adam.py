@@ -22,7 +22,11 @@ from .rounding import ROUNDING
 # %% ../../nbs/optim/10_adam.ipynb #968bf0b2
 class FlashAdam(FlashOptimizer):
     """Adam (arXiv 1412.6980), its weight decay part of the gradient, on split weights and companded 8-bit moments
-    (arXiv 2602.23349); raises `OptionError` for arguments that cannot work."""
+    (arXiv 2602.23349); raises `OptionError` for arguments that cannot work.
+
+        cast_model(model)  # bf16 weights, in place
+        optimizer = FlashAdam(model.parameters(), lr=1e-3)
+    """
 
     moments = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
     decoupled = False
@@ -32,7 +36,7 @@ class FlashAdam(FlashOptimizer):
         self,
         params: Iterable,  # parameters or groups: bf16, fp16 or fp32, any shapes, CPU or CUDA
         lr: float | torch.Tensor = 1e-3,  # learning rate; a tensor is read at each step, where it lies
-        betas: tuple[float, float] = (0.9, 0.999),  # decay rates of the two moments, as in the paper
+        betas: tuple[float, float] = (0.9, 0.999),  # share of each moment that stays: memories of 10 and 1000 steps
         eps: float = 1e-8,  # added to the root of the second moment, so that nothing is divided by zero
         weight_decay: float = 0.0,  # times the weights, added to the gradient; none, as in torch.optim
         amsgrad: bool = False,  # not available: a third moment
@@ -46,13 +50,17 @@ class FlashAdam(FlashOptimizer):
         master_weight_bits: int | None = 24,  # 24 in 3 bytes a weight; 32: one more, for small rates; None: no masters
         fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
         check_numerics: bool = False,  # refuse an lr that rounds away and moments out of range; waits for the GPU
-        decouple_lr: bool = False,  # of the class with a W: here weight decay is part of the gradient
+        decouple_lr: bool = False,  # True is refused: weight decay is in the gradient here; use the class with a W
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
-        offload_states: bool = False,  # states and error bits in the host's memory, streamed through the step
-        rounding: str = ROUNDING,  # of 8-bit codes: "dithered", so that errors cancel; "nearest", as the public package
+        # states and error bits in the host's pinned memory, streamed through each step: for models that do not fit
+        # otherwise; costs 3.1 bytes a value there, and a step takes at least as long as these need over the link
+        offload_states: bool = False,
+        # of 8-bit codes after a step: "nearest", as the public package, loses what is below half a code; "dithered" has
+        # such errors cancel over steps: for small rates and rare gradients, at the price of noisier second moments
+        rounding: str = ROUNDING,
     ):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize,
                         foreach=foreach, capturable=capturable, differentiable=differentiable)
@@ -97,7 +105,11 @@ class FlashAdam(FlashOptimizer):
 # %% ../../nbs/optim/10_adam.ipynb #a6cbeafe
 class FlashAdamW(FlashAdam):
     """AdamW (arXiv 1711.05101), with `FlashAdam`'s arguments and formats: weight decay shrinks the weights
-    by 1 - lr * weight_decay, or with `decouple_lr` by 1 - weight_decay * lr / initial lr."""
+    by 1 - lr * weight_decay, or with `decouple_lr` by 1 - weight_decay * lr / initial lr.
+
+        cast_model(model)  # bf16 weights, in place
+        optimizer = FlashAdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    """
 
     decoupled = True
 
@@ -106,7 +118,7 @@ class FlashAdamW(FlashAdam):
         self,
         params: Iterable,  # parameters or groups: bf16, fp16 or fp32, any shapes, CPU or CUDA
         lr: float | torch.Tensor = 1e-3,  # learning rate; a tensor is read at each step, where it lies
-        betas: tuple[float, float] = (0.9, 0.999),  # decay rates of the two moments, as in the paper
+        betas: tuple[float, float] = (0.9, 0.999),  # share of each moment that stays: memories of 10 and 1000 steps
         eps: float = 1e-8,  # added to the root of the second moment, so that nothing is divided by zero
         weight_decay: float = 1e-2,  # share of the weights that is taken off, times lr; 0.01, as in torch.optim
         amsgrad: bool = False,  # not available: a third moment
@@ -120,13 +132,17 @@ class FlashAdamW(FlashAdam):
         master_weight_bits: int | None = 24,  # 24 in 3 bytes a weight; 32: one more, for small rates; None: no masters
         fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
         check_numerics: bool = False,  # refuse an lr that rounds away and moments out of range; waits for the GPU
-        decouple_lr: bool = False,  # weight decay as at the first lr, whatever a scheduler does; off, as in torch.optim
+        decouple_lr: bool = False,  # decay by weight_decay * lr / first lr, so that the two are chosen apart
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
-        offload_states: bool = False,  # states and error bits in the host's memory, streamed through the step
-        rounding: str = ROUNDING,  # of 8-bit codes: "dithered", so that errors cancel; "nearest", as the public package
+        # states and error bits in the host's pinned memory, streamed through each step: for models that do not fit
+        # otherwise; costs 3.1 bytes a value there, and a step takes at least as long as these need over the link
+        offload_states: bool = False,
+        # of 8-bit codes after a step: "nearest", as the public package, loses what is below half a code; "dithered" has
+        # such errors cancel over steps: for small rates and rare gradients, at the price of noisier second moments
+        rounding: str = ROUNDING,
     ):
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable,

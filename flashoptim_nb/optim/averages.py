@@ -50,7 +50,11 @@ def _masters(opt, params):
 
 # %% ../../nbs/optim/14_averages.ipynb #09a10008
 class AveragedMasters:
-    "The average of a model's weights over the updates, in fp32: exponential, or uniform with `decay=None`."
+    """The average of a model's weights over the updates, in fp32: exponential, or uniform with `decay=None`.
+
+        average = AveragedMasters(optimizer, model)
+        average.update()  # after each optimizer.step()
+    """
 
     @explained
     def __init__(

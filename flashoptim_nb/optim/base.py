@@ -147,13 +147,17 @@ class FlashOptimizer(Optimizer):
         master_weight_bits: int | None = 24,  # 24 in 3 bytes a weight; 32: one more, for small rates; None: no masters
         fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
         check_numerics: bool = False,  # refuse an lr that rounds away and moments out of range; waits for the GPU
-        decouple_lr: bool = False,  # weight decay as at the first lr, whatever a scheduler does; off, as in torch.optim
+        decouple_lr: bool = False,  # decay by weight_decay * lr / first lr, so that the two are chosen apart
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
-        offload_states: bool = False,  # states and error bits in the host's memory, streamed through the step
-        rounding: str = ROUNDING,  # of 8-bit codes: "dithered", so that errors cancel; "nearest", as the public package
+        # states and error bits in the host's pinned memory, streamed through each step: for models that do not fit
+        # otherwise; costs 3.1 bytes a value there, and a step takes at least as long as these need over the link
+        offload_states: bool = False,
+        # of 8-bit codes after a step: "nearest", as the public package, loses what is below half a code; "dithered" has
+        # such errors cancel over steps: for small rates and rare gradients, at the price of noisier second moments
+        rounding: str = ROUNDING,
     ):
         if isinstance(params, torch.nn.Module):
             raise ParametersError(f"a whole {type(params).__name__}: give its parameters, model.parameters()")

@@ -256,7 +256,13 @@ def cast_model(
     cast_buffers: Sequence[str | torch.Tensor] | None = None,
 ) -> None:
     """Casts a model for training with a Flash optimizer; what is tied or shares memory goes on so.
-    Raises `UserError`, with nothing changed, for what cannot be cast and for names that match nothing."""
+    Raises `UserError`, with nothing changed, for what cannot be cast and for names that match nothing.
+
+    Usage::
+
+    >>> cast_model(model)
+    >>> optimizer = FlashAdamW(model.parameters(), lr=1e-3)
+    """
     _check(model)
     if dtype not in (torch.bfloat16, torch.float16):
         raise UserError(f"cast_model to {dtype}: choose torch.bfloat16 or torch.float16")

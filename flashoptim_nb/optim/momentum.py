@@ -41,7 +41,11 @@ class _Momentum(FlashOptimizer):
 # %% ../../nbs/optim/11_momentum.ipynb #dca87874
 class FlashSGD(_Momentum):
     """SGD as `torch.optim.SGD`, its weight decay part of the gradient, on split weights and a companded 8-bit momentum
-    (arXiv 2602.23349); raises `OptionError` for arguments that cannot work."""
+    (arXiv 2602.23349); raises `OptionError` for arguments that cannot work.
+
+        cast_model(model)  # bf16 weights, in place
+        optimizer = FlashSGD(model.parameters(), lr=0.1, momentum=0.9)
+    """
 
     moments = {"momentum_buffer": torch.int8}
     decoupled = False
@@ -51,8 +55,8 @@ class FlashSGD(_Momentum):
         self,
         params: Iterable,  # parameters or groups: bf16, fp16 or fp32, any shapes, CPU or CUDA
         lr: float | torch.Tensor = 1e-3,  # learning rate; a tensor is read at each step, where it lies
-        momentum: float = 0.0,  # share of the momentum that stays; none is kept at 0, as in torch.optim
-        dampening: float = 0.0,  # of the gradient on its way into the momentum, but for the first step
+        momentum: float = 0.0,  # share that stays at a step: 0.9 remembers 10 steps; 0 keeps none, a byte less
+        dampening: float = 0.0,  # share of each gradient after the first that the momentum leaves out
         weight_decay: float = 0.0,  # times the weights, added to the gradient
         nesterov: bool = False,  # look ahead; wants momentum and no dampening
         *,
@@ -64,13 +68,17 @@ class FlashSGD(_Momentum):
         master_weight_bits: int | None = 24,  # 24 in 3 bytes a weight; 32: one more, for small rates; None: no masters
         fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
         check_numerics: bool = False,  # refuse an lr that rounds away and moments out of range; waits for the GPU
-        decouple_lr: bool = False,  # of the class with a W: here weight decay is part of the gradient
+        decouple_lr: bool = False,  # True is refused: weight decay is in the gradient here; use the class with a W
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
-        offload_states: bool = False,  # states and error bits in the host's memory, streamed through the step
-        rounding: str = ROUNDING,  # of 8-bit codes: "dithered", so that errors cancel; "nearest", as the public package
+        # states and error bits in the host's pinned memory, streamed through each step: for models that do not fit
+        # otherwise; costs 3.1 bytes a value there, and a step takes at least as long as these need over the link
+        offload_states: bool = False,
+        # of 8-bit codes after a step: "nearest", as the public package, loses what is below half a code; "dithered" has
+        # such errors cancel over steps: for small rates and rare gradients, at the price of noisier second moments
+        rounding: str = ROUNDING,
     ):
         defaults = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov,
                         maximize=maximize, foreach=foreach, differentiable=differentiable)
@@ -104,7 +112,11 @@ class FlashSGD(_Momentum):
 # %% ../../nbs/optim/11_momentum.ipynb #dd68755d
 class FlashSGDW(FlashSGD):
     """SGD whose weight decay shrinks the weights by 1 - lr * weight_decay,
-    or with `decouple_lr` by 1 - weight_decay * lr / initial lr."""
+    or with `decouple_lr` by 1 - weight_decay * lr / initial lr.
+
+        cast_model(model)  # bf16 weights, in place
+        optimizer = FlashSGDW(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    """
 
     decoupled = True
 
@@ -113,8 +125,8 @@ class FlashSGDW(FlashSGD):
         self,
         params: Iterable,  # parameters or groups: bf16, fp16 or fp32, any shapes, CPU or CUDA
         lr: float | torch.Tensor = 1e-3,  # learning rate; a tensor is read at each step, where it lies
-        momentum: float = 0.0,  # share of the momentum that stays; none is kept at 0, as in torch.optim
-        dampening: float = 0.0,  # of the gradient on its way into the momentum, but for the first step
+        momentum: float = 0.0,  # share that stays at a step: 0.9 remembers 10 steps; 0 keeps none, a byte less
+        dampening: float = 0.0,  # share of each gradient after the first that the momentum leaves out
         weight_decay: float = 0.0,  # share of the weights that is taken off, times lr
         nesterov: bool = False,  # look ahead; wants momentum and no dampening
         *,
@@ -126,13 +138,17 @@ class FlashSGDW(FlashSGD):
         master_weight_bits: int | None = 24,  # 24 in 3 bytes a weight; 32: one more, for small rates; None: no masters
         fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
         check_numerics: bool = False,  # refuse an lr that rounds away and moments out of range; waits for the GPU
-        decouple_lr: bool = False,  # weight decay as at the first lr, whatever a scheduler does; off, as in torch.optim
+        decouple_lr: bool = False,  # decay by weight_decay * lr / first lr, so that the two are chosen apart
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
-        offload_states: bool = False,  # states and error bits in the host's memory, streamed through the step
-        rounding: str = ROUNDING,  # of 8-bit codes: "dithered", so that errors cancel; "nearest", as the public package
+        # states and error bits in the host's pinned memory, streamed through each step: for models that do not fit
+        # otherwise; costs 3.1 bytes a value there, and a step takes at least as long as these need over the link
+        offload_states: bool = False,
+        # of 8-bit codes after a step: "nearest", as the public package, loses what is below half a code; "dithered" has
+        # such errors cancel over steps: for small rates and rare gradients, at the price of noisier second moments
+        rounding: str = ROUNDING,
     ):
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach,
                          differentiable=differentiable, quantize=quantize, compress_state_dict=compress_state_dict,
@@ -143,7 +159,11 @@ class FlashSGDW(FlashSGD):
 # %% ../../nbs/optim/11_momentum.ipynb #76df1d83
 class FlashLion(_Momentum):
     """Lion (arXiv 2302.06675) on split weights and a companded 8-bit moment (arXiv 2602.23349),
-    its weight decay as in `FlashSGDW`; raises `OptionError` for arguments that cannot work."""
+    its weight decay as in `FlashSGDW`; raises `OptionError` for arguments that cannot work.
+
+        cast_model(model)  # bf16 weights, in place
+        optimizer = FlashLion(model.parameters(), lr=1e-4, weight_decay=1.0)
+    """
 
     moments = {"exp_avg": torch.int8}
 
@@ -153,7 +173,7 @@ class FlashLion(_Momentum):
         params: Iterable,  # parameters or groups: bf16, fp16 or fp32, any shapes, CPU or CUDA
         # learning rate, the length of every weight's step; a tensor is read where it lies
         lr: float | torch.Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.99),  # of the step's direction, and of the moment
+        betas: tuple[float, float] = (0.9, 0.99),  # share of the moment in the step's direction; share that stays in it
         weight_decay: float = 0.0,  # times lr, unless decouple_lr
         *,
         maximize: bool = False,  # ascend
@@ -162,13 +182,17 @@ class FlashLion(_Momentum):
         master_weight_bits: int | None = 24,  # 24 in 3 bytes a weight; 32: one more, for small rates; None: no masters
         fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
         check_numerics: bool = False,  # refuse an lr that rounds away and moments out of range; waits for the GPU
-        decouple_lr: bool = False,  # weight decay as at the first lr, whatever a scheduler does; off, as in torch.optim
+        decouple_lr: bool = False,  # decay by weight_decay * lr / first lr, so that the two are chosen apart
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
-        offload_states: bool = False,  # states and error bits in the host's memory, streamed through the step
-        rounding: str = ROUNDING,  # of 8-bit codes: "dithered", so that errors cancel; "nearest", as the public package
+        # states and error bits in the host's pinned memory, streamed through each step: for models that do not fit
+        # otherwise; costs 3.1 bytes a value there, and a step takes at least as long as these need over the link
+        offload_states: bool = False,
+        # of 8-bit codes after a step: "nearest", as the public package, loses what is below half a code; "dithered" has
+        # such errors cancel over steps: for small rates and rare gradients, at the price of noisier second moments
+        rounding: str = ROUNDING,
     ):
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize),
                          quantize=quantize, compress_state_dict=compress_state_dict,

@@ -209,7 +209,11 @@ class MuonPlan:
 # %% ../../nbs/optim/21_muon.ipynb #8e16dbe4
 class FlashMuon(FlashOptimizer):
     """Muon (as `torch.optim.Muon`) for groups of matrices, AdamW for groups with `algorithm="adamw"`, on split weights
-    and companded 8-bit states (arXiv 2602.23349); raises `OptionError` for arguments that cannot work."""
+    and companded 8-bit states (arXiv 2602.23349); raises `OptionError` for arguments that cannot work.
+
+        cast_model(model)  # bf16 weights, in place
+        optimizer = FlashMuon(muon_groups(model, lr=3e-4), lr=0.02)
+    """
 
     moments = {"momentum_buffer": torch.int8, "exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
 
@@ -219,11 +223,12 @@ class FlashMuon(FlashOptimizer):
         params: Iterable,  # matrices or groups, see `muon_groups`: bf16, fp16 or fp32, CPU or CUDA
         lr: float | torch.Tensor = 1e-3,  # learning rate; a tensor is read at each step, where it lies
         weight_decay: float = 0.1,  # share of the weights that is taken off, times lr
-        momentum: float = 0.95,  # share of the momentum that stays
+        momentum: float = 0.95,  # share of the momentum that stays at a step: 0.95 remembers 20 steps
         nesterov: bool = True,  # look ahead
-        ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),  # of X, AX and AAX, A = X X^T
+        # of X, AX and AAX, A = X X^T, in each iteration: these raise small singular values fastest
+        ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
         eps: float = 1e-7,  # least norm to divide by; a group of AdamW has its own, 1e-8
-        ns_steps: int = 5,  # iterations of Newton and Schulz
+        ns_steps: int = 5,  # iterations of Newton and Schulz: more come nearer to orthogonal, each costs three products
         # lr's factor by shape: "original" (as None) root of rows over columns, "match_rms_adamw" to AdamW's size
         adjust_lr_fn: str | None = None,
         *,
@@ -235,13 +240,17 @@ class FlashMuon(FlashOptimizer):
         master_weight_bits: int | None = 24,  # 24 in 3 bytes a weight; 32: one more, for small rates; None: no masters
         fused: bool | None = True,  # Triton launches where there is a GPU; False: plain PyTorch; None: as True
         check_numerics: bool = False,  # refuse an lr that rounds away and moments out of range; waits for the GPU
-        decouple_lr: bool = False,  # weight decay as at the first lr, whatever a scheduler does; off, as in torch.optim
+        decouple_lr: bool = False,  # decay by weight_decay * lr / first lr, so that the two are chosen apart
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
-        offload_states: bool = False,  # states and error bits in the host's memory, streamed through the step
-        rounding: str = ROUNDING,  # of 8-bit codes: "dithered", so that errors cancel; "nearest", as the public package
+        # states and error bits in the host's pinned memory, streamed through each step: for models that do not fit
+        # otherwise; costs 3.1 bytes a value there, and a step takes at least as long as these need over the link
+        offload_states: bool = False,
+        # of 8-bit codes after a step: "nearest", as the public package, loses what is below half a code; "dithered" has
+        # such errors cancel over steps: for small rates and rare gradients, at the price of noisier second moments
+        rounding: str = ROUNDING,
     ):
         # betas are no default: torch's cyclic schedulers would cycle them in place of the momentum
         self._of_adamw = dict(betas=betas, eps=1e-8 if eps == 1e-7 or algorithm != "adamw" else eps)

@@ -284,7 +284,11 @@ def enable_gradient_release(
     pre_step: Callable[[torch.Tensor, dict], bool] | None = None,
 ) -> GradientReleaseHandle:
     """Steps each parameter inside the backward pass and frees its gradient;
-    raises `UserError` where that cannot be right."""
+    raises `UserError` where that cannot be right.
+
+    >>> handle = enable_gradient_release(model, optimizer)  # the loop stays as it is
+    >>> handle.remove()  # gradients are kept again
+    """
     if not isinstance(optimizer, FlashOptimizer):
         raise UserError("gradient release needs an optimizer that steps one parameter at a time, not "
                         f"{type(optimizer).__name__}: FlashAdamW(params, quantize=False, master_weight_bits=None) is "

@@ -638,3 +638,10 @@ def test_a_slip_in_an_options_name_is_answered_and_a_key_of_ones_own_is_kept(cls
     opt = made(**own)
     assert opt.param_groups[-1].items() >= own.items()
     torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, 10, cycle_momentum=cls is not FlashSGD)
+
+
+def test_each_public_class_and_function_says_how_it_is_used():
+    import flashoptim_nb.optim as optim
+    named = [x for name, x in vars(optim).items() if name.startswith("Flash") and x is not optim.FlashOptimizer]
+    for x in (*named, optim.AveragedMasters, optim.cast_model, optim.enable_gradient_release, optim.muon_groups):
+        assert f"{x.__name__}(" in x.__doc__, x
