@@ -35,8 +35,8 @@ def best_evidence(
     if not (whole or some):
         return None, tried[0][1] if tried else judge(criterion.formula, lambda q: missing("no runs"))
     best = (whole or some)[0]
-    if criterion.kind == "success": return best
-    return next((pair for pair in whole if pair[0].scale == best[0].scale and pair[1].status == Status.MET), best)
+    harm = Status.NOT_MET if criterion.kind == "success" else Status.MET
+    return next((pair for pair in whole if pair[0].scale == best[0].scale and pair[1].status == harm), best)
 
 # %% ../../nbs/study/06_verdict.ipynb #a101f7aa
 def _part(leaf: Leaf, units: dict[str, str], conclusive: bool) -> dict:
