@@ -100,11 +100,16 @@ def has_history() -> bool:
     return not (_PACKAGE / "COMMIT").is_file() and _git("rev-parse", "--is-shallow-repository") == "false"
 
 @lru_cache
+def _sha(name: str) -> str | None:
+    "The full name of a commit; None where there is none of that name."
+    return _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
+
+@lru_cache
 def committed(
     name: str,  # of a commit, as a record has it
 ) -> datetime | None:
     "When a commit of this repository was made; None where there is none of that name."
-    sha = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
+    sha = _sha(name)
     return datetime.fromisoformat(at) if sha and (at := _git("show", "-s", "--format=%cI", sha)) else None
 
 @lru_cache
@@ -113,17 +118,14 @@ def repository_file(
     path: str,  # of a file in the repository
 ) -> str | None:
     "A file as a commit has it, empty where it has none; None where there is no such commit, or no history."
-    if not (has_history() and committed(name)): return None
-    sha = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
-    return _git("show", f"{sha}:{path}") or ""
+    return (_git("show", f"{sha}:{path}") or "") if has_history() and (sha := _sha(name)) else None
 
 def repository_tar(
     name: str,  # of a commit
     folder: str,  # in the repository
 ) -> bytes | None:
     "A folder as a commit has it, as a tar file; None where there is no such commit, or no history."
-    if not (has_history() and committed(name)): return None
-    sha = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
+    if not (has_history() and (sha := _sha(name))): return None
     done = subprocess.run([find_program("git"), "-C", str(repo_root()), "archive", sha, "--", folder],
                           capture_output=True, timeout=60)
     return done.stdout if done.returncode == 0 else None

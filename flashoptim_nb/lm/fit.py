@@ -366,7 +366,6 @@ def find_model(
                         "module:function (--build)")
     if params is not None: return gpt_of(params, style or "gpt2", 2048 if seq is None else seq)
     if style is not None:
-       
         raise UserError(f"style {style!r} belongs to a model by its size (--params), and this one has its own; "
                         "leave it out")
     if build is not None: return built_on_meta(build)
