@@ -17,7 +17,7 @@ from .backend import tl, triton
 from .codec import (_code_m, _code_root, decode_m, decode_root, dequantize_m, dequantize_v, encode_m,
                                        encode_root, reciprocal, root)
 from .multi_tensor import (
-    BLOCK, REGISTERS, TYPES, WARPS, GradPointers, TensorList, Operands, address, load, in_chunks, bounds_mask,
+    BLOCK, TYPES, WARPS, GradPointers, TensorList, Operands, address, load, in_chunks, bounds_mask,
     jit_for_constants, launch, load_weights, block_dithers, block_range, device_guard, store, read_weights,
     store_weights, block_offsets, write_weights)
 from .rounding import dithers
@@ -172,8 +172,8 @@ def adamw_fused(
                    dict(PARAM=TYPES[x.param.dtype], GRAD=grads.dtype,
                         BITS=0 if x.error_bits is None else 8 * x.error_bits.element_size(), QUANTIZED=quantized,
                         COMPANDED=h.companded, L2=h.l2 != 0, MAXIMIZE=h.maximize, FLOOR=h.eps < ROOT_MIN,
-                        DITHERED=h.dithered, SHIFTED=h.dithered and tensors.shifted, ALIGNED=share.ALIGNED, MASK=share.MASK, BLOCK=BLOCK), WARPS,
-                   REGISTERS if h.dithered and not share.MASK and not tensors.shifted else None)
+                        DITHERED=h.dithered, SHIFTED=h.dithered and tensors.shifted, ALIGNED=share.ALIGNED,
+                        MASK=share.MASK, BLOCK=BLOCK), WARPS)
 
 
 @lru_cache(maxsize=64)
