@@ -23,9 +23,9 @@ from ..base.records import REHEARSAL, RunWriter, only_writer, study_name
 from ..study.h2.run import keep_search
 from ..study.h1.criteria import CRITERIA_HASH
 from ..lm.host import host_words, train_on_host
-from ..lm.cells import CELLS, CELLS_TWO, Cell, reason_to_skip, row_words, run_cell
+from ..lm.cells import CELLS, CELLS_TWO, Cell, cell_words, reason_to_skip, run_cell
 from ..surrogates.largest import largest
-from ..measure.compatibility import PUBLIC, compare, parts, row_words as compared_words
+from ..measure.compatibility import PUBLIC, compare, compared_words, parts
 from ..measure.optimizers import TENSOR_SETS, benchmark, released_peak, row_text
 from ..surrogates.registry import find_domain
 from ..surrogates.task import Domain
@@ -167,7 +167,7 @@ def bench_memory(
             why = reason_to_skip(cell, where)
             row = run_cell(cell, str(where), skip=why)
             writer.append("fit", **row)
-            print(f"{n:2}/{len(cells)} {row_words(row)}", flush=True)
+            print(f"{n:2}/{len(cells)} {cell_words(row)}", flush=True)
     return writer.folder
 
 # %% ../../nbs/cli/00_bench.ipynb #405900a1

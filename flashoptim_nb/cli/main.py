@@ -146,7 +146,7 @@ def _as_registered(runs: list, hypothesis: str, hash: str, studies: list[Path]) 
 def _verdict(args) -> int:
     from flashoptim_nb.study.hypotheses import HYPOTHESES
     from flashoptim_nb.study.protocols import PROTOCOLS
-    from flashoptim_nb.study.registration import standing
+    from flashoptim_nb.study.registration import registration_status
     from flashoptim_nb.study.verdict import verdict
     from flashoptim_nb.report.render import load_runs
     from flashoptim_nb.report.tables import verdict_text
@@ -159,7 +159,7 @@ def _verdict(args) -> int:
         raise UserError(f"there are no records of {args.hypothesis}{f' at scale {args.scale}' if args.scale else ''} "
                         "to judge; name others with --records, "
                         f"or make some with `flashoptim-nb run {args.hypothesis} --preset {args.scale or 'laptop'}`")
-    stands, entries = standing(runs, PROTOCOLS[args.hypothesis]), verdict(runs, HYPOTHESES[args.hypothesis])
+    stands, entries = registration_status(runs, PROTOCOLS[args.hypothesis]), verdict(runs, HYPOTHESES[args.hypothesis])
     for entry in entries: entry |= dict(given=stands["status"], registration=stands["hash"])
     said = [f"Registration: {stands['words']}", verdict_text(entries, args.statements)]
     if stands["status"] == "post hoc":
@@ -204,8 +204,8 @@ def _benchmark(args) -> str:
 
 def _show_cells(cells: list) -> int:
     "What would be measured."
-    from flashoptim_nb.lm.cells import predicted, row_words
-    for cell in cells: print(row_words(cell.row(predicted(cell)) | dict(reason="not run")))
+    from flashoptim_nb.lm.cells import cell_words, predicted
+    for cell in cells: print(cell_words(cell.row(predicted(cell)) | dict(reason="not run")))
     print(f"{len(cells)} trainings of three steps; nothing was run")
     return 0
 
@@ -245,9 +245,9 @@ def _bench(args) -> int:
     return 0
 
 def _fit(args) -> int:
-    from flashoptim_nb.lm.fit import FIT_HELP, find_model, fit, fit_words
+    from flashoptim_nb.lm.fit import FIT_HELP, find_model, fit_words, what_fits
     model = find_model(args.params, args.config, args.build, args.style, args.seq)
-    found = fit(
+    found = what_fits(
         model, args.gpu, args.gpus, args.seq, configs=args.configs or tuple(FIT_HELP), loss=args.loss, micro=args.micro)
     print(json.dumps(found, indent=1) if args.json else visible(fit_words(found), keep="\n"))
     return 0

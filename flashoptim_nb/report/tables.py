@@ -23,7 +23,7 @@ from ..study.h1.quantities import REFERENCE_PPL
 from ..study.hypotheses import criterion_of, hypothesis_of
 from ..study.hypothesis import Criterion, Hypothesis
 from ..study.protocols import PROTOCOLS
-from ..study.registration import history, standing
+from ..study.registration import history, registration_status
 from ..study.verdict import side_text, value_text, verdict
 from .render import Rendered, attributes, full_name, load_runs, provenance_note, sentence, table
 
@@ -226,7 +226,7 @@ def registration_note(
     "How the verdict stands to the registration, and the verdicts that were given before, with what changed."
     runs, name = _runs(runs, hypothesis), hypothesis.id.lower()
     runs = [run for run in runs if run.header["scale"] != REHEARSAL] or [*runs]
-    words = standing(runs, PROTOCOLS[name])["words"]
+    words = registration_status(runs, PROTOCOLS[name])["words"]
     before = [f"{row['day']} (commit {row['commit'][:7]}): {row['status']}. {row['words']}" for row in history(name)]
     earlier = "\n\nVerdicts that were given before, from the same runs: " + " ".join(before) if before else ""
     return sentence(f"{hypothesis.id}'s verdict is {words}.{earlier}", runs)

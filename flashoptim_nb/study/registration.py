@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENGINE', 'EXCLUSIONS', 'UNREGISTERED', 'source_hash', 'estimators', 'planned_runs', 'registration', 'registered',
-           'register', 'history', 'drift', 'current', 'refuse_unregistered', 'standing', 'verdict_at',
+           'register', 'history', 'drift', 'current', 'refuse_unregistered', 'registration_status', 'verdict_at',
            'registration_problems']
 
 # %% ../../nbs/study/17_registration.ipynb #e756184c
@@ -158,7 +158,7 @@ def refuse_unregistered(
 # %% ../../nbs/study/17_registration.ipynb #026721ca
 UNREGISTERED = "not registered beforehand"
 
-def standing(
+def registration_status(
     runs: Iterable[Run],  # those that a verdict rests on
     protocol: StudyProtocol,
 ) -> dict:
