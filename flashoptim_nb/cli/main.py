@@ -315,7 +315,7 @@ def _without_journal(study: Path, runs: list) -> list[str]:
 def _check(args) -> int:
     from flashoptim_nb.base.records import ROWS, complete, examine, read_study
     from flashoptim_nb.study.content import content_problems
-    from flashoptim_nb.study.manifest import manifest_problems
+    from flashoptim_nb.study.manifest import manifest_problems, own_plan
     from flashoptim_nb.study.protocols import PROTOCOLS
     from flashoptim_nb.study.registration import registration_problems
     found, n = [], 0
@@ -328,6 +328,7 @@ def _check(args) -> int:
                + registration_problems([run for run, _ in looked if run], PROTOCOLS)
                + manifest_problems(study, [run for run, _ in looked if run], PROTOCOLS))
         n += len(looked)
+        if own := own_plan(study): print(visible(own))
         try:
             for run, _ in looked:
                 if run: complete(run)

@@ -98,7 +98,8 @@ def odd_device(run: Run, journal: Run | None = None) -> Iterator[str]:
     "A kind of device that the libraries, the step rows or the scale do not go with."
     header, libraries = run.header, run.header.get("libraries") or {}
     on_gpu, steps = header.get("device_kind") == "cuda", [] if run.of("epoch") else run.of("step")
-    has = {"libraries": "cuda" in libraries and "+cpu" not in str(libraries.get("torch"))}
+    # a build for GPUs also runs where there is none
+    has = {"libraries": "cuda" in libraries and "+cpu" not in str(libraries.get("torch"))} if on_gpu else {}
     if steps: has["step rows"] = all(row.get("peak") is not None for row in steps)
     for what, gpu in has.items():
         if gpu != on_gpu:

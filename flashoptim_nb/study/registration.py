@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENGINE', 'EXCLUSIONS', 'UNREGISTERED', 'source_hash', 'estimators', 'planned_runs', 'registration', 'registered',
-           'register', 'history', 'drift', 'current', 'refuse_unregistered', 'registration_status', 'verdict_at',
-           'registration_problems']
+           'register', 'history', 'drift', 'current', 'is_own', 'refuse_unregistered', 'registration_status',
+           'verdict_at', 'registration_problems']
 
 # %% ../../nbs/study/17_registration.ipynb #e756184c
 import json
@@ -144,13 +144,20 @@ def current(
     hash, _ = _now(protocol)
     return hash if rows[-1]["hash"] == hash else None
 
+def is_own(
+    protocol: StudyProtocol,
+    preset: Preset,
+) -> bool:
+    "Whether a preset is one's own: not the protocol's of that name, so that no registration has its plan."
+    return protocol.presets.get(preset.name) != preset
+
 def refuse_unregistered(
     protocol: StudyProtocol,
     preset: Preset,
 ):
     "Raises `UserError` where the protocol itself is to be run and what decides is not what was registered."
     rows = registered(protocol.name)
-    if not (preset.enforced and protocol.presets.get(preset.name) == preset) or current(protocol): return
+    if not preset.enforced or is_own(protocol, preset) or current(protocol): return
     since = drift(rows[-1]["object"], _now(protocol)[1]) if rows else ["everything"]
     raise UserError(f"{protocol.name} at scale {preset.name} is run as registered, and the registration does not fit: "
                     f"{', '.join(since)} changed; register it anew and commit it before the run")

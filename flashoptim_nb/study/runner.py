@@ -38,7 +38,7 @@ from .journal import Journal
 from .loop import CHECKPOINT, Callback, Interrupted, Paused
 from .presets import Preset, select_runs
 from .manifest import write_manifest
-from .registration import current, refuse_unregistered
+from .registration import current, is_own, refuse_unregistered
 from .run import RunSpec, end_at_once, is_done, recorded, run_header
 
 # %% ../../nbs/study/13_runner.ipynb #a75fd96a
@@ -150,8 +150,9 @@ class Study:
                           criteria_hash=self.protocol.hypothesis.hash) | self.fields()
 
     def fields(self) -> dict:
-        "Further fields of every header: the study's own, and the registration that holds, if one does."
-        registered = dict(registration=hash) if (hash := current(self.protocol)) else {}
+        "Further fields of every header: the study's own, and the registration that holds and has its plan, if one does."
+        hash = None if is_own(self.protocol, self.whole) else current(self.protocol)
+        registered = dict(registration=hash) if hash else {}
         return self.protocol.header_fields(self.whole) | registered
 
     def writer(self, spec: RunSpec) -> RunWriter:
@@ -462,14 +463,17 @@ def run_study(
         journal.confirm(confirm, known)
         for kind, fields in journal.first: journal.note_once(kind, **fields)
         try: failed, ended = run_stages(study)
+        except Interrupted:
+            write_manifest(study.folder, study.protocol, study.whole)
+            raise
         except Paused as pause:
             study.say(f"  {pause}\n  nothing is lost; to go on, "
                       "give the same command with --confirm and the checkpoint's name")
             journal.close("paused", str(pause))
-            write_manifest(study.folder, study.protocol)
+            write_manifest(study.folder, study.protocol, study.whole)
             return 1
         journal.close("aborted" if ended else "finished", ended)
-        write_manifest(study.folder, study.protocol)
+        write_manifest(study.folder, study.protocol, study.whole)
         _say_end(study, failed)
     return 1 if failed or ended else 0
 

@@ -291,9 +291,29 @@ def test_arms_that_a_domain_has_not_are_named(tmp_path, taught):
 
 def test_a_study_whose_protocol_record_was_taken_away_is_refused(tmp_path, taught, capsys):
     assert study(tmp_path, taught[0], experiments=["train"], configs=["fp32"]).run() == 0
-    assert main(["check", str(tmp_path)]) == 0
+    assert main(["check", str(tmp_path)]) == 0 and "followed a plan of its own" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "h2-laptop" / "protocol")
     assert main(["check", str(tmp_path)]) == 1 and "1 runs of h2 and no protocol record" in capsys.readouterr().err
+
+
+def test_a_plan_of_ones_own_is_no_registered_one_and_hides_no_run(tmp_path, taught, capsys):
+    assert study(tmp_path, taught[0], experiments=["train"], configs=["fp32"]).run() == 0
+    runs, folder = read_study(tmp_path / "h2-laptop"), tmp_path / "h2-laptop"
+    assert not any("registration" in run.header for run in runs)  # none has this plan
+    assert json.loads((folder / "manifest.json").read_text())["plan"] == "one's own"
+    shutil.copytree(next(run.folder for run in runs if run.id != "protocol"), folder / "toy-train-fp32-s9")
+    capsys.readouterr()
+    assert main(["check", str(tmp_path)]) == 1 and "no plan has this run" in capsys.readouterr().err
+
+
+def test_a_study_that_is_interrupted_has_its_manifest(tmp_path, taught, capsys):
+    made = []
+    def stopped(): return any((tmp_path / "h2-laptop").glob("toy-train*")) and (made.append(1) or len(made) > 3)
+    with pytest.raises(Interrupted): study(tmp_path, taught[0], experiments=["train"], stopped=stopped).run()
+    kept = json.loads((tmp_path / "h2-laptop" / "manifest.json").read_text())
+    assert kept["absent"] and any("train" in run for run in kept["runs"])
+    assert main(["check", str(tmp_path)]) == 1  # for it is not finished, and for nothing else
+    assert all("the run did not end" in line for line in capsys.readouterr().err.splitlines())
 
 
 def test_what_is_told_is_not_read_as_markup(tmp_path, taught):
