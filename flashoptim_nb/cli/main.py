@@ -58,8 +58,9 @@ def _check_surroundings(args):
     from flashoptim_nb.base.machine import commit, work_root
     from flashoptim_nb.base.records import check_place
     from flashoptim_nb.lm.text import data_folder
-    from flashoptim_nb.measure.cost import known_platforms
+    from flashoptim_nb.measure.cost import RATES, known_platforms
     from flashoptim_nb.base.records import record_folders
+    if given := getattr(args, "rate", None): os.environ[RATES] = "\n".join(given)
     data_folder(), known_platforms(), record_folders(), commit()
     if cache := os.environ.get("FLASHOPTIM_CACHE"):
         try: check_place(cache)
@@ -433,6 +434,17 @@ def _where(parser, device: str | None = "auto", default=None, what="studies"):
     parser.add_argument(
         "--out", type=_folder, default=default, help=f"where {what} are kept (default: runs/ of the clone, or here)")
 
+def _rates(parser):
+    "Prices of one's own."
+    parser.add_argument("--rate", action="append", default=[], metavar="NAME=DOLLARS",
+                        help="your price of a GPU-hour, for a GPU's name or A100, H100, H200; may be repeated")
+
+_PRICES = """
+prices: list prices of A100, H100 and H200 come with the package, each with source and date. More of your own in a file:
+  FLASHOPTIM_PLATFORMS=rates.json, an object of platforms by a short name of yours:
+  {"rack": {"name": "ours", "instance": "rack 3", "price_per_hour": 14.0, "gpus": 4, "gpu": "NVIDIA H200",
+            "source": "electricity and depreciation", "date": "2026-11-01"}}"""
+
 def _preset(parser, help: str, **words): parser.add_argument("--preset", "--scale", dest="scale", help=help, **words)
 
 # %% ../../nbs/cli/02_main.ipynb #5c6d2f91
@@ -443,7 +455,8 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
                "  flashoptim-nb run h1 --preset gpu --dry-run     what it would run, how long, for how much\n"
                "  FLASHOPTIM_DATA=/data flashoptim-nb run h1 --preset gpu --sizes 124M\n"
                "  flashoptim-nb run h2 --preset laptop --domains aerodynamics\n"
-               "  flashoptim-nb run h2 --preset gpu --workers 8 --minutes 9     as much as fits into nine minutes")
+               "  flashoptim-nb run h2 --preset gpu --workers 8 --minutes 9     as much as fits into nine minutes\n"
+               + _PRICES)
     run.add_argument(
         "hypothesis", help="h1: the cost of training language models; h2: larger surrogates in reduced precision")
     _preset(
@@ -465,6 +478,7 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
     run.add_argument("--minutes", type=float, metavar="M",
                      help="h2: stop after so many minutes, to be gone on with by the same command")
     _where(run, device=None)
+    _rates(run)
     run.add_argument("--confirm", nargs="+", default=[], metavar="CHECKPOINT",
                      help="let a study go on that this checkpoint paused, having looked into its reason")
     run.add_argument(
@@ -488,7 +502,9 @@ def _verdict_parser(command):
 
 def _book_parser(command):
     book = command("book", _book, help="build the book from the records",
-                   description="Executes the chapters over the records and builds the site; offline.")
+                   description="Executes the chapters over the records and builds the site; offline.",
+                   epilog=_PRICES.strip())
+    _rates(book)
     book.add_argument("--serve", action="store_true", help="serve it on this machine when it is built")
     book.add_argument("--port", type=int, default=8000, help="with --serve (default: 8000; 0: any that is free)")
     book.add_argument("--out", type=_folder, help="where the site goes (default: _book/ of the clone)")

@@ -225,3 +225,11 @@ def test_a_full_disk_loses_nothing(tmp_path):
     assert status == 2 and "nothing that was recorded before is lost" in error and "Traceback" not in error
     for path in tmp_path.glob(f"*/*/{ROWS}"):
         assert all(json.loads(line)["seal"] for line in path.read_text().splitlines()), "only whole rows are left"
+
+
+def test_a_rate_of_ones_own(place, capsys, monkeypatch):
+    monkeypatch.setenv("FLASHOPTIM_RATES", "")  # is set by the option, and restored after the test
+    status, shown, _ = ran(capsys, *"run h1 --scale full --dry-run --rate".split(), "NVIDIA A100-SXM4-40GB=1.25")
+    assert status == 0 and "your NVIDIA A100-SXM4-40GB's rate" in shown, shown
+    status, said = answered(capsys, *"run h1 --scale laptop --dry-run --rate H100".split())
+    assert status == 2 and "not NAME=DOLLARS" in said
