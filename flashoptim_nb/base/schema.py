@@ -82,6 +82,7 @@ TABLES = {
         standing:amount? parameters:count? loss:number?""",
     "optimizer": """optimizer!:name algorithm:name? work:name? clip:flag? version:text? ms:amount? wall_ms:amount? host_ms:amount? gbps:amount?
         bytes_per_parameter:amount? moved:amount? floor_ms:amount? of_floor:amount? hidden_bytes:number? reason:text?""",
+    "turns": "optimizer!:name against!:name work!:name ms:amount[]? against_ms:amount[]? reason:text?",
     "released": "optimizer!:name work!:name parameters:count? between:number? peak:number? largest_gradient:number?",
     "fit": """size!:name style!:name seq!:count config!:name micro_batch!:size checkpointing!:name loss!:name gpus!:size predicted:amount?
         predicted_classes:object? parameters:count? weights:amount? gradients:amount? masters:amount? states:amount? activations:amount?

@@ -68,11 +68,12 @@ def bench(
     works, names = [*works], [*names]
     for work in works: choose("tensor set", work, TENSOR_SETS)
     for name in names: choose("optimizer", name, TIMED)
-    run = "-".join(["optimizer-steps", *(() if works == [*WORKS] else works)])
+    run = "-".join(["optimizer-steps", *(() if works == [*WORKS] else works),
+                    *(() if names == [*TIMED] else [content_hash(names)[:6]])])
     with _recorded(out, where := pick_device(device), run, "optimizers", dict(works=works, names=names, times=times),
                    {work: TENSOR_SETS[work] for work in works}) as writer:
         for row in benchmark(where, works, names, times):
-            writer.append("optimizer", **row)
+            writer.append("turns" if "against" in row else "optimizer", **row)
             print(row_text(row), flush=True)
         for work in works if "FlashAdamW" in names else ():
             writer.append("released", **(row := released_peak(work, where)))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HELD_OUT_TEXTS', 'TENSOR_SET_NAMES', 'PEERS', 'step_rows', 'show_steps', 'step_times', 'goal_sentence', 'show_peers',
-           'final_losses', 'format_gaps', 'gap_sentence', 'paired_paths', 'gap_paths', 'paths_sentence']
+           'turns_sentence', 'final_losses', 'format_gaps', 'gap_sentence', 'paired_paths', 'gap_paths',
+           'paths_sentence']
 
 # %% ../../nbs/report/05_optimizers.ipynb #4f32c8d6
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ from ..base.errors import is_number
 from ..base.records import Run
 from ..study.evidence import BEGAN, Sorted, short_reason
 from ..study.h1.quantities import OPTIMIZER_MARGIN_NATS, per_token
-from ..study.statistics import joined, paired_interval, seeds_needed, spread, tost
+from ..study.statistics import joined, paired_interval, paired_ratio, seeds_needed, spread, tost
 from .charts import titled
 from .rows import rows_of, show_rows
 from .render import Rendered, full_name, load_runs, sentence
@@ -111,6 +112,28 @@ def show_peers(
     heads = dict(optimizer="optimizer", version="version", ms="ms a step", bytes_per_parameter="bytes a parameter")
     return show_rows(rows, heads, "bench", runs, "No step over these tensors is recorded.",
                      dict(ms=".2f", bytes_per_parameter=".4g"))
+
+# %% ../../nbs/report/05_optimizers.ipynb #c0ffee14
+def turns_sentence(
+    optimizer: str,
+    against: str,
+    work: str = "1.3B",
+    runs: Iterable[Run] | None = None,
+) -> Rendered:
+    "By what an optimizer's step is shorter or longer than another's with which it took turns, on each device."
+    runs, what = load_runs(hypothesis="bench") if runs is None else list(runs), f"{optimizer} against {against}"
+    said, used = [], []
+    for run in runs:
+        for row in run.of("turns"):
+            if (row["optimizer"], row["against"], row["work"]) != (optimizer, against, work): continue
+            used.append(run)
+            if row["reason"]: said.append(f"{run.header['device']}: {row['reason']}"); continue
+            ratio = paired_ratio(row["ms"], row["against_ms"], 0.90)
+            between = "" if ratio.lo is None else f" [{ratio.lo:.4f}, {ratio.hi:.4f}]"
+            said.append(f"{ratio.value:.4f}{between} of its time, {pd.Series(row['ms']).median():.3f} ms against "
+                        f"{pd.Series(row['against_ms']).median():.3f}, {len(row['ms'])} steps of each in turns "
+                        f"({run.header['device']})")
+    return sentence(f"{what} over {TENSOR_SET_NAMES.get(work, work)}: {'; '.join(said) or 'not measured'}.", used)
 
 # %% ../../nbs/report/05_optimizers.ipynb #d2cb5766
 def final_losses(

@@ -123,8 +123,8 @@ OPTIMIZERS = {row.name: row for row in (
     # AdamW in this package's formats
     _flash_adamw(name="flash_adamw", label="FlashAdamW", formats=_SPLIT,
                  baselines=("adamw", "adamw_stream16"), colour="#d55e00", help="split weights, 8-bit states"),
-    _flash_adamw(name="flash_adamw_dithered", formats=_formats("flash_adamw", **_DITHERED),
-                 baselines=("adamw", "flash_adamw"), colour="#6a3d9a", help="the same, codes rounded with a dither"),
+    _flash_adamw(name="flash_adamw_dithered", label="FlashAdamW (dithered)", options=dict(rounding="dithered"),
+                 formats=_formats("flash_adamw", **_DITHERED), baselines=("adamw", "flash_adamw"), colour="#6a3d9a", help="the same, codes rounded with a dither"),
     _flash_adamw(name="flash_adamw_dithered_norms32",
                  formats=_formats("flash_adamw", weights="split24_norms32", states="int8_dithered"),
                  baselines=("adamw", "flash_adamw_dithered"), colour="#9e9ac8", help="and norms' weights in fp32"),
@@ -164,8 +164,8 @@ OPTIMIZERS = {row.name: row for row in (
     _flash_lion(name="lion", formats=_formats("flash_lion"), colour="#56b4e9", help="over fp32 weights and states"),
     _flash_lion(name="flash_lion", label="FlashLion", formats=_SPLIT,
                 baselines=("lion",), colour="#009e73", help="split weights, 8-bit states"),
-    _flash_lion(name="flash_lion_dithered", formats=_formats("flash_lion", **_DITHERED), baselines=("lion", "flash_lion"),
-                colour="#6a3d9a", help="the same, codes rounded with a dither"),
+    _flash_lion(name="flash_lion_dithered", label="FlashLion (dithered)", options=dict(rounding="dithered"),
+                formats=_formats("flash_lion", **_DITHERED), baselines=("lion", "flash_lion"), colour="#6a3d9a", help="the same, codes rounded with a dither"),
     # Muon for matrices, AdamW for the rest
     OptimizerRow(name="muon", path="flashoptim_nb.train.optimizers.MuonAdamW", package="torch", **_MUON,
                  label="torch Muon", dtype=torch.float32, options=dict(fused=True), formats={}, colour="#8c564b",
