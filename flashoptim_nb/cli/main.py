@@ -92,20 +92,33 @@ def _run(args) -> int:
     preset, workers = choose("scale", args.scale, protocol.presets), 1 if args.workers is None else args.workers
     for arm in args.arms or (): choose("arm", arm, protocol.experiments)
     check_request(workers, args.minutes)
+    if args.gpus is not None: preset = _on_gpus(preset, args.gpus, args)
+    if args.timeout is not None and not args.timeout > 0:
+        raise UserError(f"--timeout is {args.timeout:g}; more than 0 seconds are needed")
     if args.device: device_for(preset, args.device)
     chosen = dict(workloads=args.sizes or args.domains, configs=args.configs)
     if args.dry_run: return dry_run(protocol, select_runs(preset, **chosen, what=protocol.workload), args.arms)
     study = Study(
         protocol, preset, args.out or work_root() / "runs", device=args.device or preset.device, experiments=args.arms,
-        workers=workers, graphs=bool(args.graphs), minutes=args.minutes, stopped=_Stop(), **chosen)
+        workers=workers, graphs=bool(args.graphs), minutes=args.minutes, stopped=_Stop(),
+        **(dict(rank_timeout=args.timeout) if args.timeout else {}), **chosen)
     return study.run(args.confirm)
+
+def _on_gpus(preset, gpus: int, args):
+    "The preset with each run divided over so many GPUs; raises `UserError` where they are not here."
+    from flashoptim_nb.study.runner import device_for
+    from flashoptim_nb.train.ranks import check_ranks
+    if gpus < 1: raise UserError(f"--gpus is {gpus}; at least 1 is needed")
+    if not args.dry_run: check_ranks(gpus, device_for(preset, args.device or preset.device))
+    return preset.replace(plans={size: plan.replace(gpus=gpus) for size, plan in preset.plans.items()})
 
 _OTHERS = {
     # options of the other hypothesis, and why they are none here
     "h1": (("domains", "arms", "workers", "graphs", "minutes"),
            "its runs are chosen by --sizes and --configs, and one is made at a time"),
-    "h2": (("sizes",),
-           "its runs are chosen by --domains, --configs and --arms; 1x and 2x are part of a configuration's name"),
+    "h2": (("sizes", "gpus", "timeout"),
+           "its runs are chosen by --domains, --configs and --arms, each on one device; "
+           "1x and 2x are part of a configuration's name"),
 }
 
 def _refuse_others(args):
@@ -477,6 +490,10 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
                      help="h2: training runs at once on one device (default: 1); memory and time are measured alone")
     run.add_argument("--minutes", type=float, metavar="M",
                      help="h2: stop after so many minutes, to be gone on with by the same command")
+    run.add_argument("--gpus", type=int, metavar="N",
+                     help="h1: divide each run over so many GPUs of this machine (default: as the preset has it, 1)")
+    run.add_argument("--timeout", type=float, metavar="S",
+                     help="h1, several GPUs: end a run that gives no sign of life for so many seconds (default: 1800)")
     _where(run, device=None)
     _rates(run)
     run.add_argument("--confirm", nargs="+", default=[], metavar="CHECKPOINT",

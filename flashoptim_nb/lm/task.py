@@ -17,6 +17,7 @@ from .attention import resolve_attention
 from .gpt import GPT, GPTConfig
 from .sharded import shard
 from ..optim import FlashOptimizer, enable_gradient_release
+from ..optim.state_dict import deal_anew, dealt
 from ..train.config import Recipe, TrainConfig
 from ..train.ranks import on_first, over_ranks, world
 from ..train.optimizers import cast_weights, make_optimizer
@@ -122,16 +123,27 @@ def step(self: LMTask, n: int) -> dict:
                 partial=bad and released, tokens=self.recipe.batch * self.recipe.seq)
 
 # %% ../../nbs/lm/10_task.ipynb #c77f3d43
+def _moved(optimizer: dict, device: torch.device) -> dict:
+    "An optimizer's state dict, on a device."
+    def moved(t): return t.to(device) if isinstance(t, torch.Tensor) else t
+    state = {i: {key: moved(t) for key, t in kept.items()} for i, kept in optimizer["state"].items()}
+    return optimizer | dict(state=state)
+
 @patch
 def state_dict(self: LMTask) -> dict:
     "Weights, optimizer, and what the optimizer remembers from step to step."
-    return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), skipped=self.n_nonfinite)
+    found = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), skipped=self.n_nonfinite)
+    return found | (dict(ranks=self.ranks) if self.ranks > 1 else {})
 
 @patch
 def load_state_dict(self: LMTask, state: dict):
-    "Puts the task where `state_dict` was taken."
-    self.model.load_state_dict(state["model"])
-    self.optimizer.load_state_dict(state["optimizer"])
+    "Puts the task where `state_dict` was taken, on as many ranks or on others."
+    weights, optimizer = state["model"], state["optimizer"]
+    if (ranks := state.get("ranks", 1)) != self.ranks:
+        weights = {name: dealt(p, weights[name].to(self.device)) for name, p in self.model.state_dict().items()}
+        optimizer = deal_anew(self.optimizer, _moved(optimizer, self.device), ranks)
+    self.model.load_state_dict(weights)
+    self.optimizer.load_state_dict(optimizer)
     if self.flash: self.optimizer.skipped_steps.fill_(state["skipped"])
     else: self.skipped = state["skipped"]
     if self.release and state.get("clip") is not None: self.release.clip = state["clip"].to(self.device)

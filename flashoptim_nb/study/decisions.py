@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from ..base.errors import is_number
 from ..base.records import Run
-from .evidence import Evidence, evidence_table, nan_steps, spiked
+from .evidence import Evidence, evidence_table, gpus_of, nan_steps, spiked
 from .expression import Leaf, Q, Status, judge, number_text, quantities, text
 from .hypothesis import Checkpoint, Hypothesis
 from .statistics import exact, missing
@@ -238,7 +238,9 @@ def projected_seconds(
 
 def _search_of(run: Run, runs: Iterable[Run]) -> tuple[Run | None, dict]:
     "The journal that searched for the run's micro-batch, and its row."
-    def about(row): return all(row.get(name) == run.header.get(name) for name in ("role", "config"))
+    def about(row):
+        alike = all(row.get(name) == run.header.get(name) for name in ("role", "config"))
+        return alike and row.get("gpus", 1) == gpus_of(run)
     return next(((other, row) for other in runs for row in other.of("search") if about(row)), (None, {}))
 
 def _monitor_of(checkpoint: Checkpoint, run: Run, runs: Iterable[Run]) -> Monitor:

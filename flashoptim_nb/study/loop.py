@@ -15,7 +15,8 @@ import torch
 
 from ..base.errors import UserError
 from ..base.records import RunWriter, finite, read_run
-from .checkpoint import clear_aside, load_checkpoint, save_checkpoint
+from .checkpoint import clear_aside, drop_checkpoint, load_checkpoint, save_checkpoint
+from ..train.ranks import on_first, world
 
 # %% ../../nbs/study/08_loop.ipynb #75d85684
 class Task(Protocol):
@@ -70,12 +71,24 @@ def same_origin(
                         "give the command as it was given then, name another folder with --out, or delete this one")
 
 # %% ../../nbs/study/08_loop.ipynb #32da0935
+class _NoWriter:
+    "Stands for the record on all ranks but the first, which alone writes it."
+    mark = ()
+    def append(self, kind, **fields): pass
+    def sync(self): pass
+    def end(self, status, reason=""): pass
+    def close(self): pass
+
+def _writer(*args, **how) -> RunWriter:
+    return RunWriter(*args, **how) if world()[0] == 0 else _NoWriter()
+
 def _resume(path: Path, task: Task, header: dict, callbacks: Sequence[Callback]) -> tuple[RunWriter, int]:
     saved = load_checkpoint(path)
-    same_origin(path, read_run(path.parent).header | dict(settings_hash=saved["settings_hash"]), header)
+    begun = on_first(lambda: read_run(path.parent).header)
+    same_origin(path, begun | dict(settings_hash=saved["settings_hash"]), header)
     task.load_state_dict(saved["task"])
     for callback, state in zip(callbacks, saved["callbacks"], strict=True): callback.load_state_dict(state)
-    return RunWriter(path.parent, mark=tuple(saved["mark"])), saved["step"]
+    return _writer(path.parent, mark=tuple(saved["mark"])), saved["step"]
 
 def _take(task: Task, n: int, callbacks: Sequence[Callback]) -> dict:
     take = lambda: task.step(n)
@@ -97,10 +110,12 @@ def fit(
     keep: Callable[[dict], bool] = lambda row: True,  # which steps are rows of the record; callbacks see all
 ) -> str:
     """Trains until `steps` or a decision; returns the run's status.
-    Raises `Interrupted` after a stop, `Paused` where a decision wants a pause."""
+    Raises `Interrupted` after a stop, `Paused` where a decision wants a pause.
+    On several ranks all call it, and what the first one sees is what counts."""
     path = Path(folder) / CHECKPOINT
-    clear_aside(folder)
-    writer, start = _resume(path, task, header, callbacks) if path.exists() else (RunWriter(folder, header=header), 0)
+    on_first(lambda: clear_aside(folder))
+    writer, start = (_resume(path, task, header, callbacks) if on_first(path.exists)
+                     else (_writer(folder, header=header), 0))
     status, reason = "finished", ""
     def checkpoint(n):
         writer.sync()
@@ -110,15 +125,17 @@ def fit(
     try:
         for n in range(start + 1, steps + 1):
             # callbacks see what the record holds
-            row = finite({"step": n, "cold": n - start <= COLD_STEPS} | _take(task, n, callbacks))
+            taken = _take(task, n, callbacks)
+            row = on_first(lambda: finite({"step": n, "cold": n - start <= COLD_STEPS} | taken))
             if keep(row): writer.append("step", **row)
             called = {}
-            for kind, fields in [answer for callback in callbacks for answer in callback.after(n, row)]:
+            answers = [answer for callback in callbacks for answer in callback.after(n, row)]
+            for kind, fields in on_first(lambda: answers):
                 writer.append(kind, **fields)
                 if kind == "decision" and fields["enforced"]:
                     called.setdefault(fields["action"], f"{fields['checkpoint']}: {fields['why']}")
             if "abort" in called: status, reason = "aborted", called["abort"]; break
-            stop = stopped()
+            stop = on_first(stopped)
             if stop or "pause" in called or (checkpoint_every and n % checkpoint_every == 0): checkpoint(n)
             if "pause" in called: raise Paused(f"paused after step {n} of {steps} by {called['pause']}")
             if stop: raise Interrupted(f"stopped after step {n} of {steps}; give the same command again to go on")
@@ -126,11 +143,12 @@ def fit(
             for kind, fields in callback.finish(): writer.append(kind, **fields)
     except (UserError, KeyboardInterrupt): writer.close(); raise
     except Exception as error:
+        if world()[1] > 1: writer.close(); raise  # the others wait; who started the ranks ends them, and says why
         # What never fitted is a finding; what fitted before it was interrupted is tried again from its checkpoint.
         if not isinstance(error, torch.OutOfMemoryError) or start:
             writer.end("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             raise
         status, reason = "oom", str(error).split("\n")[0]
     writer.end(status, reason)
-    path.unlink(missing_ok=True)
+    on_first(lambda: drop_checkpoint(path))
     return status

@@ -19,7 +19,7 @@ import torch
 from ..base.config import Config
 from ..base.machine import provenance
 from ..base.records import ROWS, Run, RunWriter, complete, read_run
-from .checkpoint import clear_aside
+from .checkpoint import drop_checkpoint
 from .loop import CHECKPOINT, same_origin
 
 # %% ../../nbs/study/10_run.ipynb #3cea8a2b
@@ -84,8 +84,7 @@ def is_done(
         return False
     same_origin(folder, run.header, header, ("settings_hash", "data_hash"))
     if run.status in AGAIN: return False
-    (folder / CHECKPOINT).unlink(missing_ok=True)  # killed after its last row
-    clear_aside(folder)
+    drop_checkpoint(folder / CHECKPOINT)  # killed after its last row
     return True
 
 # %% ../../nbs/study/10_run.ipynb #a97ae648

@@ -39,6 +39,7 @@ from .loop import CHECKPOINT, Callback, Interrupted, Paused
 from .presets import Preset, select_runs
 from .manifest import write_manifest
 from .registration import current, is_own, refuse_unregistered
+from ..train.ranks import TIMEOUT, RanksFailed
 from .run import RunSpec, end_at_once, is_done, recorded, run_header
 
 # %% ../../nbs/study/13_runner.ipynb #a75fd96a
@@ -94,6 +95,7 @@ class Study:
         workers: int = 1,  # training runs at once, on one device
         graphs: bool = False,  # training steps are replayed from CUDA graphs where they can be
         minutes: float | None = None,  # after so many it stops by itself, to be gone on with
+        rank_timeout: float = TIMEOUT,  # seconds without a sign of life after which the ranks of a run are ended
         stopped: Callable[[], bool] = lambda: False,  # asked between steps and runs
         console: Console | None = None,
     ):
@@ -106,8 +108,19 @@ class Study:
         self.folder = study_folder(Path(out), preset.name, self.device, protocol.name)
         self.stopped, self.workers, self.graphs = lambda: stopped() or time.monotonic() > until, workers, graphs
         self.console, self.journal, self.loaded = console or Console(stderr=True), Journal(self.folder), {}
+        self.rank_timeout = rank_timeout
         self.options = dict(out=str(out), device=device, workloads=workloads, configs=configs, experiments=experiments,
                             graphs=graphs, workers=workers)  # what a worker process makes the same study of
+
+    @property
+    def made(self) -> tuple:
+        "What another process makes the same study of, by `again`."
+        return self.protocol, self.whole, self.options
+
+    @classmethod
+    def again(cls, protocol: StudyProtocol, preset: Preset, options: dict, **own):
+        "A study as another process has it."
+        return cls(protocol, preset, **options, **own)
 
     def say(self, text: str):
         "Tells a line as it is: brackets are no markup, and nothing is broken at the eightieth letter."
@@ -211,7 +224,7 @@ def perform(
     if experiment.alone:
         study.loaded = {spec.workload: data}
     try: return experiment.perform(study, spec, data)
-    except (Interrupted, Paused, RecordError):
+    except (Interrupted, Paused, RecordError, RanksFailed):
         # a damaged record or a row that does not fit says nothing of what there is
         raise
     except UserError as error:
@@ -227,6 +240,9 @@ def attempt(
     """Performs a run; returns 1 if it failed.
     What does not fit is recorded as oom, what breaks as failed; both keep their rows."""
     try: return int(bool(perform(study, spec)))
+    except RanksFailed as error:
+        study.say(f"  {spec.id} was not ended: {error}; the same command goes on with it")
+        return 1
     except RowError as error: return record_failure(study, spec, error)  # nothing that the user could mend
     except UserError: raise
     except Exception as error: return record_failure(study, spec, error)
@@ -293,12 +309,12 @@ def attempt_all(
     return failed
 
 # %% ../../nbs/study/13_runner.ipynb #06f93240
-def _work(protocol, preset, options, tasks, done, stop):
+def _work(made, tasks, done, stop):
     "One worker: takes runs until there are none, it is told to stop, or its parent is gone."
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)  # the parent says when
     torch.set_num_threads(1)
     parent, console = multiprocessing.parent_process(), Console(stderr=True, force_terminal=False)
-    study = Study(protocol, preset, **options, stopped=lambda: stop.is_set() or not parent.is_alive(), console=console)
+    study = Study.again(*made, stopped=lambda: stop.is_set() or not parent.is_alive(), console=console)
     for run in iter(tasks.get, None):
         spec = study.spec(*run)
         try: done.put((spec.id, attempt(study, spec), ""))
@@ -331,7 +347,7 @@ def run_parallel(
     with safe_path(): tasks, done, stop = context.Queue(), context.Queue(), context.Event()
     for spec in specs: tasks.put((spec.workload, spec.experiment, spec.config, spec.seed))
     for _ in range(n): tasks.put(None)
-    args = study.protocol, study.whole, study.options, tasks, done, stop
+    args = study.made, tasks, done, stop
     workers = [context.Process(target=_work, args=args, daemon=True) for _ in range(n)]
     with safe_path():
         for worker in workers: worker.start()

@@ -77,16 +77,15 @@ def launch_ranks(
     """Calls `work(*args)` on each rank, under torchrun on this machine; returns what the first rank returns.
     Raises `UserError` if there are too few GPUs, `RanksFailed` if ranks die or hang, and what a rank raises."""
     check_ranks(ranks, device := torch.device(device))
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m",
-               "flashoptim_nb.train.ranks"]
+    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONSAFEPATH": "1"}
     with TemporaryDirectory(prefix="ranks-") as name:
         folder = Path(name)
         (folder / "work").write_bytes(pickle.dumps((device, timeout, work, args)))
         theirs, ours = os.pipe()
         with open(folder / "said", "wb") as said:
-            process = subprocess.Popen([*command, name], stdin=theirs, stdout=said, stderr=said, env=env,
-                                       start_new_session=True)
+            process = subprocess.Popen([*command, "--log_dir", name, "-m", "flashoptim_nb.train.ranks", name],
+                                       stdin=theirs, stdout=said, stderr=said, env=env, start_new_session=True)
         os.close(theirs)
         try: hung = _watch(process, folder, timeout, stopped, heard)
         finally:

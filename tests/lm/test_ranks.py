@@ -1,15 +1,19 @@
 """Two ranks train as one does: every configuration, the same losses on the same batches, and a checkpoint of either
 is gone on with by the other."""
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.lm.batches import Windows
 from flashoptim_nb.lm.gpt import GPTConfig
-from flashoptim_nb.train.ranks import launch_ranks
+from flashoptim_nb.study.checkpoint import load_checkpoint, save_checkpoint
 from flashoptim_nb.lm.task import LMTask
 from flashoptim_nb.train.config import LM_CONFIGS, Recipe, TrainConfig
+from flashoptim_nb.train.ranks import RanksFailed, launch_ranks, world
 
 # a width that two ranks divide and 32 does not: 8-bit groups lie otherwise on two ranks
 MODEL = GPTConfig(n_layer=2, d_model=40, n_head=2, vocab_size=250, max_seq=16)
@@ -45,3 +49,67 @@ def test_every_configuration_trains_as_on_one_rank():
     for name in CONFIGS:
         off = np.abs(two[name] / one[name] - 1).max(0)
         assert (off < (1e-6 if name in EXACT else (1e-3, 2e-2))).all(), (name, off)
+
+
+SAVED = ("baseline", "flashoptim_full", "flashoptim_release")
+
+
+def moments(task):
+    "Each moment of the optimizer, whole and in fp32."
+    task.optimizer.compress_state_dict = False
+    states = [state for _, state in sorted(task.optimizer.state_dict()["state"].items())]
+    task.optimizer.compress_state_dict = True
+    found = [t for state in states for key, t in state.items() if key.startswith("exp_avg")]
+    return [(t.full_tensor() if hasattr(t, "full_tensor") else t).float().clone().numpy() for t in found]
+
+
+def save(folder):
+    "Two steps and a checkpoint of each; what they go on with."
+    found = {}
+    for name in SAVED:
+        task = task_of(name)
+        for n in (1, 2): task.step(n)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for _ in (1, 2): save_checkpoint(folder / name / "checkpoint.safetensors", dict(task=task.state_dict()))
+        found[name] = moments(task), [task.step(n)["loss"] for n in (3, 4)]
+    return found
+
+
+def go_on(folder):
+    found = {}
+    for name in SAVED:
+        task = task_of(name)
+        task.step(9)  # it stood elsewhere
+        task.load_state_dict(load_checkpoint(folder / name / "checkpoint.safetensors")["task"])
+        found[name] = moments(task), [task.step(n)["loss"] for n in (3, 4)]
+    return found
+
+
+def save_and_go_on(folder): return save(folder / "two"), go_on(folder / "two"), go_on(folder / "one")
+
+
+def test_a_checkpoint_is_gone_on_with_by_as_many_ranks_and_by_others(tmp_path):
+    one = save(tmp_path / "one")
+    two, again, one_by_two = launch_ranks(2, save_and_go_on, tmp_path)
+    two_by_one = go_on(tmp_path / "two")
+    for name in SAVED:
+        assert all(map(np.array_equal, two[name][0], again[name][0])) and two[name][1] == again[name][1], name
+        for (kept, losses), (dealt, others) in ((one[name], one_by_two[name]), (two[name], two_by_one[name])):
+            assert len(kept) == len(dealt) > 10
+            for a, b in zip(kept, dealt): assert np.abs(a - b).max() <= 1e-2 * np.abs(a).max(), name
+            np.testing.assert_allclose(losses, others, rtol=1e-3)
+        assert len([*(tmp_path / "two" / name).iterdir()]) == 2, "the file, and the shards that it names"
+    part = next((tmp_path / "two" / "baseline").glob("shards-*/__1_*"))
+    part.write_bytes(part.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match="the checksum of __1_0.distcp does not fit"): go_on(tmp_path / "two")
+
+
+def test_ranks_that_die_or_hang_or_have_no_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with pytest.raises(RanksFailed, match=r"rank \d of 2 was killed \(signal 9\)"):
+        launch_ranks(2, signal.raise_signal, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(RanksFailed, match="no sign of life for 5 s"):
+        launch_ranks(1, signal.raise_signal, signal.SIGSTOP, timeout=5)
+    assert time.monotonic() - began < 20 and not [*tmp_path.glob("ranks-*")]
+    with pytest.raises(UserError, match="99 ranks were asked for"): launch_ranks(99, world, device="cuda")

@@ -8,8 +8,10 @@ __all__ = ['NO_WARM_STEP', 'EvaluationCallback', 'ThroughputCallback', 'MonitorC
 # %% ../../../nbs/study/h1/06_callbacks.ipynb #43ba7dec
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from math import nan
 
 import torch
+import torch.distributed as dist
 
 from ...lm.evalsets import EvalSet
 from ..decisions import Instability, Monitor
@@ -18,6 +20,7 @@ from ...lm.evaluate import evaluate
 from ...measure.timing import throughput
 from ..loop import Callback
 from ...lm.task import LMTask
+from ...train.ranks import on_first, over_ranks
 
 # %% ../../../nbs/study/h1/06_callbacks.ipynb #bbd9aca7
 class EvaluationCallback(Callback):
@@ -57,12 +60,16 @@ class ThroughputCallback(Callback):
     def around(self, n, take):
         if self.on_gpu: torch.cuda.reset_peak_memory_stats(self.task.device)
         with self.meter: row = take()
-        return row | (dict(peak=torch.cuda.max_memory_allocated(self.task.device)) if self.on_gpu else {})
+        if not self.on_gpu: return row
+        peak = torch.tensor(torch.cuda.max_memory_allocated(self.task.device))
+        return row | dict(peak=int(over_ranks(peak, dist.ReduceOp.MAX)))  # of the rank that needs most
 
     def after(self, n, row):
         if not row["cold"]:
             self.seconds.append(row["seconds"])
-            self.joules.append(self.meter.joules)
+            known = self.meter.joules is not None
+            joules = over_ranks(torch.tensor(self.meter.joules if known else nan, dtype=torch.float64)).item()
+            self.joules.append(joules if joules == joules else None)
         return ()
 
     def finish(self):
@@ -95,4 +102,4 @@ class EarlyDecisionCallback(Callback):
     "Asks for a decision once, after a given step (checkpoint B falls within a run)."
     def __init__(self, step: int, decide: Callable[[], Iterable[tuple[str, dict]]]):
         self.step, self.decide = step, decide
-    def after(self, n, row): return list(self.decide()) if n == self.step else ()
+    def after(self, n, row): return on_first(lambda: list(self.decide())) if n == self.step else ()

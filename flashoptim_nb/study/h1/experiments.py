@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['EARLY_SHARE', 'EARLY_RUN', 'STAGES', 'OF_BASELINE', 'H1_PROTOCOL', 'UTILIZATION', 'check_prerequisite',
-           'measure_matched', 'measure_synthetic', 'searched', 'callbacks', 'train_best', 'seed_zero', 'long_sequences',
-           'H1Protocol', 'beside']
+           'measure_matched', 'measure_synthetic', 'searched', 'callbacks', 'train_best', 'train_here', 'train_on_rank',
+           'seed_zero', 'long_sequences', 'H1Protocol', 'beside']
 
 # %% ../../../nbs/study/h1/08_experiments.ipynb #4a1c63e9
 from dataclasses import asdict, dataclass
 
 import pandas as pd
+from rich.console import Console
 
 from ...base.errors import UserError
 from ...base.records import Run, read_run, read_study, study_origin
 from ...lm.plan import gpu_hours
 from ...lm.prerequisites import PREREQUISITES
-from ...train.ranks import RanksFailed
+from ...train.ranks import RanksFailed, asked_to_stop, check_ranks, launch_ranks, sign_of_life
 from ...lm.sizes import gpt_config, pad_vocab
 from ...lm.sizing import flops_per_token
 from ...lm.task import LMTask
@@ -56,11 +57,12 @@ def check_prerequisite(study: Study, spec: LMSpec, data: Corpus) -> bool:
 # %% ../../../nbs/study/h1/08_experiments.ipynb #33a9780b
 def measure_matched(study: Study, spec: LMSpec, data: Corpus):
     "One run at the matched micro-batch."
-    measure_config(spec, study.device, data, study.writer(spec))
+    corpus = data if spec.gpus == 1 else study.preset  # ranks load their own
+    measure_config(spec, study.device, corpus, study.writer(spec), timeout=study.rank_timeout)
 
 def measure_synthetic(study: Study, spec: LMSpec, data: Corpus):
     "One run on a long synthetic sequence."
-    measure_config(spec, study.device, None, study.writer(spec))
+    measure_config(spec, study.device, None, study.writer(spec), timeout=study.rank_timeout)
 
 # %% ../../../nbs/study/h1/08_experiments.ipynb #32cd3c93
 EARLY_SHARE = 0.2  # of the 1B run's tokens: where checkpoint B looks
@@ -68,8 +70,10 @@ EARLY_RUN = ("1B", "flashoptim_full")  # size and configuration of the run that 
 
 def searched(study: Study, spec: LMSpec) -> dict:
     "The search's answer for a configuration at a size, made once per study."
-    if row := study.journal.last_event("search", role=spec.workload, config=spec.config): return row
-    study.journal.note("search", **(row := search(spec, study.preset, study.device)))
+    gpus = spec.gpus if spec.gpus > 1 else None  # a search for one says nothing of it
+    if row := study.journal.last_event("search", role=spec.workload, config=spec.config, gpus=gpus): return row
+    row = search(spec, study.preset, study.device, timeout=study.rank_timeout)
+    study.journal.note("search", **row)
     return row
 
 def _monitor(study: Study, spec: LMSpec, found: dict, losses: dict | None) -> MonitorCallback:
@@ -102,11 +106,28 @@ def train_best(study: Study, spec: LMSpec, data: Corpus):
     found, folder, steps = searched(study, spec), study.folder / spec.id, spec.recipe.steps
     if not found["micro"]:
         return end_at_once(folder, study.header(spec), "oom", f"no micro-batch fits: {found['tried'][-1]['reason']}")
+    with ProgressBar(study, spec.id, steps) as bar:
+        if spec.gpus == 1: train_here(study, spec, data, found, study.header(spec), bar)
+        else:
+            launch_ranks(spec.gpus, train_on_rank, study.made, spec, found, study.header(spec), device=study.device,
+                         timeout=study.rank_timeout, stopped=study.stopped, heard=lambda sign: bar.after(*sign))
+
+def train_here(study: Study, spec: LMSpec, data: Corpus, found: dict, header: dict, shown: Callback):
+    "The training run itself; all ranks of one call it."
     at_best = spec.replace(recipe=spec.recipe.replace(micro=found["micro"]))
     task = make_task(at_best, study.device, data, checkpointing=found["checkpointing"])
-    with ProgressBar(study, spec.id, steps) as bar:
-        fit(task, folder, study.header(spec), steps=steps, callbacks=[*callbacks(study, spec, data, task, found), bar],
-            checkpoint_every=study.preset.checkpoint_every, stopped=study.stopped)
+    fit(task, study.folder / spec.id, header, steps=spec.recipe.steps,
+        callbacks=[*callbacks(study, spec, data, task, found), shown],
+        checkpoint_every=study.preset.checkpoint_every, stopped=study.stopped)
+
+class _Signs(Callback):
+    "Tells the process that waits for the ranks of each step."
+    def after(self, n, row): sign_of_life((n, row)); return ()
+
+def train_on_rank(made: tuple, spec: LMSpec, found: dict, header: dict):
+    "What each rank of a training run does, with a study of its own that only reads."
+    study = Study.again(*made, stopped=asked_to_stop, console=Console(quiet=True))
+    train_here(study, spec, study.data(spec.workload), found, header, _Signs())
 
 # %% ../../../nbs/study/h1/08_experiments.ipynb #f918726b
 def seed_zero(preset: LMPreset, workload: str) -> tuple[int, ...]:
@@ -183,13 +204,17 @@ class H1Protocol(StudyProtocol):
             vocab = pad_vocab(study.data(size).tokenizer.vocab_size)
             return lm_spec(preset, size, experiment, config, seed, vocab, **recipe)
         if experiment == "long_sequence":
-            return made(preset.stress_role, seq=lengths[workload], batch=1, micro=1).replace(workload=workload)
-        recipe = preset.plans[workload].recipe
-        return made(
-            workload, **(dict(batch=min(recipe.batch, 2 * recipe.micro)) if experiment == "matched_batch" else {}))
+            gpus = preset.plans[preset.stress_role].gpus
+            return made(preset.stress_role, seq=lengths[workload], batch=gpus, micro=1).replace(workload=workload)
+        plan, recipe = preset.plans[workload], preset.plans[workload].recipe
+        matched = dict(batch=min(recipe.batch, 2 * recipe.micro * plan.gpus)) if experiment == "matched_batch" else {}
+        return made(workload, **matched)
 
     def lacks(self, study, spec):
-        return unavailable(spec.stack, study.device, spec.model.d_model // spec.model.n_head) if spec.stack else ""
+        if not spec.stack: return ""
+        try: check_ranks(spec.gpus, study.device)
+        except UserError as error: return str(error)
+        return unavailable(spec.stack, study.device, spec.model.d_model // spec.model.n_head)
 
     def journal_settings(self, study):
         spec = _Journal(preset=study.preset.name, workload="", size="", experiment="protocol", config="protocol",

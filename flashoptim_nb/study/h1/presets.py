@@ -31,6 +31,11 @@ class SizePlan(Config):
     recipe: Recipe  # `micro` is the matched micro-batch
     micros: tuple[int, ...]  # candidates for the best micro-batch, largest first: see `halves`
     track_every: int  # optimizer steps between evaluations on the tracked set
+    gpus: int = 1  # over which FSDP2 divides the network; a run's settings say it, not the plan's
+
+    def as_settings(self) -> dict:
+        # a study holds runs on one GPU and on several
+        return {name: value for name, value in super().as_settings().items() if name != "gpus"}
 
 # %% ../../../nbs/study/h1/02_presets.ipynb #9ae91fa7
 @dataclass(frozen=True, kw_only=True)
