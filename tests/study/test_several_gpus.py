@@ -8,7 +8,8 @@ from flashoptim_nb.base.records import problems, read_run
 from processes import Forked
 
 DRIVER = """
-import sys
+import sys, tempfile
+from dataclasses import replace
 from flashoptim_nb.cli import main
 from flashoptim_nb.study.h1 import experiments as h1
 from flashoptim_nb.study.h1.presets import LM_PRESETS
@@ -19,6 +20,9 @@ plan = plan.replace(recipe=plan.recipe.replace(steps=8, batch=4, micro=1, seq=64
 preset = LM_PRESETS["laptop"].replace(plans={"1B": plan}, seeds=(0,), checkpoint_every=2, eval_sets=(("sotu", 512),),
                                       track_set=("sotu", 512), stress_lengths=())
 h1.PREREQUISITES.clear()
+tempfile.tempdir = sys.argv[2]
+runs = h1.H1_PROTOCOL.experiments
+runs["matched_batch"] = replace(runs["matched_batch"], seeds=lambda preset, size: ())
 sys.exit(Study(h1.H1_PROTOCOL, preset, sys.argv[1], device="cpu", stopped=main._Stop()).run())
 """
 
@@ -26,7 +30,7 @@ sys.exit(Study(h1.H1_PROTOCOL, preset, sys.argv[1], device="cpu", stopped=main._
 def test_a_killed_rank_is_told_of_and_the_same_command_goes_on(tmp_path):
     out, ranks = tmp_path / "out", tmp_path / "ranks"
     ranks.mkdir()
-    def start(): return Forked(DRIVER, out, FLASHOPTIM_DATA="", TMPDIR=str(ranks))
+    def start(): return Forked(DRIVER, out, ranks, FLASHOPTIM_DATA="")
     run = out / "h1-laptop" / "1B-best-ablation_split_only-s0-x2"
     process, until = start(), time.monotonic() + 500
     while process.poll() is None and not (run / "checkpoint.safetensors").exists():
