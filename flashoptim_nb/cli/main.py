@@ -281,7 +281,8 @@ def _quality(args) -> int:
     from flashoptim_nb.cli.quality import quality, quality_role
     chosen = dict(configs=args.configs) if args.configs else {}
     folder = quality(args.out or work_root() / "runs", preset=args.scale, device=args.device, seeds=args.seeds,
-                     schedule=args.schedule, steps=args.steps, minutes=args.minutes, **chosen)
+                     schedule=args.schedule, steps=args.steps, minutes=args.minutes, dry_run=args.dry_run, **chosen)
+    if args.dry_run: return 0
     runs = read_study(folder)
     if lacks := absent(("altair", "IPython")): print(missing_module(*lacks, what="  the table of differences"))
     else: _tell_gaps(runs, quality_role(args.scale, args.schedule))
@@ -692,7 +693,8 @@ def _quality_parser(command):
                       description="Trains GPTs with the same data in the same order by AdamW and Lion, "
                                   "and by the same rules in FlashOptim's formats.",
                       epilog="examples:\n  flashoptim-nb quality --preset laptop\n"
-                             "  flashoptim-nb quality --preset gpu --seeds 0 1 2 3 --configs adamw flash_adamw")
+                             "  flashoptim-nb quality --preset gpu --seeds 0 1 2 3 --configs adamw flash_adamw\n"
+                             "  flashoptim-nb quality --preset long --schedule low --dry-run")
     _preset(quality, "how large a GPT, and for how long", required=True, metavar="NAME")
     quality.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="0 or more each (default: 0 1 2)")
     quality.add_argument("--configs", nargs="+", metavar="NAME", help="only these (default: all)")
@@ -701,6 +703,8 @@ def _quality_parser(command):
     quality.add_argument("--steps", type=int, help="optimizer steps (default: the preset's)")
     quality.add_argument(
         "--minutes", type=float, metavar="M", help="stop after so many minutes, to be gone on with by the same command")
+    quality.add_argument(
+        "--dry-run", action="store_true", help="print which runs would be made and how long they may take; run nothing")
     _where(quality)
 
 # %% ../../nbs/cli/02_main.ipynb #5c6d2f97
