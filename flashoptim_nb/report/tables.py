@@ -222,13 +222,16 @@ def verdict_banner(
 def registration_note(
     hypothesis: Hypothesis = H1,
     runs: Iterable[Run] | None = None,
+    brief: bool = False,  # only which verdicts were given before, not why
 ) -> Rendered:
     "How the verdict stands to the registration, and the verdicts that were given before, with what changed."
     runs, name = _runs(runs, hypothesis), hypothesis.id.lower()
     runs = [run for run in runs if run.header["scale"] != REHEARSAL] or [*runs]
     words = registration_status(runs, PROTOCOLS[name])["words"]
-    before = [f"{row['day']} (commit {row['commit'][:7]}): {row['status']}. {row['words']}" for row in history(name)]
-    earlier = "\n\nVerdicts that were given before, from the same runs: " + " ".join(before) if before else ""
+    told = [f"{row['day']}: {row['status']}" if brief else
+            f"{row['day']} (commit {row['commit'][:7]}): {row['status']}. {row['words']}" for row in history(name)]
+    parted = "; " if brief else " "
+    earlier = f"\n\nVerdicts that were given before, from the same runs: {parted.join(told)}{'.' * brief}" if told else ""
     return sentence(f"{hypothesis.id}'s verdict is {words}.{earlier}", runs)
 
 # %% ../../nbs/report/02_tables.ipynb #0038ad8e

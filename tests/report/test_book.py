@@ -18,7 +18,8 @@ from flashoptim_nb.study.h1.criteria import CRITERIA, H1
 from flashoptim_nb.report.book import (BookError, book_toc, build_book, check_site, is_chapter, notebook_paths,
                                        run_scales)
 from flashoptim_nb.report.notebooks import Job, execute_all, split_directives
-from flashoptim_nb.report.readme import ROLES, render_readme, top_level
+from flashoptim_nb.report.frontier import DRAWING
+from flashoptim_nb.report.readme import ROLES, render_drawing, render_readme, top_level
 
 REPO = repo_root()
 CHART = """
@@ -131,6 +132,7 @@ def test_contents_file_is_in_sync():
 
 def test_readme_is_in_sync():
     assert (REPO / "README.md").read_text() == render_readme(), "rewrite it: report.readme.write_readme()"
+    assert (REPO / DRAWING).read_text() == render_drawing(), "rewrite it: report.readme.write_readme()"
 
 
 def test_the_readme_is_read_in_two_screens():
