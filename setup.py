@@ -66,7 +66,7 @@ setup(
     project_urls={"Changes": f"{cfg['git_url']}/blob/{cfg['branch']}/CHANGELOG.md", "Issues": f"{cfg['git_url']}/issues"},
     classifiers=lines("classifiers"),
     packages=find_packages(include=["flashoptim_nb", "flashoptim_nb.*"]),
-    package_data={cfg["lib_name"]: ["py.typed", COMMIT.name]},
+    package_data={cfg["lib_name"]: ["py.typed", COMMIT.name, "cli/names.json"]},
     cmdclass=dict(build_py=BuildWithData, sdist=SdistWithCommit),
     python_requires=f">={cfg['min_python']}",
     install_requires=lines("requirements"),

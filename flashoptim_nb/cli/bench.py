@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 
 from ..base.config import content_hash
-from ..base.errors import UserError, choose
+from ..base.errors import UserError, choose, is_number
 from ..base.machine import pick_device, provenance
 from ..base.records import REHEARSAL, RunWriter, only_writer, study_name
 from ..study.h2.run import keep_search
 from ..study.h1.criteria import CRITERIA_HASH
-from ..lm.host import host_words, train_on_host
+from ..lm.fit import LARGEST_MICRO, gpt_of
+from ..lm.host import ASIDE, host_words, train_on_host
 from ..lm.cells import CELLS, CELLS_TWO, Cell, cell_words, reason_to_skip, run_cell
 from ..surrogates.largest import largest
 from ..measure.compatibility import PUBLIC, compare, compared_words, parts
@@ -183,15 +184,25 @@ def bench_host(
 ) -> Path:
     "Trains with the states on the host, prints each row and records it; returns the run's folder."
     where, micros = pick_device(device), [*micros]
+    if not is_number(budget, 0) or 1e9 * budget <= ASIDE:
+        raise UserError(f"a budget of {budget:g} GB was given; a finite number above {ASIDE / 1e9:g} is needed, "
+                        "which is left to CUDA itself")
+    if not micros or not all(isinstance(n, int) and 1 <= n <= LARGEST_MICRO for n in micros):
+        raise UserError(f"micro-batches of {micros} sequences were given; each has to be 1 to {LARGEST_MICRO:,}")
+    gpt_of(size)  # is there such a size?
     if where.type != "cuda" and not size.startswith("tiny"):
         raise UserError(f"a model of billions of parameters wants a GPU, and the device is {where}; "
                         "leave `bench host` out here, or ask for --size tiny")
     settings = dict(model=size, budget=budget, micros=micros, times=times)
     with _recorded(out, where, f"host-{size}-{budget:g}", "host", settings, settings, arm="host") as writer:
-        for row in train_on_host(size, device=where, budget=1e9 * budget, micros=micros, times=times,
-                                 seq=2048 if where.type == "cuda" else 64):
-            writer.append("host", **row)
-            print(host_words(row), flush=True)
+        try:
+            for row in train_on_host(size, device=where, budget=1e9 * budget, micros=micros, times=times,
+                                     seq=2048 if where.type == "cuda" else 64):
+                writer.append("host", **row)
+                print(host_words(row), flush=True)
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"{size} does not fit into {budget:g} GB with these micro-batches; give smaller ones or a "
+                            f"larger --budget ({str(error).splitlines()[0]})") from None
     return writer.folder
 
 # %% ../../nbs/cli/00_bench.ipynb #41c7be0d

@@ -20,11 +20,12 @@ from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
 
+import flashoptim_nb
 from .. import __version__
 from ..base.errors import EXTRAS, UserError, absent, choose, install_line, missing_module, visible
 
 # %% ../../nbs/cli/02_main.ipynb #c6e882a7
-def _studies(given: list[str]) -> list[Path]:
+def _studies(given: list[Path]) -> list[Path]:
     """The studies that were named, at whatever level, or those where records usually are;
     raises `UserError` for a place that holds none and for a study named twice."""
     from flashoptim_nb.base.records import find_studies, record_folders
@@ -95,11 +96,12 @@ def _run(args) -> int:
     if args.gpus is not None: preset = _on_gpus(preset, args.gpus, args)
     if args.timeout is not None and not args.timeout > 0:
         raise UserError(f"--timeout is {args.timeout:g}; more than 0 seconds are needed")
-    if args.device: device_for(preset, args.device)
+    if args.device is not None: device_for(preset, args.device)
     chosen = dict(workloads=args.sizes or args.domains, configs=args.configs)
     if args.dry_run: return dry_run(protocol, select_runs(preset, **chosen, what=protocol.workload), args.arms)
     study = Study(
-        protocol, preset, args.out or work_root() / "runs", device=args.device or preset.device, experiments=args.arms,
+        protocol, preset, args.out or work_root() / "runs", experiments=args.arms,
+        device=preset.device if args.device is None else args.device,
         workers=workers, graphs=bool(args.graphs), minutes=args.minutes, stopped=_Stop(),
         **(dict(rank_timeout=args.timeout) if args.timeout else {}), **chosen)
     return study.run(args.confirm)
@@ -164,7 +166,7 @@ def _verdict(args) -> int:
     from flashoptim_nb.study.verdict import verdict
     from flashoptim_nb.report.render import load_runs
     from flashoptim_nb.report.tables import verdict_text
-    if args.scale: choose("scale", args.scale, PROTOCOLS[args.hypothesis].presets)
+    if args.scale is not None: choose("scale", args.scale, PROTOCOLS[args.hypothesis].presets)
     studies = _studies(args.records)
     if not args.records: _tell_hidden(studies)
     _tell_unfinished(studies)
@@ -186,7 +188,9 @@ def _verdict(args) -> int:
 def _book(args) -> int:
     from flashoptim_nb.base.machine import repo_root
     from flashoptim_nb.report.book import build_book, check_port, serve
-    if args.serve: check_port(args.port)
+    port = 8000 if args.port is None else args.port
+    if args.serve: check_port(port)
+    elif args.port is not None: raise UserError("--port is where --serve serves the book; give both, or neither")
     studies = _studies(args.records)
     _tell_unfinished(studies)
     # children are ended, and what is half made is removed
@@ -194,7 +198,7 @@ def _book(args) -> int:
     try: out = build_book(args.out or repo_root() / "_book", studies if args.records else None)
     finally: signal.signal(signal.SIGTERM, before)
     print(f"the book is at {out / 'index.html'}")
-    return serve(out, args.port) if args.serve else 0
+    return serve(out, port) if args.serve else 0
 
 # %% ../../nbs/cli/02_main.ipynb #df423cf7
 def _benchmark(args) -> str:
@@ -203,17 +207,10 @@ def _benchmark(args) -> str:
     asked = dict.fromkeys(filter(None, (args.benchmark, args.molecules and "dimenet", args.largest and "capacity")))
     if len(asked) > 1: raise UserError(f"{' and '.join(asked)} are two benchmarks; ask for one at a time")
     name = next(iter(asked), "optimizers")
-    if (args.tensors or args.optimizers) and name != "optimizers":
-        raise UserError(f"--tensors and --optimizers belong to `bench optimizers`; leave them out with {name}")
-    if args.cells and name != "memory":
-        raise UserError(f"--cells belongs to `bench memory`; leave it out with {name}")
-    if (args.size or args.budget or args.micro) and name != "host":
-        raise UserError(f"--size, --budget and --micro belong to `bench host`; leave them out with {name}")
-    if (args.gpus is not None or args.dry_run) and name not in ("memory", "compat"):
-        raise UserError(f"--gpus and --dry-run belong to `bench memory` and `bench compat`; leave them out with {name}")
-    if args.blocks and name != "dimenet" or args.precisions and name == "optimizers":
-        raise UserError("--blocks belongs to `bench dimenet`, --precisions to that and to `bench capacity`; "
-                        f"leave them out with {name}")
+    for (flag, *_), (of, words) in _BENCH_OPTIONS.items():
+        given = getattr(args, words.get("dest", flag[2:].replace("-", "_")))
+        if given is not None and name not in of.split():
+            raise UserError(f"{flag} belongs to `bench {'` and `bench '.join(of.split())}`; leave it out with {name}")
     return name
 
 def _show_cells(cells: list) -> int:
@@ -235,8 +232,8 @@ def _bench(args) -> int:
     from flashoptim_nb.base.machine import work_root
     from flashoptim_nb.cli.bench import bench, bench_domain, bench_largest
     name, out = _benchmark(args), args.out or work_root() / "runs"
-    gpus = 1 if args.gpus is None else args.gpus
-    def given(**options): return {key: tuple(value) for key, value in options.items() if value}
+    gpus, times = (default if n is None else n for n, default in ((args.gpus, 1), (args.times, 20)))
+    def given(**options): return {key: value for key, value in options.items() if value is not None}
     if name == "memory":
         from flashoptim_nb.cli.bench import bench_memory, memory_cells
         cells = memory_cells(gpus, args.cells)
@@ -244,17 +241,18 @@ def _bench(args) -> int:
         folder = bench_memory(out, device=args.device, cells=cells)
     elif name == "host":
         from flashoptim_nb.cli.bench import bench_host
-        folder = bench_host(out, device=args.device, **{key: value for key, value in (
-            ("size", args.size), ("budget", args.budget), ("micros", args.micro)) if value})
+        folder = bench_host(out, device=args.device,
+                            **given(size=args.size, budget=args.budget, micros=args.micro))
     elif name == "compat":
         from flashoptim_nb.cli.bench import bench_compat, parts
         if args.dry_run: return _show_parts(parts(gpus))
         folder = bench_compat(out, device=args.device, gpus=gpus)
     elif name == "dimenet":
-        folder = bench_domain("molecules", out, device=args.device, steps=args.times,
-                              **given(implementations=args.blocks, precisions=args.precisions))
+        folder = bench_domain("molecules", out, device=args.device, steps=times,
+                              **given(implementations=args.blocks and tuple(args.blocks),
+                                      precisions=args.precisions and tuple(args.precisions)))
     elif name == "capacity": folder = bench_largest(out, device=args.device, **given(configs=args.precisions))
-    else: folder = bench(out, device=args.device, times=args.times, **given(works=args.tensors, names=args.optimizers))
+    else: folder = bench(out, device=args.device, times=times, **given(works=args.tensors, names=args.optimizers))
     print(f"recorded in {folder}")
     return 0
 
@@ -421,19 +419,17 @@ def _folder(text: str) -> Path:
     if not text.strip(): raise argparse.ArgumentTypeError("an empty name; leave it out, or name a folder")
     return Path(text)
 
+_NAMES = Path(flashoptim_nb.__file__).with_name("cli") / "names.json"  # command -> the names that its help lists
+
 class _Parser(argparse.ArgumentParser):
-    """A parser whose help ends with names from tables, read when help is shown:
-    the modules that hold them take seconds to load."""
-    def __init__(self, *args, names=lambda: "", **words):
+    """A parser whose help ends with names from tables, as `write_names` kept them:
+    the modules that hold the tables take seconds to load."""
+    def __init__(self, *args, **words):
         super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **words)
-        self.names = names
 
     def format_help(self) -> str:
-        try: names = self.names()
-        except ModuleNotFoundError as error:
-            if not error.name or error.name.startswith("flashoptim_nb"): raise
-            names = f"its names are not listed: {missing_module(error.name)}"
-        told, self.epilog = self.epilog, "\n\n".join(filter(None, (self.epilog, names)))
+        told, names = self.epilog, json.loads(_NAMES.read_text()).get(self.prog.partition(" ")[2])
+        self.epilog = "\n\n".join(filter(None, (told, names)))
         try: return super().format_help()
         finally: self.epilog = told
 
@@ -504,7 +500,7 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
         help="print the preset's configuration and what it would run (h1: with projected time and cost); run nothing")
 
 # %% ../../nbs/cli/02_main.ipynb #5c6d2f92
-_RECORDS = dict(nargs="+", default=[], metavar="FOLDER",
+_RECORDS = dict(nargs="+", default=[], type=_folder, metavar="FOLDER",
                 help="folders of studies, or studies (default: data/records, overlaid by runs/)")
 
 def _verdict_parser(command):
@@ -524,7 +520,7 @@ def _book_parser(command):
                    epilog=_PRICES.strip())
     _rates(book)
     book.add_argument("--serve", action="store_true", help="serve it on this machine when it is built")
-    book.add_argument("--port", type=int, default=8000, help="with --serve (default: 8000; 0: any that is free)")
+    book.add_argument("--port", type=int, help="with --serve (default: 8000; 0: any that is free)")
     book.add_argument("--out", type=_folder, help="where the site goes (default: _book/ of the clone)")
     book.add_argument("--records", **_RECORDS)
 
@@ -533,7 +529,7 @@ def _check_parser(command):
         "check", _check, help="verify records",
         description="Refuses records that miss their origin, are damaged, or whose decisions do not replay; says why.")
     check.add_argument(
-        "folders", nargs="*", metavar="FOLDER", help="folders of studies or runs (default: data/records and runs/)")
+        "folders", nargs="*", type=_folder, metavar="FOLDER", help="folders of studies or runs (default: data/records and runs/)")
 
 def _doctor_parser(command):
     doctor = command(
@@ -574,17 +570,15 @@ def _capacity_names() -> str:
 
 # %% ../../nbs/cli/02_main.ipynb #5c6d2f94
 _BENCHMARKS = {
-    # what each times, and its names
-    "optimizers": ("a step of this package's optimizers and of the peers that are installed, "
-                   "on the tensors of two GPTs and on many small ones", _timed_names),
-    "dimenet": ("a training step of DimeNet++, PyG's blocks beside this package's (wants a GPU)", _dimenet_names),
-    "capacity": ("the largest DimeNet++ that trains at batch 512 within 24 GiB (wants a GPU)", _capacity_names),
-    "memory": ("the memory of GPTs of 1 to 13 billion parameters, predicted beside measured (wants a GPU of 80 GB)",
-               _memory_names),
-    "compat": ("the public package flashoptim with this one: steps, checkpoints, release, ranks (wants a GPU)",
-               _compat_names),
-    "host": ("training with the states in the host's memory, beside what the link to it allows (wants a GPU and "
-             "41 GB of the host's memory)", _host_names),
+    # what each times
+    "optimizers": "a step of this package's optimizers and of the peers that are installed, "
+                  "on the tensors of two GPTs and on many small ones",
+    "dimenet": "a training step of DimeNet++, PyG's blocks beside this package's (wants a GPU)",
+    "capacity": "the largest DimeNet++ that trains at batch 512 within 24 GiB (wants a GPU)",
+    "memory": "the memory of GPTs of 1 to 13 billion parameters, predicted beside measured (wants a GPU of 80 GB)",
+    "compat": "the public package flashoptim with this one: steps, checkpoints, release, ranks (wants a GPU)",
+    "host": "training with the states in the host's memory, beside what the link to it allows (wants a GPU and "
+            "41 GB of the host's memory)",
 }
 _VERBS = {"capacity": "Searches for", "compat": "Compares"}
 _BENCH_OPTIONS = {
@@ -623,15 +617,14 @@ def _bench_parser(command):
                "  flashoptim-nb bench memory --out runs\n"
                "  flashoptim-nb bench compat --gpus 2                   the public package beside this one")
     for names, (_, words) in _BENCH_OPTIONS.items():
-        bench.add_argument(*names, **words | dict(help=argparse.SUPPRESS, default=20 if "--times" in names else None))
+        bench.add_argument(*names, **words | dict(help=argparse.SUPPRESS, default=None))
     # the names' forerunners
     for name in "--molecules", "--largest":
         bench.add_argument(name, action="store_true", help=argparse.SUPPRESS)
     _where(bench, what="records")
     known = bench.add_subparsers(dest="benchmark", metavar="BENCHMARK")
-    for name, (what, listed) in _BENCHMARKS.items():
-        one = known.add_parser(
-            name, help=what, description=f"{_VERBS.get(name, 'Times')} {what}.", names=listed)
+    for name, what in _BENCHMARKS.items():
+        one = known.add_parser(name, help=what, description=f"{_VERBS.get(name, 'Times')} {what}.")
         for names, (of, words) in _BENCH_OPTIONS.items():
             if name in of.split(): one.add_argument(*names, **words, default=argparse.SUPPRESS)
         _where(one, what="records", default=argparse.SUPPRESS)
@@ -646,7 +639,7 @@ def _fit_names() -> str:
 
 def _fit_parser(command):
     fit = command(
-        "fit", _fit, help="will it fit: memory by class, and the largest micro-batch", names=_fit_names,
+        "fit", _fit, help="will it fit: memory by class, and the largest micro-batch",
         description="Predicts, by arithmetic alone, what training a model takes on each GPU, "
                     "and the largest micro-batch\nfor each way of training and kind of checkpointing. "
                     "No GPU is needed. Held against measured peaks\nby `flashoptim-nb bench memory`.",
@@ -662,7 +655,8 @@ def _fit_parser(command):
         help="a GPT of so many parameters: 124M, 1B, 7B, 13B, 70B of the project's ladder, or what lies between")
     fit.add_argument("--config", metavar="FILE", help="a config.json of Hugging Face's transformers, on this machine")
     fit.add_argument("--build", metavar="MODULE:FUNCTION",
-                     help="a function that makes a model, called on the meta device; only its parameters are counted")
+                     help="a function that makes a model, called on the meta device; only its parameters are counted, "
+                          "and what it prints goes to stderr")
     fit.add_argument(
         "--gpu", default="H100", metavar="NAME", help="a GPU of the table below, or a size: 24GB (default: H100)")
     fit.add_argument(
@@ -689,7 +683,7 @@ def _quality_names() -> str:
          _listed("configurations", {name: OPTIMIZERS[name].help for name in OPTIMIZER_CONFIGS})))
 
 def _quality_parser(command):
-    quality = command("quality", _quality, help="compare optimizers on whole training runs", names=_quality_names,
+    quality = command("quality", _quality, help="compare optimizers on whole training runs",
                       description="Trains GPTs with the same data in the same order by AdamW and Lion, "
                                   "and by the same rules in FlashOptim's formats.",
                       epilog="examples:\n  flashoptim-nb quality --preset laptop\n"
@@ -706,6 +700,20 @@ def _quality_parser(command):
     quality.add_argument(
         "--dry-run", action="store_true", help="print which runs would be made and how long they may take; run nothing")
     _where(quality)
+
+# %% ../../nbs/cli/02_main.ipynb #5c6d2f9a
+_TABLES = {  # command -> what reads the names that its help lists
+    "fit": _fit_names, "quality": _quality_names, "bench optimizers": _timed_names, "bench dimenet": _dimenet_names,
+    "bench capacity": _capacity_names, "bench memory": _memory_names, "bench compat": _compat_names,
+    "bench host": _host_names}
+
+def _listed_names() -> str:
+    "All that the tables name, as it is kept."
+    return json.dumps({command: names() for command, names in _TABLES.items()}, indent=1) + "\n"
+
+def write_names():
+    "Keeps the names for `--help`: after a row was added to a table, or one has changed."
+    _NAMES.write_text(_listed_names())
 
 # %% ../../nbs/cli/02_main.ipynb #5c6d2f97
 def _parser() -> argparse.ArgumentParser:

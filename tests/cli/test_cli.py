@@ -1,4 +1,5 @@
 """The command answers bad input in words, with a status that is not zero, and harms nothing that is already written."""
+import argparse
 import json
 import os
 import resource
@@ -76,7 +77,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_first(name, out, told, pla
         ("quality --scale laptop --configs adam", "did you mean"),
         ("bench --times 0", "at least 1"), ("bench --works 125M", "unknown tensor set"),
         ("bench --molecules --largest", "one at a time"),
-        ("bench --molecules --works small", "leave them out"), ("bench --largest dimenet", "one at a time"),
+        ("bench --molecules --works small", "leave it out with dimenet"), ("bench --largest dimenet", "one at a time"),
         ("bench capacity --configs fp7", "unknown configuration"), ("quality --preset huge", "unknown preset"),
         ("bench compat --gpus 3", "on 1 and on 2"),
         ("quality --scale laptop --recipe harsh", "unknown schedule"),
@@ -100,6 +101,10 @@ def test_a_place_that_cannot_be_written_to_is_refused_first(name, out, told, pla
         ("run h1 --scale laptop --device xpu", "choose one of: auto, cpu, cuda"),
         ("check nowhere", "nowhere holds no records"),
         ("book --serve --port 99999", "is no port"), ("book --serve --port -1", "is no port"),
+        ("book --port 5", "give both, or neither"), ("bench memory --dry-run --gpus 0", "0 GPUs"),
+        ("bench --budget 0", "belongs to `bench host`"), ("bench --times 0 memory", "belongs to `bench optimizers`"),
+        ("bench host --size tiny --device cpu --micro 1 0", "1 to 4,096"),
+        ("bench host --size tiny --device cpu --budget inf", "a finite number above 1"),
         ("verdict h1 --records nowhere", "holds no records"), ("book --records nowhere", "holds no records"),
     ])
 def test_a_value_is_looked_at_before_anything_is_begun(words, told, place, capsys):
@@ -107,6 +112,54 @@ def test_a_value_is_looked_at_before_anything_is_begun(words, told, place, capsy
     out = () if words.startswith(("verdict", "check")) else ("--out", place / "new")
     status, said = answered(capsys, *words.split(), *out)
     assert status == 2 and told in said and listed(place) == before
+
+
+def parsers(parser=None, name=""):
+    "Each command's parser, by the command's words."
+    if parser is None:
+        from flashoptim_nb.cli.main import _parser
+        parser = _parser()
+    yield name, parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, one in action.choices.items(): yield from parsers(one, f"{name} {word}".strip())
+
+
+RIGHT = {  # command -> what makes it right without the option that is looked at
+    "run": ("h1 --preset laptop", "h2 --preset laptop"), "quality": ("--preset laptop",), "verdict": ("h1",),
+    "fit": ("--params 7B",), "bench": ("--tensors tiny",), "bench optimizers": ("--tensors tiny",),
+    "bench host": ("--size tiny --device cpu",)}
+DIGITS = "9" * 400
+ODD = {int: ("0", "-1"), float: ("0", "-1", "nan"), None: ("", "n0thing")}
+FINE = {("quality", "--seeds", "0")}
+
+
+def odd_words():
+    "Every option of every command that takes a value, with values that it cannot have."
+    for name, parser in parsers():
+        for action in parser._actions:
+            if not action.option_strings or action.nargs == 0 or isinstance(action, argparse._SubParsersAction): continue
+            flag, values = action.option_strings[0], ODD.get(action.type, ("",))
+            if name in ("fit", "bench host"): values = (*values, DIGITS)
+            yield from ((name, right, flag, value) for right in RIGHT.get(name, ("",)) for value in values
+                        if (name, flag, value) not in FINE)
+
+
+@pytest.mark.parametrize("name, right, flag, value", [*odd_words()], ids=lambda x: x[:12] or "empty")
+def test_every_option_answers_an_odd_value_in_words(name, right, flag, value, place, capsys, monkeypatch):
+    "Also one that is 0, empty or no number: it is not taken for one that was left out."
+    monkeypatch.chdir(place)
+    before, words = listed(place), [*name.split(), *right.split(), flag, value]
+    status, said = answered(capsys, *words)
+    assert status == 2 and said.strip() and "and the device is" not in said and listed(place) == before
+
+
+def test_no_help_loads_torch():
+    code = ("import contextlib, io, sys\nfrom flashoptim_nb.cli.main import main\n"
+            f"for words in {[[*name.split(), '--help'] for name, _ in parsers()]}:\n"
+            "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as shown: main(words)\n"
+            "    assert 'usage: ' in shown.getvalue() and not {'torch', 'numpy'} & sys.modules.keys(), words\n")
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_port_in_use_is_told_before_the_book_is_built(place, capsys):

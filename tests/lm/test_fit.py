@@ -57,7 +57,7 @@ LLAMA = dict(model_type="llama", hidden_size=64, num_attention_heads=4, num_hidd
 @pytest.mark.parametrize("config, said", [
     (dict(architectures=["MixtralForCausalLM"]), "of any other, --build"), (dict(model_type="bert"), "no architecture that is known"), ([], "no object"),
     (dict(model_type="llama"), "no 'hidden_size'"), (dict(model_type="llama", hidden_size="wide"), "whole number"), (dict(architectures="LlamaForCausalLM"), "no architecture"),
-    (LLAMA | dict(num_key_value_heads=8), "does not go evenly"), (LLAMA | dict(num_attention_heads=5), "does not go evenly"),
+    (LLAMA | dict(num_key_value_heads=8), "does not go evenly"), (LLAMA | dict(hidden_size=4 * 10**400), "whole number from 1"), (LLAMA | dict(vocab_size=10**400), "whole number from 1"), (LLAMA | dict(num_attention_heads=5), "does not go evenly"),
     (LLAMA | dict(tie_word_embeddings="no"), "true or false"), (dict(model_type="gpt2", n_embd=64, n_head=5, n_layer=2, vocab_size=512), "does not go evenly")])
 def test_a_config_that_cannot_be_read_is_refused(capsys, tmp_path, config, said):
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -92,6 +92,40 @@ def test_what_changes_nothing_is_refused(capsys, tmp_path, monkeypatch):
     for words in ("--loss plain", "--micro 2", "--seq 4096", "--style gpt2"):
         status, out, err = answer(capsys, "--build", "of_mine:make", *words.split())
         assert status == 2 and "leave it out" in err and not out
+
+
+OF_MINE = """
+import torch
+print("imported")
+
+def make(frozen=True):
+    print("made")
+    model = torch.nn.Sequential(torch.nn.Linear(1000, 1000, bias=False), torch.nn.Linear(1000, 10, bias=False))
+    model[0].requires_grad_(not frozen)
+    model.codes = torch.nn.Parameter(torch.zeros(1000, dtype=torch.int8), requires_grad=False)
+    return model
+
+def whole(): return make(False)
+def lazy(): return torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LazyLinear(3))
+"""
+
+
+def test_what_a_module_has_frozen_or_prints(capsys, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "of_mine_too.py").write_text(OF_MINE)
+    status, out, err = answer(capsys, "--build", "of_mine_too:make", "--json")
+    found = json.loads(out)
+    assert status == 0 and "imported" in err and "made" in err
+    assert found["model"] == dict(name="of_mine_too:make", parameters=1_011_000, trained=10_000)
+    by = {row["config"]: row for row in found["rows"]}
+    assert by["adamw"]["classes"] == dict(weights=4 * 1_010_000 + 1000, gradients=40_000, masters=0, states=80_000, host=0)
+    assert by["flash_adamw"]["classes"]["masters"] == 10_000
+    assert by["flash_adamw_release"]["peak"] == pytest.approx(2 * 1_010_000 + 1000 + (1 + 2.125 + 2) * 10_000)
+    assert "of which 1e-05 are trained" in answer(capsys, "--build", "of_mine_too:make")[1]
+    whole = json.loads(answer(capsys, "--build", "of_mine_too:whole", "--json")[1])
+    assert whole["model"]["trained"] == 1_010_000
+    status, out, err = answer(capsys, "--build", "of_mine_too:lazy")
+    assert status == 2 and not out and "shapes are not known yet (1.weight" in err
 
 
 def test_the_micro_batch_that_was_asked_for_is_named(capsys):
