@@ -28,7 +28,7 @@ import torch
 
 import flashoptim_nb
 from .. import __version__
-from .errors import UserError
+from .errors import UserError, missing_module
 
 # %% ../../nbs/base/02_machine.ipynb #1302dc16
 _PACKAGE = Path(flashoptim_nb.__file__).resolve().parent
@@ -228,8 +228,8 @@ def skip_without(
 ):
     "In a notebook: where one of these modules is missing, says so, and leaves out the cells below."
     if not (missing := [name for name in modules if not _module(name).ok]): return
-    said = f"missing here: {', '.join(missing)} (pip install {' '.join(missing)})"
+    said = missing_module(*missing, what="what is shown here")
     shell = "IPython" in sys.modules and sys.modules["IPython"].get_ipython()
-    if not shell: raise UserError(said)  # a script that was made of a notebook
+    if not shell: raise said  # a script that was made of a notebook
     shell.ast_transformers.append(_Nothing())
     print(f"The cells below were not run; {said}.")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .problem import VERIFY, Outcome, Problem, distinct, join, outcome, take
 from .reinforce import train_reinforce
-from ..base.errors import UserError
+from ..base.errors import UserError, missing_module
 
 # %% ../../nbs/surrogates/07_bayes.ipynb #f0000006
 def _botorch():
@@ -24,8 +24,7 @@ def _botorch():
         from botorch.acquisition.analytic import LogExpectedImprovement
         from botorch.models.utils.gpytorch_modules import get_covar_module_with_dim_scaled_prior as kernel
     except ImportError as error:
-        raise UserError("Bayesian optimization needs the package botorch, which is not installed; install it with: "
-                        "pip install 'flashoptim_nb[surrogates]' (or leave the method out)") from error
+        raise UserError(f"{missing_module('botorch', what='Bayesian optimization')} (or leave the method out)") from error
     return gpytorch, fit, models, LogExpectedImprovement, kernel
 
 # %% ../../nbs/surrogates/07_bayes.ipynb #f0000007

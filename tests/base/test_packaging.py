@@ -10,8 +10,8 @@ from configparser import ConfigParser
 
 import pytest
 
-from flashoptim_nb.base.errors import EXTRAS
-from flashoptim_nb.base.machine import repo_root
+from flashoptim_nb.base.errors import EXTRAS, UserError, install_line
+from flashoptim_nb.base.machine import repo_root, skip_without
 
 REPO = repo_root()
 # of a module, where the names differ
@@ -63,6 +63,16 @@ def test_a_missing_module_is_named_with_its_extra():
     for extra, modules in EXTRAS.items():
         for name in modules:
             assert distribution(name) in required(extra), name
+
+
+def test_how_to_install_is_said_in_one_place():
+    "An extra is named by a command that works: the clone's, or that of where the package came from."
+    said = re.compile(r"pip install '(\.|flashoptim_nb)\[|\(pip install \{")
+    found = [path.relative_to(REPO).as_posix() for path in (REPO / "flashoptim_nb").rglob("*.py")
+             if said.search(path.read_text())]
+    assert found == ["flashoptim_nb/base/errors.py"]
+    with pytest.raises(UserError) as told: skip_without("os", "no_such_package")
+    assert str(told.value).endswith(f"the package no_such_package, which is not installed; {install_line('all')}")
 
 
 @pytest.mark.parametrize("absent, extra, words",

@@ -8,7 +8,7 @@ __all__ = ['TASKS', 'load_airfrans']
 # %% ../../../../nbs/surrogates/domains/aerodynamics/03_airfrans.ipynb #a4f00003
 from pathlib import Path
 
-from ....base.errors import UserError, choose
+from ....base.errors import UserError, choose, missing_module
 
 # %% ../../../../nbs/surrogates/domains/aerodynamics/03_airfrans.ipynb #a4f00005
 TASKS = ("full", "scarce", "reynolds", "aoa")  # of Bonnet et al. 2022, section 4
@@ -24,8 +24,7 @@ def load_airfrans(
     if make is None:
         try: from torch_geometric.datasets import AirfRANS as make
         except ImportError:
-            raise UserError("AirfRANS is read by torch_geometric, which was not found; "
-                            "pip install 'flashoptim_nb[surrogates]'") from None
+            raise missing_module("torch_geometric", what="AirfRANS") from None
     try: return make(str(root), task=task, train=train)
     except (OSError, RuntimeError) as error:  # URLError and HTTPError are OSErrors
         raise UserError(

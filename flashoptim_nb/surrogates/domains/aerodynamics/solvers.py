@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ....base.errors import UserError, choose
+from ....base.errors import UserError, choose, missing_module
 from ....base.machine import find_program
 from ....base.patch import patch
 from .airfoils import (
@@ -182,7 +182,7 @@ class NeuralFoil:
     ):
         try: import neuralfoil
         except ImportError:
-            raise UserError("the package neuralfoil was not found; pip install 'flashoptim_nb[surrogates]'") from None
+            raise missing_module("neuralfoil", what="this solver") from None
         self.evaluate, self.model_size, self.n_crit, self.confidence = (
             neuralfoil.get_aero_from_kulfan_parameters, model_size, n_crit, confidence)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ....base.config import content_hash
-from ....base.errors import UserError
+from ....base.errors import UserError, missing_module
 from ....base.machine import data_root
 from ....base.files import read_xz
 
@@ -28,8 +28,7 @@ def _rdkit():
         from rdkit import Chem, RDLogger
         from rdkit.Chem import BRICS, QED, Crippen, rdFingerprintGenerator
     except ImportError as error:
-        raise UserError("molecules need the package rdkit, which is not installed; install it with: "
-                        "pip install 'flashoptim_nb[surrogates]'") from error
+        raise missing_module("rdkit", what="a molecule of SMILES") from error
     RDLogger.DisableLog("rdApp.*")
     return Chem, BRICS, QED, Crippen, rdFingerprintGenerator
 

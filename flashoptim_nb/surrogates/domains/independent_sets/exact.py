@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ....base.errors import UserError, choose
+from ....base.errors import UserError, choose, missing_module
 from .graphs import Graph, checked, independent, states
 
 # %% ../../../../nbs/surrogates/domains/independent_sets/01_exact.ipynb #7e010006
@@ -61,7 +61,7 @@ def greedy(graph: Graph, start: Iterable[int] = ()) -> np.ndarray:  # int64, sor
 # %% ../../../../nbs/surrogates/domains/independent_sets/01_exact.ipynb #7e01000c
 def _need(module: str, package: str):
     if importlib.util.find_spec(module) is None:
-        raise UserError(f"{package} is not installed: pip install 'flashoptim_nb[surrogates]'; "
+        raise UserError(f"{missing_module(module, what=f'the solver {package}')}; "
                         f"formulas of up to {ENUMERABLE} variables can be solved without it (solver='enumeration')")
 
 def _named(graph: Graph, start: np.ndarray, true: set[int]) -> tuple[int, ...]:

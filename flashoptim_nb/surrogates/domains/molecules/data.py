@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ....base.errors import UserError, choose
+from ....base.errors import UserError, choose, missing_module
 from ....base.machine import data_root
 from ....base.patch import patch
 from .geometry import check_structures
@@ -172,8 +172,7 @@ def from_smiles(
     """Structures of SMILES by RDKit;
     raises `UserError` where RDKit is missing, nothing is left, or `skip` is off and one cannot be used."""
     if importlib.util.find_spec("rdkit") is None:
-        raise UserError(
-            "structures from SMILES need RDKit, which is not installed: pip install 'flashoptim_nb[surrogates]'")
+        raise missing_module("rdkit", what="a structure from SMILES")
     smiles = [smiles] if isinstance(smiles, str) else list(smiles)
     if odd := [s for s in smiles if not isinstance(s, str) and not _missing(s)]:
         raise UserError(f"{odd[0]!r:.60} among the SMILES: each is a text, such as 'CCO'")
@@ -196,7 +195,7 @@ def gfn2_gaps(
 ) -> tuple[np.ndarray, tuple[tuple[int, str], ...]]:  # fp64 (M,), eV, NaN where it failed; which failed, and why
     "HOMO-LUMO gaps by GFN2-xTB at the given structures; raises `UserError` where tblite is not installed."
     if importlib.util.find_spec("tblite") is None:
-        raise UserError("GFN2-xTB gaps need tblite, which is not installed: pip install 'flashoptim_nb[surrogates]'")
+        raise missing_module("tblite", what="a gap by GFN2-xTB")
     from tblite.interface import Calculator
     gaps, failed, start = np.full(len(structures), np.nan), [], 0
     for m, count in enumerate(structures.counts):

@@ -17,7 +17,7 @@ from torch.nn import Linear
 from torch.utils.checkpoint import checkpoint
 
 from ....base.config import Config
-from ....base.errors import UserError, check_indices, choose, is_vouched
+from ....base.errors import UserError, check_indices, choose, is_vouched, missing_module
 from ....base.patch import patch
 from .geometry import ELEMENTS, Molecules
 from .bases import RadialBasis, spherical_radial
@@ -268,8 +268,7 @@ def with_pyg_blocks(self: DimeNetPP) -> DimeNetPP:
     "Puts PyG's own blocks in place of ours, in place; raises `UserError` where PyG is not installed."
     try: from torch_geometric.nn.models import dimenet as pyg
     except ImportError:
-        raise UserError("PyG's blocks need torch_geometric, which is not installed: "
-                        "pip install 'flashoptim_nb[surrogates]'") from None
+        raise missing_module("torch_geometric", what="a network of PyG's blocks") from None
     c, act = self.config, nn.SiLU()
     def swap(own, theirs):
         theirs.load_state_dict(own.state_dict())
