@@ -59,9 +59,11 @@ def _check_surroundings(args):
     from flashoptim_nb.base.machine import commit, work_root
     from flashoptim_nb.base.records import check_place
     from flashoptim_nb.lm.text import data_folder
-    from flashoptim_nb.measure.cost import RATES, known_platforms
+    from flashoptim_nb.measure.cost import RATES, known_platforms, own_rate
     from flashoptim_nb.base.records import record_folders
-    if given := getattr(args, "rate", None): os.environ[RATES] = "\n".join(given)
+    if given := getattr(args, "rate", None):
+        for text in given: own_rate(text)
+        os.environ[RATES] = "\n".join(given)
     data_folder(), known_platforms(), record_folders(), commit()
     if cache := os.environ.get("FLASHOPTIM_CACHE"):
         try: check_place(cache)

@@ -149,6 +149,8 @@ def odd_words():
 def test_every_option_answers_an_odd_value_in_words(name, right, flag, value, place, capsys, monkeypatch):
     "Also one that is 0, empty or no number: it is not taken for one that was left out."
     monkeypatch.chdir(place)
+    for begun in ("study.runner.run_study", "cli.quality.load_corpus", "cli.bench._recorded", "report.book.build_book"):
+        monkeypatch.setattr(f"flashoptim_nb.{begun}", lambda *_, **__: pytest.fail("it was begun"))
     before, words = listed(place), [*name.split(), *right.split(), flag, value]
     status, said = answered(capsys, *words)
     assert status == 2 and said.strip() and "and the device is" not in said and listed(place) == before
