@@ -251,6 +251,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
+from torch.distributed.tensor.debug import CommDebugMode
 import flashoptim_nb.optim.muon as muon
 from flashoptim_nb.optim import FlashMuon, OptionError, enable_gradient_release, muon_groups
 from flashoptim_nb.base.errors import UserError
@@ -295,6 +296,19 @@ for most in (1, 1 << 25):
             for key, t in ob.get_fp32_model_state_dict(b).items(): assert (full[key].full_tensor() - t).abs().max() <= close * t.abs().max() + close * 1e-2
 plans = [x.plan for x in oa._cached[None].made[0]]
 assert {owner for plan in plans for each in plan.rounds for owner, own in enumerate(each) if own} == {*range(world)}, "a rank owns nothing"
+
+# a matrix is gathered by its owner alone: of a step a rank receives the whole of what it owns, and its own part of all
+received, exchange = [], muon.MatrixSharding.exchange
+def counted(self, out, *how): received.append(out.numel()); exchange(self, out, *how)
+muon.MatrixSharding.exchange = counted
+for p in a.parameters(): p.grad = torch.ones_like(p)
+with CommDebugMode() as seen: oa.step()
+muon.MatrixSharding.exchange = exchange
+counts = {str(op): n for op, n in seen.get_comm_counts().items()}
+assert counts and not any("gather" in op for op in counts), counts
+owned = sum(plan.shapes[i][0] * plan.shapes[i][1] for plan in plans for each in plan.rounds for i in each[rank])
+assert sum(received) == owned + sum(n for plan in plans for n in plan.sizes), (received, owned)
+assert owned < sum(r * c for plan in plans for r, c in plan.shapes), "a rank owns all"
 
 # a checkpoint, read into a new optimizer, goes on bit for bit
 make = lambda model: FlashMuon(muon_groups(model, lr=1e-3), lr=1e-3)
