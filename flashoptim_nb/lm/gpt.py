@@ -134,7 +134,7 @@ class SwiGLU(nn.Module):
 
 # %% ../../nbs/lm/06_gpt.ipynb #511fb45c
 _aten = torch.ops.aten
-SAVED_OPS = {_aten.mm.default, _aten.addmm.default,  # what `selective` keeps
+SAVED_OPS = {_aten.mm.default, _aten.addmm.default, _aten._scaled_mm.default,  # what `selective` keeps
         _aten._scaled_dot_product_flash_attention.default, _aten._scaled_dot_product_flash_attention_for_cpu.default,
         _aten._scaled_dot_product_cudnn_attention.default}
 

@@ -14,6 +14,7 @@ from ..base.errors import UserError
 from ..base.patch import patch
 from .batches import Synthetic, Windows, check_repeats
 from .attention import resolve_attention
+from .float8 import to_float8
 from .gpt import GPT, GPTConfig
 from .sharded import shard
 from ..optim import FlashOptimizer, enable_gradient_release
@@ -42,6 +43,7 @@ class LMTask:
         self.attention, (self.rank, self.ranks) = config.attention, world()
         self.n_micro = self._micro_batches()
         self.model = model if isinstance(model, torch.nn.Module) else self._build(model, seed)
+        if config.products: to_float8(self.model, self.device)
         # shards are gathered in the type that autocast would compute in
         self.autocast_dtype = config.autocast_dtype if self.ranks == 1 else None
         if self.ranks > 1: shard(self.model, config.autocast_dtype)

@@ -64,6 +64,7 @@ class TrainConfig(Config):
     attention: str = "eager"  # a name of `lm.attention`; "best" is the faster of flash and cuDNN
     compile: bool = False  # torch.compile on blocks and loss
     loss: str = "plain"  # plain: logits, then cross-entropy; fused_linear: never the whole logits
+    products: str = ""  # of the layers' matrices: float8, by torchao, each tensor with one scale; "": in autocast's type
     # surrogates
     tf32: bool = False  # fp32 products may round their factors to 10 bits of mantissa
     # of the loss: none; dynamic (halved at an overflow, doubled after 2,000 steps without); static
@@ -101,7 +102,9 @@ class TrainConfig(Config):
     def as_settings(self) -> dict:
         """As it stands in records, whose hashes cover it,
         under the words and in the fields of each subject's first study."""
-        if self.subject == "lm": return {name: getattr(self, name) for name in _LM_SETTINGS}
+        if self.subject == "lm":
+            names = _LM_SETTINGS + ("products",) * bool(self.products)
+            return {name: getattr(self, name) for name in names}
         found = {name: getattr(self, name) for name in _SURROGATE_SETTINGS}
         return found | dict(checkpointing=self.checkpointing != "none", fused=self.fused_messages)
 
@@ -120,8 +123,11 @@ _swapped = _plain.replace(optimizer="flash_adamw", fused=True)
 LM_CONFIGS = _named({
     "baseline": _plain,
     "baseline_strong": _strong,
+    "source_stack": _swapped.replace(attention="flash", checkpointing="full", weights="split24", states="int8"),
     "flashoptim_full": _full,
     "flashoptim_release": _full.replace(release=True),
+    "strong_fp8": _strong.replace(products="float8"),
+    "flashoptim_fp8": _full.replace(products="float8"),
     "baseline_bf16": _plain.replace(weights="bf16", states="bf16"),
     "ablation_attn_only": _plain.replace(attention="best"),
     "ablation_ckpt_only": _plain.replace(checkpointing="full"),
