@@ -84,6 +84,8 @@ class _Stop:
               file=sys.stderr)
 
 def _run(args) -> int:
+    from flashoptim_nb.train.ranks import launched
+    if launched()[0]: return 0  # the first of those that were launched starts the ranks of each run
     from flashoptim_nb.base.machine import work_root
     from flashoptim_nb.study.hypotheses import hypothesis_of
     from flashoptim_nb.study.presets import select_runs
@@ -93,13 +95,13 @@ def _run(args) -> int:
     _refuse_others(args)
     protocol = PROTOCOLS[args.hypothesis]
     preset, workers = choose("scale", args.scale, protocol.presets), 1 if args.workers is None else args.workers
+    if args.hypothesis == "h1": preset = _h1_preset(preset, args)
     for arm in args.arms or (): choose("arm", arm, protocol.experiments)
     check_request(workers, args.minutes)
-    if args.gpus is not None: preset = _on_gpus(preset, args.gpus, args)
     if args.timeout is not None and not args.timeout > 0:
         raise UserError(f"--timeout is {args.timeout:g}; more than 0 seconds are needed")
     if args.device is not None: device_for(preset, args.device)
-    chosen = dict(workloads=args.sizes or args.domains, configs=args.configs)
+    chosen = dict(workloads=args.sizes or args.domains, configs=args.configs, seeds=args.seeds)
     if args.dry_run: return dry_run(protocol, select_runs(preset, **chosen, what=protocol.workload), args.arms)
     study = Study(
         protocol, preset, args.out or work_root() / "runs", experiments=args.arms,
@@ -108,19 +110,44 @@ def _run(args) -> int:
         **(dict(rank_timeout=args.timeout) if args.timeout else {}), **chosen)
     return study.run(args.confirm)
 
+def _h1_preset(preset, args):
+    "The preset as the options change it; raises `UserError` for what cannot be had."
+    from flashoptim_nb.study.h1.presets import PIECES, as_piece, in_style
+    from flashoptim_nb.train.ranks import launched
+    if args.steps is not None:
+        if args.steps < 1: raise UserError(f"--steps is {args.steps}; at least 1 is needed")
+        preset = preset.replace(plans={size: plan.replace(recipe=plan.recipe.replace(steps=args.steps))
+                                       for size, plan in preset.plans.items()})
+    if args.piece:
+        piece = choose("piece", args.piece, PIECES)
+        preset, gpus = as_piece(preset, piece), piece.gpus if args.gpus is None else args.gpus
+    else: gpus = args.gpus
+    if gpus is None and (ranks := launched()[1]) > 1: gpus = ranks
+    if args.style:
+        preset = in_style(preset, args.style)
+        args.sizes = args.sizes and [f"{size}-{args.style}" for size in args.sizes]
+    if gpus is not None: preset = _on_gpus(preset, gpus, args)
+    return preset
+
 def _on_gpus(preset, gpus: int, args):
-    "The preset with each run divided over so many GPUs; raises `UserError` where they are not here."
+    """The preset with each run divided over so many GPUs; raises `UserError` where they are not here.
+    A piece's own number may be planned anywhere."""
+    from flashoptim_nb.base.machine import pick_device
     from flashoptim_nb.study.runner import device_for
     from flashoptim_nb.train.ranks import check_ranks
     if gpus < 1: raise UserError(f"--gpus is {gpus}; at least 1 is needed")
-    if not args.dry_run: check_ranks(gpus, device_for(preset, args.device or preset.device))
+    name = args.device or preset.device
+    if not args.dry_run: check_ranks(gpus, device_for(preset, name))
+    elif args.gpus is not None and gpus > 1:
+        import torch
+        check_ranks(gpus, torch.device("cuda") if name == "cuda" else pick_device(name))
     return preset.replace(plans={size: plan.replace(gpus=gpus) for size, plan in preset.plans.items()})
 
 _OTHERS = {
     # options of the other hypothesis, and why they are none here
-    "h1": (("domains", "arms", "workers", "graphs", "minutes"),
-           "its runs are chosen by --sizes and --configs, and one is made at a time"),
-    "h2": (("sizes", "gpus", "timeout"),
+    "h1": (("domains", "workers", "graphs"),
+           "its runs are chosen by --sizes, --experiments, --configs and --seeds, and one is made at a time"),
+    "h2": (("sizes", "gpus", "timeout", "piece", "steps", "style"),
            "its runs are chosen by --domains, --configs and --arms, each on one device; "
            "1x and 2x are part of a configuration's name"),
 }
@@ -460,12 +487,17 @@ prices: list prices of A100, H100 and H200 come with the package, each with sour
 def _preset(parser, help: str, **words): parser.add_argument("--preset", "--scale", dest="scale", help=help, **words)
 
 # %% ../../nbs/cli/02_main.ipynb #5c6d2f91
+def _piece_names() -> str:
+    from flashoptim_nb.study.h1.presets import PIECES
+    return _listed("pieces of h1 at preset gpu", {name: piece.what for name, piece in PIECES.items()})
+
 def _run_parser(command):
     run = command("run", _run, help="run a hypothesis' protocol and record it", description="""Runs the protocol and appends to its records.
 Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the CPU the result is the same bit for bit.""",
         epilog="examples:\n  flashoptim-nb run h1 --preset laptop            minutes on two CPU cores; never evidence\n"
                "  flashoptim-nb run h1 --preset gpu --dry-run     what it would run, how long, for how much\n"
                "  FLASHOPTIM_DATA=/data flashoptim-nb run h1 --preset gpu --sizes 124M\n"
+               "  flashoptim-nb run h1 --preset gpu --piece cost-1B --minutes 28\n"
                "  flashoptim-nb run h2 --preset laptop --domains aerodynamics\n"
                "  flashoptim-nb run h2 --preset gpu --workers 8 --minutes 9     as much as fits into nine minutes\n"
                + _PRICES)
@@ -480,15 +512,22 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
         "--configs", nargs="+", metavar="NAME", help="only these configurations (default: all of the preset's)")
     run.add_argument(
         "--domains", nargs="+", metavar="NAME", help="h2: only these domains (default: all, which --dry-run lists)")
+    run.add_argument("--seeds", nargs="+", type=int, metavar="N", help="only these seeds (default: all of the preset's)")
     run.add_argument("--experiments", "--arms", dest="arms", nargs="+", metavar="NAME",
-                     help="h2: only these of train, speed, largest, labels (default: all)")
+                     help="only these: h1: prerequisite, matched_batch, best_batch, long_sequence, frontier; "
+                          "h2: train, speed, largest, labels (default: all)")
+    run.add_argument("--piece", metavar="NAME",
+                     help="h1: a part of preset gpu, listed below, in the order of what decides most")
+    run.add_argument("--steps", type=int, metavar="N", help="h1: train for so many steps (default: the preset's); "
+                     "a plan of your own, which wants a folder of its own (--out)")
+    run.add_argument("--style", metavar="NAME", help="h1: the networks' architecture, gpt2 or llama2 (default: gpt2)")
     run.add_argument(
         "--graphs", action="store_true", default=None,
         help="h2: replay training steps from CUDA graphs where they can be; the same results to rounding, sooner")
     run.add_argument("--workers", type=int, metavar="N",
                      help="h2: training runs at once on one device (default: 1); memory and time are measured alone")
     run.add_argument("--minutes", type=float, metavar="M",
-                     help="h2: stop after so many minutes, to be gone on with by the same command")
+                     help="stop after so many minutes, to be gone on with by the same command")
     run.add_argument("--gpus", type=int, metavar="N",
                      help="h1: divide each run over so many GPUs of this machine (default: as the preset has it, 1)")
     run.add_argument("--timeout", type=float, metavar="S",
@@ -705,7 +744,7 @@ def _quality_parser(command):
 
 # %% ../../nbs/cli/02_main.ipynb #5c6d2f9a
 _TABLES = {  # command -> what reads the names that its help lists
-    "fit": _fit_names, "quality": _quality_names, "bench optimizers": _timed_names, "bench dimenet": _dimenet_names,
+    "run": _piece_names, "fit": _fit_names, "quality": _quality_names, "bench optimizers": _timed_names, "bench dimenet": _dimenet_names,
     "bench capacity": _capacity_names, "bench memory": _memory_names, "bench compat": _compat_names,
     "bench host": _host_names}
 

@@ -95,6 +95,12 @@ class StudyProtocol:
     def stage_rows(self, study, stage: Stage) -> list[tuple[str, dict]]:
         "Rows that the journal notes before a stage."
         return []
+    def divided(self, preset: Preset, workload: str) -> tuple[str, ...]:
+        "How the names of a workload's runs may end, by the number of GPUs that they are planned on."
+        return "",
+    def unordered(self, preset: Preset) -> Preset:
+        "The preset without what only says which of its runs are made now, in which order and on how many GPUs."
+        return preset
     def header_fields(self, preset: Preset) -> dict:
         "Further fields of every record's header."
         return {}

@@ -37,8 +37,10 @@ def select_runs(
     workloads: list[str] | None = None,  # only these
     configs: list[str] | None = None,  # only these
     what: str = "workload",  # what the study calls one: size, domain
+    seeds: list[int] | None = None,  # only these
 ) -> Preset:
     "The preset with only some of its runs; raises `UserError` for what it does not have."
+    if seeds: return _with_seeds(select_runs(preset, workloads, configs, what), seeds)
     def chosen(plan): return tuple(c for c in plan.configs if not configs or c in configs)
     for name in workloads or (): choose(what, name, preset.plans)
     for config in configs or ():
@@ -50,6 +52,17 @@ def select_runs(
     plans = {name: plan.replace(configs=chosen(plan)) for name, plan in preset.plans.items()
              if not workloads or name in workloads}
     return preset.replace(plans=plans)
+
+def _with_seeds(preset: Preset, seeds: list[int]) -> Preset:
+    "The preset with some of its seeds only."
+    known = sorted({*preset.seeds}.union(*(getattr(plan, "seeds", None) or () for plan in preset.plans.values())))
+    if unknown := sorted({*seeds} - {*known}):
+        raise UserError(f"scale {preset.name} has no seed {', '.join(map(str, unknown))}; "
+                        f"choose of: {', '.join(map(str, known))}")
+    def kept(some): return tuple(seed for seed in some if seed in seeds)
+    plans = {name: plan.replace(seeds=kept(plan.seeds)) if getattr(plan, "seeds", None) is not None else plan
+             for name, plan in preset.plans.items()}
+    return preset.replace(plans=plans, seeds=kept(preset.seeds))
 
 # %% ../../nbs/study/09_presets.ipynb #c728cfc9
 def rates(

@@ -64,10 +64,11 @@ def planned_runs(
     preset: Preset,
 ) -> list[str]:
     "The names of all runs that the protocol makes at a preset, in its order."
-    arms, experiments = protocol.spec_type.arms, protocol.experiments
-    return [f"{stage.workload}-{arms.get(name, name)}-{config}-s{seed}" for stage in protocol.stages(preset)
+    arms, experiments, preset = protocol.spec_type.arms, protocol.experiments, protocol.unordered(preset)
+    return [f"{stage.workload}-{arms.get(name, name)}-{config}-s{seed}{end}" for stage in protocol.stages(preset)
             for name, configs in stage.runs for config in configs
-            for seed in experiments[name].seeds(preset, stage.workload)]
+            for seed in experiments[name].seeds(preset, stage.workload)
+            for end in protocol.divided(preset, stage.workload)]
 
 def registration(
     protocol: StudyProtocol,
@@ -149,7 +150,7 @@ def is_own(
     preset: Preset,
 ) -> bool:
     "Whether a preset is one's own: not the protocol's of that name, so that no registration has its plan."
-    return protocol.presets.get(preset.name) != preset
+    return protocol.presets.get(preset.name) != protocol.unordered(preset)
 
 def refuse_unregistered(
     protocol: StudyProtocol,

@@ -92,6 +92,7 @@ class Study:
         workloads: list[str] | None = None,  # only these sizes or domains
         configs: list[str] | None = None,  # only these
         experiments: list[str] | None = None,  # only these
+        seeds: list[int] | None = None,  # only these
         workers: int = 1,  # training runs at once, on one device
         graphs: bool = False,  # training steps are replayed from CUDA graphs where they can be
         minutes: float | None = None,  # after so many it stops by itself, to be gone on with
@@ -103,14 +104,14 @@ class Study:
         check_request(workers, minutes)
         until = time.monotonic() + 60 * minutes if minutes else float("inf")
         self.protocol, self.whole, self.experiments = protocol, preset, experiments
-        self.preset, self.device = (select_runs(preset, workloads, configs, protocol.workload),
+        self.preset, self.device = (select_runs(preset, workloads, configs, protocol.workload, seeds),
                                     device_for(preset, device))
         self.folder = study_folder(Path(out), preset.name, self.device, protocol.name)
         self.stopped, self.workers, self.graphs = lambda: stopped() or time.monotonic() > until, workers, graphs
         self.console, self.journal, self.loaded = console or Console(stderr=True), Journal(self.folder), {}
         self.rank_timeout = rank_timeout
         self.options = dict(out=str(out), device=device, workloads=workloads, configs=configs, experiments=experiments,
-                            graphs=graphs, workers=workers)  # what a worker process makes the same study of
+                            seeds=seeds, graphs=graphs, workers=workers)  # what a worker process makes the same study of
 
     @property
     def made(self) -> tuple:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EARLY_SHARE', 'EARLY_RUN', 'STAGES', 'OF_BASELINE', 'H1_PROTOCOL', 'UTILIZATION', 'check_prerequisite',
-           'measure_matched', 'measure_synthetic', 'searched', 'callbacks', 'train_best', 'train_here', 'train_on_rank',
-           'seed_zero', 'long_sequences', 'H1Protocol', 'beside']
+           'measure_matched', 'measure_synthetic', 'searched', 'find_frontier', 'callbacks', 'train_best', 'train_here',
+           'train_on_rank', 'seed_zero', 'seeds_of', 'long_sequences', 'H1Protocol', 'beside', 'predicted_memory']
 
 # %% ../../../nbs/study/h1/08_experiments.ipynb #4a1c63e9
 from dataclasses import asdict, dataclass
@@ -18,19 +18,19 @@ from ...base.records import Run, read_run, read_study, study_origin
 from ...lm.plan import gpu_hours
 from ...lm.prerequisites import PREREQUISITES
 from ...train.ranks import RanksFailed, asked_to_stop, check_ranks, launch_ranks, sign_of_life
-from ...lm.sizes import gpt_config, pad_vocab
+from ...lm.sizes import pad_vocab
 from ...lm.sizing import flops_per_token
 from ...lm.task import LMTask
-from ...measure.memory import device_memory
+from ...measure.memory import HEADROOM, device_memory, memory_budget
 from ..decisions import Instability, Monitor, decide_early
 from ..experiment import Experiment, Stage, StudyProtocol
 from .callbacks import (EarlyDecisionCallback, EvaluationCallback, MonitorCallback,
                                               ThroughputCallback)
 from .corpus import Corpus, load_corpus
 from .criteria import H1
-from .presets import LM_PRESETS, MAIN, LMPreset, stand_ins
-from .run import (LMSpec, lm_spec, make_task, measure_config, search, searched_throughput,
-                                        unavailable)
+from .presets import FLOAT8, LM_PRESETS, MAIN, LMPreset, SizePlan, stand_ins
+from .run import (LMSpec, best_within, kinds_of, lm_spec, make_task, measure_config,
+                                        predicted_peak, search, searched_throughput, unavailable)
 from ..loop import COLD_STEPS, Callback, fit
 from ..presets import rates
 from ..run import end_at_once, recorded
@@ -70,11 +70,28 @@ EARLY_RUN = ("1B", "flashoptim_full")  # size and configuration of the run that 
 
 def searched(study: Study, spec: LMSpec) -> dict:
     "The search's answer for a configuration at a size, made once per study."
-    gpus = spec.gpus if spec.gpus > 1 else None  # a search for one says nothing of it
+    plan, gpus = study.preset.plans[spec.workload], spec.gpus if spec.gpus > 1 else None  # one says nothing of several
+    if plan.search_of:
+        other = study.spec(plan.search_of, "best_batch", spec.config, spec.seed)
+        return searched(study, other) | dict(role=spec.workload)
     if row := study.journal.last_event("search", role=spec.workload, config=spec.config, gpus=gpus): return row
-    row = search(spec, study.preset, study.device, timeout=study.rank_timeout)
+    budgets = study.preset.budgets if spec.config in plan.frontier else ()
+    row = search(spec, study.preset, study.device, budgets, timeout=study.rank_timeout)
     study.journal.note("search", **row)
     return row
+
+def find_frontier(study: Study, spec: LMSpec, data: Corpus):
+    "A record of the fastest way of training under each memory budget, as far as the study's search has found it."
+    found, writer = searched(study, spec), study.writer(spec)
+    writer.append("search", **found)
+    whole = memory_budget(study.device, study.preset.memory_bytes or None) / HEADROOM
+    for size in (*(size for size in study.preset.budgets if size < whole), whole):
+        if best := best_within(found["tried"], HEADROOM * size):
+            writer.append("frontier", memory=size, **{key: best[key] for key in _OF_BEST})
+        else: writer.append("frontier", memory=size, reason="out of memory")
+    writer.end("finished" if found["micro"] else "oom", "" if found["micro"] else found["why"])
+
+_OF_BEST = ("micro_batch", "checkpointing", "tokens_per_s", "peak")
 
 def _monitor(study: Study, spec: LMSpec, found: dict, losses: dict | None) -> MonitorCallback:
     recipe, speed = spec.recipe, searched_throughput(found)
@@ -134,15 +151,22 @@ def seed_zero(preset: LMPreset, workload: str) -> tuple[int, ...]:
     "One seed, the same at every preset: nothing is drawn that a criterion looks at."
     return (0,)
 
+def seeds_of(preset: LMPreset, workload: str) -> tuple[int, ...]:
+    "A size's own seeds, or the preset's."
+    own = preset.plans[workload].seeds
+    return preset.seeds if own is None else own
+
 _EXPERIMENTS = {experiment.name: experiment for experiment in (
     Experiment(name="prerequisite", perform=check_prerequisite, seeds=seed_zero),
-    Experiment(name="matched_batch", perform=measure_matched, may_lack=False),
-    Experiment(name="best_batch", perform=train_best, trains=True, may_lack=False),
-    Experiment(name="long_sequence", perform=measure_synthetic, seeds=seed_zero, may_lack=False))}
+    Experiment(name="matched_batch", perform=measure_matched, seeds=seeds_of, seed_by_seed=True, may_lack=False),
+    Experiment(name="best_batch", perform=train_best, seeds=seeds_of, trains=True, seed_by_seed=True, may_lack=False),
+    Experiment(name="long_sequence", perform=measure_synthetic, seeds=seed_zero, may_lack=False),
+    Experiment(name="frontier", perform=find_frontier, seeds=seed_zero, may_lack=False))}
 
 # %% ../../../nbs/study/h1/08_experiments.ipynb #f0ae49f7
 def _is_ablation(config: str) -> bool:
-    return config.startswith("ablation_") or config in ("flashoptim_release", "baseline_bf16")
+    beside = ("source_stack", "flashoptim_release", "baseline_bf16", *FLOAT8)
+    return config.startswith("ablation_") or config in beside
 
 STAGES = (  # size, which of its configurations, the checkpoint after them
     ("124M", lambda config: True, None),
@@ -151,6 +175,7 @@ STAGES = (  # size, which of its configurations, the checkpoint after them
     ("1B", _is_ablation, "H1-CD"),
     ("7B", lambda config: True, "H1-CE"),
     ("13B", lambda config: True, "H1-CF"))
+_STAGED = dict.fromkeys(size for size, _, _ in STAGES)
 
 def long_sequences(preset: LMPreset) -> dict[str, int]:
     "The workloads of the long sequences, and their lengths in tokens."
@@ -158,6 +183,24 @@ def long_sequences(preset: LMPreset) -> dict[str, int]:
 
 # %% ../../../nbs/study/h1/08_experiments.ipynb #8148b037
 OF_BASELINE = ("utilization", "nan_rate")  # quantities that look at the reference alone
+
+# %% ../../../nbs/study/h1/08_experiments.ipynb #5a4d0c61
+def _only(stage: Stage, experiments) -> Stage:
+    "The stage with some experiments alone; a checkpoint stays where nothing is left out."
+    if not experiments: return stage
+    return Stage(stage.workload, tuple(run for run in stage.runs if run[0] in experiments))
+
+def _in_order(preset: LMPreset, experiments) -> list[Stage]:
+    "The stages of a piece, over the sizes and configurations that the preset has."
+    found = []
+    for workload, experiment, wanted in preset.order:
+        size = preset.stress_role if experiment == "long_sequence" else workload
+        if size not in preset.plans or experiments and experiment not in experiments: continue
+        plan = preset.plans[size]
+        known = plan.frontier if experiment == "frontier" else plan.configs
+        if configs := tuple(config for config in wanted if config in known):
+            found.append(Stage(workload, ((experiment, configs),)))
+    return found
 
 # %% ../../../nbs/study/h1/08_experiments.ipynb #56c40d27
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +217,7 @@ class H1Protocol(StudyProtocol):
 
     def stages(self, preset, experiments=None):
         "The protocol's order, over the sizes and configurations that the preset has."
+        if preset.order: return _in_order(preset, experiments)
         plan = [Stage("all", (("prerequisite", tuple(PREREQUISITES)),))]
         for size, wanted, checkpoint in STAGES:
             configs = [c for c in preset.plans[size].configs if wanted(c)] if size in preset.plans else []
@@ -182,7 +226,21 @@ class H1Protocol(StudyProtocol):
         if preset.stress_role in preset.plans:
             configs = tuple(c for c in MAIN if c in preset.plans[preset.stress_role].configs)
             plan += [Stage(workload, (("long_sequence", configs),)) for workload in long_sequences(preset) if configs]
-        return plan
+        for size in (size for size in preset.plans if size not in _STAGED):
+            runs = tuple((name, (config,)) for config in preset.plans[size].configs
+                         for name in ("matched_batch", "best_batch"))
+            if runs: plan.append(Stage(size, runs))
+        plan += [Stage(size, (("frontier", plan.frontier),)) for size, plan in preset.plans.items() if plan.frontier]
+        return [only for stage in plan if (only := _only(stage, experiments)).runs]
+
+    def divided(self, preset, workload):
+        size = preset.stress_role if workload in long_sequences(preset) else workload
+        gpus = (1, *preset.plans[size].also_gpus) if size in preset.plans else (1,)
+        return tuple("" if n == 1 else f"-x{n}" for n in gpus)
+
+    def unordered(self, preset):
+        plans = {size: plan.replace(gpus=1) for size, plan in preset.plans.items()}
+        return preset.replace(order=(), plans=plans)
 
     def rests_on(self, stage, preset):
         pairs = set()
@@ -231,17 +289,17 @@ class H1Protocol(StudyProtocol):
     def projection(self, preset, experiments=None):
         """Of each size and configuration: runs, tokens of each, hours of the preset's machine over all seeds,
         dollars at each platform's rate."""
-        rows, seeds = [], len(preset.seeds)
+        rows = []
         for size, plan in preset.plans.items():
-            recipe, network = plan.recipe, gpt_config(plan.size, plan.style, max_seq=plan.recipe.seq)
+            recipe, network, seeds = plan.recipe, plan.model(), len(seeds_of(preset, size))
             tokens = recipe.steps * recipe.batch * recipe.seq
-            for name in plan.configs:
+            for name in _asked(preset, size):
                 kind = LM_CONFIGS[name].checkpointing
                 flops = flops_per_token(network, recipe.seq, "none" if kind == "least" else kind) * tokens * seeds
                 hours = gpu_hours(flops, preset.accelerator, UTILIZATION)
                 dollars = {f"${platform}": hours * rate for platform, rate in rates(preset).items()}
-                rows.append(dict(role=size, size=plan.size, config=name, runs=seeds, tokens=tokens, hours=hours)
-                            | dollars)
+                rows.append(dict(role=size, size=plan.network, config=name, gpus=plan.gpus, runs=seeds, tokens=tokens,
+                                 hours=hours) | dollars | predicted_memory(preset, size, name))
         return pd.DataFrame(rows)
 
     def plan_text(self, preset, experiments=None):
@@ -250,8 +308,10 @@ class H1Protocol(StudyProtocol):
         dollars = [f"${plan[column].sum():,.2f} at {column[1:]}'s rate" for column in plan if column[0] == "$"]
         if preset.priced and not dollars:
             dollars = [f"no rate known for {machine}; FLASHOPTIM_PLATFORMS names a file of yours with rates"]
-        return (f"Projected on {machine} at {UTILIZATION:.0%} of its peak, training alone:\n{table}\n\n"
-                f"In all: {', '.join([f'{_number(plan.hours.sum())} hours', *dollars])}")
+        return (f"Projected on {machine} at {UTILIZATION:.0%} of its peak, training alone; GB is the peak that is "
+                f"predicted for each GPU at the matched micro-batch:\n{table}\n\n"
+                f"In all: {', '.join([f'{_number(plan.hours.sum())} hours', *dollars])}"
+                + "".join(f"\n{line}" for line in _order_lines(self, preset, experiments)))
 
 H1_PROTOCOL = H1Protocol()
 
@@ -264,6 +324,32 @@ def beside(study: Study) -> list[Run]:
 
 # %% ../../../nbs/study/h1/08_experiments.ipynb #cafb1312
 UTILIZATION = 0.45  # of the peak, assumed for projections
+
+def predicted_memory(
+    preset: LMPreset,
+    size: str,  # of the preset
+    config: str,
+) -> dict:
+    "The planner's peak at the matched micro-batch, in GB, and under which checkpointing: the least that should fit."
+    spec = lm_spec(preset, size, "matched_batch", config, 0, preset.plans[size].model().vocab_size)
+    for kind in kinds_of(spec.stack):
+        peak = predicted_peak(spec, kind, spec.recipe.micro)
+        if peak <= HEADROOM * preset.accelerator.memory: break
+    else: kind += ", too large"
+    return dict(GB=peak / 1e9, checkpointing=kind)
+
+def _asked(preset: LMPreset, size: str) -> tuple[str, ...]:
+    "The configurations that are trained or measured at a size; of a piece, its own."
+    plan, found = preset.plans[size], []
+    for workload, experiment, configs in preset.order:
+        if workload == size: found += [c for c in configs if c in (*plan.configs, *plan.frontier)]
+    return tuple(dict.fromkeys(found)) if preset.order else plan.configs
+
+def _order_lines(protocol: StudyProtocol, preset: LMPreset, experiments) -> list[str]:
+    "The runs of a piece, in their order."
+    if not preset.order: return []
+    stages = protocol.stages(preset, experiments)
+    return ["", "In this order:", *(f"  {line}" for stage in stages for line in stage.lines)]
 
 def _number(value) -> str:
     "Digits that can be read: thousands set apart, four of them where there is a fraction."

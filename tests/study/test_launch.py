@@ -1,0 +1,56 @@
+"""Somebody's own launcher: its scripts are sound, its first process makes the study, and what is not there is refused."""
+import subprocess
+
+import pytest
+
+from flashoptim_nb.base.machine import repo_root
+from flashoptim_nb.cli.main import main
+from flashoptim_nb.train.ranks import launched
+
+SCRIPTS = repo_root() / "nbs/h1/launch"
+
+
+def test_scripts_are_sound():
+    yaml = pytest.importorskip("yaml")
+    for script in ("torchrun.sh", "slurm.sh"): subprocess.run(["bash", "-n", SCRIPTS / script], check=True)
+    task = yaml.safe_load((SCRIPTS / "skypilot.yaml").read_text())
+    for command in (task["run"], *((SCRIPTS / name).read_text() for name in ("torchrun.sh", "slurm.sh"))):
+        assert "run h1 --preset full" in command
+
+
+LAUNCHED = ("RANK", "WORLD_SIZE", "GROUP_WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_NNODES")
+
+
+def by_launcher(monkeypatch, **env):
+    for name in LAUNCHED: monkeypatch.delenv(name, raising=False)
+    for name, value in env.items(): monkeypatch.setenv(name, str(value))
+
+
+def test_the_first_of_those_that_are_launched_makes_the_study(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "out"
+    def run(*words): return main(["run", "h1", "--preset", "laptop", "--out", str(out), *words])
+    by_launcher(monkeypatch)
+    assert launched() == (0, 1)
+    for env in (dict(RANK=1, WORLD_SIZE=2, GROUP_WORLD_SIZE=1), dict(SLURM_PROCID=1, SLURM_NTASKS=2)):
+        by_launcher(monkeypatch, **env)
+        assert run() == 0 and not [*out.glob("*")], "another makes it"
+    by_launcher(monkeypatch, RANK=0, WORLD_SIZE=2)
+    assert run("--dry-run") == 0 and {line.split()[3] for line in capsys.readouterr().out.splitlines()
+                                      if line.split()[1:2] == ["tiny"]} == {"2"}, "over as many as were launched"
+    for env in (dict(RANK=0, WORLD_SIZE=16, GROUP_WORLD_SIZE=2), dict(SLURM_PROCID=0, SLURM_NTASKS=2, SLURM_NNODES=2)):
+        by_launcher(monkeypatch, **env)
+        assert run() == 2 and "launched on 2 machines" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, told", [
+    ("--preset gpu --gpus 99 --dry-run", "99 ranks were asked for, one on each GPU"),
+    ("--preset laptop --gpus 0 --dry-run", "at least 1 is needed"),
+    ("--preset laptop --piece cost-1B", "pieces are of preset gpu"),
+    ("--preset gpu --piece cost-1b --dry-run", "unknown piece"),
+    ("--preset laptop --seeds 9", "has no seed 9"), ("--preset laptop --steps 0", "at least 1 is needed"),
+    ("--preset laptop --style gpt3", "unknown style"),
+])
+def test_what_cannot_be_run_is_refused(words, told, capsys, monkeypatch):
+    by_launcher(monkeypatch)
+    assert main(["run", "h1", *words.split()]) == 2
+    assert told in capsys.readouterr().err
