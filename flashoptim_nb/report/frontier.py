@@ -225,8 +225,8 @@ def _quality_words(runs) -> str:
     if not part or found["scale"] == REHEARSAL or found["status"] not in ("met", "not met", "inconclusive"):
         return "What it costs in quality is not measured at a length that tells"
     nats = part if found["scale"] == "full" else part | dict(unit="nats")
-    said = (f"at 1B the held-out loss is {value_text(nats, 1 if nats is part else 1 / REFERENCE_PPL)} "
-            "above AdamW's, where less is better")
+    said = (f"at 1B the held-out loss less AdamW's is {value_text(nats, 1 if nats is part else 1 / REFERENCE_PPL)}; "
+            "below nought is better")
     return {"met": "In quality it costs nothing that these runs can see", "not met": "It costs quality",
             "inconclusive": "What it costs in quality is open"}[found["status"]] + f": {said}"
 
@@ -250,7 +250,7 @@ def show_frontier(
     named = {name for names in cells["runs"] for name in names}
     used = [run for run in runs if full_name(run) in named]
     mark = attributes(dict(result="frontier", scale=sorted({run.header["scale"] for run in used}), runs=sorted(named))) if named else ""
-    html = f'<p{mark}>{escape(said)}</p><div class="results frontier">{frontier_svg(cells)}</div>'
+    html = f'<div class="results frontier">{frontier_svg(cells)}</div><p{mark}>{escape(said)}</p>'
     alt = "Size by memory budget: tokens a second a GPU and dollars a million tokens for each way of training, or whether it fits"
     return Rendered(html, f"![{alt}]({DRAWING})\n\n{said}")
 
