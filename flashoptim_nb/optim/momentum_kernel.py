@@ -148,4 +148,5 @@ def momentum_fused(
                    dict(LION=h.rule == "lion", NESTEROV=h.nesterov, KEPT=x.m is not None, PARAM=TYPES[x.param.dtype],
                         GRAD=grads.dtype, BITS=0 if x.error_bits is None else 8 * x.error_bits.element_size(),
                         QUANTIZED=x.m_scale is not None, COMPANDED=h.companded, L2=h.l2 != 0, MAXIMIZE=h.maximize,
-                        DITHERED=h.dithered, SHIFTED=h.dithered and tensors.shifted, ALIGNED=share.ALIGNED, MASK=share.MASK, BLOCK=BLOCK), WARPS)
+                        DITHERED=h.dithered, SHIFTED=h.dithered and tensors.shifted, ALIGNED=share.ALIGNED,
+                        MASK=share.MASK, BLOCK=BLOCK), WARPS)

@@ -228,7 +228,8 @@ def moves_fused(
         launch(moves_kernel, share.blocks.shape[0],
                (tensors.rows, share.blocks, places, ratios, directions, step_scalars),
                dict(PARAM=TYPES[x.param.dtype], BITS=0 if x.error_bits is None else 8 * x.error_bits.element_size(),
-                    DITHERED=dithered, SHIFTED=dithered and tensors.shifted, ALIGNED=share.ALIGNED, MASK=share.MASK, BLOCK=BLOCK), WARPS)
+                    DITHERED=dithered, SHIFTED=dithered and tensors.shifted, ALIGNED=share.ALIGNED, MASK=share.MASK,
+                    BLOCK=BLOCK), WARPS)
 
 # %% ../../nbs/optim/20_muon_kernel.ipynb #aa56bbec
 GEMM = dict(BLOCK=128, DEPTH=64)  # a tile's side, and how deep it goes at a time

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import Placement
 
 from .codec import GROUP
+from .rounding import Place
 
 # %% ../../nbs/optim/06_shards.ipynb #9e871891
 def local(
@@ -69,11 +70,14 @@ def dealt_out(
 
 def first_place(
     p: torch.Tensor,  # a parameter
-) -> int:
-    "The place of this rank's first value in the whole parameter, whose values are numbered row by row."
+) -> int | Place:
+    "Where this rank's values lie in the whole parameter, whose values are numbered row by row."
     if not isinstance(p, DTensor) or not local(p).numel(): return 0
-    _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    return sum(at * torch.Size(p.shape[dim + 1:]).numel() for dim, at in enumerate(offset))
+    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    first = sum(at * torch.Size(p.shape[dim + 1:]).numel() for dim, at in enumerate(offset))
+    cut = [dim for dim, (part, size) in enumerate(zip(shape, p.shape)) if dim and part < size]
+    if len(cut) != 1: return first  # one piece, or in pieces of pieces, which are numbered as one
+    return Place(first, *(torch.Size(sizes[cut[0]:]).numel() for sizes in (shape, p.shape)))
 
 
 def scale_count(

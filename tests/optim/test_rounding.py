@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashoptim_nb.optim import FlashAdamW, FlashLion, FlashSGD, OptionError
-from flashoptim_nb.optim.adamw_kernel import AdamWScalars, adamw_reference
+from flashoptim_nb.optim.adamw_kernel import AdamWScalars, adamw_fused, adamw_reference
 from flashoptim_nb.optim.codec import SCALE_MAX, _code_m, _code_root, quantize_m, quantize_v
-from flashoptim_nb.optim.multi_tensor import COLUMNS, Operands, new_operands
-from flashoptim_nb.optim.rounding import dither_tile, dithers, step_turn
+from flashoptim_nb.optim.multi_tensor import COLUMNS, Operands, TensorList, new_operands
+from flashoptim_nb.optim.rounding import Place, dither_tile, dithers, step_turn
 from flashoptim_nb.optim.split import decode, encode
 from every import MAKERS
 from processes import pass_in_the_interpreter
@@ -198,6 +198,29 @@ def test_shards_step_as_the_whole(a, b, quantize):
     for name in COLUMNS:
         if (t := getattr(whole, name)) is not None:
             assert torch.equal(t, torch.cat([getattr(x, name) for x in parts])), name
+
+
+@kernel
+@pytest.mark.parametrize("rows,columns,a,b,quantize", [(9, 128, 32, 96, True), (2, 2400, 0, 2304, True), (70, 33, 5, 33, False)])
+def test_columns_step_as_in_the_whole(rows, columns, a, b, quantize):
+    "A shard of columns, its rows shorter or longer than a block: by the reference and by the kernel."
+    torch.manual_seed(0)
+    whole = new_operands(torch.randn(rows * columns, device=DEVICE).bfloat16(), None, quantize=quantize)
+    def columns_of(t, width=1):
+        return t if t is None else t.view(rows, -1)[:, a // width:b // width].reshape(-1)
+    part = Operands(*(columns_of(t, 32 if name.endswith("scale") else 1) for name, t in zip(Operands._fields, whole[:-1])),
+                    Place(a, b - a, columns))
+    fused, full = (Operands(*(t if t is None else t.clone() for t in x[:-1]), x.place) for x in (part, whole))
+    tensors, counts = [TensorList([x]) for x in (fused, full)], [torch.zeros((), device=DEVICE) for _ in "ab"]
+    for t in range(1, 4):
+        g = torch.randn(rows * columns, device=DEVICE).bfloat16()
+        adamw_reference([whole._replace(grad=g)], H, t)
+        adamw_reference([part._replace(grad=columns_of(g))], H, t)
+        for x, grad, count in zip(tensors, (columns_of(g), g), counts): adamw_fused(x, x.grad_pointers([grad]), H, count)
+    for name in COLUMNS:
+        for small, large in (part, whole), (fused, full):
+            if (x := getattr(small, name)) is not None:
+                assert torch.equal(x, columns_of(getattr(large, name), 32 if name.endswith("scale") else 1)), name
 
 
 @given(st.integers(0, 2**31 - 1), st.sampled_from([torch.bfloat16, torch.float16]), st.sampled_from([24, 32]))

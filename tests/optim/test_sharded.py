@@ -64,17 +64,19 @@ for name, options in (("FlashAdamW", {}), ("FlashSGD", dict(momentum=0.9)), ("Fl
         assert all(torch.equal(p, q) for p, q in zip(kept, whole(a))), "loading a state moved the weights"
 
 # dithers know the place in the whole: shards of whole groups have the codes of the whole, and others its error bits
+from flashoptim_nb.optim.rounding import Place
 from flashoptim_nb.optim.shards import first_place
-for rows, columns, quantize in ((5, 64, True), (1, 32, True), (7, 5, False)):
+for rows, columns, quantize, dim in ((5, 64, True, 0), (1, 32, True, 0), (7, 5, False, 0), (5, 128, True, 1), (7, 5, False, 1)):
     torch.manual_seed(1)
     start, grads = torch.randn(rows, columns, device=kind).bfloat16(), torch.randn(4, rows, columns, device=kind).bfloat16()
-    p, q = nn.Parameter(distribute_tensor(start, mesh, [Shard(0)])), nn.Parameter(start.clone())
+    p, q = nn.Parameter(distribute_tensor(start, mesh, [Shard(dim)])), nn.Parameter(start.clone())
     a, b = (optim.FlashAdamW([x], lr=1e-3, rounding="dithered", quantize=quantize) for x in (p, q))
-    assert first_place(p) == (0 if rank == 0 or rows == 1 else (rows + 1) // 2 * columns)
+    near = p.to_local().shape[1]
+    assert first_place(p) == (Place(rank * (columns - near), near, columns) if dim else 0 if rank == 0 or rows == 1 else (rows + 1) // 2 * columns)
     for g in grads:
-        p.grad, q.grad = distribute_tensor(g, mesh, [Shard(0)]), g
+        p.grad, q.grad = distribute_tensor(g, mesh, [Shard(dim)]), g
         a.step(), b.step()
-    assert torch.equal(p.full_tensor(), q), rows
+    assert torch.equal(p.full_tensor(), q), (rows, dim)
     for key in sorted(a.state[p].keys() - {"step"}):
         if not key.endswith("scales"): assert torch.equal(a.state[p][key].full_tensor(), b.state[q][key]), (rows, key)
 
