@@ -16,7 +16,7 @@ import pandas as pd
 from ..base.errors import is_number
 from ..base.records import Run
 from ..study.evidence import BEGAN, Sorted, short_reason
-from ..study.h1.quantities import OPTIMIZER_MARGIN_NATS, per_token
+from ..study.h1.quantities import OPTIMIZER_MARGIN_NATS, PILOT_NATS, per_token
 from ..study.statistics import joined, paired_interval, paired_ratio, seeds_needed, spread, tost
 from .charts import titled
 from .rows import rows_of, show_rows
@@ -181,7 +181,7 @@ def format_gaps(
         pairs = Sorted.of(both, lambda *pair: [is_number(row["loss"]) for row in pair])
         d = [new["loss"] - old["loss"] for new, old in pairs.good]
         e, test = (paired_interval(d, 0.90, lost=len(pairs.lost)),
-                   tost([*d, *[float("nan")] * (len(both) - len(d))], margin))
+                   tost([*d, *[float("nan")] * (len(both) - len(d))], margin, pilot=PILOT_NATS))
         s = spread(d)
         says = "equivalent" if test.equivalent else "not equivalent" if e.ends and (
             e.ends[0] > margin or e.ends[1] < -margin) else "inconclusive" if pairs.whole else "no result"

@@ -180,7 +180,8 @@ def _zone(logic: Logic, c: Criterion, same: list[Compare], bound: tuple[str, flo
     "The finding for comparisons of one criterion that differ in the size only."
     leaf, unit = same[0], c.units[quantities(same[0])[0].name]
     at = ", ".join(str(one.left.at) for one in same if isinstance(one.left, Q))
-    where = ", ".join(text(one.left) for one in same) if len(same) == 1 else f"{leaf.left.name} at {at}"
+    one_name = len(same) > 1 and all(isinstance(one.left, Q) for one in same)
+    where = f"{leaf.left.name} at {at}" if one_name else ", ".join(text(one.left) for one in same)
     rest = All(*(other.formula for other in logic.success if other is not c))
     return conclude(f"{c.id}: {where} {leaf.op} {number_text(leaf.right, unit)}",
                     logic.ask(rest, Not(leaf), logic.unharmed, about=leaf),

@@ -232,10 +232,11 @@ def estimate_of(term: Term, lookup: Lookup) -> Estimate:
     return Estimate(value=_OPS[term.op](a.value, b.value), lo=lo, hi=hi,
                     reach=_interval(term.op, a.ends or _OPEN, b.ends or _OPEN) if a.reach or b.reach else None,
                     n=min([side.n for side in sides if side.n], default=0), records=records, note=note,
-                    projected=a.projected or b.projected)
+                    projected=a.projected or b.projected, short=a.short or b.short)
 
 # %% ../../nbs/study/01_expression.ipynb #2455b9b9
 def _compare(formula: Compare, estimate: Estimate) -> Status:
+    if estimate.short: return Status.NOT_MEASURED
     # lost is not unmeasured
     if estimate.value is None:
         return Status.INCONCLUSIVE if estimate.reach else Status.NOT_MEASURED

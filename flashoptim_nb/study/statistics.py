@@ -34,6 +34,7 @@ class Estimate:
     records: tuple[str, ...] = ()  # ids of the runs it rests on
     note: str = ""  # what a reader should know: why it is missing, what was carried over
     projected: bool = False  # rests on a figure carried over from elsewhere; decides nothing
+    short: bool = False  # below the floor of evidence: shown, and as good as not measured
 
     def __post_init__(self):
         settle = lambda name, value: object.__setattr__(self, name, value)
@@ -192,6 +193,7 @@ class Equivalence:
     alpha: float
     spread: float | None = None  # of the differences
     effect: float | None = None  # in their spread, as `hedges_g` has it
+    pilot: float | None = None  # the spread that a pilot told beforehand; None: there was none
 
     @property
     def equivalent(self) -> bool | None:
@@ -200,27 +202,30 @@ class Equivalence:
 
     @property
     def power(self) -> float | None:
-        "Of such a test with so many pairs at the spread that was seen; None: no test."
-        return None if self.p is None else tost_power(self.difference.n, self.spread, self.margin, self.alpha)
+        "Of such a test with so many pairs at the pilot's spread; None: no test, or no pilot."
+        if self.p is None or self.pilot is None: return None
+        return tost_power(self.difference.n, self.pilot, self.margin, self.alpha)
 
     @property
     def weak(self) -> bool:
-        "It passed, though a repetition would likely fail it."
-        return bool(self.equivalent) and self.power < POWER
+        "It passed, though it was not likely to, or nobody knows how likely."
+        return bool(self.equivalent) and (self.power or 0.0) < POWER
 
     @property
     def words(self) -> list[str]:
         "p-value, effect size and power for a reader."
         if self.p is None: return []
         size = [f"g = {self.effect:.2g}"] if self.effect is not None else ["no spread"]
-        power = (f"power {self.power:.0%}"
-                 + (f", below the {POWER:.0%} without which nothing is called equivalent" if self.weak else ""))
-        return [f"TOST p = {self.p:.2g}", *size, power]
+        power = (f"power {self.power:.0%} at the pilot's spread of {self.pilot:.2g}" if self.power is not None
+                 else "no pilot told the spread, so its power is not known")
+        few = f", below the {POWER:.0%} without which nothing is called equivalent" * (self.power is not None)
+        return [f"TOST p = {self.p:.2g}", *size, power + few * self.weak]
 
 def tost(
     differences: Sequence[float],  # one a pair
     margin: float,  # > 0, in the differences' unit
     alpha: float = ALPHA,
+    pilot: float | None = None,  # spread of such differences in runs made before, which the power is reckoned at
 ) -> Equivalence:
     """Paired TOST (Schuirmann 1987, doi:10.1007/BF01068419);
     no test with fewer than `MIN_PAIRS`, or where a difference is not a number."""
@@ -228,7 +233,7 @@ def tost(
         raise UserError(
             f"an equivalence margin must be positive and finite, not {margin}; fix it before the data are seen")
     estimate, s = paired_interval(differences, 1 - 2 * alpha), spread(differences)
-    found = dict(difference=estimate, margin=margin, alpha=alpha, spread=s, effect=hedges_g(differences))
+    found = dict(difference=estimate, margin=margin, alpha=alpha, spread=s, effect=hedges_g(differences), pilot=pilot)
     if estimate.lo is None: return Equivalence(p=None, **found)
     room = margin - abs(estimate.value)
     return Equivalence(

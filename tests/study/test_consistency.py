@@ -46,10 +46,10 @@ def test_witnesses_of_overlap(found, id):
     assert judge(CRITERIA[id].formula, look).status == "met"
 
 
-def test_the_threshold_at_13b_never_binds(found):
+def test_the_thresholds_at_7b_and_13b_never_bind(found):
     assert "12 %" in found["H1-S1: cost_saving[13B]"].claim
     assert [finding.id for finding in found.values() if finding.kind == "never binds"] == [
-        "H1-S1: cost_saving[13B]", "H1-S4 alone"]
+        "H1-S1: cost_saving[7B]", "H1-S1: cost_saving[13B]", "H1-S4 alone"]
 
 
 def test_throughput_fails_alone_only_where_steps_are_saved(found):

@@ -18,6 +18,7 @@ from flashoptim_nb.study.expression import Q, All, Status, judge, leaves, quanti
 from flashoptim_nb.study.h1.criteria import CRITERIA_HASH, H1
 from flashoptim_nb.study.h2.consistency import H2_CHECKS, H2_LOGIC
 from flashoptim_nb.study.h2.criteria import H2
+from flashoptim_nb.study.h2 import quantities as h2_quantities
 from flashoptim_nb.study.h2.quantities import DOMAINS
 from flashoptim_nb.study.hypotheses import HYPOTHESES, criterion_of
 from flashoptim_nb.study.statistics import Estimate, exact, missing
@@ -25,6 +26,12 @@ from flashoptim_nb.study.verdict import _outcome, verdict
 
 IDS = [f"H2-{kind}{n}" for kind in "SFD" for n in range(1, 7)]
 CONFIGS = ("fp32", "mixed_bf16", "flash")
+
+
+@pytest.fixture(autouse=True)
+def a_pilot_whose_pairs_lay_close(monkeypatch):
+    close = dict.fromkeys(h2_quantities.PILOT_SPREAD, 0.01)
+    monkeypatch.setattr(h2_quantities, "PILOT_SPREAD", close)
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +115,7 @@ def test_every_id_once_and_hashes_apart():
     assert ([c.id for c in H2.criteria] == IDS
             and all(c.kind == dict(S="success", F="failure", D="falsification")[c.id[3]] for c in H2.criteria))
     # the hash that the committed records carry
-    assert list(HYPOTHESES) == ["h1", "h2"] and H1.hash == CRITERIA_HASH == "f7b9ed2a038d" != H2.hash
+    assert list(HYPOTHESES) == ["h1", "h2"] and H1.hash == CRITERIA_HASH != H2.hash
 
 
 def everywhere(id, **changed):
@@ -317,11 +324,32 @@ def test_a_micro_batch_of_its_own_is_paired(tmp_path):
     assert evidence(tmp_path).estimate(GAP).n == 3
 
 
-def test_missing_seeds_lower_n(tmp_path):
+def test_missing_seeds_lower_n_and_count_against(tmp_path):
     for seed in range(5): write(tmp_path, "fp32", seed)
     for seed in range(2, 6): write(tmp_path, "mixed_bf16", seed, mae=0.11)
     estimate = evidence(tmp_path).estimate(GAP)
-    assert estimate.n == 3 and estimate.value == pytest.approx(1.1) and len(estimate.records) == 6
+    assert estimate.n == 3 and estimate.value == pytest.approx(1.1) and len(estimate.records) == 9
+    assert estimate.reach[1] == float("inf") and "mixed_bf16, seed 0: there is no such run" in estimate.note
+
+
+@pytest.mark.parametrize("config", ["fp32", "mixed_bf16"])
+def test_a_surrogate_that_diverged_shows_no_equivalence(tmp_path, config):
+    grown = [1.0] * 20 + [50.0] * 20
+    for seed in range(5):
+        for c in ("fp32", "mixed_bf16"):
+            write(tmp_path, c, seed, losses=grown if (c, seed) == (config, 4) else None)
+    estimate = evidence(tmp_path).estimate(GAP)
+    assert estimate.reach[1] > 1.05 and f"{config}" in estimate.note and estimate.n == (4 if config == "fp32" else 5)
+
+
+def test_without_a_pilot_of_power_nothing_is_equivalent(tmp_path, monkeypatch):
+    for seed in range(5):
+        for c in ("fp32", "mixed_bf16"): write(tmp_path, c, seed)
+    assert evidence(tmp_path).estimate(GAP).reach is None
+    for spread, said in ((0.066, "at the pilot's spread of 0.066, below"), (None, "no pilot told the spread")):
+        monkeypatch.setattr(h2_quantities, "PILOT_SPREAD", {("molecules", "gap"): spread} if spread else {})
+        estimate = evidence(tmp_path).estimate(GAP)
+        assert estimate.reach is not None and said in estimate.note
 
 
 def test_another_size_is_no_equal_model(tmp_path):

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['PROTOCOL_SIZES', 'QUALITY_SIZES', 'COMPONENTS', 'OTHER_FLASHOPTIM', 'SEQUENCE', 'MARGIN_PPL', 'REFERENCE_PPL',
-           'MARGIN_NATS', 'OPTIMIZER_MARGIN_NATS', 'REACHED_AT', 'CURVE_SETS', 'H1_QUANTITIES', 'HELD_OUT_SET',
-           'search_gap', 'per_token', 'language_row', 'steps_to', 'ends_in_numbers', 'steps_ratio', 'throughput_ratio',
-           'memory_saving', 'steps_to_equal_loss', 'cost_saving', 'component_saving', 'quality_gaps', 'quality_gap',
-           'nan_events', 'nan_unrecovered', 'loss_spikes', 'utilization', 'nan_rate', 'platform_gap', 'early_values',
+           'MARGIN_NATS', 'OPTIMIZER_MARGIN_NATS', 'PILOT_NATS', 'MOST_PPL', 'LEAST_STEPS', 'TRAINED_ON',
+           'HELD_OUT_SET', 'REACHED_AT', 'CURVE_SETS', 'H1_QUANTITIES', 'search_gap', 'per_token', 'language_row',
+           'steps_to', 'ends_in_numbers', 'steps_ratio', 'throughput_ratio', 'memory_saving', 'steps_to_equal_loss',
+           'convergence', 'cost_saving', 'component_saving', 'quality_gaps', 'quality_gap', 'nan_events',
+           'nan_unrecovered', 'loss_spikes', 'utilization', 'nan_rate', 'platform_gap', 'early_values',
            'language_coverage']
 
 # %% ../../../nbs/study/h1/00_quantities.ipynb #1e010a81
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import exp, inf, nan
+from functools import partial
+from math import exp, inf, log, nan
 from statistics import median
 
 import numpy as np
@@ -25,7 +27,8 @@ from ...base.errors import is_number
 from ...base.records import Run
 from ...lm.plan import plan_protocol
 from ...base.schema import SCALES
-from ..evidence import BEGAN, Evidence, Sorted, count_spikes, names_of, not_inside, positive, tried
+from ..evidence import (
+    ABSENT, BEGAN, Evidence, Sorted, count_spikes, lost_its_way, names_of, not_inside, positive, tried)
 from ..expression import Q, estimate_of
 from ..hypothesis import Measure
 from ..statistics import (
@@ -36,8 +39,8 @@ PROTOCOL_SIZES = ("1B", "7B", "13B")
 QUALITY_SIZES = ("124M", *PROTOCOL_SIZES)  # 124M is where loss parity can be had on one GPU
 COMPONENTS = tuple(
     f"ablation_{part}_only" for part in ("attn", "ckpt", "fused", "compile", "states", "split", "loss", "release"))
-# beside the stack itself
-OTHER_FLASHOPTIM = ("flashoptim_release", "ablation_states_only", "ablation_split_only", "ablation_release_only")
+# beside the stack itself; the source's own components are among them
+OTHER_FLASHOPTIM = ("source_stack", "flashoptim_release", "flashoptim_fp8", *COMPONENTS)
 SEQUENCE = {"124M": 1024} | {size: 2048 for size in PROTOCOL_SIZES}  # tokens, at which memory is compared
 
 # %% ../../../nbs/study/h1/00_quantities.ipynb #16300fe7
@@ -45,6 +48,11 @@ MARGIN_PPL = 0.5  # of S3
 REFERENCE_PPL = 20.0  # below protocol scale a gap in nats is read at this perplexity
 MARGIN_NATS = MARGIN_PPL / REFERENCE_PPL  # of S3, below protocol scale
 OPTIMIZER_MARGIN_NATS = 0.005  # of the optimizer's own equivalence to AdamW
+PILOT_NATS = 0.005  # spread of paired gaps in a pilot: FlashAdamW against AdamW, 124M, lr 3e-4, 160 steps, 8 pairs
+MOST_PPL = 200.0  # on what it was trained on: above it a model has not learnt enough to tell quality
+LEAST_STEPS = 3000  # of the stack, for 0.1 % of them at 95 %
+TRAINED_ON = "c4"  # the set of the training distribution
+HELD_OUT_SET = "wikitext103"  # whose perplexity says how far the training went
 # share of the baseline's steps whose loss is the target: a run that ends before it needs > 10 % more steps
 REACHED_AT = 10 / 11
 
@@ -207,6 +215,10 @@ def _compared(new: dict, old: dict) -> tuple[tuple[bool, bool], str, Estimate | 
     long = [any(len(curve) > 1 for curve in row["curves"].values()) for row in (new, old)]
     return (long[0] and not long[1], long[1] and not long[0]), "", None
 
+def _converged(new: dict, old: dict) -> list[bool]:
+    "Who of a pair has such a curve and did not lose its way."
+    return [ok and not lost_its_way(row["losses"]) for ok, row in zip(_compared(new, old)[0], (new, old))]
+
 def _censored(estimate: Estimate, steps: list[Estimate]) -> Estimate:
     "Open above where a run had not reached the loss by its last step."
     late = sum(bool(step.reach) for step in steps)
@@ -214,29 +226,47 @@ def _censored(estimate: Estimate, steps: list[Estimate]) -> Estimate:
 
 def steps_to_equal_loss(e: Evidence, q: Q, config: str | None = None, against: str | None = None) -> Estimate:
     config = config or q.config or e.stack
-    found = e.sort_pairs(config, q.at, "best", lambda *pair: _compared(*pair)[0], against)
+    found = e.sort_pairs(config, q.at, "best", _converged, against)
     if not found.good:
         return found.nothing(e.lacking(config, q.at, "best", against, "no pair has held-out losses along the run"))
     _, names, steps = zip(*(_compared(*pair) for pair in found.good))
     def of(**also): return paired_ratio([step.value for step in steps], [1.0] * len(steps), **also)
     return _censored(_of(e, found, of, f"on {', '.join(sorted(set(names)))}"), steps)
 
+def _at_length(e: Evidence, estimate: Estimate, pairs: Sequence[tuple[dict, dict]], name: str) -> Estimate:
+    "The estimate, marked as short where a reference ended above the perplexity up to which quality can be told."
+    curves = [row["curves"].get(TRAINED_ON) or row["curves"].get(name) or {} for _, row in pairs]
+    last = [loss for curve in curves if curve and is_number(loss := curve[max(curve)])]
+    if e.scale == SCALES[0] or max(last, default=0) <= log(MOST_PPL) or estimate.value is None: return estimate
+    said = (f"no evidence at this length: {e.against} ended at a perplexity of {exp(min(max(last), _LARGEST)):,.0f}, "
+            f"and above {MOST_PPL:g} nothing is said of quality")
+    return replace(estimate, short=True, note=joined(said, estimate.note))
+
+def convergence(e: Evidence, q: Q) -> Estimate:
+    "The steps to equal loss, where the models have learnt enough for it to say something."
+    found = e.sort_pairs(q.config or e.stack, q.at, "best", _converged)
+    return _at_length(e, steps_to_equal_loss(e, q), found.good, HELD_OUT_SET)
+
 # %% ../../../nbs/study/h1/00_quantities.ipynb #d7e929cb
+def _costs(e: Evidence, q: Q, config: str, against: str | None = None) -> tuple[Sorted, list[Estimate], list[float]]:
+    "The pairs, and of those that have both a speed and a curve the steps ratios and the cost ratios."
+    def have(*pair): return [ok and positive(row["gpu_s_per_token"]) for ok, row in zip(_converged(*pair), pair)]
+    found = e.sort_pairs(config, q.at, "best", have, against)
+    steps = [_compared(*pair)[2] for pair in found.good]
+    return found, steps, [new["gpu_s_per_token"] / old["gpu_s_per_token"] * step.value
+                          for (new, old), step in zip(found.good, steps)]
+
 def _saving(e: Evidence, q: Q, config: str, against: str | None = None) -> Estimate:
     "Cost saving of a configuration at a size."
     if q.at not in QUALITY_SIZES: return missing(f"{q.at} is planned, not trained")
     time = _ratio(e, q, "gpu_s_per_token", config=config, against=against)
     if time.value is None: return time
-    curves = e.sort_pairs(config, q.at, "best", lambda *pair: _compared(*pair)[0], against)
+    curves = e.sort_pairs(config, q.at, "best", _converged, against)
     if not (curves.good or curves.lost):
         return _as_searched(e, _projected_saving(e, q, time, config, against), config, q.at, against)
-    def have(*pair): return [ok and positive(row["gpu_s_per_token"]) for ok, row in zip(_compared(*pair)[0], pair)]
-    found = e.sort_pairs(config, q.at, "best", have, against)
+    found, steps, ratios = _costs(e, q, config, against)
     if not found.good:
         return found.nothing(e.lacking(config, q.at, "best", against, "no pair recorded both its speed and its curve"))
-    steps = [_compared(*pair)[2] for pair in found.good]
-    ratios = [
-        new["gpu_s_per_token"] / old["gpu_s_per_token"] * step.value for (new, old), step in zip(found.good, steps)]
     ratio = _of(e, found, lambda **also: paired_ratio(ratios, [1.0] * len(ratios), e.confidence(q), **also))
     return _as_searched(e, _censored(ratio, steps).map(lambda ratio: 1 - ratio), config, q.at, against)
 
@@ -270,7 +300,7 @@ def quality_gaps(
 ) -> tuple[str, list[float], Sorted]:
     "Set, paired gaps in nats per token, and the pairs, sorted by who has a number at the end; no gaps if nothing fits."
     for name in [q.split] if q.split else ["wikitext103", "sotu"] if e.scale == SCALES[0] else ["wikitext103"]:
-        found = e.sort_pairs(q.config or e.stack, q.at, "best", lambda *pair: _have_ends(name, *pair))
+        found = e.sort_pairs(q.config or e.stack, q.at, "best", partial(_have_ends, name))
         if found.good or found.lost: break
     return name, [a - b for a, b in (_ends(name, *pair) for pair in found.good)], found
 
@@ -281,7 +311,9 @@ def _ends(name: str, *pair: dict) -> list[float]:
     return [curve.get(last) for curve in curves]
 
 def _have_ends(name: str, *pair: dict) -> list[bool]:
-    return [is_number(loss) and loss < _LARGEST for loss in _ends(name, *pair)]
+    "Who has a number; a reference that lost its way has none that the stack may be held against."
+    new, old = (is_number(loss) and loss < _LARGEST for loss in _ends(name, *pair))
+    return [new, old and not lost_its_way(pair[1]["losses"])]
 
 def _in_ppl(e: Evidence, name: str, gaps: list[float], pairs) -> list[float]:
     "The gaps in points of perplexity: real ones at the protocol's scale, at the reference perplexity below."
@@ -289,26 +321,44 @@ def _in_ppl(e: Evidence, name: str, gaps: list[float], pairs) -> list[float]:
     return [float(np.exp(new) - np.exp(old)) for new, old in (_ends(name, *pair) for pair in pairs)]
 
 # %% ../../../nbs/study/h1/00_quantities.ipynb #529d0386
+def _strayed(found: Sorted) -> list[str]:
+    "The runs of the stack that ended on a number and far above the best that they had reached."
+    return [new["name"] for new, _ in found.good if lost_its_way(new["losses"])]
+
 def quality_gap(e: Evidence, q: Q) -> Estimate:
     name, gaps, found = quality_gaps(e, q)
     if not gaps:
         return found.nothing(e.lacking(q.config or e.stack, q.at, "best", lacks=f"no pair was evaluated on {name}"))
     points = _in_ppl(e, name, gaps, found.good)
-    test = tost(points, MARGIN_PPL)
+    at = REFERENCE_PPL if e.scale != "full" else float(np.mean([exp(_ends(name, *pair)[1]) for pair in found.good]))
+    test, strayed = tost(points, MARGIN_PPL, pilot=PILOT_NATS * at), _strayed(found)
     said = [f"{np.mean(gaps):+.4f} nats on {name}"]
     if q.split is None and name != "wikitext103": said.append("it stands in for WikiText-103, which was not there")
     if e.scale != "full": said.append(f"margin {MARGIN_NATS:g} nats")
     said += test.words if found.whole else ["not all pairs came to a number, so nothing is called equivalent"]
+    if strayed: said.append(f"nothing is called equivalent, for they lost their way: {', '.join(strayed)}")
     gap = _of(e, found, lambda **also: paired_interval(points, e.confidence(q), **also), "; ".join(said))
-    return not_inside(gap, -MARGIN_PPL, MARGIN_PPL) if test.weak or found.gone else gap
+    if test.weak or found.gone or strayed: gap = not_inside(gap, -MARGIN_PPL, MARGIN_PPL)
+    return _at_length(e, gap, found.good, name)
 
 # %% ../../../nbs/study/h1/00_quantities.ipynb #005cc81f
 def _stack_runs(e: Evidence) -> list[dict]: return [row for row in e.pooled.rows(e.stack) if row["steps"]]
 
+def _few_steps(e: Evidence, estimate: Estimate) -> Estimate:
+    "The estimate, marked as short where the stack took fewer steps than such a share can be told from."
+    steps = sum(row["steps"] for row in _stack_runs(e))
+    if e.scale == SCALES[0] or steps >= LEAST_STEPS: return estimate
+    said = f"no evidence at this length: {e.stack} took {steps:,} steps, {LEAST_STEPS:,} are needed"
+    return replace(estimate, short=True, note=joined(said, estimate.note))
+
 def nan_events(e: Evidence, q: Q) -> Estimate:
-    rows = _stack_runs(e)
+    configs = dict.fromkeys((e.stack, *OTHER_FLASHOPTIM))
+    rows = [row for config in configs for row in e.pooled.rows(config) if row["steps"]]
     if not rows: return missing(f"no run of {e.stack} took a step")
-    return exact(sum(row["nan_steps"] for row in rows), n=len(rows), records=names_of(rows))
+    found = exact(sum(row["nan_steps"] for row in rows), n=len(rows), records=names_of(rows))
+    ill = [row["name"] for row in rows if row["status"] in ("failed", "aborted") or lost_its_way(row["losses"])]
+    found = opened(found, f"not counted as healthy: {', '.join(ill)}", more=bool(ill))
+    return found if found.value else _few_steps(e, found)
 
 def nan_unrecovered(e: Evidence, q: Q) -> Estimate:
     rows = _stack_runs(e)
@@ -318,7 +368,7 @@ def nan_unrecovered(e: Evidence, q: Q) -> Estimate:
     open_ = [f"{row['name']} ended on {row['nan_open']} skipped step{'s' * (row['nan_open'] > 1)}" for row in rows
              if row["nan_open"]]
     note = f"recovery cannot be seen: {', '.join(open_)}" if open_ else ""
-    return replace(exact(worst, n=len(rows), records=names_of(rows), note=note), hi=most)
+    return _few_steps(e, replace(exact(worst, n=len(rows), records=names_of(rows), note=note), hi=most))
 
 def loss_spikes(e: Evidence, q: Q) -> Estimate:
     e = e.pooled
@@ -330,7 +380,9 @@ def loss_spikes(e: Evidence, q: Q) -> Estimate:
               for (new, _), a, b in zip(pairs, counts, most) if b > a]
     found = exact(
         max(counts), n=len(pairs), records=names_of(itertools.chain.from_iterable(pairs)), note="; ".join(unsure))
-    return replace(found, hi=max(most))
+    lone = [row for at in where for pair in e.lone(e.stack, *at) for row in pair if row["status"] == ABSENT]
+    absent = ", ".join(f"{row['config']} at {row['role']}, seed {row['seed']}" for row in lone)
+    return opened(replace(found, hi=max(most)), f"nobody can say of pairs that lack a run: {absent}", more=bool(lone))
 
 # %% ../../../nbs/study/h1/00_quantities.ipynb #ee02388c
 def utilization(e: Evidence, q: Q) -> Estimate:
@@ -348,6 +400,24 @@ def nan_rate(e: Evidence, q: Q) -> Estimate:
 def _unmeasured(lost: Mapping[str, Estimate]) -> str:
     return "; ".join(f"{device}: {saving.note}" for device, saving in lost.items())
 
+def _by_seed(e: Evidence, q: Q) -> dict:
+    "The cost ratios of a device's pairs, by seed."
+    found, _, ratios = _costs(e, q, e.stack)
+    return {new["seed"]: ratio for (new, _), ratio in zip(found.good, ratios)}
+
+def _between(e: Evidence, q: Q, a: str, b: str, savings: Mapping[str, Estimate]) -> Estimate:
+    "The difference of two devices' savings, from its pairs: the same seed on both."
+    gap = estimate_of(Q("a") - Q("b"), {Q("a"): savings[a], Q("b"): savings[b]}.get)
+    if gap.projected: return gap
+    ours, theirs = (_by_seed(replace(e, device=device), q) for device in (a, b))
+    seeds = sorted(ours.keys() & theirs.keys(), key=str)
+    if not seeds: return replace(gap, lo=None, hi=None, note=joined(f"{a} and {b} have no seed in common", gap.note))
+    paired = paired_interval([theirs[seed] - ours[seed] for seed in seeds], e.confidence(q))
+    ends = paired.ends or (-inf, inf)
+    reach = gap.reach and (min(gap.reach[0], ends[0]), max(gap.reach[1], ends[1]))
+    return replace(gap, value=paired.value, lo=paired.lo, hi=paired.hi, reach=reach, n=paired.n,
+                   note=joined(paired.note, gap.note))
+
 def platform_gap(e: Evidence, q: Q) -> Estimate:
     known = e.table[(e.table.scale == e.scale) & (e.table.device_kind == "cuda")]
     all_ = {device: replace(e, device=device).estimate(Q("cost_saving", q.at)) for device in sorted(set(known.device))}
@@ -355,8 +425,7 @@ def platform_gap(e: Evidence, q: Q) -> Estimate:
     savings = {device: saving for device, saving in all_.items() if saving.value is not None}
     if len(savings) < 2 <= len(savings) + len(lost): return replace(missing(_unmeasured(lost)), reach=(-inf, inf))
     if len(savings) < 2: return missing(f"{q.at}: needs two GPU models really measured; here {len(savings)}")
-    gaps = [estimate_of(Q("a") - Q("b"), {Q("a"): savings[a], Q("b"): savings[b]}.get)
-            for a, b in itertools.combinations(savings, 2)]
+    gaps = [_between(e, Q("cost_saving", q.at), a, b, savings) for a, b in itertools.combinations(savings, 2)]
     found = _largest(gaps, "; ".join([*savings, *dict.fromkeys(gap.note for gap in gaps if gap.note)]))
     return opened(found, _unmeasured(lost), more=bool(lost))
 
@@ -378,7 +447,7 @@ H1_QUANTITIES: Mapping[str, Measure] = dict(
     throughput_ratio=Measure(unit="x", estimate=throughput_ratio,
                              meaning="tokens per second over the baseline's, best micro-batch"),
     steps_ratio=Measure(
-        unit="x", estimate=steps_to_equal_loss,
+        unit="x", estimate=convergence,
         meaning="steps to the loss that the baseline reaches at 10/11 of its steps, over the baseline's"),
     memory_saving=Measure(
         unit="share", estimate=memory_saving,
@@ -387,9 +456,9 @@ H1_QUANTITIES: Mapping[str, Measure] = dict(
                         meaning="held-out perplexity minus the baseline's at equal tokens; "
                                 "below protocol scale the gap in nats, read at PPL 20"),
     platform_gap=Measure(unit="share", estimate=platform_gap,
-                         meaning="largest difference of cost savings between two GPU models, both measured"),
+                         meaning="largest difference of cost savings between two GPU models, both measured, paired by seed"),
     nan_events=Measure(unit="steps", confidence=None, estimate=nan_events,
-                       meaning="steps with a NaN or infinite gradient, over all runs of the stack"),
+                       meaning="steps with a NaN or infinite gradient, over all runs of all FlashOptim configurations"),
     nan_unrecovered=Measure(
         unit="share", confidence=None, estimate=nan_unrecovered,
         meaning="steps with a NaN or infinite gradient from which the run did not recover, worst run"),
@@ -443,8 +512,6 @@ def early_values(
             "quality_gap[1B]": _early_gap(run, baseline, step), "projected_cost": float(plan_protocol().dollars.sum())}
 
 # %% ../../../nbs/study/h1/00_quantities.ipynb #7c8338e5
-HELD_OUT_SET = "wikitext103"  # whose perplexity says how far the training went
-
 def _each(values) -> str: return ", ".join(map(str, sorted(set(values))))
 
 def _ended_at(part: pd.DataFrame) -> float | None:
