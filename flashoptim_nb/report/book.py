@@ -33,6 +33,8 @@ from ..base.records import RECORDS, ROWS, check_place, only_writer, record_folde
 from .guard import page_problems, read_page, remote_loads
 from .notebooks import Job, dress, execute_all, split_directives
 from .render import full_name, load_runs, study_folders
+from .tables import judged
+from ..study.hypotheses import HYPOTHESES
 
 # %% ../../nbs/report/13_book.ipynb #841b5cce
 RECIPES = {"start": "Start here: the optimizer in your training"}  # folders of pages to run yourself
@@ -127,6 +129,13 @@ def _uses_gpu(path: Path) -> bool:
     return any("cuda" in split_directives("".join(c["source"]))[0] for c in json.loads(path.read_text())["cells"]
                if c["cell_type"] == "code")
 
+def _judge_once(
+    folders: list[Path],
+):
+    "Reads and judges all records: the process that has done so hands what it found to those forked from it."
+    os.environ[RECORDS] = os.pathsep.join(map(str, folders))
+    for hypothesis in HYPOTHESES.values(): judged(hypothesis=hypothesis)
+
 def execute_book(
     source: Path,  # a copy of `nbs`
     names: list[str],  # notebooks to execute, relative to it
@@ -147,7 +156,8 @@ def execute_book(
         env = dict(os.environ) | {RECORDS: os.pathsep.join(map(str, records if chapter else [nothing]))}
         if not targets[name].is_file():
             jobs.append(Job(f"nbs/{name}", source / name, targets[name], env, threads, _uses_gpu(source / name)))
-    if failed := execute_all(jobs, workers): raise BookError("the book was not built: " + "\n".join(failed))
+    prepare = partial(_judge_once, records) if any(is_chapter(job.name.removeprefix("nbs/")) for job in jobs) else None
+    if failed := execute_all(jobs, workers, prepare=prepare): raise BookError("the book was not built: " + "\n".join(failed))
     for stale in set(cache.glob("*.json")) - set(targets.values()): stale.unlink()
     return targets
 

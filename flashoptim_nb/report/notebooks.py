@@ -8,6 +8,7 @@ __all__ = ['PRELOADED', 'split_directives', 'why_not_run', 'NotebookError', 'cel
 
 # %% ../../nbs/report/04_notebooks.ipynb #9d0734e4
 import ast
+import gc
 import json
 import multiprocessing
 import os
@@ -17,11 +18,11 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import chdir
 from dataclasses import dataclass
 from html import escape
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from ..base.machine import capabilities, safe_path
@@ -82,7 +83,6 @@ def execute(
         if shell.exc is not None: raise NotebookError(cell_error(name, number, source, shell.exc))
 
 # %% ../../nbs/report/04_notebooks.ipynb #0bbb2617
-# and not triton: notebooks choose its interpreter before they import it
 PRELOADED = [
     "torch", "torch.distributed.fsdp", "pandas", "altair", "execnb.shell", "fastcore.test", "matplotlib.pyplot",
     "scipy.stats", "scipy.integrate", "z3", "flashoptim_nb.report.tables", "flashoptim_nb.report.charts"]
@@ -93,7 +93,7 @@ class Job:
     name: str  # how an error calls it
     source: Path
     target: Path  # where the executed notebook is written; errors go beside it, `.error`
-    env: Mapping[str, str]  # environment variables to set, over those of the fork server
+    env: Mapping[str, str]  # environment variables to set, over those of this process
     threads: int = 1
     alone: bool = False  # uses the GPU, so runs when nothing else does
 
@@ -129,21 +129,21 @@ def _outcome(job: Job, process) -> str | None:
     return (f"{job.name}: its process ended with exit code {process.exitcode} and no message "
             "(killed, out of memory, or a crash in native code)")
 
-def execute_all(
-    jobs: list[Job],
-    workers: int = 2,  # processes at a time
-    limit: float = 600.0,  # seconds for one notebook
-) -> list[str]:
-    "Executes notebooks in parallel; what went wrong with each that failed, in words. Raises nothing."
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+def _take_turns(jobs: list[Job], workers: int, limit: float, prepare: Callable[[], object] | None, told: Connection):
+    "In the process from which those of the notebooks are forked: each begins with what was prepared."
+    if prepare:
+        import torch
+        torch.set_num_threads(1)  # a process that has run threads of OpenMP cannot be forked
+        prepare()
+        gc.freeze()  # so that the processes share the memory
+    context, asked = multiprocessing.get_context("fork"), multiprocessing.parent_process()
     waiting, running, failed = sorted(jobs, key=lambda job: job.alone), {}, []
     try:
-        while waiting or running:
+        while (waiting or running) and asked.is_alive():
             while waiting and len(running) < (1 if waiting[0].alone else workers):
                 process = context.Process(target=_work, args=(job := waiting.pop(0),))
                 job.target.with_suffix(".error").unlink(missing_ok=True)  # of an earlier try
-                with safe_path(): process.start()  # the first starts the fork server
+                process.start()
                 running[process.sentinel] = job, process, time.monotonic() + limit
             ready = wait(list(running), timeout=1)
             for sentinel, (job, process, until) in list(running.items()):
@@ -153,9 +153,28 @@ def execute_all(
                 if what := _outcome(job, process):
                     failed.append(what if sentinel in ready else f"{job.name}: not done after {limit:.0f} s")
                 del running[sentinel]
+        told.send(failed)
     finally:
         for _, process, _ in running.values(): process.kill()  # interrupted: nothing goes on behind the reader's back
-    return failed
+
+def execute_all(
+    jobs: list[Job],
+    workers: int = 2,  # processes at a time
+    limit: float = 600.0,  # seconds for one notebook
+    prepare: Callable[[], object] | None = None,  # done once, before; what it leaves in caches all notebooks find there
+) -> list[str]:
+    "Executes notebooks in parallel; what went wrong with each that failed, in words. Raises nothing."
+    if not jobs: return []
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    answer, told = context.Pipe(duplex=False)
+    turns = context.Process(target=_take_turns, args=(jobs, workers, limit, prepare, told))
+    with safe_path(): turns.start()  # and with it the fork server
+    told.close()
+    try: return answer.recv()
+    except EOFError: return [f"{jobs[0].name} and all others: the process that executes them ended with no message"]
+    finally:
+        turns.join() if sys.exc_info()[0] is None else turns.terminate()
 
 # %% ../../nbs/report/04_notebooks.ipynb #e44dbcc9
 def _only_imports(source: str) -> bool:

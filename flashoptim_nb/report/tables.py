@@ -100,7 +100,7 @@ def verdict_cell(
     return Rendered(html, "<br>".join([f"{label.markdown} ({where})", *lines]))
 
 # %% ../../nbs/report/02_tables.ipynb #78e02f49
-_JUDGED = {}  # the last runs that were judged, by their seals, and what was found
+_JUDGED = {}  # what was found of the last runs that were judged, by hypothesis and their seals
 
 def _runs(runs: Iterable[Run] | None, hypothesis: Hypothesis) -> list[Run]:
     return load_runs(hypothesis=hypothesis.id.lower()) if runs is None else list(runs)
@@ -113,7 +113,7 @@ def judged(
     runs = _runs(runs, hypothesis)
     key = hypothesis.hash, *((str(run.folder), run.mark) for run in runs)
     if key not in _JUDGED:
-        _JUDGED.clear()
+        while len(_JUDGED) > 3: del _JUDGED[next(iter(_JUDGED))]
         _JUDGED[key] = verdict(runs, hypothesis)
     return _JUDGED[key]
 
