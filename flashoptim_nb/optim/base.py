@@ -153,7 +153,8 @@ class FlashOptimizer(Optimizer):
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
         # states and error bits in the host's pinned memory, streamed through each step: for models that do not fit
-        # otherwise; costs 3.1 bytes a value there, and a step takes at least as long as these need over the link
+        # otherwise; costs 1.06 bytes a value of each moment there and 1 of error bits, and a step takes at least as
+        # long as these need over the link
         offload_states: bool = False,
         # of 8-bit codes after a step: "nearest", as the public package, loses what is below half a code; "dithered" has
         # such errors cancel over steps: for small rates and rare gradients, at the price of noisier second moments
@@ -197,23 +198,36 @@ class FlashOptimizer(Optimizer):
         super().__setattr__(name, x)
 
     def add_param_group(self, param_group: dict):
-        "As in torch.optim, after checking the parameters; remembers the group's lr for `decouple_lr`."
+        """As in torch.optim, after checking the parameters; remembers the group's lr for `decouple_lr`.
+        Where it raises, the optimizer and the group are as they were before."""
         check_group_form(param_group)
-        check_group_names(self, param_group)
-        given = param_group["params"]
-        check_shared(self, param_group)
-        param_group["params"] = [given] if isinstance(given, torch.Tensor) else as_param_list(given)
-        tensors = [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in param_group["params"]]
-        check_parameters([*(group["params"] for group in self.param_groups), tensors])
-        super().add_param_group(param_group)
+        given, count = param_group["params"], len(self.param_groups)
+        before = param_group | dict(params=[given] if isinstance(given, torch.Tensor) else as_param_list(given))
+        try: self._add_group(param_group, before["params"])
+        except BaseException:
+            del self.param_groups[count:]
+            param_group.clear()
+            param_group.update(before)
+            raise
+
+    def _add_group(self, group: dict, params: list):
+        check_group_names(self, group)
+        check_shared(self, group)
+        self._fill_group(group)
+        tensors = [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in params]
+        check_parameters([*(known["params"] for known in self.param_groups), tensors])
+        group["params"] = params
+        super().add_param_group(group)
         group = self.param_groups[-1]
-        try: self._check_group(group)
-        except OptionError: self.param_groups.pop(); raise
+        self._check_group(group)
         group["state_format"] = self._state_format(group)
         if self.decouple_lr and not self.decoupled:
             raise OptionError(f"decouple_lr=True: {type(self).__name__} has its weight decay in the gradient; "
                               "use the class with a W")
         if self.decouple_lr: self._keep_lr(group)
+
+    def _fill_group(self, group: dict):
+        "Puts into a new group what its defaults depend on; subclasses that have such add theirs."
 
     def _keep_lr(self, group: dict):
         """Keeps the lr at which `decouple_lr` takes weight decay as it is given:

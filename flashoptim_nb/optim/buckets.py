@@ -75,6 +75,10 @@ def own_states(
                 own |= {k: t for k, t in new_state(opt, group, p, step).items() if k in missing}
             if state is not opt.state.get(p) or uses[id(state)] > 1: opt.state[p] = state = dict(state)
             if any(state.get(k) is not t for k, t in own.items()): state.update(own)
+            # of a group that was given another algorithm; one that keeps none for now may take its own up again
+            if mine := opt._moments_of(group):
+                others = opt.moments.keys() - mine.keys()
+                for k in [k for k in state if k.partition("::")[0] in others]: del state[k]
             opt._made_for.setdefault(p, p.dtype)
 
 # %% ../../nbs/optim/07_buckets.ipynb #3f9c7202

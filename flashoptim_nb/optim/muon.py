@@ -47,6 +47,12 @@ def muon_groups(
 ) -> list[dict]:  # for `FlashMuon`, in the model's order; empty ones are left out
     """Two groups of a model's trained parameters: the matrices of hidden layers, and all others for AdamW,
     with options of their own: `FlashMuon(muon_groups(model, lr=3e-4), lr=0.02)`."""
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"muon_groups of a {type(model).__name__}: give the model, whose modules tell embeddings and "
+                          "heads; of tensors alone make groups by hand, dict(params=[...], algorithm=\"adamw\")")
+    heads = [heads] if isinstance(heads, str) else heads
+    if not isinstance(heads, Iterable) or not all(isinstance(name, str) for name in heads):
+        raise OptionError(f"heads={heads!r}: names of modules are needed, (\"lm_head\", ...)")
     adamw = dict(algorithm="adamw", lr=lr, eps=eps, weight_decay=weight_decay) | (dict(betas=betas) if betas else {})
     head = getattr(model, "get_output_embeddings", lambda: None)()
     apart = {p for name, part in model.named_modules() for p in part.parameters(recurse=False)
@@ -246,7 +252,8 @@ class FlashMuon(FlashOptimizer):
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
         # states and error bits in the host's pinned memory, streamed through each step: for models that do not fit
-        # otherwise; costs 3.1 bytes a value there, and a step takes at least as long as these need over the link
+        # otherwise; costs 2.1 bytes a matrix's value there and 3.1 of AdamW's groups, and a step takes at least as long
+        # as these need over the link
         offload_states: bool = False,
         # of 8-bit codes after a step: "nearest", as the public package, loses what is below half a code; "dithered" has
         # such errors cancel over steps: for small rates and rare gradients, at the price of noisier second moments
@@ -262,12 +269,10 @@ class FlashMuon(FlashOptimizer):
                          decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite,
                          companded=companded, offload_states=offload_states, rounding=rounding)
 
-    def add_param_group(self, param_group: dict):
-        "As in torch.optim; a group of AdamW has AdamW's eps unless it says another."
-        if isinstance(param_group, dict):
-            adamw = param_group.get("algorithm", self.defaults["algorithm"]) == "adamw"
-            for name in ("betas", "eps")[:1 + adamw]: param_group.setdefault(name, self._of_adamw[name])
-        super().add_param_group(param_group)
+    def _fill_group(self, group: dict):
+        "A group of AdamW has AdamW's eps unless it says another."
+        adamw = group.get("algorithm", self.defaults["algorithm"]) == "adamw"
+        for name in ("betas", "eps")[:1 + adamw]: group.setdefault(name, self._of_adamw[name])
 
     def _least_change(self, group: dict, p: torch.Tensor) -> float:
         "A matrix is moved along orthogonal rows: a value by lr over the root of the longer side, times the shape's factor."

@@ -284,7 +284,8 @@ def enable_gradient_release(
     pre_step: Callable[[torch.Tensor, dict], bool] | None = None,
 ) -> GradientReleaseHandle:
     """Steps each parameter inside the backward pass and frees its gradient;
-    raises `UserError` where that cannot be right.
+    raises `UserError` where that cannot be right. Clip with the optimizer's `max_norm`: after the backward pass there
+    are no gradients left, and `torch.nn.utils.clip_grad_norm_` returns 0 and does nothing, which is not noticed.
 
     >>> handle = enable_gradient_release(model, optimizer)  # the loop stays as it is
     >>> handle.remove()  # gradients are kept again

@@ -488,6 +488,9 @@ def fp32_weights(
     kept = {p: error_bits for p, state in opt.state.items() if (error_bits := state.get("error_bits")) is not None}
     known = {_memory(p): (error_bits, opt._made_for.get(p, p.dtype)) for p, error_bits in kept.items()}
     entries = model.state_dict(keep_vars=True).items()
+    if known and known.keys().isdisjoint(_memory(t) for _, t in entries):
+        raise StateError("the optimizer steps none of the model's parameters, so that their error bits are not known: "
+                         "give the model that it was made for, or make it anew after the model got new parameters")
     return {name: _in_fp32(t, known.get(_memory(t)) or _first(opt, t), name) for name, t in entries}
 
 # %% ../../nbs/optim/09_state_dict.ipynb #c5d1e0ad
@@ -560,6 +563,9 @@ def set_fp32_weights(
     given = {name: _taken(t, state_dict[name], name) for name, t in entries.items()}
     _tied_alike(entries, given)
     groups, counters = {p: group for group in opt.param_groups for p in group["params"]}, {}
+    if odd := [name for name, t in entries.items() if t in groups and not given[name][0].isfinite().all()]:
+        warnings.warn(f"{', '.join(odd[:3])} has values that are not finite, from which no training goes on: is the "
+                      "state dict damaged, or of a run that had diverged?")
     beside = {name: _split(opt, t, *given[name], name) for name, t in entries.items() if t in groups}
     for name in own.keys() - entries.keys():  # what modules keep beside tensors
         model.get_submodule(name.rpartition(".")[0]).set_extra_state(state_dict[name])

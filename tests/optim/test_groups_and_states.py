@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from every import MAKERS
 from flashoptim_nb.optim import FlashAdamW, FlashLion, FlashSGD, GradientError, OptionError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -645,3 +646,26 @@ def test_each_public_class_and_function_says_how_it_is_used():
     named = [x for name, x in vars(optim).items() if name.startswith("Flash") and x is not optim.FlashOptimizer]
     for x in (*named, optim.AveragedMasters, optim.cast_model, optim.enable_gradient_release, optim.muon_groups):
         assert f"{x.__name__}(" in x.__doc__, x
+
+
+def copied(groups): return [{**group, "params": [*group["params"]]} for group in groups]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("options, odd", [
+    ({}, dict(lr=-1.0)), ({}, dict(lr="fast")), ({}, dict(weight_decay=float("nan"))), ({}, dict(lrr=1.0)),
+    ({}, dict(twice=True)), (dict(decouple_lr=True, weight_decay=0.1), dict(lr=0.0))], ids=str)
+def test_a_group_that_is_refused_changes_nothing(name, options, odd):
+    "Neither the optimizer nor the dict that was given."
+    p, q = (torch.nn.Parameter(torch.ones(3, 2)) for _ in "pq")
+    try: opt = MAKERS[name]([p], lr=0.1, **options)
+    except OptionError: pytest.skip("it has no decay apart from its gradient")
+    group = dict(params=iter([p if odd.get("twice") else q]), weight_decay=0.1) | odd
+    keys, before = group.keys() - {"params"}, copied(opt.param_groups)
+    stated = {key: group[key] for key in keys}
+    if "twice" in odd: group.pop("twice"), stated.pop("twice")
+    with pytest.raises((OptionError, TypeError, ValueError)): opt.add_param_group(group)
+    assert copied(opt.param_groups) == before and group.keys() - {"params"} == stated.keys()
+    assert all(group[key] is stated[key] for key in stated) and len(group["params"]) == 1
+    opt.add_param_group(dict(params=[q], lr=0.1))
+    assert len(opt.param_groups) == 2

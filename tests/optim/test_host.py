@@ -1,5 +1,6 @@
 """States on the host: the same bits as beside the parameters, through every door; what cannot be is refused."""
 import copy
+import inspect
 import io
 import pickle
 import subprocess
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 
 import flashoptim_nb.optim.host as host
-from every import MAKERS
+import flashoptim_nb.optim as optim
+from every import MAKERS, OPTIONS
 from flashoptim_nb.optim import AveragedMasters, FlashAdamW, FlashSGD, OptionError, cast_model, enable_gradient_release
 from flashoptim_nb.optim.base import FlashOptimizer
 from flashoptim_nb.optim.split import INTERPRETED
@@ -515,3 +517,19 @@ class TestOnAGpu:
         a.cuda(); b.cuda()
         train(a, oa); train(b, ob)
         assert_same(a, oa, b, ob)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_states_take_on_the_host_is_said_for_each_class(name):
+    "The text of the option, beside what lies there after a step."
+    said = inspect.getsource(getattr(optim, name).__init__).partition("offload_states: bool")[0]
+    said = " ".join(said[said.rindex("otherwise;"):].replace("#", " ").split())
+    p = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    p.grad = torch.ones_like(p)
+    def held(**options):
+        (opt := MAKERS[name]([p], offload_states=True, **options)).step()
+        there = sum(t.nbytes for key, t in opt.state[p].items() if key != "step")
+        return f"{there / p.numel():.1f}".removesuffix(".0")
+    assert f"costs {held()} bytes a " in said
+    if "momentum" in OPTIONS.get(getattr(optim, name), {}): assert f", {held(momentum=0.0)} without momentum" in said
+    if name == "FlashMuon": assert f"and {held(algorithm='adamw')} of AdamW's groups" in said

@@ -597,7 +597,8 @@ def test_fp32_weights_that_the_model_cannot_hold_change_nothing(change, says):
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 def test_what_is_not_finite_stays_what_it_is(dtype):
     model = nn.Linear(3, 1, bias=False, dtype=dtype); opt = FlashAdamW(model.parameters())
-    opt.set_fp32_model_state_dict(model, {"weight": torch.tensor([[torch.nan, -torch.inf, 0.1]])})
+    with pytest.warns(UserWarning, match="weight has values that are not finite"):
+        opt.set_fp32_model_state_dict(model, {"weight": torch.tensor([[torch.nan, -torch.inf, 0.1]])})
     for found in (model.weight.detach(), opt.get_fp32_model_state_dict(model)["weight"]):
         assert found[0, 0].isnan() and found[0, 1] == -torch.inf
     assert (opt.get_fp32_model_state_dict(model)["weight"][0, 2] - 0.1).abs() < 1e-4
@@ -751,3 +752,34 @@ def test_groups_that_share_a_learning_rate_go_on_sharing_it():
     opt.load_state_dict(opt.state_dict())
     a, b = opt.param_groups
     assert a["lr"] is b["lr"] and a["lr"] is not lr
+
+
+def stepped_layer(**options):
+    cast_model(model := nn.Linear(8, 8))
+    opt = FlashAdamW(model.parameters(), lr=1e-2, **options)
+    for _ in range(3):
+        model(torch.randn(4, 8, dtype=torch.bfloat16)).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+    return model, opt
+
+
+def test_fp32_weights_after_the_model_was_widened():
+    "In place they are known; a model with new parameters is not this optimizer's."
+    model, opt = stepped_layer()
+    weights = opt.get_fp32_model_state_dict(model)
+    widened = opt.get_fp32_model_state_dict(model.float())
+    assert all(torch.equal(weights[name], t) for name, t in widened.items())
+    with pytest.raises(StateError, match="steps none of the model's parameters"):
+        opt.get_fp32_model_state_dict(copy.deepcopy(model))
+
+
+@pytest.mark.parametrize("wrote, reads", [(False, True), (True, False)])
+def test_a_state_dict_says_how_its_codes_are_to_be_read(wrote, reads):
+    (_, ours), (other, theirs) = stepped_layer(companded=wrote), stepped_layer(companded=reads)
+    theirs.load_state_dict(ours.state_dict())
+    wide, again = (FlashAdamW(torch.nn.Linear(8, 8).parameters(), quantize=False) for _ in "ab")
+    for one, held in (wide, ours), (again, theirs): one.load_state_dict(held.state_dict())
+    for p, q in zip(*([p for p in one.param_groups[0]["params"]] for one in (wide, again))):
+        m, n = wide.state[p]["exp_avg"], again.state[q]["exp_avg"]
+        assert m.abs().max() > 0 and (m - n).abs().max() < 0.02 * m.abs().max()
