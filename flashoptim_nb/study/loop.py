@@ -106,7 +106,7 @@ def fit(
     steps: int,  # optimizer steps in all
     callbacks: Sequence[Callback] = (),
     checkpoint_every: int = 0,  # steps between checkpoints; 0: only when stopped
-    stopped: Callable[[], bool] = lambda: False,  # asked after each step
+    stopped: Callable[[], bool] = lambda: False,  # asked after each step, and each row of those after the last
     keep: Callable[[dict], bool] = lambda row: True,  # which steps are rows of the record; callbacks see all
 ) -> str:
     """Trains until `steps` or a decision; returns the run's status.
@@ -139,8 +139,17 @@ def fit(
             if stop or "pause" in called or (checkpoint_every and n % checkpoint_every == 0): checkpoint(n)
             if "pause" in called: raise Paused(f"paused after step {n} of {steps} by {called['pause']}")
             if stop: raise Interrupted(f"stopped after step {n} of {steps}; give the same command again to go on")
+        found = []
         for callback in callbacks:
-            for kind, fields in callback.finish(): writer.append(kind, **fields)
+            answers = iter(callback.finish())
+            for answer in answers:
+                found.append(answer)
+                if status != "finished" or not on_first(stopped): continue
+                if hasattr(answers, "close"): answers.close()  # weights that were lent to an evaluation are back
+                checkpoint(steps)
+                raise Interrupted("stopped after the last step, before all was evaluated; "
+                                  "give the same command again to go on")
+        for kind, fields in found: writer.append(kind, **fields)
     except (UserError, KeyboardInterrupt): writer.close(); raise
     except Exception as error:
         if world()[1] > 1: writer.close(); raise  # the others wait; who started the ranks ends them, and says why

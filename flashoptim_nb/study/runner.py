@@ -449,7 +449,9 @@ def run_stages(
         if stage.runs: note_stage(study, stage)
         for line in stage.lines: study.say(line)
         failed += attempt_all(study, study.specs(stage))
+        study.check_stop()
         action, id = record_decision(study, stage), stage.checkpoint
+        study.check_stop()
         if action == "abort": return failed, f"{id}: {action}"
         if action == "pause":
             raise Paused(f"the study is paused by {id}: {study.journal.last_event('decision', checkpoint=id)['why']}")

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,12 +108,56 @@ def test_killed_at_random_moments(how, uninterrupted, tmp_path, rng_seed):
     assert not list((tmp_path / "h1-laptop").glob("*/*.safetensors")), "a finished run keeps no checkpoint"
 
 
+@pytest.mark.parametrize("moment", ["runs", "decision"])
+def test_a_study_stops_after_its_last_run_too(moment, monkeypatch):
+    "A stop that comes with the last run, or while the last decision is taken, is not overheard."
+    from flashoptim_nb.study import runner
+    from flashoptim_nb.study.experiment import Stage
+    from flashoptim_nb.study.loop import Interrupted
+    done, protocol = [], SimpleNamespace(stages=lambda *_: [Stage("1B", ())], opening=lambda _: "", after_downgrade=())
+    study = SimpleNamespace(protocol=protocol, preset=SimpleNamespace(plans={}), experiments=None,
+                            specs=lambda stage: [], stopped=lambda: moment in done)
+    study.check_stop = lambda: runner.Study.check_stop(study)
+    monkeypatch.setattr(runner, "train_all_first", lambda study: None)
+    monkeypatch.setattr(runner, "attempt_all", lambda *_: done.append("runs") or 0)
+    monkeypatch.setattr(runner, "record_decision", lambda *_: done.append("decision") or "continue")
+    with pytest.raises(Interrupted, match="the same command again"): runner.run_stages(study)
+    assert done == ["runs", "decision"][:1 + (moment == "decision")]
+
+
 class Counts:
     "A task whose state is a number."
     def __init__(self): self.n = torch.zeros(1)
     def step(self, n): self.n += 1; return dict(loss=1.0, grad_norm=1.0, lr=1.0, skipped=False, tokens=1)
     def state_dict(self): return dict(n=self.n)
     def load_state_dict(self, state): self.n = state["n"]
+
+
+def test_what_is_evaluated_after_the_last_step_can_be_stopped(tmp_path):
+    from flashoptim_nb.base.records import read_run
+    from flashoptim_nb.study.loop import Callback, Interrupted, fit
+    class Evaluates(Callback):
+        "Three evaluations of the task with other weights, each of which takes its time."
+        made = 0
+        def __init__(self, task): self.task = task
+        def finish(self):
+            for n in range(3):
+                kept, self.task.n = self.task.n, self.task.n + 10
+                try:
+                    Evaluates.made += 1
+                    yield "eval", dict(step=n, set="s", nll=float(self.task.n), tokens=1)
+                finally: self.task.n = kept
+    def made(name, stopped):
+        task = Counts()
+        return fit(task, tmp_path / name, dict(run=name, settings_hash="s"), steps=4, callbacks=[Evaluates(task)],
+                   stopped=stopped)
+    made("whole", lambda: False)
+    Evaluates.made = 0
+    with pytest.raises(Interrupted, match="before all was evaluated"): made("late", lambda: Evaluates.made == 1)
+    assert Evaluates.made == 1 and not read_run(tmp_path / "late").of("eval")
+    assert made("late", lambda: False) == "finished"
+    rows = [read_run(tmp_path / name).of("eval") for name in ("whole", "late")]
+    assert rows[0] == rows[1] and [row["nll"] for row in rows[0]] == [14.0] * 3
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
