@@ -61,7 +61,7 @@ TABLES = {
     "search": """role:name config!role:name width:count? parameters:count? fits:flag? oom:flag? peak:amount? allocated:amount?
         budget:amount? reason:text? micro!role:size? checkpointing!role:name? why:text? tried!role:.try[]""",
     "frontier": "memory!:amount micro_batch:size? checkpointing:name? tokens_per_s:amount? peak:amount? reason:text?",
-    ".try": "checkpointing!:name micro_batch!:size fits!:flag oom:flag? peak:amount? budget:amount? tokens_per_s:amount? reason:text?",
+    ".try": "checkpointing!:name micro_batch!:size fits!:flag oom:flag? peak:amount? budget:amount? tokens_per_s:amount? predicted:amount? reason:text?",
     "largest": "width:count? parameters!:count? peak:amount? budget:amount? batch:count? note:text?",
     "solution": """problem!:name domain:name? unit:name? method!:name instance!:count run!:count objective:number? predicted:number?
         fooled:number? evaluations:count? infeasible:count? proposed:count? skipped:count? what:text? curve:number?[]? seconds:amount?

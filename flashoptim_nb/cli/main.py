@@ -127,7 +127,15 @@ def _h1_preset(preset, args):
         preset = in_style(preset, args.style)
         args.sizes = args.sizes and [f"{size}-{args.style}" for size in args.sizes]
     if gpus is not None: preset = _on_gpus(preset, gpus, args)
+    if (args.workers or 1) > 1: _check_workers(preset, gpus or 1, args)
     return preset
+
+def _check_workers(preset, gpus: int, args):
+    "Raises `UserError` where runs of hypothesis 1 cannot go on at once, each on a GPU of its own."
+    from flashoptim_nb.study.runner import device_for
+    from flashoptim_nb.train.ranks import check_ranks
+    if gpus > 1: raise UserError(f"--workers {args.workers}: a run over {gpus} GPUs is made alone; leave --workers out")
+    if not args.dry_run: check_ranks(args.workers, device_for(preset, args.device or preset.device))
 
 def _on_gpus(preset, gpus: int, args):
     """The preset with each run divided over so many GPUs; raises `UserError` where they are not here.
@@ -145,8 +153,7 @@ def _on_gpus(preset, gpus: int, args):
 
 _OTHERS = {
     # options of the other hypothesis, and why they are none here
-    "h1": (("domains", "workers", "graphs"),
-           "its runs are chosen by --sizes, --experiments, --configs and --seeds, and one is made at a time"),
+    "h1": (("domains", "graphs"), "its runs are chosen by --sizes, --experiments, --configs and --seeds"),
     "h2": (("sizes", "gpus", "timeout", "piece", "steps", "style"),
            "its runs are chosen by --domains, --configs and --arms, each on one device; "
            "1x and 2x are part of a configuration's name"),
@@ -525,7 +532,8 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
         "--graphs", action="store_true", default=None,
         help="h2: replay training steps from CUDA graphs where they can be; the same results to rounding, sooner")
     run.add_argument("--workers", type=int, metavar="N",
-                     help="h2: training runs at once on one device (default: 1); memory and time are measured alone")
+                     help="training runs at once (default: 1): h1: each on a GPU of its own; h2: on one device, "
+                          "and memory and time are measured alone")
     run.add_argument("--minutes", type=float, metavar="M",
                      help="stop after so many minutes, to be gone on with by the same command")
     run.add_argument("--gpus", type=int, metavar="N",

@@ -53,7 +53,7 @@ def _texts(preset: str) -> LMPreset:
     "The texts that a preset trains and is judged on."
     whole = LM_PRESETS[_SCALES[preset]]
     judged = dict(laptop=(), gpu=(("c4", _SOME),), long=(("c4", _SOME), ("prose", _SOME)))[preset]
-    train = whole.train_sets + ((("prose", "train"),) if preset == "long" else ())
+    train = tuple(text for text in whole.train_sets if text[0] != "prose" or preset == "long")
     return whole.replace(eval_sets=whole.eval_sets[:1] + judged, train_sets=train)
 
 

@@ -69,6 +69,7 @@ class StudyProtocol:
     after_downgrade: tuple[str, ...] = ()  # workloads that a downgrade leaves out
     shared_data: bool = False  # all workloads read the same data, without which there is no study
     compiles: bool = False  # runs compile their networks
+    in_stages: bool = False  # runs keep the order of the stages, however many go on at once
     timed_by: tuple[str, ...] = ()  # further modules whose code takes the measurements
 
     def stages(self, preset: Preset, experiments: Iterable[str] | None = None) -> list[Stage]:
@@ -101,6 +102,11 @@ class StudyProtocol:
     def unordered(self, preset: Preset) -> Preset:
         "The preset without what only says which of its runs are made now, in which order and on how many GPUs."
         return preset
+    def prepare(self, study, specs: list[RunSpec]):
+        "What has to be known before several training runs go on at once: noted in the journal."
+    def worker_devices(self, device, n: int) -> list[str]:
+        "The device of each of so many workers; empty: all share the study's."
+        return []
     def header_fields(self, preset: Preset) -> dict:
         "Further fields of every record's header."
         return {}

@@ -310,14 +310,19 @@ def attempt_all(
     return failed
 
 # %% ../../nbs/study/13_runner.ipynb #06f93240
-def _work(made, tasks, done, stop):
+def _work(made, device, known, tasks, done, stop):
     "One worker: takes runs until there are none, it is told to stop, or its parent is gone."
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)  # the parent says when
     torch.set_num_threads(1)
     parent, console = multiprocessing.parent_process(), Console(stderr=True, force_terminal=False)
-    study = Study.again(*made, stopped=lambda: stop.is_set() or not parent.is_alive(), console=console)
+    protocol, whole, options = made
+    study = Study.again(protocol, whole, options | dict(device=device), console=console,
+                        stopped=lambda: stop.is_set() or not parent.is_alive())
+    study.journal.rows, before = known, None
     for run in iter(tasks.get, None):
         spec = study.spec(*run)
+        if protocol.compiles and (spec.workload, spec.config) != before: reset_compile_cache(study.device)
+        before = spec.workload, spec.config
         try: done.put((spec.id, attempt(study, spec), ""))
         except Interrupted: break
         except UserError as error: done.put((spec.id, 1, str(error)))
@@ -344,12 +349,15 @@ def run_parallel(
     specs: list[RunSpec],
 ) -> int:
     "Attempts runs in worker processes; returns how many failed."
+    study.protocol.prepare(study, specs)
     context, n = multiprocessing.get_context("spawn"), min(study.workers, len(specs))
     with safe_path(): tasks, done, stop = context.Queue(), context.Queue(), context.Event()
     for spec in specs: tasks.put((spec.workload, spec.experiment, spec.config, spec.seed))
     for _ in range(n): tasks.put(None)
-    args = study.made, tasks, done, stop
-    workers = [context.Process(target=_work, args=args, daemon=True) for _ in range(n)]
+    devices = study.protocol.worker_devices(study.device, n) or [study.options["device"]] * n
+    known = study.journal.rows if study.protocol.in_stages else []
+    workers = [context.Process(target=_work, args=(study.made, device, known, tasks, done, stop), daemon=True)
+               for device in devices]
     with safe_path():
         for worker in workers: worker.start()
     try: failed, ended = _wait(study, workers, done, stop)
@@ -365,7 +373,7 @@ def run_parallel(
 def train_all_first(study: Study):
     """Where checkpoints only advise, all training runs go on together before the stages are gone through:
     the first configurations first."""
-    if study.workers < 2 or study.preset.enforced: return
+    if study.workers < 2 or study.preset.enforced or study.protocol.in_stages: return
     training, specs = [name for name, one in study.protocol.experiments.items() if one.trains], []
     for stage in study.protocol.stages(study.preset, study.experiments):
         runs = Stage(stage.workload, tuple(run for run in stage.runs if run[0] in training))

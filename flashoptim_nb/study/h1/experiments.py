@@ -15,6 +15,7 @@ from rich.console import Console
 
 from ...base.errors import UserError
 from ...base.records import Run, read_run, read_study, study_origin
+from ...lm.batches import Windows, check_repeats
 from ...lm.plan import gpu_hours
 from ...lm.prerequisites import PREREQUISITES
 from ...train.ranks import RanksFailed, asked_to_stop, check_ranks, launch_ranks, sign_of_life
@@ -212,7 +213,7 @@ class H1Protocol(StudyProtocol):
     "Hypothesis 1 as the runner takes it."
     name, hypothesis, spec_type, presets, experiments = "h1", H1, LMSpec, LM_PRESETS, _EXPERIMENTS
     workload, narrowing, after_downgrade = "size", "--sizes and --configs", ("7B", "13B")
-    shared_data = compiles = True
+    shared_data = compiles = in_stages = True
     timed_by = ("flashoptim_nb.study.h1.callbacks", "flashoptim_nb.study.h1.run")
 
     def stages(self, preset, experiments=None):
@@ -250,6 +251,13 @@ class H1Protocol(StudyProtocol):
         known = [(size, c) for size, c in sorted(pairs) if size in preset.plans and c in preset.plans[size].configs]
         return {(size, name, c): f"{c} at {size}" for size, c in known for name in ("matched_batch", "best_batch")}
 
+    def prepare(self, study, specs):
+        for spec in specs:
+            if not self.lacks(study, spec): searched(study, spec)
+
+    def worker_devices(self, device, n):
+        return [f"cuda:{(device.index or 0) + k}" for k in range(n)] if device.type == "cuda" else []
+
     def load(self, study, workload): return load_corpus(study.preset)
     def opening(self, preset): return stand_ins(preset)
 
@@ -272,6 +280,7 @@ class H1Protocol(StudyProtocol):
         if not spec.stack: return ""
         try: check_ranks(spec.gpus, study.device)
         except UserError as error: return str(error)
+        if spec.experiment == "best_batch" and (why := _too_little_text(study, spec)): return why
         return unavailable(spec.stack, study.device, spec.model.d_model // spec.model.n_head)
 
     def journal_settings(self, study):
@@ -293,12 +302,15 @@ class H1Protocol(StudyProtocol):
         for size, plan in preset.plans.items():
             recipe, network, seeds = plan.recipe, plan.model(), len(seeds_of(preset, size))
             tokens = recipe.steps * recipe.batch * recipe.seq
+            trained = {name for where, what, names in preset.order if (where, what) == (size, "best_batch") for name in names}
             for name in _asked(preset, size):
                 kind = LM_CONFIGS[name].checkpointing
                 flops = flops_per_token(network, recipe.seq, "none" if kind == "least" else kind) * tokens * seeds
                 hours = gpu_hours(flops, preset.accelerator, UTILIZATION)
                 dollars = {f"${platform}": hours * rate for platform, rate in rates(preset).items()}
-                rows.append(dict(role=size, size=plan.network, config=name, gpus=plan.gpus, runs=seeds, tokens=tokens,
+                if preset.order and name not in trained: hours, dollars = 0, dict.fromkeys(dollars, 0)
+                runs = seeds if hours else 0
+                rows.append(dict(role=size, size=plan.network, config=name, gpus=plan.gpus, runs=runs, tokens=tokens,
                                  hours=hours) | dollars | predicted_memory(preset, size, name))
         return pd.DataFrame(rows)
 
@@ -337,6 +349,13 @@ def predicted_memory(
         if peak <= HEADROOM * preset.accelerator.memory: break
     else: kind += ", too large"
     return dict(GB=peak / 1e9, checkpointing=kind)
+
+def _too_little_text(study: Study, spec: LMSpec) -> str:
+    "Why the text that there is does not do for a training run; empty where it does."
+    recipe = spec.recipe
+    try: check_repeats(Windows(study.data("").train, recipe.seq, recipe.batch, spec.seed), recipe.steps)
+    except UserError as error: return str(error)
+    return ""
 
 def _asked(preset: LMPreset, size: str) -> tuple[str, ...]:
     "The configurations that are trained or measured at a size; of a piece, its own."

@@ -135,8 +135,9 @@ _GPU = LMPreset(
         "13B": _timed("13B", 24, 1, 12, (*MAIN, "flashoptim_release"), also_gpus=(2,), frontier=_FRONTIER),
         "13B-20L": _timed("13B", 24, 1, 12, STRONG, layers=20, also_gpus=(2,)),
         "13B-30L": _timed("13B", 24, 1, 12, STRONG, layers=30, also_gpus=(2,))}, tokenizer="gpt2",
-    train_sets=(("c4", "train"), ("pile", "train"), ("sotu", "train")), track_set=("wikitext103", 32_768), eval_sets=(
-        ("wikitext103", 0), ("lambada", 0), ("pile", 8_192), ("c4", 65_536)), stress_lengths=(4096, 8192, 16384))
+    train_sets=(("c4", "train"), ("pile", "train"), ("sotu", "train"), ("prose", "train")),
+    track_set=("wikitext103", 32_768), eval_sets=(
+        ("wikitext103", 0), ("lambada", 0), ("pile", 8_192), ("c4", 65_536), ("prose", 65_536)), stress_lengths=(4096, 8192, 16384))
 
 # %% ../../../nbs/study/h1/02_presets.ipynb #c45faa7c
 def _full(size, micro, tokens):

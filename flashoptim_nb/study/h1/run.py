@@ -195,7 +195,7 @@ def search(
             lambda m: on_ranks(_try_micro, spec, device, kind, m, SEARCH_STEPS if timed else 1, **ranks), [micro],
             preset.memory_bytes or None, device=device)
         reset_compile_cache(device)
-        tried[kind, micro] = dict(checkpointing=kind) | row
+        tried[kind, micro] = dict(checkpointing=kind, predicted=predicted_peak(spec, kind, micro)) | row
         return tried[kind, micro]
     for kind in kinds_of(spec.stack):
         for budget in (most, *sorted((HEADROOM * size for size in budgets if HEADROOM * size < most), reverse=True)):
