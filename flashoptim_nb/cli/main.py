@@ -195,6 +195,14 @@ def _as_registered(runs: list, hypothesis: str, hash: str, studies: list[Path]) 
         print(visible(f"the verdict as registered is not to be had: {error}"), file=sys.stderr)
         return []
 
+def _checkpoints(runs: list, hypothesis: str) -> list[dict]:
+    "The checkpoints' entries; what the whole protocol would cost comes from its plan."
+    from flashoptim_nb.lm.plan import plan_protocol
+    from flashoptim_nb.study.checkpoint_verdicts import checkpoint_verdicts
+    from flashoptim_nb.study.hypotheses import HYPOTHESES
+    supplied = dict(projected_cost=float(plan_protocol().dollars.sum())) if hypothesis == "h1" else {}
+    return checkpoint_verdicts(runs, HYPOTHESES[hypothesis], supplied)
+
 def _verdict(args) -> int:
     from flashoptim_nb.study.hypotheses import HYPOTHESES
     from flashoptim_nb.study.protocols import PROTOCOLS
@@ -212,13 +220,14 @@ def _verdict(args) -> int:
                         "to judge; name others with --records, "
                         f"or make some with `flashoptim-nb run {args.hypothesis} --preset {args.scale or 'laptop'}`")
     stands, entries = registration_status(runs, PROTOCOLS[args.hypothesis]), verdict(runs, HYPOTHESES[args.hypothesis])
-    for entry in entries: entry |= dict(given=stands["status"], registration=stands["hash"])
+    listed = entries + _checkpoints(runs, args.hypothesis) if args.json else entries
+    for entry in listed: entry |= dict(given=stands["status"], registration=stands["hash"])
     said = [f"Registration: {stands['words']}", verdict_text(entries, args.statements)]
     if stands["status"] == "post hoc":
         before = _as_registered(runs, args.hypothesis, stands["hash"], studies)
-        entries = [*before, *entries]
+        listed = [*before, *listed]
         said = ["As registered:", verdict_text(before, args.statements), *said] if before else said
-    print(visible(json.dumps(entries, indent=1, allow_nan=False) if args.json else "\n\n".join(said), keep="\n"))
+    print(visible(json.dumps(listed, indent=1, allow_nan=False) if args.json else "\n\n".join(said), keep="\n"))
     return 0
 
 def _book(args) -> int:

@@ -251,6 +251,7 @@ def test_the_verdict_is_a_list_with_its_fields(records, capsys):
     assert (status == 0
             and {"id", "statement", "status", "value", "threshold", "interval", "scale", "records"} <= set(entries[0]))
     criteria = {f"H1-{letter}{n}" for letter, n in [("S", 7), ("F", 8), ("D", 7)] for n in range(1, n + 1)}
+    criteria |= {f"H1-C{letter}" for letter in "ABCDEFM"}  # the checkpoints and the monitor, on each side
     for against in ("baseline", "baseline_strong"):
         mine = {e["id"]: e for e in entries if e["against"] == against}
         assert set(mine) == criteria | {"H1"}

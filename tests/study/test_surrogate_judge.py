@@ -711,6 +711,7 @@ def test_check_and_verdict_on_the_command_line(tmp_path, capsys, monkeypatch):
     assert main(["verdict", "h2", "--json", "--records", str(tmp_path)]) == 0
     entries = json.loads(capsys.readouterr().out)
     assert by_id(entries)["H2"]["status"] == "falsified" and {e["side"] for e in entries} == {"mixed_bf16", "flash"}
+    assert all(f"H2-C{letter}" in by_id(entries) for letter in "ABCDEF")
     assert main(["verdict", "h2", "--records", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "H2 mixed_bf16 against fp32 (the headline): FALSIFIED" in shown and "H2 flash against fp32" in shown
