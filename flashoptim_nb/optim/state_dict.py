@@ -206,6 +206,12 @@ def _nonnegative(t, where):
                          "damaged")
 
 
+def _lies(t, how=True):
+    "Whether a tensor is whole or sharded, and how."
+    if not isinstance(t, DTensor): return "whole"
+    return f"sharded as {t.placements} over {tuple(t.device_mesh.shape)} ranks" if how else "sharded"
+
+
 def _check_saved(t, p, shape, dtype, where):
     """Raises `StateError` unless `t` is a tensor of this shape and dtype (None: any floating one, all finite),
     sharded where `p` is."""
@@ -216,9 +222,10 @@ def _check_saved(t, p, shape, dtype, where):
     right = t.is_floating_point() if dtype is None else t.dtype == dtype
     if t.shape != torch.Size(shape) or not right:
         raise StateError(f"{where} is {t.dtype} {tuple(t.shape)}; {kind} {tuple(shape)} is needed")
-    if isinstance(p, DTensor) != isinstance(t, DTensor):
-        raise StateError(f"{where} is {'whole' if isinstance(p, DTensor) else 'sharded'} and its parameter is not: "
-                         "load it with torch.distributed.checkpoint, which deals states out to the ranks")
+    lies, needed = (_lies(x, t.shape == p.shape and not where.endswith("::scales")) for x in (t, p))
+    if lies != needed:
+        raise StateError(f"{where} is {lies} and its parameter {needed}: load it with torch.distributed.checkpoint, "
+                         "which deals states out to the ranks")
     if t.is_floating_point() and not local(t).isfinite().all():
         raise StateError(f"{where} has values that are not finite: the checkpoint is damaged")
 
@@ -234,8 +241,7 @@ def _saved_error_bits(p, saved, origin, where):
                                      f"{needed}")
     if error_bits.shape != p.shape or error_bits.is_complex() or error_bits.dtype == torch.bool:
         raise refused("of another shape or kind")
-    if isinstance(error_bits, DTensor) != isinstance(p, DTensor):
-        raise refused("whole or sharded as its parameter is not")
+    if _lies(error_bits) != _lies(p): raise refused(f"{_lies(error_bits)} and its parameter {_lies(p)}")
     if error_bits.is_floating_point():
         if not origin.public or origin.through_torch: return None
         if error_bits.dtype != p.dtype: raise refused(f"saved beside weights of that type and not {p.dtype}")
