@@ -157,7 +157,7 @@ def show_verdict(
     "Every criterion in a line: what it asks, and its status and figure on each side."
     runs = _runs(runs, hypothesis)
     entries = [e for e in judged(runs, hypothesis) if e["kind"] != "overall"]
-    found = {(e["id"], e["side"]): e for e in entries}
+    found, sides = {(e["id"], e["side"]): e for e in entries}, dict.fromkeys(e["side"] for e in entries)
     def cell(entry):
         label, figure = chip(entry["status"], entry["kind"]), _figure(entry)
         mark = attributes(dict(criterion=entry["id"], against=entry["against"], stack=_stack(entry),
@@ -166,7 +166,7 @@ def show_verdict(
         return Rendered(f"<div{mark}>{label.html}{shown}</div>", f"{label.markdown} {figure}".strip())
     rows = [{"criterion": Rendered(f"<strong>{c.id}</strong><br>{escape(c.title)}", f"**{c.id}** {c.title}"),
              "asks": c.statement}
-            | {side_text(found[c.id, name]): cell(found[c.id, name]) for name in dict.fromkeys(e["side"] for e in entries)}
+            | {side_text(found[c.id, name]): cell(found[c.id, name]) for name in sides}
             for c in hypothesis.criteria]
     used = {name for e in entries for name in e["records"]}
     return table(rows, kind="criteria") + provenance_note([run for run in runs if full_name(run) in used])
@@ -294,8 +294,8 @@ def registration_note(
     words = registration_status(runs, PROTOCOLS[name])["words"]
     told = [f"{row['day']}: {row['status']}" if brief else
             f"{row['day']} (commit {row['commit'][:7]}): {row['status']}. {row['words']}" for row in history(name)]
-    parted = "; " if brief else " "
-    earlier = f"\n\nVerdicts that were given before, from the same runs: {parted.join(told)}{'.' * brief}" if told else ""
+    before = "; ".join(told) + "." if brief else " ".join(told)
+    earlier = f"\n\nVerdicts that were given before, from the same runs: {before}" if told else ""
     return sentence(f"{hypothesis.id}'s verdict is {words}.{earlier}", runs)
 
 # %% ../../nbs/report/02_tables.ipynb #0038ad8e
