@@ -76,14 +76,16 @@ def searched(study: Study, spec: LMSpec) -> dict:
         other = study.spec(plan.search_of, "best_batch", spec.config, spec.seed)
         return searched(study, other) | dict(role=spec.workload)
     if row := study.journal.last_event("search", role=spec.workload, config=spec.config, gpus=gpus): return row
-    budgets = study.preset.budgets if spec.config in plan.frontier else ()
-    row = search(spec, study.preset, study.device, budgets, timeout=study.rank_timeout)
+    row = search(spec, study.preset, study.device, timeout=study.rank_timeout)
     study.journal.note("search", **row)
     return row
 
 def find_frontier(study: Study, spec: LMSpec, data: Corpus):
-    "A record of the fastest way of training under each memory budget, as far as the study's search has found it."
-    found, writer = searched(study, spec), study.writer(spec)
+    "A record of the fastest way of training under each memory budget; what the study's search has tried is not tried again."
+    gpus, writer = spec.gpus if spec.gpus > 1 else None, study.writer(spec)
+    before = study.journal.last_event("search", role=spec.workload, config=spec.config, gpus=gpus) or dict(tried=())
+    found = search(spec, study.preset, study.device, study.preset.budgets, before["tried"], timeout=study.rank_timeout)
+    del found["role"]  # runs are trained at what the journal's search has chosen
     writer.append("search", **found)
     whole = memory_budget(study.device, study.preset.memory_bytes or None) / HEADROOM
     for size in (*(size for size in study.preset.budgets if size < whole), whole):

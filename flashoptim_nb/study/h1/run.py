@@ -176,6 +176,7 @@ def search(
     preset: LMPreset,
     device: torch.device,
     budgets: Iterable[float] = (),  # bytes of smaller GPUs, for which the best is looked for, too
+    known: Iterable[dict] = (),  # candidates that were tried before
     **ranks,  # of `launch_ranks`: timeout
 ) -> dict:
     """The row `search`: every candidate that was tried,
@@ -188,7 +189,8 @@ def search(
     if len(micros) == 1 and rank == "largest":
         return about | dict(
             micro=micros[0], checkpointing=kinds_of(spec.stack)[0], why="the only candidate at this scale", tried=[])
-    timed, most, tried = rank == "fastest", memory_budget(device, preset.memory_bytes or None), {}
+    timed, most = rank == "fastest", memory_budget(device, preset.memory_bytes or None)
+    tried = {(row["checkpointing"], row["micro_batch"]): row for row in known}
     def attempt(kind, micro):
         if (kind, micro) in tried: return tried[kind, micro]
         _, (row,) = largest_micro_batch(
