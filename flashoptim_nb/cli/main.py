@@ -376,6 +376,7 @@ def _check(args) -> int:
     from flashoptim_nb.study.manifest import manifest_problems, own_plan
     from flashoptim_nb.study.protocols import PROTOCOLS
     from flashoptim_nb.study.registration import registration_problems
+    from flashoptim_nb.study.signature import sign, signature_problems
     found, n = [], 0
     runs_of = lru_cache(maxsize=None)(read_study)
     for study in _studies(args.folders):
@@ -395,7 +396,10 @@ def _check(args) -> int:
                     study, lambda folder: [run for run, _ in looked] if folder == study else runs_of(folder))
         except UserError as error:
             if not bad: bad = [f"{study}: its decisions cannot be taken again: {error}"]
-        found += bad
+        if args.sign and not bad: sign(study, args.sign)
+        wrong, said = signature_problems(study)
+        if said: print(visible(said))
+        found += bad + wrong * (not args.sign)
     for line in found: print(visible(line), file=sys.stderr)
     print(f"{n} records, {len(found)} problems" + ("" if found else "; every decision replays from its records"))
     return 1 if found else 0
@@ -588,6 +592,8 @@ def _check_parser(command):
         description="Refuses records that miss their origin, are damaged, or whose decisions do not replay; says why.")
     check.add_argument(
         "folders", nargs="*", type=_folder, metavar="FOLDER", help="folders of studies or runs (default: data/records and runs/)")
+    check.add_argument("--sign", type=_folder, metavar="KEY",
+                       help="sign the manifests of studies without problems with this SSH key (default: sign none)")
 
 def _doctor_parser(command):
     doctor = command(

@@ -75,8 +75,9 @@ def part_text(
 
 # %% ../../nbs/report/02_tables.ipynb #c1c91013
 def _parts(entry: dict) -> list[str]:
-    "The lines about an entry's parts: measured ones, then how many were not."
+    "The lines about an entry's parts: measured ones, then how many were not; no numbers of what is no evidence."
     terms = {}
+    if entry["status"] == Status.NO_EVIDENCE: return []
     for part in entry["parts"]: terms.setdefault(part["term"], []).append(part)
     known = [part_text(*parts, scale=entry["scale"]) for parts in terms.values() if parts[0]["value"] is not None]
     lacking = len(terms) - len(known)
