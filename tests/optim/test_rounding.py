@@ -201,7 +201,7 @@ def test_shards_step_as_the_whole(a, b, quantize):
 
 
 @kernel
-@pytest.mark.parametrize("rows,columns,a,b,quantize", [(9, 128, 32, 96, True), (2, 2400, 0, 2304, True), (70, 33, 5, 33, False)])
+@pytest.mark.parametrize("rows,columns,a,b,quantize", [(9, 128, 32, 96, True), (2, 2176, 64, 2144, True), (20, 33, 5, 33, False)])
 def test_columns_step_as_in_the_whole(rows, columns, a, b, quantize):
     "A shard of columns, its rows shorter or longer than a block: by the reference and by the kernel."
     torch.manual_seed(0)
@@ -212,7 +212,7 @@ def test_columns_step_as_in_the_whole(rows, columns, a, b, quantize):
                     Place(a, b - a, columns))
     fused, full = (Operands(*(t if t is None else t.clone() for t in x[:-1]), x.place) for x in (part, whole))
     tensors, counts = [TensorList([x]) for x in (fused, full)], [torch.zeros((), device=DEVICE) for _ in "ab"]
-    for t in range(1, 4):
+    for t in (1, 2):
         g = torch.randn(rows * columns, device=DEVICE).bfloat16()
         adamw_reference([whole._replace(grad=g)], H, t)
         adamw_reference([part._replace(grad=columns_of(g))], H, t)
