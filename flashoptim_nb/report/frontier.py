@@ -64,7 +64,7 @@ def _seen(run: Run) -> Iterator[dict]:
     for row in [*run.of("fit"), *run.of("host")]:  # the benchmarks
         if row.get("style", "gpt2") != "gpt2": continue
         yield dict(size=row["size"], seq=row["seq"], way=_WAY_OF.get(row.get("config", config)),
-                   micro=row["micro_batch"], gpus=row.get("gpus", 1), peak=row.get("peak"),
+                   micro=row["micro_batch"], gpus=row.get("gpus", 1), peak=row.get("peak"), checkpointing=None,
                    tokens_per_s=row.get("tokens_per_s"),
                    lost=bool(row.get("oom")) and row["checkpointing"] == "full" and row["micro_batch"] == 1)
     settings = run.header.get("settings") or {}
@@ -72,10 +72,17 @@ def _seen(run: Run) -> Iterator[dict]:
     speed = next(iter(run.of("throughput")[-1:]), {})
     timed = (speed.get("steps") or 0) >= TIMED_STEPS
     peaks = [row["peak"] for row in [*steps, *run.of("memory")] if row.get("peak")]
-    yield dict(size=settings["size"], seq=settings["recipe"]["seq"], way=_WAY_OF.get(config),
-               gpus=settings.get("gpus", 1), micro=speed.get("micro_batch"), peak=max(peaks, default=None),
-               tokens_per_s=speed.get("tokens_per_s") if timed else None,
-               lost=run.status == "oom" and any(row["checkpointing"] == "full" for row in run.of("oom")))
+    about = dict(size=settings["size"], seq=settings["recipe"]["seq"], way=_WAY_OF.get(config),
+                 gpus=settings.get("gpus", 1))
+    if run.header.get("arm") == "frontier":  # each candidate is timed
+        for row in (row for search in run.of("search") for row in search["tried"]):
+            yield about | dict(micro=row["micro_batch"], checkpointing=row["checkpointing"],
+                               peak=None if row["oom"] else row["peak"], tokens_per_s=row.get("tokens_per_s"),
+                               lost=row["oom"] and row["checkpointing"] == "full" and row["micro_batch"] == 1)
+        return
+    yield about | dict(checkpointing=None, micro=speed.get("micro_batch"), peak=max(peaks, default=None),
+                       tokens_per_s=speed.get("tokens_per_s") if timed else None,
+                       lost=run.status == "oom" and any(row["checkpointing"] == "full" for row in run.of("oom")))
 
 def seen_trainings(
     runs: Iterable[Run] | None = None,  # None: all there are
@@ -96,7 +103,7 @@ MEASURED, FITS, LOST, MAY, NOT = "measured", "fits", "out of memory", "predicted
 
 def _cell(mine: pd.DataFrame, size: str, way: str, gpus: int, budget: int) -> dict:
     "What is known of one cell."
-    limit, origin = HEADROOM * budget * 2**30, ["device", "micro", "study"]
+    limit, origin = HEADROOM * budget * 2**30, ["device", "micro", "checkpointing", "study"]
     inside = mine[mine["peak"].astype(float) <= limit] if len(mine) else mine
     timed = inside[inside["tokens_per_s"].notna()] if len(inside) else inside
     if len(timed):

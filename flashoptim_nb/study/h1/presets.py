@@ -113,9 +113,10 @@ STRONG = ("baseline_strong", "flashoptim_full")
 STACKS = (*STRONG, "flashoptim_release")
 _FRONTIER = (*STACKS, "flashoptim_fp8")
 
-def _quality(size="124M", lr=3e-4, seeds=5, steps=1_000, configs=(*STACKS, "source_stack"), **also):
-    return SizePlan(size=size, configs=configs, micros=halves(64), track_every=steps // 20, seeds=tuple(range(seeds)),
-                    recipe=Recipe(steps=steps, batch=64, micro=16, seq=1024, lr=lr), **also)
+def _quality(size="124M", lr=3e-4, seeds=5, steps=1_000, configs=(*STACKS, "source_stack"), seq=1024, **also):
+    batch = 65_536 // seq
+    return SizePlan(size=size, configs=configs, micros=halves(batch), track_every=steps // 20, seeds=tuple(range(seeds)),
+                    recipe=Recipe(steps=steps, batch=batch, micro=batch // 4, seq=seq, lr=lr), **also)
 
 def _timed(size, batch, micro, steps, configs, micros=None, **also):
     return SizePlan(size=size, configs=configs, micros=micros or divisors(batch), track_every=max(1, steps // 4),
@@ -127,7 +128,7 @@ _GPU = LMPreset(
         "124M": _quality(configs=(*MAIN, "flashoptim_release", "source_stack"), frontier=_FRONTIER),
         "124M-6e-4": _quality(lr=6e-4, seeds=3, configs=STRONG),
         "124M-llama2": _quality(style="llama2", seeds=1, configs=STRONG),
-        "350M": _quality("350M", seeds=3, configs=STRONG, frontier=_FRONTIER),
+        "350M": _quality("350M", seq=2048, seeds=3, configs=STRONG, frontier=_FRONTIER),
         "1B": _timed("1B", 32, 4, 20, tuple(LM_CONFIGS), halves(32), also_gpus=(2,), frontier=_FRONTIER),
         "1B-512K": _timed("1B", 256, 4, 6, STRONG, halves(32), search_of="1B"),
         "3B": _timed("3B", 24, 2, 12, (), also_gpus=(2,), frontier=_FRONTIER),
