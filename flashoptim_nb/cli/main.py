@@ -118,12 +118,12 @@ def _h1_preset(preset, args):
         if args.steps < 1: raise UserError(f"--steps is {args.steps}; at least 1 is needed")
         preset = preset.replace(plans={size: plan.replace(recipe=plan.recipe.replace(steps=args.steps))
                                        for size, plan in preset.plans.items()})
-    if args.piece:
+    if args.piece is not None:
         piece = choose("piece", args.piece, PIECES)
         preset, gpus = as_piece(preset, piece), piece.gpus if args.gpus is None else args.gpus
     else: gpus = args.gpus
     if gpus is None and (ranks := launched()[1]) > 1: gpus = ranks
-    if args.style:
+    if args.style is not None:
         preset = in_style(preset, args.style)
         args.sizes = args.sizes and [f"{size}-{args.style}" for size in args.sizes]
     if gpus is not None: preset = _on_gpus(preset, gpus, args)

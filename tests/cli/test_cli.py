@@ -131,7 +131,7 @@ RIGHT = {  # command -> what makes it right without the option that is looked at
     "bench host": ("--size tiny --device cpu",)}
 DIGITS = "9" * 400
 ODD = {int: ("0", "-1"), float: ("0", "-1", "nan"), None: ("", "n0thing")}
-FINE = {("quality", "--seeds", "0")}
+FINE = {("quality", "--seeds", "0"), ("run", "--seeds", "0")}
 
 
 def odd_words():
