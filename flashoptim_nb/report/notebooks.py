@@ -211,6 +211,8 @@ def dress_output(
     if output.get("name") == "stderr": return None
     data = output.get("data", {})
     spec = next((data[kind] for kind in data if kind.startswith("application/vnd.vegalite")), None)
+    if spec is None and "text/html" in data:  # Markdown beside it is the README's, whose links begin elsewhere
+        return output | dict(data={kind: said for kind, said in data.items() if kind != "text/markdown"})
     if spec is None: return output
     marks = spec.get("usermeta", {}).get("flashoptim", {})
     title = spec.get("title", "")

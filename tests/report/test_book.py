@@ -149,6 +149,8 @@ def test_links_between_notebooks_lead_somewhere():
         dead = [link for link in re.findall(r"\]\((?!https?:)([^)#\s]+\.ipynb)", prose)
                 if not (path.parent / link).exists()]
         assert not dead, f"{path.relative_to(REPO)} links to {dead}"
+        parts = re.findall(r"\]\((?!https?:)([^)\s]*#[^)\s]*)", prose)
+        assert not parts, f"{path.relative_to(REPO)} links into pages, which the book does not resolve: {parts}"
 
 
 def test_the_tree_of_the_repository_is_whole():
