@@ -56,7 +56,9 @@ def gpt_of(
     max_seq: int = 2048,  # positions
 ) -> GPTConfig:
     "The GPT of a size: a rung of the project's ladder, or what lies between two of them."
-    if (rung := next((size for size in SIZES if size.upper() == params.strip().upper()), None)):
+    rung = next((size for size in SIZES if size.upper() == params.strip().upper()), None)
+    # the ladder's sizes are shapes of any style; the others have so many parameters in one style only
+    if rung and (style == "gpt2" or rung in _LADDER or rung.startswith("tiny")):
         return gpt_config(rung, style, max_seq=max_seq)
     n, rungs = parameter_count(params), [gpt_config(size) for size in _LADDER]
     sizes = [count_parameters(c)["total"] for c in rungs]

@@ -527,13 +527,16 @@ def test_a_loss_scale_that_is_no_number_is_low(tmp_path):
             and e.estimate(Q("scaled_share", "molecules", config="mixed_fp16")).value == pytest.approx(40 / 41))
 
 
-def test_without_power_nothing_is_equivalent(tmp_path):
+def test_without_power_nothing_is_equivalent(tmp_path, monkeypatch):
     for seed, error in enumerate((0.1025, 0.0975, 0.1)):
         write(tmp_path, "fp32", seed, mae=0.1 / (1 + seed / 1000))
         write(tmp_path, "mixed_bf16", seed, mae=error / (1 + seed / 1000))
-    estimate = evidence(tmp_path).estimate(GAP)
-    assert 1 / 1.05 < estimate.lo < estimate.hi < 1.05 and "without which nothing is called equivalent" in estimate.note
-    assert judge(All(GAP <= 1.05, GAP >= 1 / 1.05), lambda q: estimate).status == Status.INCONCLUSIVE
+    for pilot, status in ((0.01, Status.MET), (0.1, Status.INCONCLUSIVE), (None, Status.INCONCLUSIVE)):
+        monkeypatch.setitem(h2_quantities.PILOT_SPREAD, ("molecules", "gap"), pilot)
+        estimate = evidence(tmp_path).estimate(GAP)
+        assert 1 / 1.05 < estimate.lo < estimate.hi < 1.05
+        assert (estimate.reach is None) == (status == Status.MET)
+        assert judge(All(GAP <= 1.05, GAP >= 1 / 1.05), lambda q: estimate).status == status
 
 
 def test_averaged_weights_decide_and_the_others_are_reported(tmp_path):

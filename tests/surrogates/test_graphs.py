@@ -197,9 +197,9 @@ def test_a_missing_solver_says_what_to_install(monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name in ("pysat", "ortools") else find(name, *a))
     graph = random_3sat(21, 0)
-    with pytest.raises(UserError, match="python-sat is not installed.*surrogates"):
+    with pytest.raises(UserError, match="needs the package pysat, which is not installed; .*surrogates"):
         largest_containing(graph)
-    with pytest.raises(UserError, match="ortools is not installed.*surrogates"):
+    with pytest.raises(UserError, match="needs the package ortools, which is not installed; .*surrogates"):
         largest_containing(make_graph("path", 9, [(i, i + 1) for i in range(8)]))
     assert largest_containing(random_3sat(12, 0)).solver == "enumeration"
 
