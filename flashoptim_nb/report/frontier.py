@@ -123,8 +123,8 @@ def _cell(mine: pd.DataFrame, size: str, way: str, gpus: int, budget: int) -> di
     if len(mine) and len(lost := mine[mine["lost"].astype(bool) & (mine["room"] >= limit)]):
         return dict(state=LOST, device=lost["device"].iloc[0], scale=lost["scale"].iloc[0],
                     runs=sorted(lost["study"] + "/" + lost["run"]))
-    model, seq = gpt_of(size, max_seq=sequence_of(size)), sequence_of(size)
-    fits = largest_that_fits(model, WAYS[way].fit, limit, seq, most=1, checkpointing="full", gpus=gpus)
+    seq = sequence_of(size)
+    fits = largest_that_fits(gpt_of(size, max_seq=seq), WAYS[way].fit, limit, seq, most=1, checkpointing="full", gpus=gpus)
     return dict(state=MAY if fits else NOT, runs=[])
 
 def frontier(

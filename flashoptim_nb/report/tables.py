@@ -87,16 +87,19 @@ def _stack(entry: dict) -> str | None:
     "The configuration that is judged, where several are."
     return entry["stack"] if entry["side"] == entry["stack"] else None
 
+def _mark(entry: dict) -> str:
+    "What a page's element says of the criterion that it shows."
+    return attributes(dict(criterion=entry["id"], against=entry["against"], stack=_stack(entry), status=entry["status"],
+                           scale=entry["scale"], runs=entry["records"] or None))
+
 def verdict_cell(
     entry: dict,  # of the judge
 ) -> Rendered:
     "What was found about one criterion on one side."
     label, lines = chip(entry["status"], entry["kind"]), _parts(entry)
     where = f"scale {entry['scale']}" if entry["scale"] else "no runs"
-    mark = attributes(dict(criterion=entry["id"], against=entry["against"], stack=_stack(entry), status=entry["status"],
-                           scale=entry["scale"], runs=entry["records"] or None))
     why = f"<details><summary>why</summary>{escape(entry['reason'])}</details>" if entry["reason"] else ""
-    html = (f"<div{mark}>{label.html} <small>{escape(where)}</small>"
+    html = (f"<div{_mark(entry)}>{label.html} <small>{escape(where)}</small>"
             + "".join(f'<div class="part">{escape(line)}</div>' for line in lines) + why + "</div>")
     return Rendered(html, "<br>".join([f"{label.markdown} ({where})", *lines]))
 
@@ -161,10 +164,8 @@ def show_verdict(
     found, sides = {(e["id"], e["side"]): e for e in entries}, dict.fromkeys(e["side"] for e in entries)
     def cell(entry):
         label, figure = chip(entry["status"], entry["kind"]), _figure(entry)
-        mark = attributes(dict(criterion=entry["id"], against=entry["against"], stack=_stack(entry),
-                               status=entry["status"], scale=entry["scale"], runs=entry["records"] or None))
         shown = f'<div class="part">{escape(figure)}</div>' if figure else ""
-        return Rendered(f"<div{mark}>{label.html}{shown}</div>", f"{label.markdown} {figure}".strip())
+        return Rendered(f"<div{_mark(entry)}>{label.html}{shown}</div>", f"{label.markdown} {figure}".strip())
     rows = [{"criterion": Rendered(f"<strong>{c.id}</strong><br>{escape(c.title)}", f"**{c.id}** {c.title}"),
              "asks": c.statement}
             | {side_text(found[c.id, name]): cell(found[c.id, name]) for name in sides}
