@@ -18,7 +18,7 @@ from .codec import (_code_m, _code_root, decode_m, decode_root, dequantize_m, de
                                        encode_root, reciprocal, root)
 from .multi_tensor import (
     BLOCK, TYPES, WARPS, GradPointers, TensorList, Operands, address, load, in_chunks, bounds_mask,
-    jit_for_constants, launch, load_weights, block_dithers, block_range, device_guard, store, read_weights,
+    jit_for_constants, launch, load_weights, block_dithers, block_range, block_turn, device_guard, store, read_weights,
     store_weights, block_offsets, write_weights)
 from .rounding import dithers
 from .split import widen
@@ -116,6 +116,7 @@ def adamw_kernel(
     m_scale = address(row + 4, first // 32, tl.float16, ALIGNED) + group
     v_scale = address(row + 5, first // 32, tl.float16, ALIGNED) + group
 
+    if DITHERED: turn, place = block_turn(step_scalars, row, first, SHIFTED)
     theta = load_weights(param, error_bits, mask, PARAM, BITS, MASK)
     g = widen(load(address(grads + tensor, first, GRAD, ALIGNED) + at, mask, MASK), GRAD)
     m, v = load(m_at, mask, MASK), load(v_at, mask, MASK)
@@ -138,7 +139,7 @@ def adamw_kernel(
         theta, m, v, tl.load(step_scalars), tl.load(step_scalars + 1), eps, tl.load(step_scalars + 4), FLOOR)
 
     if DITHERED:
-        of_theta, of_m, of_v = block_dithers(step_scalars, row, first, at, SHIFTED)
+        of_theta, of_m, of_v = block_dithers(turn, place, row, first, at, SHIFTED)
     else:
         of_theta, of_m, of_v = 1.5, 1.5, 1.5
     store_weights(param, error_bits, theta, mask, PARAM, BITS, MASK, of_theta, DITHERED)

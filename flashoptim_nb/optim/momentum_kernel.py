@@ -15,7 +15,7 @@ from .backend import tl, triton
 from .codec import _code_m, decode_m, dequantize_m, encode_m
 from flashoptim_nb.optim.multi_tensor import (
     BLOCK, TYPES, WARPS, GradPointers, TensorList, Operands, address, load, in_chunks, bounds_mask, jit_for_constants,
-    launch, load_weights, block_dithers, block_range, device_guard, store, read_weights, store_weights, block_offsets,
+    launch, load_weights, block_dithers, block_range, block_turn, device_guard, store, read_weights, store_weights, block_offsets,
     write_weights)
 from .rounding import dithers
 from .split import widen
@@ -101,6 +101,7 @@ def momentum_kernel(
     m_at = address(row + 2, first, tl.int8 if QUANTIZED else tl.float32, ALIGNED) + at
     m_scale = address(row + 4, first // 32, tl.float16, ALIGNED) + group
 
+    if DITHERED: turn, place = block_turn(step_scalars, row, first, SHIFTED)
     theta = load_weights(param, error_bits, mask, PARAM, BITS, MASK)
     factor = tl.load(step_scalars + 2)
     if MAXIMIZE: factor = -factor
@@ -118,7 +119,7 @@ def momentum_kernel(
             u = tl.fma(m, momentum, g) if NESTEROV else m
 
     if DITHERED:
-        of_theta, of_m, _ = block_dithers(step_scalars, row, first, at, SHIFTED)
+        of_theta, of_m, _ = block_dithers(turn, place, row, first, at, SHIFTED)
     else:
         of_theta, of_m = 1.5, 1.5
     store_weights(param, error_bits, tl.fma(u, -tl.load(step_scalars + 5), theta * tl.load(step_scalars + 4)), mask,

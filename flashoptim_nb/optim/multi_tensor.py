@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BLOCK', 'WARPS', 'TYPES', 'COLUMNS', 'ROW', 'WIDTH', 'STEP_SCALARS', 'FEW', 'PROGRAMS', 'Operands', 'new_operands',
            'in_chunks', 'read_weights', 'write_weights', 'Launch', 'GradPointers', 'TensorList', 'jit_for_constants',
-           'launch', 'device_guard', 'block_range', 'block_offsets', 'block_dithers', 'bounds_mask', 'address', 'load',
-           'store', 'load_weights', 'store_weights', 'squares_kernel', 'grad_scaling_kernel', 'grad_scaling_fused',
-           'step_scalars_kernel']
+           'launch', 'device_guard', 'block_range', 'block_offsets', 'block_turn', 'block_dithers', 'bounds_mask',
+           'address', 'load', 'store', 'load_weights', 'store_weights', 'squares_kernel', 'grad_scaling_kernel',
+           'grad_scaling_fused', 'step_scalars_kernel']
 
 # %% ../../nbs/optim/02_multi_tensor.ipynb #2cb7953d
 from collections import defaultdict
@@ -22,7 +22,7 @@ from .backend import INTERPRETED, tl, triton
 from .split import (CODE_DTYPE, HALF_FORMATS, decode, decode_tile, _code as split_code, encode_tile,
                                        round_narrow, widen)
 from .codec import GROUP
-from .rounding import RUN, Place, dither_tile, step_turn
+from .rounding import RUN, Place, dither_tile, run_turn, step_turn
 
 # %% ../../nbs/optim/02_multi_tensor.ipynb #0057d261
 class Operands(NamedTuple):
@@ -295,17 +295,26 @@ def block_offsets(BLOCK: tl.constexpr):
 
 
 @triton.jit
-def block_dithers(step_scalars, row, first, at, SHIFTED: tl.constexpr):
-    "The dithers of a block's values: of weights, first and second moments."
+def block_turn(step_scalars, row, first, SHIFTED: tl.constexpr):
+    """What `block_dithers` of a block begin from. To be asked for before the values are loaded: kept back by a load that
+    comes late, or by the registers of a long address, the second moments' own loads begin when the first are there."""
     turn, place = tl.load(step_scalars + 7).to(tl.uint32, bitcast=True), tl.load(row + (WIDTH - 2))
+    if SHIFTED == 2: return turn, place
+    return run_turn(turn, place + first), ((place + first) & 15).to(tl.int32)
+
+
+@triton.jit
+def block_dithers(turn, place, row, first, at, SHIFTED: tl.constexpr):
+    """The dithers of a block's values: of weights, first and second moments.
+    SHIFTED: 1 where its place is no multiple of 16, 2 where each row of values has a place of its own."""
     if SHIFTED == 2:
         near, far = tl.load(row + (WIDTH - 4)), tl.load(row + (WIDTH - 3))
         column, width = (first % near).to(tl.int32) + at, near.to(tl.int32)
         down = column // width
-        place = place + (first // near + down) * far + (column - down * width)
-    else:
-        place = place + first
-    return dither_tile(turn, place, at, SHIFTED)
+        at = place + (first // near + down) * far + (column - down * width)
+    elif SHIFTED:
+        at = at + place
+    return dither_tile(turn, at)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from .backend import INTERPRETED, tl, triton
 from .codec import _code_m, decode_m, dequantize_m, encode_m
 from flashoptim_nb.optim.multi_tensor import (
     BLOCK, TYPES, WARPS, GradPointers, Launch, TensorList, Operands, address, block_offsets, block_range, bounds_mask,
-    block_dithers, device_guard, in_chunks, jit_for_constants, launch, load, load_weights, read_weights, store,
+    block_dithers, block_turn, device_guard, in_chunks, jit_for_constants, launch, load, load_weights, read_weights, store,
     store_weights, write_weights)
 from .rounding import dithers
 from .split import round_narrow, widen
@@ -148,6 +148,7 @@ def directions_kernel(
     m_at = address(row + 2, first, tl.int8 if QUANTIZED else tl.float32, ALIGNED) + at
     m_scale = address(row + 4, first // 32, tl.float16, ALIGNED) + group
 
+    if DITHERED: turn, place = block_turn(step_scalars, row, first, SHIFTED)
     factor = tl.load(step_scalars + 2)
     if MAXIMIZE: factor = -factor
     g = widen(load(address(grads + tensor, first, GRAD, ALIGNED) + at, mask, MASK), GRAD) * factor
@@ -158,7 +159,7 @@ def directions_kernel(
     store(in_scratch(directions, tl.load(places + tensor) + first, ALIGNED) + at, round_narrow(u, tl.bfloat16), mask,
           MASK)
     if QUANTIZED:
-        of_m = block_dithers(step_scalars, row, first, at, SHIFTED)[1] if DITHERED else 1.5
+        of_m = block_dithers(turn, place, row, first, at, SHIFTED)[1] if DITHERED else 1.5
         m, scale = encode_m(m, COMPANDED, of_m, DITHERED)
         store(m_scale, scale, group_mask, MASK)
     store(m_at, m, mask, MASK)
@@ -186,10 +187,11 @@ def moves_kernel(
     mask = bounds_mask(at, left, MASK)
     param = address(row, first, PARAM, ALIGNED) + at
     error_bits = address(row + 1, first, tl.int16 if BITS == 16 else tl.int8, ALIGNED) + at
+    if DITHERED: turn, place = block_turn(step_scalars, row, first, SHIFTED)
     theta = load_weights(param, error_bits, mask, PARAM, BITS, MASK)
     o = widen(load(in_scratch(directions, tl.load(places + tensor) + first, ALIGNED) + at, mask, MASK), tl.bfloat16)
     rate = tl.load(step_scalars + 5) * tl.load(ratios + tensor)
-    of_theta = block_dithers(step_scalars, row, first, at, SHIFTED)[0] if DITHERED else 1.5
+    of_theta = block_dithers(turn, place, row, first, at, SHIFTED)[0] if DITHERED else 1.5
     store_weights(param, error_bits, tl.fma(o, -rate, theta * tl.load(step_scalars + 4)), mask, PARAM, BITS, MASK,
                   of_theta, DITHERED)
 

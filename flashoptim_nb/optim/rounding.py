@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROUNDINGS', 'ROUNDING', 'RUN', 'GOLDEN', 'SPREAD', 'MIX', 'TILE_GOLDEN', 'TILE_SPREAD', 'TILE_MIX', 'Place',
-           'dithers', 'dither_tile', 'step_turn']
+           'dithers', 'dither_tile', 'step_turn', 'run_turn']
 
 # %% ../../nbs/optim/22_rounding.ipynb #d17e0003
 from collections.abc import Iterable, Iterator
@@ -65,15 +65,9 @@ def _dithers(t, first, n, device):
 
 # %% ../../nbs/optim/22_rounding.ipynb #d17e0007
 @triton.jit
-def dither_tile(turn, place, at, SHIFTED: tl.constexpr):
-    """`dithers` on registers, as numbers from 1 to 2: `turn` is `step_turn`'s, `place` that of the block's first value,
-    `at` the places within it; SHIFTED where `place` is not a multiple of 16, 2 where it is that of each value."""
-    if SHIFTED == 2:
-        run, at = (place >> 4).to(tl.uint32), place
-    else:
-        if SHIFTED: at = at + (place & 15).to(tl.int32)
-        run = (place >> 4).to(tl.uint32) + (at >> 4).to(tl.uint32)
-    turn = run * TILE_SPREAD + turn
+def dither_tile(turn, at):
+    "`dithers` on registers, as numbers from 1 to 2: `turn` is `step_turn`'s or `run_turn`'s, `at` the places from there."
+    turn = run_turn(turn, at)
     mixed = (turn ^ (turn >> 15)) * TILE_MIX
     of_m = _unit(mixed & 0x7FFFFF)
     return _unit(turn & 0x7FFFFF), tl.where((at & 1) != 0, 3.0 - of_m, of_m), _unit(mixed >> 9)
@@ -89,3 +83,9 @@ def _unit(bits):
 def step_turn(t):
     "What the step's number adds to every place, uint32."
     return t.to(tl.int64).to(tl.uint32) * TILE_GOLDEN
+
+
+@triton.jit
+def run_turn(turn, place):
+    "The same, counted from the run of 16 that a place lies in."
+    return turn + (place >> 4).to(tl.uint32) * TILE_SPREAD

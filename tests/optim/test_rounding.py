@@ -13,7 +13,7 @@ from flashoptim_nb.optim import FlashAdamW, FlashLion, FlashSGD, OptionError
 from flashoptim_nb.optim.adamw_kernel import AdamWScalars, adamw_fused, adamw_reference
 from flashoptim_nb.optim.codec import SCALE_MAX, _code_m, _code_root, quantize_m, quantize_v
 from flashoptim_nb.optim.multi_tensor import COLUMNS, Operands, TensorList, new_operands
-from flashoptim_nb.optim.rounding import Place, dither_tile, dithers, step_turn
+from flashoptim_nb.optim.rounding import Place, dither_tile, dithers, run_turn, step_turn
 from flashoptim_nb.optim.split import decode, encode
 from every import MAKERS
 from processes import pass_in_the_interpreter
@@ -32,7 +32,9 @@ steps = st.integers(1, 2**24 - 1)
 @triton.jit
 def _dithers(out, t, place, SHIFTED: tl.constexpr):
     at = tl.arange(0, 16)[:, None] * 32 + tl.arange(0, 32)[None, :]
-    a, b, c = dither_tile(step_turn(tl.load(t)), tl.load(place), at, SHIFTED)
+    place = tl.load(place)
+    if SHIFTED: at = at + (place & 15).to(tl.int32)
+    a, b, c = dither_tile(run_turn(step_turn(tl.load(t)), place), at)
     tl.store(out + at, a)
     tl.store(out + 512 + at, b)
     tl.store(out + 1024 + at, c)
