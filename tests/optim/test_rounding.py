@@ -33,8 +33,8 @@ steps = st.integers(1, 2**24 - 1)
 def _dithers(out, t, place, SHIFTED: tl.constexpr):
     at = tl.arange(0, 16)[:, None] * 32 + tl.arange(0, 32)[None, :]
     place = tl.load(place)
-    if SHIFTED: at = at + (place & 15).to(tl.int32)
-    a, b, c = dither_tile(run_turn(step_turn(tl.load(t)), place), at)
+    begins = (place & 15).to(tl.int32) if SHIFTED else 0
+    a, b, c = dither_tile(run_turn(step_turn(tl.load(t)), place), begins + at)
     tl.store(out + at, a)
     tl.store(out + 512 + at, b)
     tl.store(out + 1024 + at, c)
