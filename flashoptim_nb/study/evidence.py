@@ -224,26 +224,32 @@ class Evidence:
         return [row for row in self.runs
                 if row["config"] == config and at in (None, row["role"]) and experiment in (None, row["arm"])]
 
+    def _sides(
+        self, config: str, at: str, experiment: str, against: str | None, ended: tuple,
+    ) -> list[dict[tuple, dict]]:
+        """The runs of a configuration and of its reference that ended so, by what pairs them;
+        of runs that were repeated the last counts."""
+        def key(row): return tuple(str(row[name]) for name in self.hypothesis.paired_by)
+        return [{key(row): row for row in self.rows(c, at, experiment) if row["status"] in ended}
+                for c in (config, against or self.against)]
+
     def pairs(
         self, config: str, at: str, experiment: str, against: str | None = None, ended: tuple = ("finished",),
     ) -> list[tuple[dict, dict]]:
-        "Runs of `config` that ended so, with their partners; of runs that were repeated the last counts."
-        def key(row): return tuple(str(row[name]) for name in self.hypothesis.paired_by)
-        new, old = ({key(row): row for row in self.rows(c, at, experiment) if row["status"] in ended}
-                    for c in (config, against or self.against))
-        return [(new[k], old[k]) for k in sorted(new.keys() & old.keys())]
+        "Runs of `config` that ended so, with their partners."
+        new, old = self._sides(config, at, experiment, against, ended)
+        return [(new[key], old[key]) for key in sorted(new.keys() & old.keys())]
 
     def lone(self, config: str, at: str, experiment: str, against: str | None = None) -> list[tuple[dict, dict]]:
         """Pairs of which one run is not there, though the two configurations were run with those settings:
         the run that is there, and a row that stands for its partner."""
-        same, configs = [name for name in self.hypothesis.paired_by if name != "seed"], (config, against or self.against)
-        sides = [{(tuple(str(row[name]) for name in same), row["seed"]): row for row in self.rows(c, at, experiment)
-                  if row["status"] in BEGAN} for c in configs]
-        both = {settings for settings, _ in sides[0].keys() & sides[1].keys()}
-        keys = [key for key in {**sides[0], **sides[1]} if key[0] in both and not all(key in side for side in sides)]
-        def of(key, side, other, config):
-            return side.get(key) or other[key] | dict(name="", run=None, config=config, status=ABSENT, reason="")
-        return [(of(key, *sides, configs[0]), of(key, *sides[::-1], configs[1])) for key in keys]
+        new, old = self._sides(config, at, experiment, against, BEGAN)
+        def settings(key): return tuple(x for x, name in zip(key, self.hypothesis.paired_by) if name != "seed")
+        both = {settings(key) for key in new.keys() & old.keys()}
+        keys = [key for key in new | old if (key in new) != (key in old) and settings(key) in both]
+        def absent(row, config): return row | dict(name="", run=None, config=config, status=ABSENT, reason="")
+        return [(new.get(key) or absent(old[key], config), old.get(key) or absent(new[key], against or self.against))
+                for key in keys]
 
     def sort_pairs(
         self,
