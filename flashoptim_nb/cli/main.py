@@ -453,7 +453,8 @@ def _doctor(args) -> int:
     for name, can in found.items():
         print(f"  {'yes' if can['ok'] else 'no':4} {name:{max(map(len, found))}}  {can['why']}")
     print("\ncommands")
-    for why, names in _without(): print(f"  {'no' if why else 'yes':4} {', '.join(names)}" + f"\n       {why}" * bool(why))
+    for why, names in _without():
+        print(f"  {'no' if why else 'yes':4} {', '.join(names)}" + f"\n       {why}" * bool(why))
     print("\ndata")
     for ok, why, names in _grouped(data): print(f"  {'yes' if ok else 'no':4} {names}\n       {why}")
     if absent(_NEEDS["run h1"]):
@@ -512,8 +513,9 @@ def _piece_names() -> str:
     return _listed("pieces of h1 at preset gpu", {name: piece.what for name, piece in PIECES.items()})
 
 def _run_parser(command):
-    run = command("run", _run, help="run a hypothesis' protocol and record it", description="""Runs the protocol and appends to its records.
-Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the CPU the result is the same bit for bit.""",
+    run = command("run", _run, help="run a hypothesis' protocol and record it",
+        description="Runs the protocol and appends to its records.\nStopped in any way (Ctrl-C, SIGTERM, kill -9), "
+                    "the same command goes on; on the CPU the result is the same bit for bit.",
         epilog="examples:\n  flashoptim-nb run h1 --preset laptop            minutes on two CPU cores; never evidence\n"
                "  flashoptim-nb run h1 --preset gpu --dry-run     what it would run, how long, for how much\n"
                "  FLASHOPTIM_DATA=/data flashoptim-nb run h1 --preset gpu --sizes 124M\n"
@@ -532,7 +534,8 @@ Stopped in any way (Ctrl-C, SIGTERM, kill -9), the same command goes on; on the 
         "--configs", nargs="+", metavar="NAME", help="only these configurations (default: all of the preset's)")
     run.add_argument(
         "--domains", nargs="+", metavar="NAME", help="h2: only these domains (default: all, which --dry-run lists)")
-    run.add_argument("--seeds", nargs="+", type=int, metavar="N", help="only these seeds (default: all of the preset's)")
+    run.add_argument(
+        "--seeds", nargs="+", type=int, metavar="N", help="only these seeds (default: all of the preset's)")
     run.add_argument("--experiments", "--arms", dest="arms", nargs="+", metavar="NAME",
                      help="only these: h1: prerequisite, matched_batch, best_batch, long_sequence, frontier; "
                           "h2: train, speed, largest, labels (default: all)")
@@ -591,7 +594,8 @@ def _check_parser(command):
         "check", _check, help="verify records",
         description="Refuses records that miss their origin, are damaged, or whose decisions do not replay; says why.")
     check.add_argument(
-        "folders", nargs="*", type=_folder, metavar="FOLDER", help="folders of studies or runs (default: data/records and runs/)")
+        "folders", nargs="*", type=_folder, metavar="FOLDER",
+        help="folders of studies or runs (default: data/records and runs/)")
     check.add_argument("--sign", type=_folder, metavar="KEY",
                        help="sign the manifests of studies without problems with this SSH key (default: sign none)")
 
@@ -726,10 +730,12 @@ def _fit_parser(command):
     fit.add_argument(
         "--gpus", type=int, default=1, metavar="N", help="how many; FSDP2 divides the model over them (default: 1)")
     fit.add_argument("--seq", type=int, metavar="T",
-                     help="tokens in a sequence (default: 2048, or as many as the model has positions); not with --build")
+                     help="tokens in a sequence (default: 2048, or as many as the model has positions); "
+                          "not with --build")
     fit.add_argument("--configs", nargs="+", metavar="NAME", help="only these ways of training (default: all)")
     fit.add_argument(
-        "--micro", type=int, metavar="B", help="show the bytes of this micro-batch (default: of the largest that fits, of up to 4,096); not with --build")
+        "--micro", type=int, metavar="B",
+        help="show the bytes of this micro-batch (default: of the largest that fits, of up to 4,096); not with --build")
     fit.add_argument(
         "--loss", metavar="NAME",
         help="fused_linear, never the whole logits; or plain (default: plain for a config.json, else fused_linear); "
@@ -767,9 +773,9 @@ def _quality_parser(command):
 
 # %% ../../nbs/cli/02_main.ipynb #5c6d2f9a
 _TABLES = {  # command -> what reads the names that its help lists
-    "run": _piece_names, "fit": _fit_names, "quality": _quality_names, "bench optimizers": _timed_names, "bench dimenet": _dimenet_names,
-    "bench capacity": _capacity_names, "bench memory": _memory_names, "bench compat": _compat_names,
-    "bench host": _host_names}
+    "run": _piece_names, "fit": _fit_names, "quality": _quality_names, "bench optimizers": _timed_names,
+    "bench dimenet": _dimenet_names, "bench capacity": _capacity_names, "bench memory": _memory_names,
+    "bench compat": _compat_names, "bench host": _host_names}
 
 def _listed_names() -> str:
     "All that the tables name, as it is kept."
@@ -782,7 +788,8 @@ def write_names():
 # %% ../../nbs/cli/02_main.ipynb #5c6d2f97
 def _parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        "flashoptim-nb", epilog="A first tour: `doctor`, `fit --params 7B`; with the extra lm `run h1 --preset laptop`, `verdict h1`.",
+        "flashoptim-nb",
+        epilog="A first tour: `doctor`, `fit --params 7B`; with the extra lm `run h1 --preset laptop`, `verdict h1`.",
         description="Does FlashOptim lower the cost of training, and make larger surrogates fit? Run the protocol, "
                     "judge its records, read the book.")
     top.add_argument("--version", action="version", version=__version__)
