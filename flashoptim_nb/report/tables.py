@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..base.records import REHEARSAL, Run
 from ..study.evidence import Evidence, evidence_table, rank_devices
-from ..study.expression import Status, number_text, quantities, readable
+from ..study.expression import Status, quantities, readable
 from ..study.h1.criteria import H1
 from ..study.h1.quantities import REFERENCE_PPL
 from ..study.hypotheses import criterion_of, hypothesis_of
@@ -176,20 +176,9 @@ def show_verdict(
 # %% ../../nbs/report/02_tables.ipynb #f2070024
 def _lacking(entry: dict) -> list[str]:
     "What keeps a criterion open, in words."
-    if entry["status"] == Status.NO_EVIDENCE: return ["runs on a GPU, where only a laptop has measured"]
-    said = []
-    for part in entry["parts"]:
-        place, _, reason = part["reason"].rpartition(": ") if part["value"] is None else ("", "", part["reason"])
-        if part["value"] is None:
-            names = re.findall(r"no run of (\w+)", part["reason"])
-            place = place.split(",")[0].split(": ")[0] or part["at"]
-            said.append(f"{place}: runs of {entry['stack']} and of the reference" if names else f"{place}: {reason}")
-        elif part["bound"] and part["status"] not in ("met", "not met"):
-            said += re.search(r"\((.*)\)", reason)[1].split("; ") if "(" in reason else [reason]
-        elif part["status"] == Status.INCONCLUSIVE:
-            said.append(f"{part['at']}: more pairs of runs, for {part['term']} = {value_text(part)} straddles "
-                        f"{number_text(part['threshold'], part['unit'])}")
-    return list(dict.fromkeys(said))
+    runs = f"runs of {entry['stack']} and of the reference"
+    said = [(one["at"], runs if one["configs"] else one["why"]) for part in entry["parts"] for one in part["missing"]]
+    return [": ".join(filter(None, one)) for one in dict.fromkeys(said)]
 
 def show_missing(
     hypothesis: Hypothesis = H1,

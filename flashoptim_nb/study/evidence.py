@@ -21,7 +21,7 @@ from ..base.records import Run
 from ..base.schema import SCALES
 from .expression import Q
 from .hypothesis import Hypothesis
-from .statistics import Estimate, joined, missing
+from .statistics import Estimate, Lack, joined, missing
 
 # %% ../../nbs/study/03_evidence.ipynb #a8567c92
 PATIENCE = 10  # skipped steps in a row, up to the end of a run, after which it has not recovered
@@ -178,12 +178,13 @@ class Sorted:
     def nothing(self, why: Estimate) -> Estimate:
         "The estimate where no pair is good: not measured, or open where something was lost."
         if not self.lost or self.refused: return why
-        return replace(why, note=joined(why.note, self.note),
+        return replace(why, note=joined(why.note, self.note), lacks=(*why.lacks, Lack(self.note)),
                        records=tuple(dict.fromkeys((*why.records, *self.records))), reach=(-inf, inf))
 
     def estimate(self, of: Callable[..., Estimate], *notes: str, **also) -> Estimate:
         "The estimate from the good pairs, with what was lost and what it rests on."
-        return of(lost=len(self.lost), records=self.records, **also | dict(note=joined(*notes, self.note)))
+        lacks = (Lack(self.note),) if self.lost else ()
+        return of(lost=len(self.lost), records=self.records, lacks=lacks, **also | dict(note=joined(*notes, self.note)))
 
 # %% ../../nbs/study/03_evidence.ipynb #a7e57486
 @dataclass(frozen=True)
@@ -268,18 +269,19 @@ class Evidence:
 
     def lacking(self, config: str, at: str, experiment: str, against: str | None = None, lacks: str = "") -> Estimate:
         "Not measured, with what became of the runs."
-        told, records = [], []
+        told, absent, records = [], [], []
         for name in (config, against or self.against):
             rows = self.rows(name, at, experiment)
             records += [row["name"] for row in rows]
             endings = sorted({f"{row['status']} ({row['reason']})" if row["reason"] else row["status"] for row in rows
                               if row["status"] != "finished"})
-            if not rows: told.append(f"no run of {name}")
+            if not rows: absent.append(name); told.append(f"no run of {name}")
             elif endings and all(row["status"] != "finished" for row in rows):
                 told.append(f"{name}: {', '.join(endings)}")
         why = "; ".join(told) or (
             lacks if self.pairs(config, at, experiment, against) else f"no two runs with the same {self._alike}")
-        return missing(f"{self.hypothesis.place_text.format(at=at, experiment=experiment)}: {why}", records)
+        place = self.hypothesis.place_text.format(at=at, experiment=experiment)
+        return replace(missing(why, records, at, absent), note=f"{place}: {why}")
 
     @property
     def _alike(self) -> str:

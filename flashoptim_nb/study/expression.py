@@ -9,12 +9,12 @@ __all__ = ['Lookup', 'Ends', 'Term', 'Q', 'Number', 'Arithmetic', 'Formula', 'Co
 
 # %% ../../nbs/study/01_expression.ipynb #ab38191c
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from enum import StrEnum
 from math import inf
 
-from .statistics import Estimate, exact, missing
+from .statistics import Estimate, Lack, exact, missing
 
 # %% ../../nbs/study/01_expression.ipynb #f919dc5d
 class Term:
@@ -218,6 +218,10 @@ def _interval(op: str, a: Ends | None, b: Ends | None) -> Ends | None:
     products = [x * y if x and y else 0.0 for x in a for y in b]
     return min(products), max(products)
 
+def _lacks(estimates: Sequence[Estimate]) -> tuple[Lack, ...]:
+    "What they lack, each once."
+    return tuple(dict.fromkeys(lack for estimate in estimates for lack in estimate.lacks))
+
 def estimate_of(term: Term, lookup: Lookup) -> Estimate:
     "A term's value and interval."
     if isinstance(term, Q): return lookup(term)
@@ -226,13 +230,14 @@ def estimate_of(term: Term, lookup: Lookup) -> Estimate:
     records = tuple(dict.fromkeys(sides[0].records + sides[1].records))
     note = "; ".join(dict.fromkeys(side.note for side in sides if side.note))
     if unknown := [side for side in sides if side.value is None]:
-        return replace(missing(note, records), reach=(-inf, inf) if all(side.reach for side in unknown) else None)
+        return replace(missing(note, records), reach=(-inf, inf) if all(side.reach for side in unknown) else None,
+                       lacks=_lacks(unknown))
     a, b = sides
     lo, hi = _interval(term.op, *(None if side.lo is None else (side.lo, side.hi) for side in sides)) or (None, None)
     return Estimate(value=_OPS[term.op](a.value, b.value), lo=lo, hi=hi,
                     reach=_interval(term.op, a.ends or _OPEN, b.ends or _OPEN) if a.reach or b.reach else None,
                     n=min([side.n for side in sides if side.n], default=0), records=records, note=note,
-                    projected=a.projected or b.projected, short=a.short or b.short)
+                    projected=a.projected or b.projected, short=a.short or b.short, lacks=_lacks(sides))
 
 # %% ../../nbs/study/01_expression.ipynb #2455b9b9
 def _compare(formula: Compare, estimate: Estimate) -> Status:

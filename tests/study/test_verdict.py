@@ -107,6 +107,20 @@ def test_shape(tmp_path):
         if e["status"] in ("met", "not met"): assert e["records"] and e["interval"] and e["scale"] == "gpu"
 
 
+def test_what_is_missing_is_told_in_the_reason(tmp_path):
+    both = dict(micro=8, recipe=dict(batch=32))
+    pair(tmp_path, roles=("1B",), **both)
+    write(tmp_path, "flashoptim_full", 2, run="again", status="failed", started="2026-02-01", **both)
+    found = verdict(read_study(tmp_path))
+    told = {(e["id"], one["at"], *one["configs"]): (one["why"], part["reason"])
+            for e in found for part in e["parts"] for one in part["missing"]}
+    assert all(why in reason for why, reason in told.values() if not why.startswith("more pairs"))
+    assert ("H1-S1", "7B", "flashoptim_full", "baseline_strong") in told and ("H1-S6", "1B") in told
+    whys = {one["why"].partition(":")[0] for part in by_id(found)["H1-S1"]["parts"] for one in part["missing"]}
+    assert {"1 of 3 pairs came to nothing", "baseline_strong", "flashoptim_full"} <= whys
+    assert not any(part["missing"] for e in found for part in e["parts"] if part["status"] in ("met", "not met"))
+
+
 def test_measured_values_and_their_intervals(tmp_path):
     found = by_id(verdict(pair(tmp_path, speed=1.3, saved=0.5)))
     parts = found["H1-S1"]["parts"]

@@ -32,7 +32,7 @@ from ..evidence import (
 from ..expression import Q, estimate_of
 from ..hypothesis import Measure
 from ..statistics import (
-    Estimate, exact, joined, missing, opened, paired_interval, paired_ratio, tost)
+    Estimate, Lack, exact, joined, missing, opened, paired_interval, paired_ratio, tost)
 
 # %% ../../../nbs/study/h1/00_quantities.ipynb #c857a04f
 PROTOCOL_SIZES = ("1B", "7B", "13B")
@@ -185,7 +185,8 @@ def _as_searched(e: Evidence, estimate: Estimate, config: str, size: str, agains
     pairs = [] if e.scale == SCALES[0] else e.pairs(config, size, "best", against)
     gaps = dict.fromkeys(f"{row['config']}: {row['untried']}" for pair in pairs for row in pair[::-1] if row["untried"])
     return opened(estimate, f"not known to be at the best micro-batch ({'; '.join(gaps)})",
-                  less=any(old["untried"] for _, old in pairs), more=any(new["untried"] for new, _ in pairs))
+                  less=any(old["untried"] for _, old in pairs), more=any(new["untried"] for new, _ in pairs),
+                  lacks=[*map(Lack, gaps)])
 
 def throughput_ratio(e: Evidence, q: Q) -> Estimate:
     return _as_searched(e, _ratio(e, q, "tokens_per_s", harm="less"), q.config or e.stack, q.at)
@@ -277,7 +278,8 @@ def _projected_saving(e: Evidence, q: Q, time: Estimate, config: str, against: s
              if tried(steps := steps_to_equal_loss(e, Q("steps_ratio", size), config, against))]
     size, steps = known[0] if known else (None, missing("the steps to equal loss were not measured"))
     if steps.value is None:
-        return replace(steps, note=f"{q.at}: a token costs {1 - time.value:.1%} less, but {steps.note}",
+        why = f"a token costs {1 - time.value:.1%} less, but {steps.note}"
+        return replace(steps, note=f"{q.at}: {why}", lacks=(Lack(why, q.at),),
                        records=tuple(dict.fromkeys((*time.records, *steps.records))))
     cost = estimate_of(1 - Q("time") * Q("steps"), {Q("time"): time, Q("steps"): steps}.get)
     lost = (note for note in (time.note, steps.note) if "came to nothing" in note)
@@ -354,7 +356,7 @@ def _few_steps(e: Evidence, estimate: Estimate) -> Estimate:
 def nan_events(e: Evidence, q: Q) -> Estimate:
     configs = dict.fromkeys((e.stack, *OTHER_FLASHOPTIM))
     rows = [row for config in configs for row in e.pooled.rows(config) if row["steps"]]
-    if not rows: return missing(f"no run of {e.stack} took a step")
+    if not rows: return missing(f"no run of {e.stack} took a step", configs=(e.stack,))
     found = exact(sum(row["nan_steps"] for row in rows), n=len(rows), records=names_of(rows))
     ill = [row["name"] for row in rows if row["status"] in ("failed", "aborted") or lost_its_way(row["losses"])]
     found = opened(found, f"not counted as healthy: {', '.join(ill)}", more=bool(ill))
@@ -362,7 +364,7 @@ def nan_events(e: Evidence, q: Q) -> Estimate:
 
 def nan_unrecovered(e: Evidence, q: Q) -> Estimate:
     rows = _stack_runs(e)
-    if not rows: return missing(f"no run of {e.stack} took a step")
+    if not rows: return missing(f"no run of {e.stack} took a step", configs=(e.stack,))
     worst = max(row["nan_unrecovered"] / row["steps"] for row in rows)
     most = max((row["nan_unrecovered"] + row["nan_open"]) / row["steps"] for row in rows)
     open_ = [f"{row['name']} ended on {row['nan_open']} skipped step{'s' * (row['nan_open'] > 1)}" for row in rows
@@ -374,7 +376,7 @@ def loss_spikes(e: Evidence, q: Q) -> Estimate:
     e = e.pooled
     where = sorted({(row["role"], row["arm"]) for row in _stack_runs(e)}, key=str)
     pairs = [pair for size, experiment in where for pair in e.pairs(e.stack, size, experiment, ended=BEGAN)]
-    if not pairs: return missing(f"no run of {e.stack} has a partner of {e.against}")
+    if not pairs: return missing(f"no run of {e.stack} has a partner of {e.against}", configs=(e.stack, e.against))
     counts, most = ([count_spikes(new["losses"], old["losses"], most) for new, old in pairs] for most in (False, True))
     unsure = [f"{new['name']} may have had {b}, for losses are not numbers"
               for (new, _), a, b in zip(pairs, counts, most) if b > a]
@@ -424,7 +426,7 @@ def platform_gap(e: Evidence, q: Q) -> Estimate:
     lost = {device: saving for device, saving in all_.items() if saving.value is None and tried(saving)}
     savings = {device: saving for device, saving in all_.items() if saving.value is not None}
     if len(savings) < 2 <= len(savings) + len(lost): return replace(missing(_unmeasured(lost)), reach=(-inf, inf))
-    if len(savings) < 2: return missing(f"{q.at}: needs two GPU models really measured; here {len(savings)}")
+    if len(savings) < 2: return missing(f"needs two GPU models really measured; here {len(savings)}", at=q.at)
     gaps = [_between(e, Q("cost_saving", q.at), a, b, savings) for a, b in itertools.combinations(savings, 2)]
     found = _largest(gaps, "; ".join([*savings, *dict.fromkeys(gap.note for gap in gaps if gap.note)]))
     return opened(found, _unmeasured(lost), more=bool(lost))
@@ -436,6 +438,7 @@ def _largest(gaps: list[Estimate], note: str) -> Estimate:
     reach = largest([gap.ends or (-inf, inf) for gap in gaps]) if any(gap.reach for gap in gaps) else None
     return Estimate(value=max(abs(gap.value) for gap in gaps), lo=lo, hi=hi, reach=reach, n=min(gap.n for gap in gaps),
                     records=tuple(dict.fromkeys(run for gap in gaps for run in gap.records)), note=note,
+                    lacks=tuple(dict.fromkeys(lack for gap in gaps for lack in gap.lacks)),
                     projected=any(gap.projected for gap in gaps))
 
 # %% ../../../nbs/study/h1/00_quantities.ipynb #214eaacd

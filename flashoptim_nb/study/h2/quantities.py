@@ -248,9 +248,11 @@ def _counted(rows: list[dict], hit: list[bool], note: str = "") -> Estimate:
     if len(rows) >= MIN_PAIRS: return found
     return replace(found, lo=None, hi=None, note=joined(note, f"{len(rows)} runs, {MIN_PAIRS} are needed"))
 
-def _no_run(q: Q, config: str) -> Estimate: return missing(f"{q.at or 'training'}: no run of {config} took a step")
+def _no_run(q: Q, config: str) -> Estimate:
+    return missing(f"no run of {config} took a step", at=q.at or "training", configs=(config,))
 
-def _no_scale(q: Q, config: str) -> Estimate: return missing(f"{q.at}: no run of {config} recorded a loss scale")
+def _no_scale(q: Q, config: str) -> Estimate:
+    return missing(f"no run of {config} recorded a loss scale", at=q.at, configs=(config,))
 
 # %% ../../../nbs/study/h2/01_quantities.ipynb #25274529
 def collapsed_share(e: Evidence, q: Q) -> Estimate:
