@@ -8,6 +8,7 @@ __all__ = ['ReleaseError', 'in_nested_backward', 'GradientReleaseHandle', 'enabl
 # %% ../../nbs/optim/12_release.ipynb #869737d3
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -46,8 +47,20 @@ _SECOND = ("gradient release: a second backward pass over the same parameters be
            "requires_grad_(False) what a pass is not to train")
 
 
+class _Arrival:
+    """A parameter's hook. It does not hold the handle, which holds the parameter: Python's collector does not see
+    what a tensor's hooks hold, so that the model would never be freed."""
+    def __init__(self, handle): self._handle = weakref.ref(handle)
+
+    @property
+    def handle(self): return self._handle()
+
+    def __call__(self, p):
+        if (handle := self.handle) is not None: handle._arrived(p)
+
+
 class GradientReleaseHandle:
-    "Gradient release on an optimizer, until `remove()`."
+    "Gradient release on an optimizer, until `remove()`, or as long as there is the optimizer."
 
     def __init__(
         self,
@@ -66,7 +79,7 @@ class GradientReleaseHandle:
         self._task, self._mark, self._running = -1, 0, False
         self._stepped, self._repeated = False, False  # whether the loop calls step(), and left it out
         ours = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        self._hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in ours]
+        self._hooks = [p.register_post_accumulate_grad_hook(_Arrival(self)) for p in ours]
 
     @property
     def clip(self) -> torch.Tensor | None:
@@ -324,8 +337,8 @@ def check_releasable(model: nn.Module, optimizer: FlashOptimizer):
         raise ReleaseError(f"gradient release of shards on {', '.join(odd)}: it has been shown to be right on cpu and "
                            "cuda only; train FSDP2 without release there")
     for p in own:
-        owners = [getattr(hook, "__self__", None) for hook in (p._post_accumulate_grad_hooks or {}).values()]
-        if any(isinstance(owner, GradientReleaseHandle) for owner in owners):
+        hooks = (p._post_accumulate_grad_hooks or {}).values()
+        if any(isinstance(hook, _Arrival) and hook.handle for hook in hooks):
             raise ReleaseError(f"a parameter of shape {tuple(p.shape)} is released to another optimizer already: "
                                "call remove() on that handle, or give each optimizer parameters of its own")
 

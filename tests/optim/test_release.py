@@ -1,6 +1,8 @@
 """Gradient release: the same bits as ordinary steps, gradients that do not outlive their use."""
 import copy
+import gc
 import os
+import weakref
 
 import pytest
 import torch
@@ -60,6 +62,15 @@ def test_few_gradients_live_at_once():
         pre_step=lambda p, group: alive.append(sum(q.grad is not None for q in layers.parameters())) or True)
     layers(torch.randn(4, 64)).sum().backward(); opt.step()
     assert len(alive) == 24 and max(alive) <= 2
+
+
+def test_a_model_that_nobody_holds_any_more_is_freed():
+    model, optimizer, handle = pair()[2:]
+    model(0).backward(); optimizer.step()
+    held = [weakref.ref(one) for one in (model, model.mid.weight, optimizer, handle)]
+    del model, optimizer, handle
+    gc.collect()
+    assert [ref() for ref in held] == [None] * 4
 
 
 def test_accumulation_with_a_layer_that_the_last_micro_batch_leaves_out():
