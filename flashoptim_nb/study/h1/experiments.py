@@ -30,7 +30,7 @@ from .callbacks import (EarlyDecisionCallback, EvaluationCallback, MonitorCallba
 from .corpus import Corpus, load_corpus
 from .criteria import H1
 from .presets import FLOAT8, LM_PRESETS, MAIN, LMPreset, SizePlan, stand_ins
-from .run import (LMSpec, best_within, kinds_of, lm_spec, make_task, measure_config,
+from .run import (SEARCH_STEPS, LMSpec, best_within, kinds_of, lm_spec, make_task, measure_config,
                                         predicted_peak, search, searched_throughput, unavailable)
 from ..loop import COLD_STEPS, Callback, fit
 from ..presets import rates
@@ -63,7 +63,8 @@ def measure_matched(study: Study, spec: LMSpec, data: Corpus):
 
 def measure_synthetic(study: Study, spec: LMSpec, data: Corpus):
     "One run on a long synthetic sequence."
-    measure_config(spec, study.device, None, study.writer(spec), timeout=study.rank_timeout)
+    timed = SEARCH_STEPS if study.device.type == "cuda" else 2
+    measure_config(spec, study.device, None, study.writer(spec), timed, timeout=study.rank_timeout)
 
 # %% ../../../nbs/study/h1/08_experiments.ipynb #32cd3c93
 EARLY_SHARE = 0.2  # of the 1B run's tokens: where checkpoint B looks
@@ -198,9 +199,10 @@ def _in_order(preset: LMPreset, experiments) -> list[Stage]:
     found = []
     for workload, experiment, wanted in preset.order:
         size = preset.stress_role if experiment == "long_sequence" else workload
-        if size not in preset.plans or experiments and experiment not in experiments: continue
-        plan = preset.plans[size]
-        known = plan.frontier if experiment == "frontier" else plan.configs
+        if experiments and experiment not in experiments: continue
+        if experiment == "prerequisite": known = wanted
+        elif size not in preset.plans: continue
+        else: known = preset.plans[size].frontier if experiment == "frontier" else preset.plans[size].configs
         if configs := tuple(config for config in wanted if config in known):
             found.append(Stage(workload, ((experiment, configs),)))
     return found
@@ -304,7 +306,8 @@ class H1Protocol(StudyProtocol):
         for size, plan in preset.plans.items():
             recipe, network, seeds = plan.recipe, plan.model(), len(seeds_of(preset, size))
             tokens = recipe.steps * recipe.batch * recipe.seq
-            trained = {name for where, what, names in preset.order if (where, what) == (size, "best_batch") for name in names}
+            trained = {name for where, what, names in preset.order for name in names
+                       if (where, what) == (size, "best_batch")}
             for name in _asked(preset, size):
                 kind = LM_CONFIGS[name].checkpointing
                 flops = flops_per_token(network, recipe.seq, "none" if kind == "least" else kind) * tokens * seeds
@@ -318,6 +321,8 @@ class H1Protocol(StudyProtocol):
 
     def plan_text(self, preset, experiments=None):
         plan, machine = self.projection(preset), preset.accelerator.name
+        order = "\n".join(_order_lines(self, preset, experiments))
+        if plan.empty: return order
         table = plan.to_string(index=False, formatters=dict.fromkeys(plan.select_dtypes("number").columns, _number))
         dollars = [f"${plan[column].sum():,.2f} at {column[1:]}'s rate" for column in plan if column[0] == "$"]
         if preset.priced and not dollars:
@@ -325,7 +330,7 @@ class H1Protocol(StudyProtocol):
         return (f"Projected on {machine} at {UTILIZATION:.0%} of its peak, training alone; GB is the peak that is "
                 f"predicted for each GPU at the matched micro-batch:\n{table}\n\n"
                 f"In all: {', '.join([f'{_number(plan.hours.sum())} hours', *dollars])}"
-                + "".join(f"\n{line}" for line in _order_lines(self, preset, experiments)))
+                + (f"\n{order}" if order else ""))
 
 H1_PROTOCOL = H1Protocol()
 

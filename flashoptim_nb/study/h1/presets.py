@@ -13,6 +13,7 @@ from ...base.config import Config
 from ...base.errors import UserError, choose
 from ...lm.gpt import GPTConfig
 from ...lm.plan import A100_40, Accelerator, H200
+from ...lm.prerequisites import PREREQUISITES
 from ...lm.sizes import gpt_config
 from ...lm.sizing import count_parameters
 from ..presets import Preset
@@ -167,6 +168,8 @@ def _both(size, configs): return (size, "best_batch", configs), (size, "matched_
 _LARGE = tuple(f"1B-{length}" for length in _GPU.stress_lengths)
 _PARTS = tuple(name for name in LM_CONFIGS if name.startswith("ablation_"))
 PIECES = {
+    "prerequisites": Piece(what="what must hold before any comparison", order=(
+        ("all", "prerequisite", tuple(PREREQUISITES)),)),
     "cost-1B": Piece(what="1B on one GPU: every stack, the protocol's own batch, every component", order=(
         *_both("1B", (*STRONG, "baseline", "source_stack", "flashoptim_release", *FLOAT8)),
         ("1B-512K", "best_batch", STRONG), *_both("1B", _PARTS), *_both("1B", ("baseline_bf16",)))),
@@ -188,7 +191,7 @@ PIECES = {
 def as_piece(preset: LMPreset, piece: Piece) -> LMPreset:
     "The preset whose runs are made in a piece's order; raises `UserError` for one that has none of them."
     sizes = {preset.stress_role if name == "long_sequence" else size for size, name, _ in piece.order}
-    if not sizes & {*preset.plans} or preset.name != _GPU.name:
+    if not sizes & {"all", *preset.plans} or preset.name != _GPU.name:
         raise UserError(f"pieces are of preset {_GPU.name}; leave --piece out at {preset.name}")
     return preset.replace(order=piece.order)
 
