@@ -27,15 +27,19 @@ from ..train.optimizers import BASELINE_OF
 HELD_OUT_TEXTS = ("c4", "wikitext103", "prose", "sotu")
 TENSOR_SET_NAMES = {"1.3B": "a GPT of 1.3 billion parameters in 196 tensors",
                     "124M": "GPT-2's 124 million in 100 tensors",
-        "small": "1.9 million in 236 small tensors"}
+                    "small": "1.9 million in 236 small tensors"}
 
 
 def step_rows(
     work: str,  # a tensor set
     runs: Iterable[Run] | None = None,
+    card: str = "",  # part of a device's name; empty: the device of the newest benchmark
 ) -> pd.DataFrame:
-    "The measured steps over one set of tensors, a row for each optimizer, without and with clipping."
-    rows = rows_of("optimizer", load_runs(hypothesis="bench") if runs is None else runs)
+    "The measured steps over one set of tensors on one device, a row for each optimizer, without and with clipping."
+    runs = [run for run in (load_runs(hypothesis="bench") if runs is None else runs) if run.of("optimizer")]
+    newest = max(runs, key=lambda run: run.header.get("started") or "", default=None)
+    rows = rows_of("optimizer", [run for run in runs if (card in run.header["device"] if card else
+                                                         run.header["device"] == newest.header["device"])])
     if rows.empty: return rows
     rows = rows[rows["work"] == work].copy()
     rows["wholly"] = rows["optimizer"] + rows["clip"].map({True: ", clipped", False: ""})
@@ -46,13 +50,14 @@ def step_rows(
 def show_steps(
     work: str,
     runs: Iterable[Run] | None = None,
+    card: str = "",
 ) -> Rendered:
     "The steps over one set of tensors as a table; what could not be measured says why."
     runs = load_runs(hypothesis="bench") if runs is None else list(runs)
     heads = dict(wholly="optimizer", version="version", ms="ms", wall_ms="ms, host included",
                  bytes_per_parameter="resident B/parameter", moved="moved B/parameter", gbps="GB/s",
                  of_floor="of the floor", reason="not measured")
-    return show_rows(step_rows(work, runs), heads, "bench", runs, "No step over these tensors is recorded.",
+    return show_rows(step_rows(work, runs, card), heads, "bench", runs, "No step over these tensors is recorded.",
                      dict(ms=".3f", wall_ms=".3f", bytes_per_parameter=".2f", moved=".2f", gbps=",.0f", of_floor=".3f"))
 
 # %% ../../nbs/report/05_optimizers.ipynb #8d760211
@@ -81,21 +86,26 @@ def step_times(
 def goal_sentence(
     work: str,
     optimizer: str,
-    goal: float,  # ms, fixed beforehand
+    goal: float,  # fixed beforehand
     clip: bool = False,
-    column: str = "ms",  # `wall_ms` where the host's time counts
+    column: str = "ms",  # `wall_ms` where the host's time counts; `of_floor`: the goal is a share of the floor
+    card: str = "",
 ) -> Rendered:
     "One goal and what was measured, in a sentence."
     runs = load_runs(hypothesis="bench")
-    rows = step_rows(work, runs)
+    rows = step_rows(work, runs, card)
     rows = (rows[(rows["optimizer"] == optimizer) & (rows["clip"] == clip) & rows["ms"].notna()] if not rows.empty
             else rows)
     what = f"{optimizer}{' with clipping' * clip} over {TENSOR_SET_NAMES.get(work, work)}"
-    if rows.empty: return sentence(f"{what}: goal {goal:g} ms; not measured.", [])
+    share = column == "of_floor"
+    wanted = f"goal {goal:g} {'of the floor' if share else 'ms'}"
+    if rows.empty: return sentence(f"{what}: {wanted}; not measured.", [])
     row = rows.iloc[0]
-    met = "met" if row[column] <= goal else "missed"
+    met = "met" if (row[column] >= goal if share else row[column] <= goal) else "missed"
+    found = (f"{row[column]:.3f} ({row['ms']:.3f} ms)" if share
+             else f"{row[column]:.3f} ms ({row['of_floor']:.3f} of the floor)")
     return sentence(
-        f"{what}: goal {goal:g} ms, measured {row[column]:.3f} ms ({row['of_floor']:.3f} of the floor): {met}.",
+        f"{what}: {wanted}, measured {found}: {met} ({row['device']}).",
         [run for run in runs if full_name(run) == f"{row['study']}/{row['run']}"])
 
 # %% ../../nbs/report/05_optimizers.ipynb #c0ffee11

@@ -89,7 +89,7 @@ def bench_remeasured_sentence(
     """By how much each optimizer's time differed between the first benchmark that is kept and the one that is shown,
     in a sentence."""
     runs = [run for run in (load_runs(hypothesis="bench") if runs is None else runs)
-            if run.header.get("config") == "optimizers"]
+            if run.header.get("config") == "optimizers" and (run.folder is None or attempts(run.folder))]
     old, new = rows_of("optimizer", first_attempts(runs)), rows_of("optimizer", runs)
     if old.empty or new.empty or {run.header.get("started") for run in runs} == {
             run.header.get("started") for run in first_attempts(runs)}:
