@@ -217,6 +217,10 @@ def hidden(
         rotary = rotary_table(
             T, c.head_dim, c.rope_theta, x_BTD.device, torch.promote_types(x_BTD.dtype, torch.float32))
     if self.stream: x_BTD = x_BTD.to(self.stream)
+    return self._layers(x_BTD, rotary)
+
+@patch
+def _layers(self: GPT, x_BTD, rotary):
     for block in self.blocks: x_BTD = block(x_BTD, rotary)
     return self.norm_f(x_BTD)
 
@@ -268,14 +272,15 @@ def init_weights(
 def compile_blocks(
     self: GPT,
     backend: str = "inductor",  # of torch.compile
+    whole: bool = False  # one graph of all layers: fused across blocks, compiled for as much longer as they are many
 ) -> GPT:
     "Compiles each block, and the head with its plain loss; raises `UserError` where there is no compiler."
     if not (able := capabilities()["compile"]).ok:
         raise UserError(f"the model cannot be compiled here: {able.why}; "
                         "install what is missing, or choose a configuration without compile")
-    # one graph serves all: weights are its inputs
-    for block in self.blocks:
-        block.compile(dynamic=False, backend=backend)
+    if whole: self._layers = torch.compile(self._layers, dynamic=False, backend=backend)
+    else:  # one graph serves all: weights are its inputs
+        for block in self.blocks: block.compile(dynamic=False, backend=backend)
     plain = torch.compile(LOSSES["plain"], dynamic=False, backend=backend)
     # refuses in words, outside the graph
     self._losses["plain"] = lambda x_ND, w_VD, target_N: plain(x_ND, w_VD, checked_targets(x_ND, w_VD, target_N))

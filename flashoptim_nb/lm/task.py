@@ -48,7 +48,7 @@ class LMTask:
         self.autocast_dtype = config.autocast_dtype if self.ranks == 1 else None
         if self.ranks > 1: shard(self.model, config.autocast_dtype)
         cast_weights(self.model, config)
-        if config.compile: self.model.compile_blocks()
+        if config.compile: self.model.compile_blocks(whole=config.whole)
         self.optimizer = make_optimizer(self.model, config, recipe)
         self.flash = isinstance(self.optimizer, FlashOptimizer)
         self.release = enable_gradient_release(self.model, self.optimizer) if config.release else None

@@ -22,7 +22,7 @@ from ..train.optimizers import COLOURS
 # and the optimizers
 CONFIG_COLOURS = {
     "baseline": "#7f7f7f", "baseline_strong": "#0072b2", "flashoptim_full": "#d55e00", "flashoptim_release": "#e69f00",
-    "source_stack": "#a6761d", "strong_fp8": "#66a61e", "flashoptim_fp8": "#e7298a",
+    "source_stack": "#a6761d", "strong_whole": "#8a817c", "strong_fp8": "#66a61e", "flashoptim_fp8": "#e7298a",
     "baseline_bf16": "#56b4e9", "ablation_attn_only": "#009e73", "ablation_ckpt_only": "#cc79a7",
     "ablation_fused_only": "#6a51a3",
     "ablation_compile_only": "#8c6d31", "ablation_states_only": "#3182bd", "ablation_split_only": "#31a354",

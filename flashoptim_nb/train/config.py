@@ -63,6 +63,7 @@ class TrainConfig(Config):
     # language models
     attention: str = "eager"  # a name of `lm.attention`; "best" is the faster of flash and cuDNN
     compile: bool = False  # torch.compile on blocks and loss
+    whole: bool = False  # what is compiled is one graph of all layers, instead of one that serves each block
     loss: str = "plain"  # plain: logits, then cross-entropy; fused_linear: never the whole logits
     products: str = ""  # of the layers' matrices: float8, by torchao, each tensor with one scale; "": in autocast's type
     # surrogates
@@ -103,7 +104,7 @@ class TrainConfig(Config):
         """As it stands in records, whose hashes cover it,
         under the words and in the fields of each subject's first study."""
         if self.subject == "lm":
-            names = _LM_SETTINGS + ("products",) * bool(self.products)
+            names = _LM_SETTINGS + tuple(name for name in ("products", "whole") if getattr(self, name))
             return {name: getattr(self, name) for name in names}
         found = {name: getattr(self, name) for name in _SURROGATE_SETTINGS}
         return found | dict(checkpointing=self.checkpointing != "none", fused=self.fused_messages)
@@ -126,6 +127,7 @@ LM_CONFIGS = _named({
     "source_stack": _swapped.replace(attention="flash", checkpointing="full", weights="split24", states="int8"),
     "flashoptim_full": _full,
     "flashoptim_release": _full.replace(release=True),
+    "strong_whole": _strong.replace(whole=True),
     "strong_fp8": _strong.replace(products="float8"),
     "flashoptim_fp8": _full.replace(products="float8"),
     "baseline_bf16": _plain.replace(weights="bf16", states="bf16"),

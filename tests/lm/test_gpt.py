@@ -164,9 +164,10 @@ def test_each_weight_keeps_its_dtype(style, rng_seed):
     ours.loss(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64)).backward()
 
 
-def one_step(shape, style, attention="eager", checkpointing="none", how="plain", compiled=None, device="cpu", seed=5):
+def one_step(shape, style, attention="eager", checkpointing="none", how="plain", compiled=None, device="cpu", seed=5,
+             whole=False):
     model = GPT(GPTConfig(style=style, **shape), attention, checkpointing).to(device).init_weights(seed)
-    if compiled: model.compile_blocks(compiled)
+    if compiled: model.compile_blocks(compiled, whole)
     tokens = torch.randint(
         shape["vocab_size"], (2, 2, shape["max_seq"]), generator=torch.Generator().manual_seed(seed)).to(device)
     loss = model.loss(*tokens, how)
@@ -237,18 +238,21 @@ def test_a_compiled_loss_ignores_and_refuses_the_same(rng_seed):
     with pytest.raises(UserError, match="targets have to be 0 to 95"): model.loss(tokens, y)
 
 
-@pytest.mark.parametrize("style, attention, checkpointing, backend",
-                         [("gpt2", "eager", "none", "aot_eager"), ("llama2", "flash", "selective", "aot_eager"),
-                          ("llama2", "eager", "full", "aot_eager"),
-                          pytest.param("gpt2", "flash", "none", "inductor", marks=pytest.mark.slow)])
-def test_compiled_blocks_give_the_same(style, attention, checkpointing, backend, rng_seed):
+@pytest.mark.parametrize("style, attention, checkpointing, backend, whole",
+                         [("gpt2", "eager", "none", "aot_eager", False),
+                          ("llama2", "flash", "selective", "aot_eager", False),
+                          ("llama2", "eager", "full", "aot_eager", False), ("gpt2", "flash", "none", "aot_eager", True),
+                          ("gpt2", "eager", "selective", "aot_eager", True),
+                          pytest.param("gpt2", "flash", "none", "inductor", False, marks=pytest.mark.slow)])
+def test_compiled_blocks_give_the_same(style, attention, checkpointing, backend, whole, rng_seed):
     if not (able := capabilities()["compile"]).ok: pytest.skip(able.why)
     torch._dynamo.reset()
     shape = dict(n_layer=3, n_head=2, d_model=32, vocab_size=96, max_seq=24)
     torch._dynamo.utils.counters.clear()
-    compiled = one_step(shape, style, attention, checkpointing, compiled=backend)
-    torch.testing.assert_close(compiled, one_step(shape, style, attention, checkpointing), rtol=1e-4, atol=1e-6)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "one graph for all blocks, one for the head"
+    compiled, plain = (one_step(shape, style, attention, checkpointing, compiled=to, whole=whole)
+                       for to in (backend, None))
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "one graph for all blocks or layers, one for the head"
     assert not torch._dynamo.utils.counters["graph_break"]
 
 

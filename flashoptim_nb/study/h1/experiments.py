@@ -29,7 +29,7 @@ from .callbacks import (EarlyDecisionCallback, EvaluationCallback, MonitorCallba
                                               ThroughputCallback)
 from .corpus import Corpus, load_corpus
 from .criteria import H1
-from .presets import FLOAT8, LM_PRESETS, MAIN, LMPreset, SizePlan, stand_ins
+from .presets import BESIDE, LM_PRESETS, MAIN, LMPreset, SizePlan, stand_ins
 from .run import (SEARCH_STEPS, LMSpec, best_within, kinds_of, lm_spec, make_task, measure_config,
                                         predicted_peak, search, searched_throughput, unavailable)
 from ..loop import COLD_STEPS, Callback, fit
@@ -169,7 +169,7 @@ _EXPERIMENTS = {experiment.name: experiment for experiment in (
 
 # %% ../../../nbs/study/h1/08_experiments.ipynb #f0ae49f7
 def _is_ablation(config: str) -> bool:
-    beside = ("source_stack", "flashoptim_release", "baseline_bf16", *FLOAT8)
+    beside = ("source_stack", "flashoptim_release", "baseline_bf16", *BESIDE)
     return config.startswith("ablation_") or config in beside
 
 STAGES = (  # size, which of its configurations, the checkpoint after them
