@@ -1,14 +1,11 @@
 """Two ranks train as one does: every configuration, the same losses on the same batches, and a checkpoint of either
-is gone on with by the other. Ranks that are kept do many works, and each as if it were the first."""
-import os
+is gone on with by the other."""
 import signal
 import time
-from operator import truediv
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch.distributed as dist
 
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.lm.batches import Windows
@@ -17,7 +14,7 @@ from flashoptim_nb.lm.gpt import GPTConfig
 from flashoptim_nb.study.checkpoint import load_checkpoint, save_checkpoint
 from flashoptim_nb.lm.task import LMTask
 from flashoptim_nb.train.config import LM_CONFIGS, Recipe, TrainConfig
-from flashoptim_nb.train.ranks import RanksFailed, asked_to_stop, kept_ranks, launch_ranks, sign_of_life, world
+from flashoptim_nb.train.ranks import RanksFailed, launch_ranks, world
 
 # a width that two ranks divide and 32 does not: 8-bit groups lie otherwise on two ranks
 MODEL = GPTConfig(n_layer=2, d_model=40, n_head=2, vocab_size=250, max_seq=16)
@@ -107,37 +104,6 @@ def test_a_checkpoint_is_gone_on_with_by_as_many_ranks_and_by_others(tmp_path):
     part = next((tmp_path / "two" / "baseline").glob("shards-*/__1_*"))
     part.write_bytes(part.read_bytes()[:-1] + b"?")
     with pytest.raises(UserError, match="the checksum of __1_0.distcp does not fit"): go_on(tmp_path / "two")
-
-
-def look(sign=None, until_stopped=False):
-    "Both ranks' processes, and whether they are asked to stop; takes a step and gives a sign."
-    pids = [None, None]
-    dist.all_gather_object(pids, os.getpid())
-    task_of("fp32").step(1)
-    if sign: sign_of_life(sign)
-    while until_stopped and not asked_to_stop(): time.sleep(0.01)
-    return pids, asked_to_stop()
-
-
-def gone(pids):
-    "Whether none of the processes is there any more."
-    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
-
-
-def test_kept_ranks_do_one_work_after_another_and_end_with_one_that_fails(tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    first, later = [], []
-    with pytest.raises(ZeroDivisionError), kept_ranks():
-        pids, asked = launch_ranks(2, look, "a sign", True, stopped=lambda: bool(first), heard=first.append)
-        assert asked and first == ["a sign"]
-        assert launch_ranks(2, look, heard=later.append) == (pids, False) and not later, "nothing leaks"
-        with pytest.raises(RanksFailed, match=r"rank \d of 2 was killed \(signal 9\)"):
-            launch_ranks(2, signal.raise_signal, signal.SIGKILL)
-        assert gone(pids)
-        fresh, asked = launch_ranks(2, look)
-        assert not {*pids} & {*fresh} and not asked
-        launch_ranks(2, truediv, 1, 0)
-    assert gone(fresh) and not [*tmp_path.iterdir()]
 
 
 def test_ranks_that_hang_or_have_no_gpu(tmp_path, monkeypatch):
