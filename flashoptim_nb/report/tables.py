@@ -174,11 +174,22 @@ def show_verdict(
     return table(rows, kind="criteria") + provenance_note([run for run in runs if full_name(run) in used])
 
 # %% ../../nbs/report/02_tables.ipynb #f2070024
-def _lacking(entry: dict) -> list[str]:
-    "What keeps a criterion open, in words."
-    runs = f"runs of {entry['stack']} and of the reference"
-    said = [(one["at"], runs if one["configs"] else one["why"]) for part in entry["parts"] for one in part["missing"]]
-    return [": ".join(filter(None, one)) for one in dict.fromkeys(said)]
+def _lacking(entry: dict) -> list[tuple[str, tuple[str, ...], str]]:
+    "What keeps a criterion open: where, of which configurations runs are missing; or why, if they are there."
+    def names(one): return tuple(dict.fromkeys("the reference" if c == entry["against"] else c for c in one["configs"]))
+    lacks = (one for part in entry["parts"] for one in part["missing"])
+    return list(dict.fromkeys((one["at"], names(one), "" if one["configs"] else one["why"]) for one in lacks))
+
+def _folded_lacks(kept: dict) -> list[tuple[str, tuple[str, ...]]]:
+    "The same, each in words with the criteria that it keeps open: places and configurations that go together in one."
+    places, runs = {}, {}
+    for (place, names, why), ids in kept.items(): places.setdefault((names, why, tuple(ids)), []).append(place)
+    for (names, why, ids), at in places.items():
+        runs.setdefault((", ".join(filter(None, at)), why, ids), {}).update(dict.fromkeys(names))
+    def words(at, why, names):
+        *first, last = sorted(names, key="the reference".__eq__) if names else ("",)
+        return f"{at}: " * bool(at) + (why or f"runs of {', '.join(first)}{' and of ' * bool(first)}{last}")
+    return [(words(at, why, names), ids) for (at, why, ids), names in runs.items()]
 
 def show_missing(
     hypothesis: Hypothesis = H1,
@@ -191,7 +202,7 @@ def show_missing(
         if e["status"] in ("met", "not met", NOT_APPLICABLE): continue
         for what in _lacking(e): kept.setdefault(what, {})[e["id"]] = None
     rows = [{"what is missing": what, "keeps open": ", ".join(id.split("-")[1] for id in ids)}
-            for what, ids in sorted(kept.items(), key=lambda one: -len(one[1]))]
+            for what, ids in sorted(_folded_lacks(kept), key=lambda one: -len(one[1]))]
     return table(rows) if rows else Rendered("<p>Nothing is open.</p>", "Nothing is open.")
 
 # %% ../../nbs/report/02_tables.ipynb #4f884a40

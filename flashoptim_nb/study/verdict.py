@@ -82,8 +82,7 @@ def _missing(part: dict, e: Estimate, conclusive: bool) -> list[Lack]:
     if part["status"] in (Status.MET, Status.NOT_MET): return []
     told = [*e.lacks] or [Lack(e.note)]
     if e.value is None: return [lack._replace(at=lack.at or part["at"]) for lack in told]
-    if e.short: return [Lack(e.note)]
-    if e.bound: return told
+    if e.short or e.bound: return [lack._replace(at=lack.at or part["at"] * e.short) for lack in told]
     return [Lack(f"more pairs of runs, for {part['term']} = {value_text(part)} straddles "
                  f"{number_text(part['threshold'], part['unit'])}", part["at"])]
 

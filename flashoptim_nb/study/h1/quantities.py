@@ -241,7 +241,7 @@ def _at_length(e: Evidence, estimate: Estimate, pairs: Sequence[tuple[dict, dict
     if e.scale == SCALES[0] or max(last, default=0) <= log(MOST_PPL) or estimate.value is None: return estimate
     said = (f"no evidence at this length: {e.against} ended at a perplexity of {exp(min(max(last), _LARGEST)):,.0f}, "
             f"and above {MOST_PPL:g} nothing is said of quality")
-    return replace(estimate, short=True, note=joined(said, estimate.note))
+    return replace(estimate, short=True, note=joined(said, estimate.note), lacks=(Lack(said),))
 
 def convergence(e: Evidence, q: Q) -> Estimate:
     "The steps to equal loss, where the models have learnt enough for it to say something."
@@ -351,7 +351,7 @@ def _few_steps(e: Evidence, estimate: Estimate) -> Estimate:
     steps = sum(row["steps"] for row in _stack_runs(e))
     if e.scale == SCALES[0] or steps >= LEAST_STEPS: return estimate
     said = f"no evidence at this length: {e.stack} took {steps:,} steps, {LEAST_STEPS:,} are needed"
-    return replace(estimate, short=True, note=joined(said, estimate.note))
+    return replace(estimate, short=True, note=joined(said, estimate.note), lacks=(Lack(said),))
 
 def nan_events(e: Evidence, q: Q) -> Estimate:
     configs = dict.fromkeys((e.stack, *OTHER_FLASHOPTIM))
