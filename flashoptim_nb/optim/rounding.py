@@ -15,7 +15,7 @@ import torch
 from .backend import tl, triton
 
 ROUNDINGS = ("nearest", "dithered")
-ROUNDING = "nearest"  # the optimizers' default
+ROUNDING = "dithered"  # the optimizers' default
 
 # %% ../../nbs/optim/22_rounding.ipynb #d17e0005
 RUN = 16  # values that share a number; of first moments every other one turns its sign
