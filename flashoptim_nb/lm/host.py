@@ -97,7 +97,9 @@ def train_on_host(
         rates = link_rates(device) if cuda else link_rates(device, 1 << 22, 4)
         free(device)
         model, vocab = _narrow_gpt(size, seq, device)
-        opt = FlashAdamW(model.parameters(), lr=1e-5, weight_decay=0.1, offload_states=offload_states)
+        # codes rounded to the nearest, as in every record of this measurement
+        opt = FlashAdamW(
+            model.parameters(), lr=1e-5, weight_decay=0.1, offload_states=offload_states, rounding="nearest")
         handle = enable_gradient_release(model, opt)
         losses = []
         def step(micro):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HERE', 'PUBLIC', 'DONE', 'NAMES', 'CLASSES', 'CASES', 'SHAPES', 'STEPS', 'CASTS', 'Package', 'find_package', 'ask',
-           'ask_both', 'difference', 'compared_row', 'compare_arguments', 'begin', 'take_steps', 'masters',
+           'ask_both', 'difference', 'compared_row', 'compare_arguments', 'make', 'begin', 'take_steps', 'masters',
            'public_layout', 'moments', 'compare_steps', 'through_a_file', 'carry', 'compare_checkpoints', 'hand_over',
            'compare_weights', 'two_layers', 'take_batches', 'released', 'compare_release', 'cast_types',
            'compare_casts', 'error_bits', 'compare_formats', 'compare_ranks', 'part_rows', 'parts', 'run_part',
@@ -157,6 +157,17 @@ CASES = {
 SHAPES = ((256, 96), (96,), (33, 7), (64, 64))
 STEPS = 20
 
+def make(
+    module: ModuleType,
+    name: str,  # of `CLASSES`
+    params: Iterable[nn.Parameter],
+    **options,  # of the optimizer
+) -> torch.optim.Optimizer:
+    "A package's optimizer, its codes rounded to the nearest: the one way that both have."
+    cls = getattr(module, name)
+    nearest = dict(rounding="nearest") if "rounding" in inspect.signature(cls).parameters else {}
+    return cls(params, **CLASSES[name] | nearest | options)
+
 def begin(
     module: ModuleType,
     name: str,  # of `CLASSES`
@@ -167,7 +178,7 @@ def begin(
     "The tensors, the same each time, and an optimizer of them."
     random = torch.Generator().manual_seed(0)
     model = nn.ParameterList([(0.02 * torch.randn(shape, generator=random)).to(device, dtype) for shape in SHAPES])
-    return model, getattr(module, name)(model.parameters(), **CLASSES[name] | options)
+    return model, make(module, name, model.parameters(), **options)
 
 def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int):
     "Steps on gradients that depend on nothing but the step's number."
@@ -336,7 +347,7 @@ def released(
     found = []
     for release in (False, True):
         model = prepare(two_layers(device))
-        optimizer = getattr(module, name)(model.parameters(), **CLASSES[name])
+        optimizer = make(module, name, model.parameters())
         start = masters(model, optimizer)
         handle = module.enable_gradient_release(model, optimizer) if release else None
         kept = take_batches(model, optimizer, device, rank=rank)
@@ -442,7 +453,7 @@ def _over_ranks(found: dict) -> dict:
 def _plain(module: ModuleType, device: torch.device, prepare: Callable, rank: int, out: int = 32) -> tuple:
     "A model that was trained on all ranks, its optimizer, and where it began."
     model = prepare(two_layers(device, out))
-    optimizer = module.FlashAdamW(model.parameters(), **CLASSES["FlashAdamW"])
+    optimizer = make(module, "FlashAdamW", model.parameters())
     start = masters(getattr(model, "module", model), optimizer)
     take_batches(model, optimizer, device, rank=rank)
     return model, optimizer, start
@@ -454,7 +465,7 @@ def _resumed(module: ModuleType, device: torch.device, folder: str, rank: int, o
     model, optimizer, start = _plain(module, device, shard := partial(_shard, device=device), rank, out)
     dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=folder)
     copy = shard(two_layers(device, out))
-    later = module.FlashAdamW(copy.parameters(), **CLASSES["FlashAdamW"])
+    later = make(module, "FlashAdamW", copy.parameters())
     states = dict(zip(("model", "optimizer"), get_state_dict(copy, later)))
     dcp.load(states, checkpoint_id=folder)
     set_state_dict(copy, later, model_state_dict=states["model"], optim_state_dict=states["optimizer"])

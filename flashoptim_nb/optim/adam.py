@@ -58,8 +58,8 @@ class FlashAdam(FlashOptimizer):
         # states and error bits in the host's pinned memory, streamed through each step: for models that do not fit
         # otherwise; costs 3.1 bytes a value there, and a step takes at least as long as these need over the link
         offload_states: bool = False,
-        # of 8-bit codes after a step: "nearest", as the public package, loses what is below half a code; "dithered" has
-        # such errors cancel over steps: for small rates and rare gradients, at the price of noisier second moments
+        # of 8-bit codes after a step: "dithered" has errors cancel over steps; "nearest", as the public package, has
+        # that package's bits and loses what is below half a code, at each step anew
         rounding: str = ROUNDING,
     ):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize,
@@ -140,8 +140,8 @@ class FlashAdamW(FlashAdam):
         # states and error bits in the host's pinned memory, streamed through each step: for models that do not fit
         # otherwise; costs 3.1 bytes a value there, and a step takes at least as long as these need over the link
         offload_states: bool = False,
-        # of 8-bit codes after a step: "nearest", as the public package, loses what is below half a code; "dithered" has
-        # such errors cancel over steps: for small rates and rare gradients, at the price of noisier second moments
+        # of 8-bit codes after a step: "dithered" has errors cancel over steps; "nearest", as the public package, has
+        # that package's bits and loses what is below half a code, at each step anew
         rounding: str = ROUNDING,
     ):
         super().__init__(

@@ -156,8 +156,8 @@ class FlashOptimizer(Optimizer):
         # otherwise; costs 1.06 bytes a value of each moment there and 1 of error bits, and a step takes at least as
         # long as these need over the link
         offload_states: bool = False,
-        # of 8-bit codes after a step: "nearest", as the public package, loses what is below half a code; "dithered" has
-        # such errors cancel over steps: for small rates and rare gradients, at the price of noisier second moments
+        # of 8-bit codes after a step: "dithered" has errors cancel over steps; "nearest", as the public package, has
+        # that package's bits and loses what is below half a code, at each step anew
         rounding: str = ROUNDING,
     ):
         if isinstance(params, torch.nn.Module):
@@ -449,8 +449,9 @@ class FlashOptimizer(Optimizer):
         self,
         state_dict: Mapping,  # of this class, of torch.optim's or of the public package's; tensors are copied
     ):
-        """Loads states and groups, converting what is kept otherwise;
-        raises `StateError`, with nothing changed, where it does not fit."""
+        """Loads states and groups, converting what is kept otherwise; steps go on with this optimizer's `rounding`,
+        and a warning says where this package saved them under another. The public package's and torch's do not say.
+        Raises `StateError`, with nothing changed, where it does not fit."""
         load_state(self, state_dict)
 
     def public_state_dict(self) -> dict:

@@ -77,8 +77,8 @@ class FlashSGD(_Momentum):
         # otherwise; costs 2.1 bytes a value there, 1 without momentum, and a step takes at least as long as these
         # need over the link
         offload_states: bool = False,
-        # of 8-bit codes after a step: "nearest", as the public package, loses what is below half a code; "dithered" has
-        # such errors cancel over steps: for small rates and rare gradients, at the price of noisier second moments
+        # of 8-bit codes after a step: "dithered" has errors cancel over steps; "nearest", as the public package, has
+        # that package's bits and loses what is below half a code, at each step anew
         rounding: str = ROUNDING,
     ):
         defaults = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov,
@@ -148,8 +148,8 @@ class FlashSGDW(FlashSGD):
         # otherwise; costs 2.1 bytes a value there, 1 without momentum, and a step takes at least as long as these
         # need over the link
         offload_states: bool = False,
-        # of 8-bit codes after a step: "nearest", as the public package, loses what is below half a code; "dithered" has
-        # such errors cancel over steps: for small rates and rare gradients, at the price of noisier second moments
+        # of 8-bit codes after a step: "dithered" has errors cancel over steps; "nearest", as the public package, has
+        # that package's bits and loses what is below half a code, at each step anew
         rounding: str = ROUNDING,
     ):
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach,
@@ -192,8 +192,8 @@ class FlashLion(_Momentum):
         # states and error bits in the host's pinned memory, streamed through each step: for models that do not fit
         # otherwise; costs 2.1 bytes a value there, and a step takes at least as long as these need over the link
         offload_states: bool = False,
-        # of 8-bit codes after a step: "nearest", as the public package, loses what is below half a code; "dithered" has
-        # such errors cancel over steps: for small rates and rare gradients, at the price of noisier second moments
+        # of 8-bit codes after a step: "dithered" has errors cancel over steps; "nearest", as the public package, has
+        # that package's bits and loses what is below half a code, at each step anew
         rounding: str = ROUNDING,
     ):
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize),

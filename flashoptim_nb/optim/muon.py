@@ -255,8 +255,8 @@ class FlashMuon(FlashOptimizer):
         # otherwise; costs 2.1 bytes a matrix's value there and 3.1 of AdamW's groups, and a step takes at least as long
         # as these need over the link
         offload_states: bool = False,
-        # of 8-bit codes after a step: "nearest", as the public package, loses what is below half a code; "dithered" has
-        # such errors cancel over steps: for small rates and rare gradients, at the price of noisier second moments
+        # of 8-bit codes after a step: "dithered" has errors cancel over steps; "nearest", as the public package, has
+        # that package's bits and loses what is below half a code, at each step anew
         rounding: str = ROUNDING,
     ):
         # betas are no default: torch's cyclic schedulers would cycle them in place of the momentum

@@ -134,7 +134,7 @@ class _Origin(NamedTuple):
     companded: bool | None = None  # how moments are coded; None: as the optimizer codes them
     weights: str = ""  # dtype of the weights that error bits belong to; several, or none: not known
     clip: float | None = None  # by which gradient release clips the next step
-    rounding: str | None = None  # of codes, in the steps before; None: another package's
+    rounding: str | None = None  # of codes, in the steps before; None: another package's, which does not say
 
 
 def _origin(group, where):
@@ -368,13 +368,18 @@ def _states(opt, groups, saved, options):
     return states
 
 
+def _have_codes(states):
+    "Whether any of these states is rounded in a way that there is a choice of."
+    return any(t.dtype in (torch.int8, torch.uint8) for state in states.values() for t in state.values())
+
+
 @torch.no_grad()
 def load_state(
     opt,  # a FlashOptimizer
     state_dict: Mapping,  # of this class, of torch.optim's or of the public package's; tensors are copied
 ):
-    """Loads states and groups, converting what is kept otherwise;
-    raises `StateError`, with nothing changed, where it does not fit."""
+    """Loads states and groups, converting what is kept otherwise; goes on with `opt.rounding`, and warns where this
+    package saved them under another. Raises `StateError`, with nothing changed, where it does not fit."""
     if isinstance(state_dict, Mapping): state_dict = dict(state_dict)  # the caller's stays, whatever a hook does
     for hook in opt._optimizer_load_state_dict_pre_hooks.values():
         if (other := hook(opt, state_dict)) is not None: state_dict = other
@@ -403,7 +408,7 @@ def load_state(
     opt._made_for = {p: p.dtype for p in states}
     for p in states: first_error_bits(p, None)  # what casting kept for a first state is not needed any more
     origin = _origin(groups[0], "group 0")
-    if origin.rounding not in (None, opt.rounding):
+    if origin.rounding not in (None, opt.rounding) and _have_codes(states):
         warnings.warn(f"the state dict was saved under rounding={origin.rounding!r}, and this optimizer goes on with "
                       f"{opt.rounding!r}: make it with rounding={origin.rounding!r} to go on as before")
     clip = origin.clip

@@ -185,7 +185,7 @@ def write_state(
     "Puts stepped states back into the form they are kept in."
     kept, moments = opt.state[p], opt._moments_of(group) if opt.quantize else {}
     for key, code in moments.items():
-        codes, scales = codec_of(code)[0](state[key], opt.companded, dithers[code == torch.uint8])
+        codes, scales = codec_of(code)[0](state[key], opt.companded, dithers[int(code == torch.uint8)])
         kept[f"{key}::quantized"].copy_(codes)
         kept[f"{key}::scales"].copy_(scales)
     for key in state.keys() - moments.keys():

@@ -55,8 +55,8 @@ class TrainConfig(Config):
     fused: bool = False  # the optimizer steps by torch's fused kernel, or by this package's Triton kernel
     weights: str = "fp32"  # a name of `WEIGHT_BYTES`: fp32; fp32_stream16 (with bf16 between the layers);
     # bf16 (no masters); split24 (bf16 and 8 error bits); split24_norms32 (the norms' in fp32)
-    states: str = "fp32"  # of `STATE_BYTES`: fp32; bf16; int8 (companded); int8_linear (not, for comparison);
-    # int8_dithered (companded, codes rounded with a dither)
+    states: str = "fp32"  # of `STATE_BYTES`: fp32; bf16; int8 (companded, codes rounded to the nearest,
+    # as published); int8_linear (not companded, for comparison); int8_dithered (as the optimizers' default rounds)
     release: bool = False  # gradients are used and freed inside the backward pass
     autocast: str = "bf16"  # over fp32 weights, matrix products in bf16 or fp16; "": in fp32
     checkpointing: str = "none"  # none, selective, full, or "least": the least of these that fits

@@ -113,9 +113,11 @@ _MUON = dict(rule="muon", rates=dict(
     lr=1e-4, momentum=0.95, weight_decay=0.1, betas=(0.9, 0.95), adjust_lr_fn="match_rms_adamw"))
 _SPLIT = dict(weights="split24", states="int8")
 _DITHERED = dict(weights="split24", states="int8_dithered")
-_flash_adamw = partial(OptimizerRow, path="flashoptim_nb.optim.FlashAdamW", **_ADAMW)
+# the published format; rows that say nothing of rounding have it, in every record
+_NEAREST = dict(rounding="nearest")
+_flash_adamw = partial(OptimizerRow, path="flashoptim_nb.optim.FlashAdamW", options=_NEAREST, **_ADAMW)
 _torch_adamw = partial(OptimizerRow, path="torch.optim.AdamW", dtype=torch.float32, **_ADAMW)
-_flash_lion = partial(OptimizerRow, path="flashoptim_nb.optim.FlashLion", **_LION)
+_flash_lion = partial(OptimizerRow, path="flashoptim_nb.optim.FlashLion", options=_NEAREST, **_LION)
 
 def _formats(optimizer, **changes): return dict(optimizer=optimizer) | changes  # of a row that bears another name
 
@@ -125,7 +127,7 @@ OPTIMIZERS = {row.name: row for row in (
                  baselines=("adamw", "adamw_stream16"), colour="#d55e00", help="split weights, 8-bit states"),
     _flash_adamw(name="flash_adamw_dithered", label="FlashAdamW (dithered)", options=dict(rounding="dithered"),
                  formats=_formats("flash_adamw", **_DITHERED), baselines=("adamw", "flash_adamw"), colour="#6a3d9a", help="the same, codes rounded with a dither"),
-    _flash_adamw(name="flash_adamw_dithered_norms32",
+    _flash_adamw(name="flash_adamw_dithered_norms32", options=dict(rounding="dithered"),
                  formats=_formats("flash_adamw", weights="split24_norms32", states="int8_dithered"),
                  baselines=("adamw", "flash_adamw_dithered"), colour="#9e9ac8", help="and norms' weights in fp32"),
     _flash_adamw(name="flash_adamw_linear", formats=_formats("flash_adamw", weights="split24", states="int8_linear"),
@@ -138,10 +140,11 @@ OPTIMIZERS = {row.name: row for row in (
                  baselines=("adamw", "flash_adamw"), colour="#3182bd", help="weights of normalizations in fp32"),
     _flash_adamw(name="flash_adamw_release", formats=_formats("flash_adamw", **_SPLIT, release=True),
                  baselines=("flash_adamw",), colour="#e69f00", help="gradients freed in the backward pass"),
-    _flash_adamw(
-        name="flash_adamw_masters32", label="FlashAdamW (32-bit masters)", options=dict(master_weight_bits=32)),
+    _flash_adamw(name="flash_adamw_masters32", label="FlashAdamW (32-bit masters)",
+                 options=_NEAREST | dict(master_weight_bits=32)),
     _flash_adamw(name="flash_adamw_fp16", label="FlashAdamW (fp16)", dtype=torch.float16),
-    OptimizerRow(name="flash_adam", path="flashoptim_nb.optim.FlashAdam", **_ADAM, label="FlashAdam"),
+    OptimizerRow(name="flash_adam", path="flashoptim_nb.optim.FlashAdam", **_ADAM, label="FlashAdam",
+                 options=_NEAREST),
     # AdamW by others
     _torch_adamw(name="adamw_for_loop", label="torch AdamW (for-loop)", options=dict(foreach=False)),
     _torch_adamw(name="adamw_foreach", label="torch AdamW (foreach)", options=dict(foreach=True),
@@ -157,7 +160,8 @@ OPTIMIZERS = {row.name: row for row in (
         name="bitsandbytes_adamw", path="bitsandbytes.optim.AdamW8bit", **_ADAMW, label="bitsandbytes AdamW8bit"),
     OptimizerRow(name="torchao_adamw", path="torchao.optim.AdamW8bit", **_ADAMW, label="torchao AdamW8bit"),
     # one moment
-    OptimizerRow(name="flash_sgd", path="flashoptim_nb.optim.FlashSGD", **_SGD, label="FlashSGD"),
+    OptimizerRow(name="flash_sgd", path="flashoptim_nb.optim.FlashSGD", **_SGD, label="FlashSGD",
+                 options=_NEAREST),
     OptimizerRow(name="sgd", path="torch.optim.SGD", **_SGD, label="torch SGD (fused)", options=dict(fused=True),
                  dtype=torch.float32),
     OptimizerRow(name="flashoptim_sgd", path="flashoptim.FlashSGD", **_SGD, label="flashoptim SGD"),
@@ -171,7 +175,7 @@ OPTIMIZERS = {row.name: row for row in (
                  label="torch Muon", dtype=torch.float32, options=dict(fused=True), formats={}, colour="#8c564b",
                  help="torch's, over fp32 weights, AdamW for what is no matrix"),
     OptimizerRow(name="flash_muon", path="flashoptim_nb.optim.FlashMuon", **_MUON, label="FlashMuon", formats=_SPLIT,
-                 baselines=("muon",), colour="#e377c2", help="split weights, 8-bit states"),
+                 options=_NEAREST, baselines=("muon",), colour="#e377c2", help="split weights, 8-bit states"),
     OptimizerRow(name="flashoptim_lion", path="flashoptim.FlashLion", **_LION, label="flashoptim Lion"),
     OptimizerRow(name="bitsandbytes_lion", path="bitsandbytes.optim.Lion8bit", **_LION, label="bitsandbytes Lion8bit"),
 )}

@@ -174,7 +174,8 @@ def test_replaced_states_and_weights_are_noticed():
     old = {k: t.clone() for k, t in opt.state[p].items()}
     for k, t in old.items(): opt.state[p][k] = t
     opt.step()
-    assert (opt.state[p]["exp_avg::quantized"] is old["exp_avg::quantized"]) and old["exp_avg::scales"][0] == 0.75
+    assert opt.state[p]["exp_avg::quantized"] is old["exp_avg::quantized"]
+    assert 0.75 <= old["exp_avg::scales"][0] <= 0.75 * (1 + 2.0**-9)  # a dithered code's scale is rounded up
     p.data = torch.full((64,), 2.0).bfloat16()
     opt.step()
     assert torch.equal(p.detach().float(), torch.full((64,), 1.875))

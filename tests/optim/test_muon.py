@@ -241,7 +241,8 @@ def test_fp32_weights_out_and_in():
     other = Net(seed=3); cast_model(other)
     new = FlashMuon(muon_groups(other), lr=1e-2)
     new.set_fp32_model_state_dict(other, fp32)
-    for name, t in new.get_fp32_model_state_dict(other).items(): assert (t - fp32[name]).abs().max() <= 2.0**-16 * t.abs().max()
+    for name, t in new.get_fp32_model_state_dict(other).items():  # half a code: a tie below 1 has its code beside 1
+        assert (t - fp32[name]).abs().max() <= 2.0**-8 / 254 * t.abs().max()
 
 
 RANK = """
@@ -383,5 +384,7 @@ def test_check_numerics_knows_the_size_of_a_step():
     "Rows are orthogonal, so a value moves by lr over the root of the longer side: 32 times less at 1024."
     p = torch.nn.Parameter(torch.randn(1024, 64).bfloat16())
     p.grad = torch.randn_like(p)
-    with pytest.raises(NumericsError, match="at least"): FlashMuon([p], lr=1e-4, check_numerics=True).step()
+    for rounding, lost in ("nearest", 1e-4), ("dithered", 1e-6):
+        with pytest.raises(NumericsError, match="at least"):
+            FlashMuon([p], lr=lost, rounding=rounding, check_numerics=True).step()
     FlashMuon([p], lr=2e-2, check_numerics=True).step()

@@ -247,9 +247,10 @@ def test_check_numerics():
     before = p.detach().clone()
     with pytest.raises(NumericsError, match="at least"):
         FlashAdamW([p], lr=1e-3, master_weight_bits=None, check_numerics=True).step()
-    with pytest.raises(NumericsError): FlashAdamW([p], lr=1e-6, check_numerics=True).step()
+    for rounding, lost in ("nearest", 1e-6), ("dithered", 1e-8):
+        with pytest.raises(NumericsError): FlashAdamW([p], lr=lost, rounding=rounding, check_numerics=True).step()
     assert torch.equal(p, before)
-    opt = FlashAdamW([p], lr=1e-6, check_numerics=True); p.data.mul_(1e-4); opt.recompute_param_stats(); opt.step()
+    opt = FlashAdamW([p], lr=1e-8, check_numerics=True); p.data.mul_(1e-4); opt.recompute_param_stats(); opt.step()
 
 
 @pytest.mark.parametrize("make", [

@@ -162,10 +162,27 @@ def test_a_resume_that_changes_the_rounding_says_so(before, after):
     fed(params, 0); old.step()
     with pytest.warns(UserWarning, match=f"rounding='{before}'"): new.load_state_dict(old.state_dict())
     assert new.rounding == after
-    public = old.public_state_dict()  # of a package that rounds as it does: nothing to say
+    public = old.public_state_dict()  # of a package that does not say how it rounds: nor does loading
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         new.load_state_dict(public)
+
+
+def test_where_no_code_is_rounded_nothing_is_said():
+    params = new_params(torch.float32)
+    old, new = (FlashAdamW(params, quantize=False, rounding=rounding) for rounding in ("nearest", "dithered"))
+    fed(params, 0); old.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        new.load_state_dict(old.state_dict())
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_dither_is_the_default(name):
+    a, b = new_params(), new_params()
+    oa, ob = MAKERS[name](a, lr=1e-2), MAKERS[name](b, lr=1e-2, rounding="dithered")
+    for params, opt in ((a, oa), (b, ob)): fed(params, 0); opt.step()
+    assert oa.rounding == "dithered" and all(torch.equal(x, y) for x, y in zip(bits(a, oa), bits(b, ob)))
 
 
 def test_unknown_roundings_are_refused_and_pickles_of_before_go_on():
@@ -177,7 +194,6 @@ def test_unknown_roundings_are_refused_and_pickles_of_before_go_on():
     old = FlashAdamW.__new__(FlashAdamW)
     old.__setstate__(state)
     assert old.rounding == "nearest"
-    opt.rounding = "dithered"
     assert opt.state_dict()["param_groups"][0]["state_format"].startswith("companded+dithered-24")
 
 

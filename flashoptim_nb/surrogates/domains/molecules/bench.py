@@ -44,7 +44,7 @@ def molecule_step(
     if choose("precision", precision, STEP_PRECISIONS) == "flash": cast_model(model, torch.bfloat16)
     model.to(device).train()
     mean, std, kind = domain.mean.to(device), domain.std.to(device), torch.device(device).type
-    if precision == "flash": optimizer = FlashAdamW(model.parameters(), lr=3e-4, max_norm=1.0)
+    if precision == "flash": optimizer = FlashAdamW(model.parameters(), lr=3e-4, max_norm=1.0, rounding="nearest")
     else: optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=kind == "cuda" or None)
 
     def learn(batch: Molecules):
