@@ -500,7 +500,8 @@ def check_least_step(
                 raise NumericsError(f"lr={float(group['lr']):.3g} cannot change weights of size {largest:.3g} in "
                                     f"{p.dtype} with master_weight_bits={opt.master_weight_bits}: at least "
                                     f"{float(group['lr']) * least / change:.3g} is needed; raise lr or "
-                                    "master_weight_bits, or set check_numerics=False")
+                                    f"master_weight_bits, {'take rounding=dithered, ' * (share == 1 / 2 and bits == 8)}"
+                                    "or set check_numerics=False")
 
 # %% ../../nbs/optim/08_base.ipynb #ba5e0011
 def check_scales(

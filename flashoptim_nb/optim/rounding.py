@@ -50,7 +50,8 @@ def dithers(
 ) -> torch.Tensor:  # fp32 (3, n) in [-1/2, 1/2]: of weights, first and second moments
     "What is added to codes before they are rounded to the nearest."
     rows = [row for place, n in spans for row in (place.rows(n) if isinstance(place, Place) else [(place, n)])]
-    return torch.cat([_dithers(int(t), first, n, device) for first, n in rows], 1)
+    parts = [_dithers(int(t), first, n, device) for first, n in rows]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _dithers(t, first, n, device):
@@ -59,9 +60,9 @@ def _dithers(t, first, n, device):
     turn = (run * SPREAD + t * GOLDEN) & 0xFFFFFFFF
     mixed = ((turn ^ turn >> 15) * MIX) & 0xFFFFFFFF
     numbers = (torch.stack([turn & 0x7FFFFF, mixed & 0x7FFFFF, mixed >> 9]) * 2.0**-23 - 0.5).float()
-    numbers = numbers.repeat_interleave(RUN, 1)
-    numbers[1, 1::2] *= -1
-    return numbers[:, first % RUN:first % RUN + n]
+    signs = numbers.new_ones(3, 1, RUN)
+    signs[1, :, 1::2] = -1
+    return (numbers[:, :, None] * signs).view(3, -1)[:, first % RUN:first % RUN + n]
 
 # %% ../../nbs/optim/22_rounding.ipynb #d17e0007
 @triton.jit
