@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIGNS', 'tone', 'chip', 'part_text', 'verdict_cell', 'judged', 'show_criteria', 'show_verdict', 'show_missing',
-           'part_frame', 'show_rules', 'decided_runs', 'verdict_banner', 'registration_note', 'measured_saving',
-           'best_evidence_of', 'runs_of', 'paced_by', 'verdict_text']
+           'part_frame', 'show_rules', 'decided_runs', 'verdict_banner', 'registration_note', 'show_changed_criteria',
+           'measured_saving', 'best_evidence_of', 'runs_of', 'paced_by', 'verdict_text']
 
 # %% ../../nbs/report/02_tables.ipynb #ed3755d0
 import re
@@ -23,7 +23,7 @@ from ..study.h1.quantities import REFERENCE_PPL
 from ..study.hypotheses import criterion_of, hypothesis_of
 from ..study.hypothesis import Criterion, Hypothesis
 from ..study.protocols import PROTOCOLS
-from ..study.registration import history, registration_status
+from ..study.registration import history, registered, registration_status
 from ..study.verdict import NOT_APPLICABLE, side_text, value_text, verdict
 from .render import Rendered, attributes, full_name, load_runs, provenance_note, sentence, table
 
@@ -299,6 +299,25 @@ def registration_note(
     before = "; ".join(told) + "." if brief else " ".join(told)
     earlier = f"\n\nVerdicts that were given before, from the same runs: {before}" if told else ""
     return sentence(f"{hypothesis.id}'s verdict is {words}.{earlier}", runs)
+
+# %% ../../nbs/report/02_tables.ipynb #7e61a011
+def show_changed_criteria(
+    hypothesis: Hypothesis = H1,
+) -> Rendered:
+    "The criteria that were changed since the first registration, as they were and as they are."
+    rows = registered(hypothesis.id.lower())
+    if not rows: return Rendered("<p>Nothing is registered.</p>", "Nothing is registered.")
+    def by_id(row): return {id: (kind, statement, text) for id, kind, statement, text in row["object"]["criteria"]}
+    def words(one, other):
+        if one is None: return "none"
+        kind, statement, text = one
+        same = other is not None and other[1] == statement
+        return f"{kind}: {statement}" + f" ({text.count('[')} quantities)" * same
+    first, now = by_id(rows[0]), by_id(rows[-1])
+    changed = [id for id in dict.fromkeys((*first, *now)) if first.get(id) != now.get(id)]
+    found = [dict(criterion=id, before=words(first.get(id), now.get(id)), now=words(now.get(id), first.get(id)))
+             for id in changed]
+    return table(found) if found else Rendered("<p>None was changed.</p>", "None was changed.")
 
 # %% ../../nbs/report/02_tables.ipynb #0038ad8e
 def measured_saving(

@@ -327,8 +327,10 @@ class H1Protocol(StudyProtocol):
         dollars = [f"${plan[column].sum():,.2f} at {column[1:]}'s rate" for column in plan if column[0] == "$"]
         if preset.priced and not dollars:
             dollars = [f"no rate known for {machine}; FLASHOPTIM_PLATFORMS names a file of yours with rates"]
+        if not plan.hours.sum():
+            return f"What a search or a measurement takes is not projected; the runs have few steps each.\n{order}"
         return (f"Projected on {machine} at {UTILIZATION:.0%} of its peak, training alone; GB is the peak that is "
-                f"predicted for each GPU at the matched micro-batch:\n{table}\n\n"
+                f"predicted for each GPU at the matched micro-batch; hours are GPU-hours:\n{table}\n\n"
                 f"In all: {', '.join([f'{_number(plan.hours.sum())} hours', *dollars])}"
                 + (f"\n{order}" if order else ""))
 

@@ -239,8 +239,9 @@ def _at_length(e: Evidence, estimate: Estimate, pairs: Sequence[tuple[dict, dict
     curves = [row["curves"].get(TRAINED_ON) or row["curves"].get(name) or {} for _, row in pairs]
     last = [loss for curve in curves if curve and is_number(loss := curve[max(curve)])]
     if e.scale == SCALES[0] or max(last, default=0) <= log(MOST_PPL) or estimate.value is None: return estimate
-    said = (f"no evidence at this length: {e.against} ended at a perplexity of {exp(min(max(last), _LARGEST)):,.0f}, "
-            f"and above {MOST_PPL:g} nothing is said of quality")
+    text = TRAINED_ON if any(TRAINED_ON in row["curves"] for _, row in pairs) else name
+    said = (f"no evidence at this length: {e.against} ended at a perplexity of {exp(min(max(last), _LARGEST)):,.0f} "
+            f"on {text}, and above {MOST_PPL:g} nothing is said of quality")
     return replace(estimate, short=True, note=joined(said, estimate.note), lacks=(Lack(said),))
 
 def convergence(e: Evidence, q: Q) -> Estimate:
@@ -542,7 +543,7 @@ def language_coverage(
     absent = [size for size in PROTOCOL_SIZES if size not in set(rows.role)]
     return (f"this rests on {len(rows)} training runs ({steps}; {rows.seed.nunique()} seeds) "
             f"on {_each(rows.device)} at {scale} scale"
-            + (f", whose models ended at a perplexity of about {', '.join(ends)}" if ends else "")
+            + (f", whose models ended at a perplexity of about {', '.join(ends)} on {HELD_OUT_SET}" if ends else "")
             + (f"; lost on the way: {', '.join(lost)}" if lost else "")
             + (f"; of the protocol's sizes, {', '.join(absent)} {'was' if len(absent) == 1 else 'were'} not run"
                if absent else ""))
