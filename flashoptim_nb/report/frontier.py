@@ -77,7 +77,8 @@ def _seen(run: Run) -> Iterator[dict]:
     if run.header.get("arm") == "frontier":  # each candidate is timed
         for row in (row for search in run.of("search") for row in search["tried"]):
             yield about | dict(micro=row["micro_batch"], checkpointing=row["checkpointing"],
-                               peak=None if row["oom"] else row["peak"], tokens_per_s=row.get("tokens_per_s"),
+                               peak=None if row["oom"] else row["peak"],
+                               tokens_per_s=None if row.get("given_up") else row.get("tokens_per_s"),
                                lost=row["oom"] and row["checkpointing"] == "full" and row["micro_batch"] == 1)
         return
     yield about | dict(checkpointing=None, micro=speed.get("micro_batch"), peak=max(peaks, default=None),

@@ -33,11 +33,12 @@ TENSOR_SET_NAMES = {"1.3B": "a GPT of 1.3 billion parameters in 196 tensors",
 def step_rows(
     work: str,  # a tensor set
     runs: Iterable[Run] | None = None,
-    card: str = "",  # part of a device's name; empty: the device of the newest benchmark
+    card: str = "",  # part of a device's name; empty: that of the newest benchmark, on a GPU if there is any
 ) -> pd.DataFrame:
     "The measured steps over one set of tensors on one device, a row for each optimizer, without and with clipping."
+    def age(run): return run.header.get("device_kind") == "cuda", run.header.get("started") or ""
     runs = [run for run in (load_runs(hypothesis="bench") if runs is None else runs) if run.of("optimizer")]
-    newest = max(runs, key=lambda run: run.header.get("started") or "", default=None)
+    runs, newest = sorted(runs, key=age), max(runs, key=age, default=None)
     rows = rows_of("optimizer", [run for run in runs if (card in run.header["device"] if card else
                                                          run.header["device"] == newest.header["device"])])
     if rows.empty: return rows

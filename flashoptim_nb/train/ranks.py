@@ -243,7 +243,9 @@ def _put(path: Path, content: bytes):
 
 def _pickled(error: BaseException) -> bytes:
     "An error as it can be raised elsewhere."
-    try: pickle.loads(told := pickle.dumps(error))
+    try:
+        if not isinstance(error, Exception): raise TypeError  # SystemExit would end whoever started the ranks
+        pickle.loads(told := pickle.dumps(error))
     except Exception: told = pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
     return told
 

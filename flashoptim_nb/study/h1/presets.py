@@ -126,7 +126,7 @@ def _timed(size, batch, micro, steps, configs, micros=None, **also):
 
 _GPU = LMPreset(
     name="gpu", purpose="steady-state throughput, memory and loss on one GPU or two", enforced=False, device="cuda",
-    seeds=(0, 1, 2), accelerator=H200, budgets=(24e9, 40e9, 80e9), plans={
+    seeds=(0, 1, 2), accelerator=H200, budgets=tuple(2.0**30 * n for n in (24, 40, 80)), plans={
         "124M": _quality(configs=(*MAIN, "flashoptim_release", "source_stack"), frontier=_FRONTIER),
         "124M-6e-4": _quality(lr=6e-4, seeds=3, configs=STRONG),
         "124M-llama2": _quality(style="llama2", seeds=1, configs=STRONG),

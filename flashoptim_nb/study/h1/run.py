@@ -113,11 +113,12 @@ def on_ranks(
 
 # %% ../../../nbs/study/h1/07_run.ipynb #6775cce5
 SEARCH_STEPS = 10  # timed, of each candidate
-HOPELESS = 0.9  # of the best so far: a candidate whose first three steps are slower is given up
+HOPELESS = 0.9  # of the first three steps' speed of the best so far: a candidate below it is given up
 
 def _try_micro(spec: LMSpec, device, kind: str, micro: int, timed: int = SEARCH_STEPS, best: float = 0.0) -> dict:
-    """Trains some of the recipe's steps at a micro-batch; tokens per second, whether it was given up, being far from
-    the best, and the peak where the caller cannot read it: on the CPU, and of several ranks."""
+    """Trains some of the recipe's steps at a micro-batch; tokens per second, those of the first three timed steps,
+    whether it was given up, these being far from the best candidate's, and the peak where the caller cannot read it:
+    on the CPU, and of several ranks."""
     tokens = spec.recipe.batch * spec.recipe.seq
     task = make_task(spec.replace(recipe=spec.recipe.replace(micro=micro)), device, None, checkpointing=kind)
     step, watch, counted = _stepper(task), Stopwatch(device), {}
@@ -126,9 +127,11 @@ def _try_micro(spec: LMSpec, device, kind: str, micro: int, timed: int = SEARCH_
     for _ in range(COLD_STEPS): step()
     for n in range(1, timed + 1):
         with watch: step()
-        if n == 3 and on_first(lambda: n * tokens / sum(watch.seconds()) < HOPELESS * best):
-            counted["given_up"] = True
-            break
+        if n == 3:  # like is compared with like: the first steps of any candidate can be slow
+            counted["early"] = n * tokens / sum(watch.seconds())
+            if on_first(lambda: counted["early"] < HOPELESS * best):
+                counted["given_up"] = True
+                break
     if spec.gpus > 1 and device.type == "cuda": counted["peak"] = _highest(torch.cuda.max_memory_allocated(device))
     return dict(tokens_per_s=throughput(watch.drain(), tokens)["tokens_per_s"]) | counted
 
@@ -199,9 +202,9 @@ def search(
     timed, most = rank == "fastest", memory_budget(device, preset.memory_bytes or None)
     tried = {(row["checkpointing"], row["micro_batch"]): row for row in known}
     def attempt(kind, micro, budget):
-        best = found["tokens_per_s"] if timed and (found := best_within(tried.values(), budget)) else 0.0
-        row = tried.get((kind, micro))
-        if row and not (row.get("given_up") and row["tokens_per_s"] >= HOPELESS * best): return row
+        found = best_within(tried.values(), budget) if timed else None
+        best, row = found.get("early", 0.0) if found else 0.0, tried.get((kind, micro))
+        if row and not (row.get("given_up") and row["early"] >= HOPELESS * best): return row
         _, (row,) = largest_micro_batch(
             lambda m: on_ranks(_try_micro, spec, device, kind, m, SEARCH_STEPS if timed else 1, best, **ranks), [micro],
             preset.memory_bytes or None, device=device)
