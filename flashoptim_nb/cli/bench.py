@@ -216,7 +216,8 @@ def bench_compat(
     "Compares the public package with this one, prints each row and records them; returns the run's folder."
     asked, where = parts(gpus), pick_device(device)
     if where.type != "cuda" and theirs == PUBLIC:
-        raise UserError(f"the public package steps on a GPU alone, and the device is {where}; leave `bench compat` out here")
+        raise UserError(f"the public package steps on a GPU alone, and the device is {where}; "
+                        "leave `bench compat` out here")
     run = "compatibility" if gpus == 1 else f"compatibility-x{gpus}"
     settings = dict(parts=asked, theirs=theirs)
     with _recorded(out, where, run, "compatibility", settings, settings, arm="compat") as writer:

@@ -37,10 +37,10 @@ def step_rows(
 ) -> pd.DataFrame:
     "The measured steps over one set of tensors on one device, a row for each optimizer, without and with clipping."
     def age(run): return run.header.get("device_kind") == "cuda", run.header.get("started") or ""
-    runs = [run for run in (load_runs(hypothesis="bench") if runs is None else runs) if run.of("optimizer")]
-    runs, newest = sorted(runs, key=age), max(runs, key=age, default=None)
-    rows = rows_of("optimizer", [run for run in runs if (card in run.header["device"] if card else
-                                                         run.header["device"] == newest.header["device"])])
+    runs = load_runs(hypothesis="bench") if runs is None else runs
+    runs = sorted((run for run in runs if run.of("optimizer")), key=age)
+    card = card or (runs[-1].header["device"] if runs else "")
+    rows = rows_of("optimizer", [run for run in runs if card in run.header["device"]])
     if rows.empty: return rows
     rows = rows[rows["work"] == work].copy()
     rows["wholly"] = rows["optimizer"] + rows["clip"].map({True: ", clipped", False: ""})
@@ -110,7 +110,8 @@ def goal_sentence(
         [run for run in runs if full_name(run) == f"{row['study']}/{row['run']}"])
 
 # %% ../../nbs/report/05_optimizers.ipynb #c0ffee11
-PEERS = ("FlashAdamW", "FlashAdamW (dithered)", "torch AdamW (fused)", "flashoptim AdamW", "bitsandbytes AdamW8bit", "torchao AdamW8bit")
+PEERS = ("FlashAdamW", "FlashAdamW (dithered)", "torch AdamW (fused)", "flashoptim AdamW", "bitsandbytes AdamW8bit",
+         "torchao AdamW8bit")
 
 def show_peers(
     work: str = "1.3B",

@@ -323,16 +323,17 @@ class H1Protocol(StudyProtocol):
         plan, machine = self.projection(preset), preset.accelerator.name
         order = "\n".join(_order_lines(self, preset, experiments))
         if plan.empty: return order
-        table = plan.to_string(index=False, formatters=dict.fromkeys(plan.select_dtypes("number").columns, _number))
-        dollars = [f"${plan[column].sum():,.2f} at {column[1:]}'s rate" for column in plan if column[0] == "$"]
+        priced, hours = [column for column in plan if column[0] == "$"], plan.hours.sum()
+        shown = plan if hours else plan.drop(columns=["runs", "tokens", "hours", *priced])
+        table = shown.to_string(index=False, formatters=dict.fromkeys(shown.select_dtypes("number").columns, _number))
+        dollars = [f"${plan[column].sum():,.2f} at {column[1:]}'s rate" for column in priced]
         if preset.priced and not dollars:
             dollars = [f"no rate known for {machine}; FLASHOPTIM_PLATFORMS names a file of yours with rates"]
-        if not plan.hours.sum():
-            return f"What a search or a measurement takes is not projected; the runs have few steps each.\n{order}"
+        total = (f"In all: {', '.join([f'{_number(hours)} hours', *dollars])}" if hours
+                 else "What a search or a measurement takes is not projected.")
         return (f"Projected on {machine} at {UTILIZATION:.0%} of its peak, training alone; GB is the peak that is "
                 f"predicted for each GPU at the matched micro-batch; hours are GPU-hours:\n{table}\n\n"
-                f"In all: {', '.join([f'{_number(plan.hours.sum())} hours', *dollars])}"
-                + (f"\n{order}" if order else ""))
+                + total + (f"\n{order}" if order else ""))
 
 H1_PROTOCOL = H1Protocol()
 
