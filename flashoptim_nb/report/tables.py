@@ -185,7 +185,7 @@ def _folded_lacks(kept: dict) -> list[tuple[str, tuple[str, ...]]]:
     places, runs = {}, {}
     for (place, names, why), ids in kept.items(): places.setdefault((names, why, tuple(ids)), []).append(place)
     for (names, why, ids), at in places.items():
-        runs.setdefault((", ".join(filter(None, at)), why, ids), {}).update(dict.fromkeys(names))
+        runs.setdefault(("; ".join(filter(None, at)), why, ids), {}).update(dict.fromkeys(names))
     def words(at, why, names):
         *first, last = sorted(names, key="the reference".__eq__) if names else ("",)
         return f"{at}: " * bool(at) + (why or f"runs of {', '.join(first)}{' and of ' * bool(first)}{last}")

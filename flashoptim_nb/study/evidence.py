@@ -281,7 +281,7 @@ class Evidence:
         why = "; ".join(told) or (
             lacks if self.pairs(config, at, experiment, against) else f"no two runs with the same {self._alike}")
         place = self.hypothesis.place_text.format(at=at, experiment=experiment)
-        return replace(missing(why, records, at, absent), note=f"{place}: {why}")
+        return missing(why, records, place, absent)
 
     @property
     def _alike(self) -> str:

@@ -48,8 +48,8 @@ def _part(leaf: Leaf, units: dict[str, str], conclusive: bool) -> dict:
                 interval=None if e.short or e.lo is None else [e.lo, e.hi], bound=e.bound, op=leaf.compare.op,
                 threshold=leaf.compare.right, unit=units[first.name], n=e.n, records=list(e.records), reason=e.note,
                 projected=e.projected)
-    missing = [dict(at=lack.at, configs=[*lack.configs], why=lack.why) for lack in _missing(part, e, conclusive)]
-    return part | dict(missing=missing)
+    lacks = [dict(at=lack.at, configs=[*lack.configs], why=lack.why) for lack in _missing(part, e, conclusive)]
+    return part | dict(missing=lacks)
 
 def _deciding(judged: Judged) -> int:
     "Index of the part whose value stands for the whole."

@@ -115,7 +115,7 @@ def test_what_is_missing_is_told_in_the_reason(tmp_path):
     told = {(e["id"], one["at"], *one["configs"]): (one["why"], part["reason"])
             for e in found for part in e["parts"] for one in part["missing"]}
     assert all(why in reason for why, reason in told.values() if not why.startswith("more pairs"))
-    assert ("H1-S1", "7B", "flashoptim_full", "baseline_strong") in told and ("H1-S6", "1B") in told
+    assert ("H1-S1", "7B, best micro-batch", "flashoptim_full", "baseline_strong") in told and ("H1-S6", "1B") in told
     whys = {one["why"].partition(":")[0] for part in by_id(found)["H1-S1"]["parts"] for one in part["missing"]}
     assert {"1 of 3 pairs came to nothing", "baseline_strong", "flashoptim_full"} <= whys
     assert not any(part["missing"] for e in found for part in e["parts"] if part["status"] in ("met", "not met"))

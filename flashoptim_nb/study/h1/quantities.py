@@ -236,10 +236,10 @@ def steps_to_equal_loss(e: Evidence, q: Q, config: str | None = None, against: s
 
 def _at_length(e: Evidence, estimate: Estimate, pairs: Sequence[tuple[dict, dict]], name: str) -> Estimate:
     "The estimate, marked as short where a reference ended above the perplexity up to which quality can be told."
-    curves = [row["curves"].get(TRAINED_ON) or row["curves"].get(name) or {} for _, row in pairs]
+    text = TRAINED_ON if any(row["curves"].get(TRAINED_ON) for _, row in pairs) else name
+    curves = [row["curves"].get(text) or {} for _, row in pairs]
     last = [loss for curve in curves if curve and is_number(loss := curve[max(curve)])]
     if e.scale == SCALES[0] or max(last, default=0) <= log(MOST_PPL) or estimate.value is None: return estimate
-    text = TRAINED_ON if any(TRAINED_ON in row["curves"] for _, row in pairs) else name
     said = (f"no evidence at this length: {e.against} ended at a perplexity of {exp(min(max(last), _LARGEST)):,.0f} "
             f"on {text}, and above {MOST_PPL:g} nothing is said of quality")
     return replace(estimate, short=True, note=joined(said, estimate.note), lacks=(Lack(said),))
