@@ -15,9 +15,10 @@ import shlex
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import asdict
-from itertools import count
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from queue import Empty
 from typing import NamedTuple
@@ -303,6 +304,12 @@ def renew_rank(device: torch.device) -> bool:
     return torch.cuda.memory_allocated(device) <= HELD
 
 # %% ../../nbs/study/13_runner.ipynb #6b1f9e07
+def _is_shared(study: Study, spec: RunSpec) -> bool:
+    "Whether it may go on beside others: what trains, and, where each worker has a GPU of its own, what is measured."
+    experiment = study.protocol.experiments[spec.experiment]
+    apart = experiment.seed_by_seed and study.protocol.worker_devices(study.device, study.workers)
+    return study.workers > 1 and (experiment.trains or bool(apart))
+
 def attempt_all(
     study: Study,
     specs: Iterable[RunSpec],
@@ -311,7 +318,7 @@ def attempt_all(
     Training runs go on in several processes where more than one worker is asked for."""
     specs = [spec for spec in specs if not study.is_done(spec)]
     if specs: study.journal.begin()
-    shared = [spec for spec in specs if study.workers > 1 and study.protocol.experiments[spec.experiment].trains]
+    shared = [spec for spec in specs if _is_shared(study, spec)]
     failed, before = run_parallel(study, shared) if len(shared) > 1 else 0, None
     for spec in [spec for spec in specs if len(shared) < 2 or spec not in shared]:
         if getattr(spec, "gpus", 1) == 1: end_ranks()  # which would hold memory of this process's GPU
@@ -321,58 +328,98 @@ def attempt_all(
     return failed
 
 # %% ../../nbs/study/13_runner.ipynb #06f93240
-def _work(made, device, known, tasks, done, stop):
-    "One worker: takes runs until there are none, it is told to stop, or its parent is gone."
+class _Relayed(Journal):
+    "A worker's journal: what it notes is written by the process that waits for it."
+    def __init__(self, study, send): super().__init__(study); self.send = send
+    def note(self, kind, **fields):
+        self.send((kind, fields))
+        self.rows.append(dict(kind=kind) | fields)
+
+def _prepare(study: Study, specs: list[RunSpec], done):
+    "Finds out what the runs need; what went wrong is told in words."
+    words = ""
+    try: study.protocol.prepare(study, specs)
+    except Interrupted: raise
+    except Exception as error: words = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    done.put(("prepared", words))
+
+def _attempt(study: Study, specs: list[RunSpec], done):
+    before = None
+    for spec in specs:
+        if study.protocol.compiles and (spec.workload, spec.config) != before: reset_compile_cache(study.device)
+        before = spec.workload, spec.config
+        try: done.put(("ended", (spec.id, attempt(study, spec), "")))
+        except UserError as error: done.put(("ended", (spec.id, 1, str(error))))
+
+def _work(made, device, tasks, done, stop):
+    "One worker: takes what there is to do until there is nothing, it is told to stop, or its parent is gone."
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)  # the parent says when
     torch.set_num_threads(1)
     parent, console = multiprocessing.parent_process(), Console(stderr=True, force_terminal=False)
     protocol, whole, options = made
     study = Study.again(protocol, whole, options | dict(device=device), console=console,
                         stopped=lambda: stop.is_set() or not parent.is_alive())
-    study.journal.rows, before = known, None
-    for run in iter(tasks.get, None):
-        spec = study.spec(*run)
-        if protocol.compiles and (spec.workload, spec.config) != before: reset_compile_cache(study.device)
-        before = spec.workload, spec.config
-        try: done.put((spec.id, attempt(study, spec), ""))
+    study.journal = _Relayed(study.folder, lambda row: done.put(("noted", row)))
+    for do, known, runs in iter(tasks.get, None):
+        study.journal.rows = known
+        try: do(study, [study.spec(*run) for run in runs], done)
         except Interrupted: break
-        except UserError as error: done.put((spec.id, 1, str(error)))
-    done.put(None)
+    done.put(("left", None))
 
-def _wait(study: Study, workers: list, done, stop) -> tuple[int, int]:
-    "Waits for the workers; how many runs failed, and how many were ended."
-    failed = ended = left = 0
+def _told(study: Study, workers: list, done, stop, needed: int) -> Iterator:
+    "What the workers tell until they have left, or fewer are alive than are needed; what they note is written."
+    left = 0
     while left < len(workers):
         if study.stopped(): stop.set()
-        try: found = done.get(timeout=0.5)
+        try: what, told = done.get(timeout=0.5)
         except Empty:
-            if not any(worker.is_alive() for worker in workers): break
+            if sum(worker.is_alive() for worker in workers) < needed: return
             continue
-        if found is None: left += 1; continue
-        id, bad, words = found
-        ended, failed = ended + 1, failed + bad
-        if words: study.say(f"  {id}: {words}")
-    return failed, ended
+        if what == "noted": study.journal.note(told[0], **told[1])
+        elif what == "left": left += 1
+        else: yield told
 
 # %% ../../nbs/study/13_runner.ipynb #befe7c8f
+def _parts(specs: list[RunSpec], key: Callable[[RunSpec], Hashable]) -> list[list[RunSpec]]:
+    "The runs that have the same key, the first first."
+    parts = defaultdict(list)
+    for spec in specs: parts[key(spec)].append(spec)
+    return [*parts.values()]
+
+def _together(study: Study, spec: RunSpec) -> Hashable:
+    "What a run shares with those that one worker makes one after another: two cards are never as fast as each other."
+    if not study.protocol.experiments[spec.experiment].seed_by_seed: return spec.id
+    return spec.workload, spec.experiment, spec.seed
+
 def run_parallel(
     study: Study,
     specs: list[RunSpec],
 ) -> int:
     "Attempts runs in worker processes; returns how many failed."
     end_ranks()
-    study.protocol.prepare(study, specs)
     context, n = multiprocessing.get_context("spawn"), min(study.workers, len(specs))
     with safe_path(): tasks, done, stop = context.Queue(), context.Queue(), context.Event()
-    for spec in specs: tasks.put((spec.workload, spec.experiment, spec.config, spec.seed))
-    for _ in range(n): tasks.put(None)
     devices = study.protocol.worker_devices(study.device, n) or [study.options["device"]] * n
-    known = study.journal.rows if study.protocol.in_stages else []
-    workers = [context.Process(target=_work, args=(study.made, device, known, tasks, done, stop), daemon=True)
+    workers = [context.Process(target=_work, args=(study.made, device, tasks, done, stop), daemon=True)
                for device in devices]
     with safe_path():
         for worker in workers: worker.start()
-    try: failed, ended = _wait(study, workers, done, stop)
+    def ask(do, parts):
+        known = study.journal.rows if study.protocol.in_stages else []
+        for part in parts: tasks.put((do, known, [(s.workload, s.experiment, s.config, s.seed) for s in part]))
+    failed = ended = 0
+    try:
+        if study.protocol.in_stages:
+            ask(_prepare, parts := _parts(specs, lambda spec: (spec.workload, spec.config)))
+            told = [*islice(_told(study, workers, done, stop, n), len(parts))]
+            study.check_stop()
+            if len(told) < len(parts): raise UserError("a worker process died while it searched; the same command goes on")
+            if words := "; ".join(filter(None, told)): raise UserError(words)
+        ask(_attempt, _parts(specs, partial(_together, study)))
+        for _ in workers: tasks.put(None)
+        for id, bad, words in _told(study, workers, done, stop, 1):
+            ended, failed = ended + 1, failed + bad
+            if words: study.say(f"  {id}: {words}")
     finally:
         stop.set()
         for worker in workers: worker.join(timeout=30)
