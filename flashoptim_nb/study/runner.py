@@ -304,6 +304,10 @@ def renew_rank(device: torch.device) -> bool:
     return torch.cuda.memory_allocated(device) <= HELD
 
 # %% ../../nbs/study/13_runner.ipynb #6b1f9e07
+def _make_current(device: torch.device):
+    "What names no GPU, a kernel's launch or a peak of memory, means this one."
+    if device.index is not None: torch.cuda.set_device(device)
+
 def _is_shared(study: Study, spec: RunSpec) -> bool:
     "Whether it may go on beside others: what trains, and, where each worker has a GPU of its own, what is measured."
     experiment = study.protocol.experiments[spec.experiment]
@@ -359,6 +363,7 @@ def _work(made, device, tasks, done, stop):
     protocol, whole, options = made
     study = Study.again(protocol, whole, options | dict(device=device), console=console,
                         stopped=lambda: stop.is_set() or not parent.is_alive())
+    _make_current(study.device)
     study.journal = _Relayed(study.folder, lambda row: done.put(("noted", row)))
     for do, known, runs in iter(tasks.get, None):
         study.journal.rows = known
@@ -542,6 +547,7 @@ def run_study(
     "Runs what is left of the protocol; returns 0, or 1 if a run failed or a decision ended or holds the study."
     journal, known = study.journal, study.protocol.hypothesis.checkpoints
     refuse_unregistered(study.protocol, study.whole)
+    _make_current(study.device)
     study.open_journal()  # only reads
     journal.waiting(confirm, known)
     with only_writer(study.folder), kept_ranks(renew_rank):
