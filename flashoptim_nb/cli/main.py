@@ -705,6 +705,11 @@ def _fit_names() -> str:
         (_listed("ways of training", FIT_HELP), _listed("GPUs", memory),
          _listed("architectures of a config.json", {name: family for name, (family, _) in FAMILIES.items()})))
 
+def _gpu_count(text: str) -> int:
+    "How many GPUs; says where a name belongs."
+    try: return int(text)
+    except ValueError: raise argparse.ArgumentTypeError(f"{text!r} is no number of GPUs; which GPU goes with --gpu") from None
+
 def _fit_parser(command):
     fit = command(
         "fit", _fit, help="will it fit: memory by class, and the largest micro-batch",
@@ -728,7 +733,7 @@ def _fit_parser(command):
     fit.add_argument(
         "--gpu", default="H100", metavar="NAME", help="a GPU of the table below, or a size: 24GB (default: H100)")
     fit.add_argument(
-        "--gpus", type=int, default=1, metavar="N", help="how many; FSDP2 divides the model over them (default: 1)")
+        "--gpus", type=_gpu_count, default=1, metavar="N", help="how many; FSDP2 divides the model over them (default: 1)")
     fit.add_argument("--seq", type=int, metavar="T",
                      help="tokens in a sequence (default: 2048, or as many as the model has positions); "
                           "not with --build")
@@ -741,7 +746,7 @@ def _fit_parser(command):
         help="fused_linear, never the whole logits; or plain (default: plain for a config.json, else fused_linear); "
              "not with --build")
     fit.add_argument("--style", metavar="NAME", help="with --params: gpt2 or llama2 (default: gpt2)")
-    fit.add_argument("--json", action="store_true", help="an object: model, gpu, seq, loss, micro, most, rows; bytes")
+    fit.add_argument("--json", action="store_true", help="an object: model, gpu, seq, loss, micro, most, rows, instead; bytes")
 
 def _quality_names() -> str:
     from flashoptim_nb.cli.quality import QUALITY_PLANS, SCHEDULES

@@ -455,6 +455,34 @@ def _standing(model: Counted, name: str, gpus: int, budget: float) -> dict:
     return dict(config=name, checkpointing=None, micro=None, fits=peak <= budget, peak=peak,
                 classes=classes | dict(host=away), left=budget - peak)
 
+def _trained(model: Model, name: str, budget: float, seq: int, loss: str, micro: int | None, **how) -> dict:
+    "What a way of training takes, by the largest micro-batch that fits or the one that is asked for."
+    best = largest_that_fits(model, name, budget, seq, loss, **how)
+    classes = _peak(model, name, loss, micro or max(1, best), seq, **how)
+    return dict(config=name, checkpointing=how["checkpointing"], micro=best, fits=best >= (micro or 1),
+                shown=micro or max(1, best), peak=classes.pop("peak"), classes=classes)
+
+_MORE_GPUS = [2**n for n in range(1, 11)]
+
+def _cost(row: dict) -> tuple:
+    "What a row gives up, the worst first: bits of the weights, time on the link to the host, time for recomputing."
+    config = FIT_CONFIGS[ON_HOST.get(row["config"], row["config"])]
+    return config.weights == "bf16", row["config"] in ON_HOST, ["none", "selective", "full"].index(row["checkpointing"] or "none")
+
+def _found(rows_of, configs: list[str], gpus: int, micro: int | None) -> dict:
+    "The rows; where none fits, what would instead: fewer sequences, another way of training, more GPUs."
+    rows = rows_of(configs, gpus)
+    if any(row["fits"] for row in rows): return dict(rows=rows, instead=[])
+    def offer(row, n, micro=micro):
+        return dict(config=row["config"], checkpointing=row["checkpointing"], micro=micro or row["micro"], gpus=n)
+    def cheapest(names, n):
+        return [offer(min(fitting, key=_cost), n)] if (fitting := [row for row in rows_of(names, n) if row["fits"]]) else []
+    fewer = max(rows, key=lambda row: row["micro"] or 0)
+    return dict(rows=rows, instead=[
+        *([offer(fewer, gpus, fewer["micro"])] if fewer["micro"] else []),
+        *cheapest([name for name in FIT_HELP if name not in configs], gpus),
+        *next(filter(None, (cheapest(configs, n) for n in _MORE_GPUS if n > gpus)), [])])
+
 def what_fits(
     model: Model | Counted,  # see `find_model`
     gpu: str = "H100",  # a name of `GPUS`, or 80GB
@@ -464,7 +492,8 @@ def what_fits(
     configs: Iterable[str] = tuple(FIT_HELP),
     loss: str | None = None,  # fused_linear or plain; None: fused_linear for this package's GPT, plain for transformers
     micro: int | None = None,  # of which the bytes are shown; None: of the largest that fits
-    # model, gpu, seq, loss, micro (asked for), most (tried), and rows: config, checkpointing, micro, fits, peak, classes
+    # model, gpu, seq, loss, micro (asked for), most (tried), rows: config, checkpointing, micro, fits, peak, classes,
+    # and instead: where no row fits, what would, as config, checkpointing, micro and gpus
 ) -> dict:
     "What fits: a row for each way of training and kind of checkpointing."
     if isinstance(model, Counted):
@@ -479,22 +508,19 @@ def what_fits(
     for one in configs: choose("configuration", one, FIT_HELP)
     about = dict(gpu=dict(name=name, count=gpus, bytes=total, usable=budget), micro=micro, most=LARGEST_MICRO)
     if isinstance(model, Counted):
-        return (dict(model=dict(name=model.name, parameters=model.total, trained=model.trained)) | about
-                | dict(rows=[_standing(model, one, gpus, budget) for one in configs]))
+        said = dict(name=model.name, parameters=model.total, trained=model.trained)
+        return dict(model=said) | about | _found(
+            lambda names, n: [_standing(model, one, n, budget) for one in names], configs, gpus, micro)
     if loss is None: loss = "fused_linear" if isinstance(model, GPTConfig) else "plain"
     choose("loss", loss, [*LOSSES])
     if seq > model.max_seq:
         raise UserError(f"a sequence of {seq:,} tokens was asked for, and the model has {model.max_seq:,} positions")
-    kinds, rows = [kind for kind in CHECKPOINTING if kind != "selective" or isinstance(model, GPTConfig)], []
-    for one in configs:
-        for kind in kinds:
-            best = largest_that_fits(model, one, budget, seq, loss, checkpointing=kind, gpus=gpus)
-            classes = _peak(model, one, loss, micro or max(1, best), seq, checkpointing=kind, gpus=gpus)
-            rows.append(dict(config=one, checkpointing=kind, micro=best, fits=best >= (micro or 1),
-                             shown=micro or max(1, best), peak=classes.pop("peak"), classes=classes))
+    kinds = [kind for kind in CHECKPOINTING if kind != "selective" or isinstance(model, GPTConfig)]
+    def rows_of(names, n):
+        return [_trained(model, one, budget, seq, loss, micro, checkpointing=kind, gpus=n) for one in names for kind in kinds]
     said = dict(parameters=_count(model)["total"], layers=model.n_layer, width=model.d_model,
                 name=model.family if isinstance(model, Architecture) else model.style)
-    return dict(model=said) | about | dict(seq=seq, loss=loss, rows=rows)
+    return dict(model=said) | about | dict(seq=seq, loss=loss) | _found(rows_of, configs, gpus, micro)
 
 # %% ../../nbs/lm/09_fit.ipynb #5a328424
 _LOSS_WORDS = {"fused_linear": "the logits in pieces, this package's way and the default of its GPTs",
@@ -506,19 +532,23 @@ def _row_words(row: dict) -> str:
         row["checkpointing"], f" with {row['checkpointing']} checkpointing")
     return row["config"] + kind
 
-def _cost(row: dict) -> tuple:
-    "What a row gives up, the worst first: bits of the weights, time on the link to the host, time for recomputing."
-    config = FIT_CONFIGS[ON_HOST.get(row["config"], row["config"])]
-    return config.weights == "bf16", row["config"] in ON_HOST, ["none", "selective", "full"].index(row["checkpointing"] or "none")
+def _refusal(found: dict) -> str:
+    "What of all that was asked for does not fit, by which ways and on what; and what would."
+    g, least = found["gpu"], min(found["rows"], key=lambda row: row["peak"])
+    names = [*dict.fromkeys(row["config"] for row in found["rows"])]
+    what = "what stands" if "seq" not in found else f"a micro-batch of {found['micro']}" if found["micro"] else "one sequence"
+    ways = "any way of training" if len(names) == len(FIT_HELP) else " or ".join(names)
+    said = (f"Does not fit: {what} by {ways} on {g['count']} x {g['name']}; the least peak is {least['peak'] / 2**30:.1f} "
+            f"GiB of {g['usable'] / 2**30:.1f}, by {_row_words(least)}.")
+    offers = [f"micro-batch {one['micro']} by " * bool(one["micro"]) + _row_words(one)
+              + f" over {one['gpus']:,} GPUs" * (one["gpus"] != g["count"]) for one in found["instead"]]
+    return said + (f" Would fit: {'; or '.join(offers)}." if offers else
+                   f" Nothing here would: no other way of training, nor up to {_MORE_GPUS[-1]:,} GPUs.")
 
 def _answer(found: dict) -> str:
-    "The answer in a line: the largest micro-batch, and the way of training that gives up least."
-    rows, usable = found["rows"], found["gpu"]["usable"]
-    fitting = [row for row in rows if row["fits"]]
-    if not fitting:
-        least = min(rows, key=lambda row: row["peak"])
-        return (f"Nothing fits: the least peak is {least['peak'] / 2**30:.1f} GiB of {usable / 2**30:.1f}, "
-                f"by {_row_words(least)}.")
+    "The answer in a line: the largest micro-batch, and the way of training that gives up least; or what does not fit."
+    fitting = [row for row in found["rows"] if row["fits"]]
+    if not fitting: return _refusal(found)
     cheap = min(fitting, key=_cost)
     cheapest = f"heapest that fits, in bits, moves and work given up: {_row_words(cheap)}"
     if "seq" not in found: return f"C{cheapest}. Activations come on top."

@@ -68,9 +68,28 @@ def test_a_config_that_cannot_be_read_is_refused(capsys, tmp_path, config, said)
 @pytest.mark.parametrize("words, first", [
     ("7B", "Largest micro-batch: 63, by flash_adamw_on_host with full checkpointing; cheapest that fits, in bits, moves and work "
            "given up: flash_adamw without checkpointing, micro-batch 4."),
-    ("70B", "Nothing fits: the least peak is")])
+    ("70B", "Does not fit: one sequence by any way of training on 1 x H100; the least peak is")])
 def test_the_answer_stands_in_the_first_line(capsys, words, first):
     assert answer(capsys, "--params", words)[1].startswith(first)
+
+
+@pytest.mark.parametrize("words, what, would", [
+    ("7B --micro 64", "a micro-batch of 64 by any way of training on 1 x H100", "micro-batch 63 by flash_adamw_on_host with full "
+     "checkpointing; or micro-batch 64 by flash_adamw_on_host with full checkpointing over 2 GPUs"),
+    ("3B --gpu 24GB --configs adamw", "one sequence by adamw on 1 x 24 GB",
+     "micro-batch 1 by flash_adamw without checkpointing; or micro-batch 2 by adamw without checkpointing over 4 GPUs"),
+    ("7B --seq 9999999 --gpus 2", "one sequence by any way of training on 2 x H100", None)])
+def test_what_does_not_fit_is_said_and_what_would(capsys, words, what, would):
+    first = answer(capsys, "--params", *words.split())[1].splitlines()[0]
+    assert first.startswith(f"Does not fit: {what}; the least peak is ")
+    assert first.endswith(f" Would fit: {would}." if would else " Nothing here would: no other way of training, nor up to 1,024 GPUs.")
+    instead = json.loads(answer(capsys, "--params", *words.split(), "--json")[1])["instead"]
+    assert len(instead) == (len(would.split("; or ")) if would else 0)
+
+
+def test_a_name_in_the_place_of_a_number_of_gpus(capsys):
+    with pytest.raises(SystemExit): main("fit --params 7B --gpus H100".split())
+    assert "'H100' is no number of GPUs; which GPU goes with --gpu" in capsys.readouterr().err
 
 
 def test_the_table_says_what_the_host_holds_and_why_release_may_change_nothing(capsys):
