@@ -71,6 +71,18 @@ def _check_surroundings(args):
             raise UserError(f"FLASHOPTIM_CACHE: {error}".replace("with --out", "in FLASHOPTIM_CACHE")) from None
     if hasattr(args, "out"): check_place(args.out or work_root() / ("_book" if args.command == "book" else "runs"))
 
+def _tell_rates(given: list[str], priced: list[str], why: str):
+    "Says which rates of GPUs are not used where these are priced, and why; of a name that nobody has the nearest."
+    from difflib import get_close_matches
+    from flashoptim_nb.measure.cost import SHORT, known_platforms, own_rate
+    known = {*SHORT, *(one.gpu for key, one in known_platforms().items() if key != f"your {one.gpu}")}
+    names = {name.casefold(): name for name in known}
+    for text, gpu in ((text, own_rate(text).gpu) for text in given):
+        if gpu in priced: continue
+        near = [] if gpu in known else get_close_matches(gpu.casefold(), names, n=1)
+        hint = f" (did you mean {names[near[0]]}?)" if near else ""
+        print(visible(f"--rate {text} is not used{hint}: {why}"), file=sys.stderr)
+
 class _Stop:
     "Remembers that a signal asked the study to stop."
     def __init__(self):
@@ -88,9 +100,10 @@ def _run(args) -> int:
     if launched()[0]: return 0  # the first of those that were launched starts the ranks of each run
     from flashoptim_nb.base.machine import work_root
     from flashoptim_nb.study.hypotheses import hypothesis_of
-    from flashoptim_nb.study.presets import select_runs
+    from flashoptim_nb.study.presets import rates, select_runs
     from flashoptim_nb.study.protocols import PROTOCOLS
     from flashoptim_nb.study.runner import Study, check_request, device_for, dry_run
+    if args.json and not args.dry_run: raise UserError("--json is the plan of a dry run; give --dry-run with it")
     for id in args.confirm: hypothesis_of(args.hypothesis).checkpoint(id)
     _refuse_others(args)
     protocol = PROTOCOLS[args.hypothesis]
@@ -102,7 +115,14 @@ def _run(args) -> int:
         raise UserError(f"--timeout is {args.timeout:g}; more than 0 seconds are needed")
     if args.device is not None: device_for(preset, args.device)
     chosen = dict(workloads=args.sizes or args.domains, configs=args.configs, seeds=args.seeds)
-    if args.dry_run: return dry_run(protocol, select_runs(preset, **chosen, what=protocol.workload), args.arms)
+    if args.dry_run:
+        asked = select_runs(preset, **chosen, what=protocol.workload)
+        said, gpu = dry_run(protocol, asked, args.arms), asked.accelerator.name
+        print(dry_run(protocol, asked, args.arms, as_json=True) if args.json else said)
+        if "'s rate" in said: _tell_rates(args.rate, [gpu], f"the plan is for {gpu}, at the rates of {', '.join(rates(asked))}")
+        else: _tell_rates(args.rate, [], f"the plan for {gpu} shows no dollars")
+        return 0
+    _tell_rates(args.rate, [], "a run records seconds; dollars come with --dry-run and `flashoptim-nb book --rate`")
     study = Study(
         protocol, preset, args.out or work_root() / "runs", experiments=args.arms,
         device=preset.device if args.device is None else args.device,
@@ -238,6 +258,10 @@ def _book(args) -> int:
     elif args.port is not None: raise UserError("--port is where --serve serves the book; give both, or neither")
     studies = _studies(args.records)
     _tell_unfinished(studies)
+    if args.rate:
+        from flashoptim_nb.report.render import load_runs
+        measured = sorted({run.header["device"] for run in load_runs(studies, None) if run.header["device_kind"] == "cuda"})
+        _tell_rates(args.rate, measured, f"the records are of {', '.join(measured) or 'no GPU'}")
     # children are ended, and what is half made is removed
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try: out = build_book(args.out or repo_root() / "_book", studies if args.records else None)
@@ -560,9 +584,11 @@ def _run_parser(command):
     _rates(run)
     run.add_argument("--confirm", nargs="+", default=[], metavar="CHECKPOINT",
                      help="let a study go on that this checkpoint paused, having looked into its reason")
+    run.add_argument("--dry-run", action="store_true",
+                     help="print what it would run (h1: with projected time and cost); run nothing")
     run.add_argument(
-        "--dry-run", action="store_true",
-        help="print the preset's configuration and what it would run (h1: with projected time and cost); run nothing")
+        "--json", action="store_true",
+        help="with --dry-run, an object: preset, the whole configuration; plan, a row for each line of the table")
 
 # %% ../../nbs/cli/02_main.ipynb #5c6d2f92
 _RECORDS = dict(nargs="+", default=[], type=_folder, metavar="FOLDER",

@@ -574,9 +574,10 @@ def dry_run(
     protocol: StudyProtocol,
     preset: Preset,  # perhaps with only some of its runs
     experiments: Iterable[str] | None = None,  # only these
-) -> int:
-    "Prints a preset and what its runs would take; returns the exit status 0."
-    text = protocol.plan_text(preset, experiments)
-    print(json.dumps(preset.to_dict(), indent=1))
-    print(f"\n{text}")
-    return 0
+    *,
+    as_json: bool = False,  # an object of preset, the whole configuration, and plan, the table's rows
+) -> str:
+    "What a preset's runs would take, for people or for programs."
+    if not as_json: return protocol.plan_text(preset, experiments)
+    plan = protocol.projection(preset, experiments).to_dict("records")
+    return json.dumps(dict(preset=preset.to_dict(), plan=plan), indent=1, allow_nan=False)

@@ -212,7 +212,14 @@ def test_a_gpu_that_is_not_there(tmp_path):
 
 def test_the_dry_run_prints_what_it_would_take(tmp_path, capsys):
     status, out, _ = ran(capsys, "run", "h1", "--scale", "full", "--dry-run", "--out", tmp_path)
-    assert status == 0 and "In all:" in out and json.loads(out[: out.index("\nProjected")])["name"] == "full"
+    assert status == 0 and out.startswith("Projected on ") and "In all:" in out
+    for hypothesis, column in dict(h1="size", h2="domain").items():
+        status, out, _ = ran(capsys, "run", hypothesis, "--scale", "full", "--dry-run", "--json", "--out", tmp_path)
+        found = json.loads(out)
+        assert status == 0 and found["preset"]["name"] == "full"
+        assert {row[column] for row in found["plan"]} == set(found["preset"]["parts"])
+    status, said = answered(capsys, "run", "h1", "--preset", "laptop", "--json", "--out", tmp_path)
+    assert status == 2 and "give --dry-run with it" in said
     assert not list(tmp_path.iterdir())
 
 
@@ -289,3 +296,22 @@ def test_a_rate_of_ones_own(place, capsys, monkeypatch):
     assert status == 0 and "your NVIDIA A100-SXM4-40GB's rate" in shown, shown
     status, said = answered(capsys, *"run h1 --scale laptop --dry-run --rate H100".split())
     assert status == 2 and "not NAME=DOLLARS" in said
+
+
+@pytest.mark.parametrize("words, rate, told", [
+    ("run h1 --preset gpu", "A100=2", "--rate A100=2 is not used: the plan is for NVIDIA H200, at the rates of aws-p5en, runpod-h200"),
+    ("run h1 --preset gpu", "H20=2", "--rate H20=2 is not used (did you mean H200?): the plan is for NVIDIA H200"),
+    ("run h1 --preset gpu", "H200=2", ""), ("run h1 --preset laptop", "H200=2", "for two CPU cores shows no dollars"),
+    ("run h2 --preset gpu", "H200=2", "the plan for NVIDIA H200 shows no dollars"), ("run h2 --preset full", "nvidia a100-sxm4-40gb=2", "did you mean NVIDIA A100-SXM4-40GB?")])
+def test_a_rate_that_is_not_used_is_told_of(place, capsys, monkeypatch, words, rate, told):
+    monkeypatch.setenv("FLASHOPTIM_RATES", "")
+    status, _, said = ran(capsys, *words.split(), "--dry-run", "--rate", rate)
+    assert status == 0 and (told in said if told else not said)
+
+
+def test_a_run_uses_no_rate(place, capsys, monkeypatch):
+    monkeypatch.setenv("FLASHOPTIM_RATES", "")
+    from flashoptim_nb.study.runner import Study
+    monkeypatch.setattr(Study, "run", lambda study, confirm: 0)
+    status, _, said = ran(capsys, *"run h1 --preset laptop --rate H200=2".split())
+    assert status == 0 and "--rate H200=2 is not used: a run records seconds" in said
