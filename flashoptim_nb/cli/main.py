@@ -16,7 +16,9 @@ import json
 import math
 import signal
 import sys
+import threading
 from collections import defaultdict
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -197,13 +199,13 @@ def _tell_hidden(studies: list[Path]):
 
 def _tell_unfinished(studies: list[Path]):
     "Says which runs are left out because they did not end."
-    from flashoptim_nb.base.records import read_study
-    for study in studies:
-        runs = [run.id for run in read_study(study) if run.status == "unfinished"]
-        if runs:
-            print(visible(f"{study}: {len(runs)} of its runs did not end and are left out "
-                          f"({', '.join(runs[:3])}{', ...' * (len(runs) > 3)}); "
-                          "`flashoptim-nb check` says how to finish them"), file=sys.stderr)
+    from flashoptim_nb.report.render import load_runs
+    left = defaultdict(list)
+    for run in load_runs(studies, None, unfinished=True): left[run.folder.parent].append(run.id)
+    for study, runs in left.items():
+        print(visible(f"{study}: {len(runs)} of its runs did not end and are left out "
+                      f"({', '.join(runs[:3])}{', ...' * (len(runs) > 3)}); "
+                      "`flashoptim-nb check` says how to finish them"), file=sys.stderr)
 
 def _as_registered(runs: list, hypothesis: str, hash: str, studies: list[Path]) -> list[dict]:
     "The verdict by the code that the runs were registered with; where it cannot be had, none, and why is said."
@@ -223,7 +225,31 @@ def _checkpoints(runs: list, hypothesis: str) -> list[dict]:
     supplied = dict(projected_cost=float(plan_protocol().dollars.sum())) if hypothesis == "h1" else {}
     return checkpoint_verdicts(runs, HYPOTHESES[hypothesis], supplied)
 
+_PATIENCE = 1.0  # seconds before a bar is shown: loading the modules took some already
+
+@contextmanager
+def _bar(what: str, total: int | None = None, quiet: bool = False):
+    "A bar on the terminal where something takes long; yields what counts one further. A pipe or a log has none."
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    console = Console(stderr=True)
+    hidden = quiet or not (console.is_terminal and sys.stdout.isatty())
+    bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(),
+                   console=console, transient=True, disable=hidden)
+    task, start = bar.add_task(what, total=total), threading.Timer(_PATIENCE, bar.start)
+    start.start()
+    try: yield lambda: bar.advance(task)
+    finally:
+        start.cancel(), start.join()
+        bar.stop()
+
 def _verdict(args) -> int:
+    with _bar("reading and judging the records", quiet=args.json): said = _judged(args)
+    print(visible(said, keep="\n"))
+    return 0
+
+def _judged(args) -> str:
+    "The verdict, for people or for programs."
     from flashoptim_nb.study.hypotheses import HYPOTHESES
     from flashoptim_nb.study.protocols import PROTOCOLS
     from flashoptim_nb.study.registration import registration_status
@@ -247,8 +273,7 @@ def _verdict(args) -> int:
         before = _as_registered(runs, args.hypothesis, stands["hash"], studies)
         listed = [*before, *listed]
         said = ["As registered:", verdict_text(before, args.statements), *said] if before else said
-    print(visible(json.dumps(listed, indent=1, allow_nan=False) if args.json else "\n\n".join(said), keep="\n"))
-    return 0
+    return json.dumps(listed, indent=1, allow_nan=False) if args.json else "\n\n".join(said)
 
 def _book(args) -> int:
     from flashoptim_nb.base.machine import repo_root
@@ -394,36 +419,38 @@ def _without_journal(study: Path, runs: list) -> list[str]:
             "the study's decisions stand; restore the folder protocol from a copy, or give the study's command again: "
             f"{judged[0].header.get('command')}"]
 
-def _check(args) -> int:
-    from flashoptim_nb.base.records import ROWS, complete, examine, read_study
+def _checked(study: Path, looked: list[tuple], runs_of, key: Path | None) -> tuple[list[str], list[str]]:
+    "What is wrong with a study whose records were looked at, and what else there is to say of it."
+    from flashoptim_nb.base.records import complete
     from flashoptim_nb.study.content import content_problems
     from flashoptim_nb.study.manifest import manifest_problems, own_plan
     from flashoptim_nb.study.protocols import PROTOCOLS
     from flashoptim_nb.study.registration import registration_problems
     from flashoptim_nb.study.signature import sign, signature_problems
-    found, n = [], 0
-    runs_of = lru_cache(maxsize=None)(read_study)
-    for study in _studies(args.folders):
-        looked = [examine(path.parent) for path in sorted(study.glob(f"*/{ROWS}"))]
-        bad = ([line for _, lines in looked for line in lines]
-               + _without_journal(study, [run for run, _ in looked if run])
-               + content_problems([run for run, lines in looked if run and not lines])
-               + registration_problems([run for run, _ in looked if run], PROTOCOLS)
-               + manifest_problems(study, [run for run, _ in looked if run], PROTOCOLS))
-        n += len(looked)
-        if own := own_plan(study): print(visible(own))
-        try:
-            for run, _ in looked:
-                if run: complete(run)
-            if all(run for run, _ in looked):
-                bad += _replayed(
-                    study, lambda folder: [run for run, _ in looked] if folder == study else runs_of(folder))
-        except UserError as error:
-            if not bad: bad = [f"{study}: its decisions cannot be taken again: {error}"]
-        if args.sign and not bad: sign(study, args.sign)
-        wrong, said = signature_problems(study)
-        if said: print(visible(said))
-        found += bad + wrong * (not args.sign)
+    runs = [run for run, _ in looked if run]
+    bad = ([line for _, lines in looked for line in lines] + _without_journal(study, runs)
+           + content_problems([run for run, lines in looked if run and not lines])
+           + registration_problems(runs, PROTOCOLS) + manifest_problems(study, runs, PROTOCOLS))
+    try:
+        for run in runs: complete(run)
+        if len(runs) == len(looked): bad += _replayed(study, lambda folder: runs if folder == study else runs_of(folder))
+    except UserError as error:
+        if not bad: bad = [f"{study}: its decisions cannot be taken again: {error}"]
+    if key and not bad: sign(study, key)
+    wrong, said = signature_problems(study)
+    return bad + wrong * (not key), [line for line in (own_plan(study), said) if line]
+
+def _check(args) -> int:
+    from flashoptim_nb.base.records import ROWS, examine, read_study
+    found, told, runs_of = [], [], lru_cache(maxsize=None)(read_study)
+    records = {study: sorted(study.glob(f"*/{ROWS}")) for study in _studies(args.folders)}
+    n = sum(map(len, records.values()))
+    with _bar("checking the records", n, quiet=bool(args.sign)) as counted:  # ssh-keygen asks for a passphrase
+        for study, paths in records.items():
+            looked = [(examine(path.parent), counted())[0] for path in paths]
+            wrong, said = _checked(study, looked, runs_of, args.sign)
+            found, told = found + wrong, told + said
+    for line in told: print(visible(line))
     for line in found: print(visible(line), file=sys.stderr)
     print(f"{n} records, {len(found)} problems" + ("" if found else "; every decision replays from its records"))
     return 1 if found else 0

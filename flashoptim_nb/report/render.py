@@ -138,6 +138,8 @@ def _read(studies: tuple[Path, ...], stamp: tuple) -> tuple[Run, ...]:
 def load_runs(
     folders: Iterable[str | Path] | None = None,  # as `study_folders` takes them; by default `record_folders()`
     hypothesis: str | None = "h1",  # whose runs; None for all
+    *,
+    unfinished: bool = False,  # those that did not end in place of those that did
 ) -> list[Run]:
     "Every run of a hypothesis that ended, from all studies; raises `RecordError` for a damaged record."
     studies = tuple(study_folders(folders).values())
@@ -147,7 +149,8 @@ def load_runs(
         if lacks := [key for key in IDENTITY if not run.header.get(key)]:
             raise RecordError(f"{run.folder}: its header misses {', '.join(lacks)}; "
                               "`flashoptim-nb check` says what else, and without it the run cannot be judged")
-    return [run for run in runs if hypothesis in (None, run.header["hypothesis"]) and run.status != "unfinished"]
+    return [run for run in runs if hypothesis in (None, run.header["hypothesis"])
+            and (run.status == "unfinished") == unfinished]
 
 # %% ../../nbs/report/00_render.ipynb #03a4eff3
 def full_name(

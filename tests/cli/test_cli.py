@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -232,6 +233,26 @@ def test_committed_records_pass_the_checker():
     status, out, error = command("check", repo_root() / "data/records")
     assert status == 0, error
     assert "every decision replays" in out
+
+
+@pytest.mark.parametrize("terminal, quiet, shown", [(True, False, True), (True, True, False), (False, False, False)])
+def test_what_takes_long_shows_a_bar_on_a_terminal_alone(capsys, monkeypatch, terminal, quiet, shown):
+    from flashoptim_nb.cli import main
+    monkeypatch.setattr(main, "_PATIENCE", 0.0)
+    monkeypatch.setattr("rich.console.Console.is_terminal", terminal)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    with main._bar("checking", 2, quiet) as counted:
+        for _ in range(2): time.sleep(0.1), counted()
+    out, err = capsys.readouterr()
+    assert not out and ("checking" in err) == shown
+
+
+def test_a_verdict_reads_each_record_once(place, capsys, monkeypatch):
+    from flashoptim_nb.base import records
+    read, read_run = [], records.read_run
+    monkeypatch.setattr(records, "read_run", lambda folder: read.append(folder) or read_run(folder))
+    status, out, said = ran(capsys, "verdict", "h1", "--records", place / "studies")
+    assert status == 0 and "H1 against" in out and not said and len(read) == 1
 
 
 def change(line, **fields):
