@@ -34,6 +34,13 @@ from ..train.config import SURROGATE_CONFIGS, SURROGATE_RECIPE
 from ..train.optimizers import TIMED
 
 # %% ../../nbs/cli/00_bench.ipynb #41c7be02
+def _device(name: str, needs_gpu: bool, instead: str = "leave it out here") -> torch.device:
+    "The device of a benchmark; raises `UserError` where it needs a GPU and that is none."
+    where = pick_device(name)
+    if needs_gpu and where.type != "cuda":
+        raise UserError(f"this benchmark wants a GPU, and the device is {where}; {instead}")
+    return where
+
 @contextmanager
 def _recorded(
     out: str | Path, device: torch.device, run: str, config: str, settings: dict, data: object, role: str = "all",
@@ -99,10 +106,7 @@ def bench_domain(
     if benchmark is None: raise UserError(f"{name} has no benchmark of its own")
     for option, known in benchmark.choices.items():
         for chosen in measured.get(option, ()): choose(option.removesuffix("s"), chosen, known)
-    where = pick_device(device)
-    if where.type != "cuda" and domain is None:
-        raise UserError(f"the training steps of all {name} want a GPU, and the device is {where}: "
-                        "on a CPU they take most of an hour; leave that benchmark out here")
+    where = _device(device, domain is None)
     domain = domain or benchmark.load(where, **measured)
     settings = {option: list(v) if isinstance(v, tuple) else v for option, v in measured.items()}
     with _recorded(out, where, benchmark.run, name, settings, domain.data_hash) as writer:
@@ -127,10 +131,7 @@ def bench_largest(
 ) -> Path:
     "Searches for the largest DimeNet++ within a budget, one record a configuration; returns the study's folder."
     for config in (configs := [*configs]): choose("configuration", config, SURROGATE_CONFIGS)
-    where, recipe = pick_device(device), SURROGATE_RECIPE.replace(epochs=1, batch=batch)
-    if domain is None and where.type != "cuda":
-        raise UserError(f"a search up to {budget / 2**30:g} GiB wants a GPU, and the device is {where}; "
-                        "leave `bench capacity` out here")
+    where, recipe = _device(device, domain is None), SURROGATE_RECIPE.replace(epochs=1, batch=batch)
     spec = find_domain("molecules")
     domain = domain or spec.load("gpu", device=where, **spec.plans["gpu"].limits)
     for config in configs:
@@ -158,10 +159,8 @@ def bench_memory(
 ) -> Path:
     """Trains each cell for three steps, prints its predicted and measured peak and records them;
     returns the run's folder."""
-    cells, where = [*cells], pick_device(device)
-    if where.type != "cuda" and any(cell.size != "tiny" for cell in cells):
-        raise UserError(f"models of billions of parameters want a GPU, and the device is {where}; "
-                        "`--dry-run` shows what would be measured")
+    cells = [*cells]
+    where = _device(device, any(cell.size != "tiny" for cell in cells), "--dry-run shows what would be measured")
     run = "memory" if cells == [*CELLS] else f"memory-{content_hash(cells)[:6]}"
     settings = dict(cells=[cell.to_dict() for cell in cells])
     with _recorded(out, where, run, "memory", settings, settings, arm="fit") as writer:
@@ -183,16 +182,14 @@ def bench_host(
     times: int = 5,  # timed steps
 ) -> Path:
     "Trains with the states on the host, prints each row and records it; returns the run's folder."
-    where, micros = pick_device(device), [*micros]
+    micros = [*micros]
     if not is_number(budget, 0) or 1e9 * budget <= ASIDE:
         raise UserError(f"a budget of {budget:g} GB was given; a finite number above {ASIDE / 1e9:g} is needed, "
                         "which is left to CUDA itself")
     if not micros or not all(isinstance(n, int) and 1 <= n <= LARGEST_MICRO for n in micros):
         raise UserError(f"micro-batches of {micros} sequences were given; each has to be 1 to {LARGEST_MICRO:,}")
     gpt_of(size)  # is there such a size?
-    if where.type != "cuda" and not size.startswith("tiny"):
-        raise UserError(f"a model of billions of parameters wants a GPU, and the device is {where}; "
-                        "leave `bench host` out here, or ask for --size tiny")
+    where = _device(device, not size.startswith("tiny"), "--size tiny goes anywhere")
     settings = dict(model=size, budget=budget, micros=micros, times=times)
     with _recorded(out, where, f"host-{size}-{budget:g}", "host", settings, settings, arm="host") as writer:
         try:
@@ -214,10 +211,7 @@ def bench_compat(
     theirs: str = PUBLIC,  # the package that is compared
 ) -> Path:
     "Compares the public package with this one, prints each row and records them; returns the run's folder."
-    asked, where = parts(gpus), pick_device(device)
-    if where.type != "cuda" and theirs == PUBLIC:
-        raise UserError(f"the public package steps on a GPU alone, and the device is {where}; "
-                        "leave `bench compat` out here")
+    asked, where = parts(gpus), _device(device, theirs == PUBLIC)
     run = "compatibility" if gpus == 1 else f"compatibility-x{gpus}"
     settings = dict(parts=asked, theirs=theirs)
     with _recorded(out, where, run, "compatibility", settings, settings, arm="compat") as writer:
