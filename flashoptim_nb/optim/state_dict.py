@@ -55,6 +55,12 @@ def _begins(opt, group, p):
     return first_error_bits(p, error_bit_width(p.dtype, opt.master_weight_bits), keep=True) is not None
 
 
+def _stated(opt):
+    "Options that the steps go by and no tensor shows, as a mark has them; the rounding has its place in the format."
+    return dict(rounding=repr(opt.rounding), max_norm=repr(opt.max_norm and float(opt.max_norm)),
+                decouple_lr=repr(opt.decouple_lr))
+
+
 def saved_state(opt) -> dict:
     """As in torch.optim; waits for the device, since step counters leave it.
     Tensors are the live ones, not copies, but for the counters."""
@@ -68,9 +74,9 @@ def saved_state(opt) -> dict:
     out["state"] = {i: _exported(opt, s) for i, s in out["state"].items() if s}
     clip = opt._next_clip if opt.release is None else opt.release._coming()
     for g, own in zip(out["param_groups"], opt.param_groups):
-        g["state_format"] = opt._state_format(own)
         # in a mark that was always there: tools refuse a key that an older file lacks
-        if clip is not None: g["state_format"] += f"-{clip.item()!r}"
+        g["state_format"] = " ".join([opt._state_format(own) + ("" if clip is None else f"-{clip.item()!r}"),
+                                      *(f"{name}={x}" for name, x in _stated(opt).items() if name != "rounding")])
     return out
 
 
@@ -134,21 +140,24 @@ class _Origin(NamedTuple):
     companded: bool | None = None  # how moments are coded; None: as the optimizer codes them
     weights: str = ""  # dtype of the weights that error bits belong to; several, or none: not known
     clip: float | None = None  # by which gradient release clips the next step
-    rounding: str | None = None  # of codes, in the steps before; None: another package's, which does not say
+    options: Mapping[str, str] = {}  # of the steps before, as `_stated` has them; what is not said is not there
 
 
 def _origin(group, where):
     "Where a saved group comes from."
     if (mark := group.get("state_format")) is not None:
-        coding, bits, weights, clip = (str(mark).split("-", 3) + 3 * [""])[:4]
+        form, *options = str(mark).split(" ")
+        coding, bits, weights, clip = (form.split("-", 3) + 3 * [""])[:4]
         coding, _, rounding = coding.partition("+")
+        options = dict(rounding=repr(rounding or "nearest")) | dict(option.partition("=")[::2] for option in options)
         try: clip = float(clip) if clip else None
         except ValueError: clip = -1.0
         if (coding not in ("companded", "linear") or bits not in ("24", "32", "None")
-                or rounding not in ("", *ROUNDINGS) or not is_number(clip or 0.0, 0, 1)):
+                or rounding not in ("", *ROUNDINGS) or not is_number(clip or 0.0, 0, 1)
+                or not options.keys() <= {"rounding", "max_norm", "decouple_lr"}):
             raise StateError(f"{where}: state_format is {mark!r}, not known here: was it saved by a newer version?")
         return _Origin(bits={"24": 8, "32": 16}.get(bits), companded=coding == "companded", weights=weights, clip=clip,
-                       rounding=rounding or "nearest")
+                       options=options)
     if (width := group.get("master_bytewidth")) is None: return _Origin()
     if width not in (0, 3, 4):
         raise StateError(f"{where}: master_bytewidth is {width!r}; 0, 3 or 4 is needed: the checkpoint is damaged")
@@ -373,13 +382,24 @@ def _have_codes(states):
     return any(t.dtype in (torch.int8, torch.uint8) for state in states.values() for t in state.values())
 
 
+def _warn_of_options(before, own, states):
+    "Warns where steps went by other options so far than they will."
+    other = {name: x for name, x in before.items()
+             if x != own[name] and (_have_codes(states) if name == "rounding" else states)}
+    if not other: return
+    was, goes = (", ".join(f"{name}={of[name]}" for name in other) for of in (before, own))
+    warnings.warn(f"the state dict was saved under {was}, and this optimizer goes on with {goes}: "
+                  f"make it with {was} to go on as before")
+
+
 @torch.no_grad()
 def load_state(
     opt,  # a FlashOptimizer
     state_dict: Mapping,  # of this class, of torch.optim's or of the public package's; tensors are copied
 ):
-    """Loads states and groups, converting what is kept otherwise; goes on with `opt.rounding`, and warns where this
-    package saved them under another. Raises `StateError`, with nothing changed, where it does not fit."""
+    """Loads states and groups, converting what is kept otherwise; goes on with this optimizer's rounding, `max_norm` and
+    `decouple_lr`, and warns where it was saved under others. Raises `StateError`, with nothing changed, where it does
+    not fit."""
     if isinstance(state_dict, Mapping): state_dict = dict(state_dict)  # the caller's stays, whatever a hook does
     for hook in opt._optimizer_load_state_dict_pre_hooks.values():
         if (other := hook(opt, state_dict)) is not None: state_dict = other
@@ -408,9 +428,7 @@ def load_state(
     opt._made_for = {p: p.dtype for p in states}
     for p in states: first_error_bits(p, None)  # what casting kept for a first state is not needed any more
     origin = _origin(groups[0], "group 0")
-    if origin.rounding not in (None, opt.rounding) and _have_codes(states):
-        warnings.warn(f"the state dict was saved under rounding={origin.rounding!r}, and this optimizer goes on with "
-                      f"{opt.rounding!r}: make it with rounding={origin.rounding!r} to go on as before")
+    _warn_of_options(origin.options, _stated(opt), states)
     clip = origin.clip
     opt._next_clip = None if clip is None else torch.full((), clip, device=opt.skipped_steps.device)
     opt._largest = {}

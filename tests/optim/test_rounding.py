@@ -168,6 +168,25 @@ def test_a_resume_that_changes_the_rounding_says_so(before, after):
         new.load_state_dict(public)
 
 
+@pytest.mark.parametrize("before,after,said", [
+    (dict(max_norm=0.5), {}, "max_norm=0.5, and this optimizer goes on with max_norm=None"),
+    ({}, dict(max_norm=2), "max_norm=None, and this optimizer goes on with max_norm=2.0"),
+    (dict(decouple_lr=True), {}, "decouple_lr=True, and this optimizer goes on with decouple_lr=False"),
+    (dict(max_norm=1), dict(max_norm=1.0), None)])
+def test_a_resume_that_changes_what_steps_go_by_says_so(before, after, said):
+    params = new_params()
+    old, new = (FlashAdamW(params, **options) for options in (before, after))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        new.load_state_dict(old.state_dict())  # no step was taken yet
+        fed(params, 0); old.step()
+        saved = old.state_dict()
+        new.load_state_dict(copy.deepcopy(saved))
+        for group in saved["param_groups"]: group["state_format"] = group["state_format"].split(" ")[0]
+        new.load_state_dict(saved)  # as it was written before it said so
+    assert len(told) == (said is not None) and all(f"saved under {said}:" in str(one.message) for one in told)
+
+
 def test_where_no_code_is_rounded_nothing_is_said():
     params = new_params(torch.float32)
     old, new = (FlashAdamW(params, quantize=False, rounding=rounding) for rounding in ("nearest", "dithered"))
