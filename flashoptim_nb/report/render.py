@@ -164,24 +164,32 @@ def _days(runs: list[Run]) -> str:
     days = sorted({str(run.header.get("started"))[:10] for run in runs})
     return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
 
+def _counted(runs: list[Run]) -> str:
+    "How many runs; a study's journal, where its decisions stand, is a record and no run."
+    journals = sum(run.header.get("arm") == "protocol" for run in runs)
+    n, several = len(runs) - journals, f"{journals} journals" if journals > 1 else "a journal"
+    return " and ".join([f"{n} run{'s' * (n != 1)}"] * (n > 0) + [several] * (journals > 0))
+
 def _origin(scale: str, runs: list[Run]) -> str:
     "One scale's runs in a sentence."
     def each(key): return ", ".join(sorted({str(run.header.get(key)) for run in runs}))
     torch = ", ".join(sorted({str((run.header.get("libraries") or {}).get("torch", "unknown")) for run in runs}))
     commits = ", ".join(sorted({str(run.header.get("commit"))[:10] for run in runs}))
-    return (f"Scale {scale}: {len(runs)} run{'s' * (len(runs) != 1)}, {_days(runs)}, on {each('device')} "
+    return (f"Scale {scale}: {_counted(runs)}, {_days(runs)}, on {each('device')} "
             f"({each('device_kind')}); package {each('package_version')} at {commits}, torch {torch}.")
 
 def provenance_note(
     runs: Iterable[Run],  # the runs that the results on the page rest on
     nothing: str = "No records were found, so nothing is claimed.",  # said where there are none
+    *,
+    judged: bool = False,  # whether these are all that was judged, and not only what a figure rests on
 ) -> Rendered:
     "Scale, date and device of the runs behind a table or a chart."
     by_scale = {}
     for run in runs: by_scale.setdefault(run.header["scale"], []).append(run)
     said = [_origin(scale, group) for scale, group in sorted(by_scale.items())]
     if "laptop" in by_scale: said.append("Laptop runs show that everything works; they are never evidence.")
-    said = said or [nothing]
+    said = ["All that was judged, whether it decides or not."] * judged + said if said else [nothing]
     marks = attributes(
         {"provenance": list(by_scale), "runs": [full_name(run) for group in by_scale.values() for run in group]})
     return Rendered(f'<p class="provenance"{marks}>{escape(" ".join(said))}</p>', f"*{' '.join(said)}*")

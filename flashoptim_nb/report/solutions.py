@@ -140,7 +140,7 @@ def show_solutions(
         rows = rows.assign(interval=[between(lo, hi, "z.1%") for lo, hi in zip(rows["lo"], rows["hi"])],
                            off=[between(lo, hi) for lo, hi in zip(rows["fooled_lo"], rows["fooled_hi"])])
     heads = (dict() if domain else dict(domain="domain")) | dict(
-        problem="problem", method="method", config="surrogate", solved="runs", seeds="seeds", objective="objective",
+        problem="problem", method="method", config="surrogate", solved="the method's runs", seeds="seeds", objective="objective",
         value="below fp32's", interval="90 % interval", predicted="predicted of the best",
         fooled="predicted - true of all", evaluations="evaluated", nothing="scored 0", lost="lost")
     return show_rows(
@@ -165,7 +165,7 @@ def solutions_sentence(
         one = base.iloc[0]
         said.append(
             f"{at_scale(one['scale'])}, {method} over the fp32 surrogate reaches a mean of {one['objective']:.3f} "
-            f"({one['unit']}) on {problem}, over {one['solved']} runs and {one['seeds']} surrogates; on what was "
+            f"({one['unit']}) on {problem}, over {one['solved']} runs of the method and {one['seeds']} surrogates; on what was "
             f"evaluated these promised {abs(one['fooled']):.3f} too {'much' if one['fooled'] > 0 else 'little'}. "
             + ". ".join(f"Over {r['config']} the loss against it is {r['value']:z.1%}" + (
                             f" ({between(r['lo'], r['hi'], 'z.1%')})" if r["lo"] is not None and r["lo"] == r["lo"]

@@ -54,7 +54,7 @@ def show_stability(
     table = summarize(
         rows, ["role", "config"], n=("run", "nunique"), steps=("steps", "sum"), skipped=("skipped", "sum"),
         above=("above", "mean"), least=("least", "min"), last=("last", "median"), diverged=("diverged", "sum"))
-    heads = dict(scale="scale", role="domain", config="configuration", n="runs", steps="steps", skipped="skipped",
+    heads = dict(scale="scale", role="domain", config="configuration", n="training runs", steps="steps", skipped="skipped",
                  above="steps with a scale above 1", least="least scale", last="median scale at the end",
                  diverged="runs that diverged")
     return show_rows(table, heads, "stability", runs, "No training run is recorded.",

@@ -282,7 +282,7 @@ def verdict_banner(
                 f'{escape(whole["status"])}</strong></p><p>{escape(reason)}.</p></div>')
         parts.append(Rendered(html, f"- **{head}: {whole['status']}**. {reason}."))
     whole = Rendered("\n".join(p.html for p in parts), "\n".join(p.markdown for p in parts))
-    return whole if brief else whole + provenance_note(runs)
+    return whole if brief else whole + provenance_note(runs, judged=True)
 
 # %% ../../nbs/report/02_tables.ipynb #7e61a002
 def registration_note(

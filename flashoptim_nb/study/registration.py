@@ -177,7 +177,7 @@ def registration_status(
     held = {hash for hash in carried if hash}
     if len(held) != 1 or None in carried:
         n = sum(hash is None for hash in carried)
-        words = (f"{n} of {len(runs)} runs carry no registration" if n
+        words = (f"{n} of {len(runs)} records carry no registration" if n
                  else f"their registrations differ ({', '.join(sorted(held))})")
         return dict(status=UNREGISTERED, hash=None, changed=[], words=f"{UNREGISTERED}: {words}")
     hash, = held
