@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 
@@ -36,7 +37,8 @@ class Forked:
     def __init__(self, source, *words, **env):
         context = multiprocessing.get_context("forkserver")
         studies = ["flashoptim_nb.study.h1.experiments", "flashoptim_nb.study.h2.experiments"]
-        context.set_forkserver_preload(["flashoptim_nb.cli.main", *studies])
+        ranks = ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "flashoptim_nb.optim"]
+        context.set_forkserver_preload(["flashoptim_nb.cli.main", *studies, *ranks])
         descriptor, self.told = tempfile.mkstemp()
         os.close(descriptor)
         self.process = context.Process(target=_run, args=(source, [*map(str, words)], env, self.told))
@@ -57,3 +59,33 @@ class Forked:
         told = Path(self.told).read_text()
         os.unlink(self.told)
         return told, None
+
+
+def _ranks(source, n, words, timeout):
+    "Forked, and given a store at which to meet: torchrun and each rank would import the libraries anew."
+    from torch.distributed import TCPStore
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meet = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n),
+                TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+    ranks = [Forked(source, *words, RANK=str(rank), LOCAL_RANK=str(rank), **meet) for rank in range(n)]
+    until = time.monotonic() + timeout
+    while any(rank.poll() is None for rank in ranks) and time.monotonic() < until:
+        if any(rank.poll() for rank in ranks): until = min(until, time.monotonic() + 5)  # the others wait for one that failed
+        time.sleep(0.01)
+    for rank in ranks:
+        if rank.poll() is None: rank.process.kill()
+    told = [rank.communicate(30)[0] for rank in ranks]
+    return [rank.returncode for rank in ranks], "".join(told)
+
+
+def ranks_agree(source, n, kind, where, timeout=300):
+    "Each of n ranks, on GPUs under torchrun, ends well and says that it agrees; it is told the kind of device and a folder."
+    if kind == "cpu": codes, told = _ranks(source, n, (kind, where), timeout)
+    else:
+        script = Path(where) / "rank.py"
+        script.write_text(source)
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", script,
+                               kind, where], capture_output=True, text=True, timeout=timeout)
+        codes, told = [done.returncode] * n, done.stdout + done.stderr
+    assert not any(codes), f"{codes}: {told[-3000:]}"
+    assert told.count("agrees") == n, told

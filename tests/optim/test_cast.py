@@ -1,8 +1,5 @@
 """The cast: what it leaves exact, what goes on running, and what reaches the masters, on one rank and on two."""
 import copy
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -10,6 +7,7 @@ from torch import nn
 
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.optim import AveragedMasters, FlashAdamW, FlashLion, FlashSGD, cast_model, enable_gradient_release
+from processes import ranks_agree
 
 HALF_FORMATS = [torch.bfloat16, torch.float16]
 
@@ -401,9 +399,4 @@ def test_what_the_cast_adds_lies_where_the_model_lies():
     ["cpu", pytest.param(
          "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")])])
 def test_what_the_cast_rounds_away_reaches_the_masters_of_shards(kind, tmp_path):
-    script = tmp_path / "rank.py"
-    script.write_text(textwrap.dedent(RANK))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           str(script), kind], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("agrees") == 2
+    ranks_agree(RANK, 2, kind, tmp_path)

@@ -3,9 +3,6 @@ import copy
 import inspect
 import io
 import pickle
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -17,7 +14,7 @@ from every import MAKERS, OPTIONS
 from flashoptim_nb.optim import AveragedMasters, FlashAdamW, FlashSGD, OptionError, cast_model, enable_gradient_release
 from flashoptim_nb.optim.base import FlashOptimizer
 from flashoptim_nb.optim.split import INTERPRETED
-from processes import pass_in_the_interpreter
+from processes import pass_in_the_interpreter, ranks_agree
 
 CUDA = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if CUDA else "cpu"
@@ -350,23 +347,17 @@ for make, release in (adamw, False), (adamw, True), (muon, False):
     set_optimizer_state_dict(a, oa, kept[1]); set_optimizer_state_dict(b, ob, kept[0])
     for model, opt in made: train(model, opt, 4, 2)
     same(a, oa, b, ob)
+print("rank", dist.get_rank(), "agrees")
 dist.destroy_process_group()
 """
 
 
-def ranks(kind, tmp_path, n=2):
-    (script := tmp_path / "rank.py").write_text(textwrap.dedent(RANK))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}",
-                           str(script), kind], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-
-
-def test_shards(tmp_path): ranks("cpu", tmp_path)
+def test_shards(tmp_path): ranks_agree(RANK, 2, "cpu", tmp_path)
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
-def test_shards_on_gpus(tmp_path): ranks("cuda", tmp_path, min(2, torch.cuda.device_count()))
+def test_shards_on_gpus(tmp_path): ranks_agree(RANK, min(2, torch.cuda.device_count()), "cuda", tmp_path)
 
 
 # what a GPU alone can show

@@ -1,9 +1,6 @@
 """FlashMuon: torch.optim.Muon's steps in 4.06 bytes a value, alone, released, resumed, in Triton and on several ranks."""
 import copy
 import io
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -13,7 +10,7 @@ import flashoptim_nb.optim.muon as muon
 from flashoptim_nb.optim import FlashMuon, NumericsError, OptionError, cast_model, enable_gradient_release, muon_groups
 from flashoptim_nb.optim.muon_kernel import newton_schulz, newton_schulz_stack, symmetric_reference
 from flashoptim_nb.optim.split import decode
-from processes import pass_in_the_interpreter
+from processes import pass_in_the_interpreter, ranks_agree
 
 SHAPES = [(16, 16), (33, 7), (7, 33), (40, 24), (16, 16), (1, 5)]
 on_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -337,12 +334,7 @@ dist.destroy_process_group()
     pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")])])
 def test_shards_are_stepped_as_the_whole(kind, tmp_path):
     "Uneven and empty shards; rows or columns; each matrix has an owner, and each rank owns some."
-    script = tmp_path / "rank.py"
-    script.write_text(textwrap.dedent(RANK))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           str(script), kind, str(tmp_path / "kept")], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("agrees") == 2
+    ranks_agree(RANK, 2, kind, tmp_path)
 
 
 def test_coefficients_without_a_middle_one():

@@ -1,11 +1,9 @@
 """FSDP2, with and without gradient release, distributed checkpoints and ZeroRedundancyOptimizer:
 two processes step shards, uneven and empty ones too, as one process steps the whole."""
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
+
+from processes import ranks_agree
 
 RANK = """
 import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
@@ -266,15 +264,6 @@ dist.destroy_process_group()
 """
 
 
-def run(ranks, n, kind, tmp_path):
-    script = tmp_path / "rank.py"
-    script.write_text(textwrap.dedent(ranks))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n),
-                           str(script), kind, str(tmp_path)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("agrees") == n
-
-
 TENSOR_PARALLEL = """
 import copy, sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
 from torch import nn
@@ -317,7 +306,7 @@ dist.destroy_process_group()
                                                     torch.cuda.device_count() < 4, reason="needs four GPUs")])])
 def test_rows_cut_by_tensor_parallelism_and_again_by_fsdp2(kind, tmp_path):
     "The norm counts the gradients of all ranks, and a checkpoint has the scales of all."
-    run(TENSOR_PARALLEL, 4, kind, tmp_path)
+    ranks_agree(TENSOR_PARALLEL, 4, kind, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -325,4 +314,4 @@ def test_rows_cut_by_tensor_parallelism_and_again_by_fsdp2(kind, tmp_path):
     ["cpu", pytest.param(
          "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")])])
 @pytest.mark.parametrize("ranks", [RANK, RELEASE, ZERO], ids=["step", "release", "zero"])
-def test_two_ranks_step_as_one(ranks, kind, tmp_path): run(ranks, 2, kind, tmp_path)
+def test_two_ranks_step_as_one(ranks, kind, tmp_path): ranks_agree(ranks, 2, kind, tmp_path)

@@ -23,7 +23,7 @@ from flashoptim_nb.study.h1.presets import LM_PRESETS
 from flashoptim_nb.study.loop import Interrupted
 from flashoptim_nb.study.runner import Study
 plan = LM_PRESETS["laptop"].plans["1B"]
-plan = plan.replace(recipe=plan.recipe.replace(steps=10, batch=4, micro=2, seq=64), micros=(2,), track_every=3,
+plan = plan.replace(recipe=plan.recipe.replace(steps=10, batch=2, micro=1, seq=32), micros=(2,), track_every=3,
                     configs=("baseline", "ablation_split_only", "ablation_release_only"))
 preset = LM_PRESETS["laptop"].replace(plans={"1B": plan}, seeds=(0,), checkpoint_every=2, eval_sets=(("sotu", 512),),
                                       track_set=("sotu", 512), stress_lengths=(128,))

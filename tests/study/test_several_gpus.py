@@ -15,7 +15,7 @@ from flashoptim_nb.study.h1 import experiments as h1
 from flashoptim_nb.study.h1.presets import LM_PRESETS
 from flashoptim_nb.study.runner import Study
 plan = LM_PRESETS["laptop"].plans["1B"]
-plan = plan.replace(recipe=plan.recipe.replace(steps=8, batch=4, micro=1, seq=64), micros=(2,), track_every=3,
+plan = plan.replace(recipe=plan.recipe.replace(steps=8, batch=4, micro=1, seq=32), micros=(2,), track_every=3,
                     configs=("ablation_split_only",), gpus=2)
 preset = LM_PRESETS["laptop"].replace(plans={"1B": plan}, seeds=(0,), checkpoint_every=2, eval_sets=(("sotu", 512),),
                                       track_set=("sotu", 512), stress_lengths=())
