@@ -330,6 +330,13 @@ def test_a_rate_that_is_not_used_is_told_of(place, capsys, monkeypatch, words, r
     assert status == 0 and (told in said if told else not said)
 
 
+def test_the_book_says_which_rates_it_has_no_use_for(place, capsys, monkeypatch):
+    monkeypatch.setenv("FLASHOPTIM_RATES", "")
+    monkeypatch.setattr("flashoptim_nb.report.book.build_book", lambda out, studies: out)
+    status, _, said = ran(capsys, "book", "--records", place / "studies", "--out", place / "book", "--rate", "H200=2")
+    assert status == 0 and said == "--rate H200=2 is not used: the records are of no GPU\n"
+
+
 def test_a_run_uses_no_rate(place, capsys, monkeypatch):
     monkeypatch.setenv("FLASHOPTIM_RATES", "")
     from flashoptim_nb.study.runner import Study
