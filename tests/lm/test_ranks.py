@@ -26,10 +26,14 @@ CONFIGS = EXACT | {name: config.replace(compile=False, checkpointing=next(KINDS)
                    if not (config.products and float8_unavailable("cpu"))}
 
 
-@pytest.fixture(autouse=True)
-def found_by_ranks(monkeypatch):
-    "Ranks import this file."
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    "What both tests ask of two ranks, which are launched once and import this file; and where they saved."
+    folder = tmp_path_factory.mktemp("saved")
+    one = save(folder / "one")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
+        return folder, one, *launch_ranks(2, walk_and_save, folder)
 
 
 def task_of(name, **recipe):
@@ -46,8 +50,8 @@ def walked():
     return found
 
 
-def test_every_configuration_trains_as_on_one_rank():
-    one, two = walked(), launch_ranks(2, walked)
+def test_every_configuration_trains_as_on_one_rank(two_ranks):
+    one, two = walked(), two_ranks[2]
     for name in CONFIGS:
         off = np.abs(two[name] / one[name] - 1).max(0)
         assert (off < (1e-6 if name in EXACT else (1e-3, 2e-2))).all(), (name, off)
@@ -87,23 +91,22 @@ def go_on(folder):
     return found
 
 
-def save_and_go_on(folder): return save(folder / "two"), go_on(folder / "two"), go_on(folder / "one")
+def walk_and_save(folder): return walked(), save(folder / "two"), go_on(folder / "two"), go_on(folder / "one")
 
 
-def test_a_checkpoint_is_gone_on_with_by_as_many_ranks_and_by_others(tmp_path):
-    one = save(tmp_path / "one")
-    two, again, one_by_two = launch_ranks(2, save_and_go_on, tmp_path)
-    two_by_one = go_on(tmp_path / "two")
+def test_a_checkpoint_is_gone_on_with_by_as_many_ranks_and_by_others(two_ranks):
+    folder, one, _, two, again, one_by_two = two_ranks
+    two_by_one = go_on(folder / "two")
     for name in SAVED:
         assert all(map(np.array_equal, two[name][0], again[name][0])) and two[name][1] == again[name][1], name
         for (kept, losses), (dealt, others) in ((one[name], one_by_two[name]), (two[name], two_by_one[name])):
             assert len(kept) == len(dealt) > 10
             for a, b in zip(kept, dealt): assert np.abs(a - b).max() <= 1e-2 * np.abs(a).max(), name
             np.testing.assert_allclose(losses, others, rtol=1e-3)
-        assert len([*(tmp_path / "two" / name).iterdir()]) == 2, "the file, and the shards that it names"
-    part = next((tmp_path / "two" / "baseline").glob("shards-*/__1_*"))
+        assert len([*(folder / "two" / name).iterdir()]) == 2, "the file, and the shards that it names"
+    part = next((folder / "two" / "baseline").glob("shards-*/__1_*"))
     part.write_bytes(part.read_bytes()[:-1] + b"?")
-    with pytest.raises(UserError, match="the checksum of __1_0.distcp does not fit"): go_on(tmp_path / "two")
+    with pytest.raises(UserError, match="the checksum of __1_0.distcp does not fit"): go_on(folder / "two")
 
 
 def test_ranks_that_hang_or_have_no_gpu(tmp_path, monkeypatch):
