@@ -280,9 +280,10 @@ def test_fused_network(dtype, device, rng_seed):
     """The middle of five batches: the loss is a square,
     so that one batch whose output nearly cancels makes all of its hundred gradients uncertain at once."""
     flat = lambda out, grads: (out, *grads)
+    counts = [18, 20, 1, 29] if device == "cuda" else [10, 12, 1, 17]  # kernels have tiles to fill, plain PyTorch has none
     errors = []
     for _ in range(5):
-        g = clouds([18, 20, 1, 29], 2.0, device)[0].batch(np.arange(4), torch.zeros(4, 1))
+        g = clouds(counts, 2.0, device)[0].batch(np.arange(4), torch.zeros(4, 1))
         model = awake(DimeNetPP(DIMENET["published"])).to(device)
         exact = flat(*gradients(model.double(), g))
         model.float()
