@@ -9,6 +9,7 @@ __all__ = ['HELD_OUT_TEXTS', 'TENSOR_SET_NAMES', 'PEERS', 'step_rows', 'show_ste
 
 # %% ../../nbs/report/05_optimizers.ipynb #4f32c8d6
 from collections.abc import Iterable
+from functools import cache
 
 import altair as alt
 import pandas as pd
@@ -175,6 +176,9 @@ def final_losses(
     return pd.DataFrame(list(found.values()))
 
 
+_seeds = cache(seeds_needed)  # a page asks for the same comparisons again and again
+
+
 def format_gaps(
     held_out: str,
     margin: float,  # nats per token, fixed beforehand
@@ -200,7 +204,7 @@ def format_gaps(
         found.append(
             dict(config=config, against=against, what=f"{config} against {against}",
                  value=float("nan") if e.value is None else e.value, lo=e.lo, hi=e.hi, n=len(d), p=test.p, spread=s,
-                 effect=test.effect, power=test.power, needed=None if s is None else seeds_needed(s, margin), says=says,
+                 effect=test.effect, power=test.power, needed=None if s is None else _seeds(s, margin), says=says,
                  lost=pairs.note, scale=both[0][0]["scale"], runs=sorted(pairs.records)))
     return pd.DataFrame(found)
 
