@@ -27,7 +27,7 @@ def first_attempts(
     def place(run): return tuple(run.header.get(key) for key in ("study", "role", "arm", "config"))
     runs = list(runs)
     kept = {full_name(run): found[0] for run in runs
-            if run.folder and run.header.get("arm") != "protocol" and (found := attempts(run.folder))}
+            if run.folder and not run.is_journal and (found := attempts(run.folder))}
     again = {place(run) for run in runs if full_name(run) in kept}
     return [kept.get(full_name(run), run) for run in runs if full_name(run) in kept or place(run) not in again]
 

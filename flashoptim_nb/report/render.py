@@ -141,7 +141,8 @@ def load_runs(
     *,
     unfinished: bool = False,  # those that did not end in place of those that did
 ) -> list[Run]:
-    "Every run of a hypothesis that ended, from all studies; raises `RecordError` for a damaged record."
+    """Every run of a hypothesis that ended, from all studies, and their journals, which end when a study does;
+    raises `RecordError` for a damaged record."""
     studies = tuple(study_folders(folders).values())
     files = sorted(path for study in studies for path in study.glob(f"*/{ROWS}"))
     runs = _read(studies, tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
@@ -150,7 +151,7 @@ def load_runs(
             raise RecordError(f"{run.folder}: its header misses {', '.join(lacks)}; "
                               "`flashoptim-nb check` says what else, and without it the run cannot be judged")
     return [run for run in runs if hypothesis in (None, run.header["hypothesis"])
-            and (run.status == "unfinished") == unfinished]
+            and (run.status == "unfinished" and not run.is_journal) == unfinished]
 
 # %% ../../nbs/report/00_render.ipynb #03a4eff3
 def full_name(
@@ -166,7 +167,7 @@ def _days(runs: list[Run]) -> str:
 
 def _counted(runs: list[Run]) -> str:
     "How many runs; a study's journal, where its decisions stand, is a record and no run."
-    journals = sum(run.header.get("arm") == "protocol" for run in runs)
+    journals = sum(run.is_journal for run in runs)
     n, several = len(runs) - journals, f"{journals} journals" if journals > 1 else "a journal"
     return " and ".join([f"{n} run{'s' * (n != 1)}"] * (n > 0) + [several] * (journals > 0))
 

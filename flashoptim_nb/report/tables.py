@@ -23,7 +23,7 @@ from ..study.h1.quantities import REFERENCE_PPL
 from ..study.hypotheses import criterion_of, hypothesis_of
 from ..study.hypothesis import Criterion, Hypothesis
 from ..study.protocols import PROTOCOLS
-from ..study.registration import history, registered, registration_status
+from ..study.registration import confirmatory, history, registered, registration_status
 from ..study.verdict import NOT_APPLICABLE, side_text, value_text, verdict
 from .render import Rendered, attributes, full_name, load_runs, provenance_note, sentence, table
 
@@ -115,6 +115,7 @@ def judged(
 ) -> list[dict]:
     "The judge's entries for the runs; found once for the same runs."
     runs = _runs(runs, hypothesis)
+    runs = confirmatory(runs)
     key = hypothesis.hash, *((str(run.folder), run.mark) for run in runs)
     if key not in _JUDGED:
         while len(_JUDGED) > 3: del _JUDGED[next(iter(_JUDGED))]

@@ -53,7 +53,7 @@ def checkpoint_verdicts(
     "An entry for each checkpoint and for the monitor, on each side of the verdict; plain JSON values."
     runs = [run for run in runs if run.header.get("hypothesis", "h1") == hypothesis.id.lower()]
     table, by_name, out = evidence_table(runs, hypothesis), {_name(run): run for run in runs}, []
-    journals = [run for run in runs if run.header.get("arm") == "protocol"]
+    journals = [run for run in runs if run.is_journal]
     for side in hypothesis.sides:
         places = [Evidence(table, hypothesis, side.against, side.stack, *place) for place in rank_devices(table)]
         for point in hypothesis.checkpoints.values():

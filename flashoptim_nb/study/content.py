@@ -154,7 +154,7 @@ def content_problems(
     runs: Sequence[Run],  # of one study, its journal among them
 ) -> list[str]:
     "What the records of a study say that cannot be so, in words."
-    journal = next((run for run in runs if run.header.get("arm") == "protocol"), None)
+    journal = next((run for run in runs if run.is_journal), None)
     found = [(run, rule.__name__, words) for run in runs for rule in RULES for words in rule(run, journal)]
     found += [(run, "copies", words) for run, words in copies(runs)]
     return [f"{run.folder}: {words}" for run, rule, words in found
