@@ -133,10 +133,10 @@ def turns_sentence(
     work: str = "1.3B",
     runs: Iterable[Run] | None = None,
 ) -> Rendered:
-    "By what an optimizer's step is shorter or longer than another's with which it took turns, on each device."
+    "By what an optimizer's step is shorter or longer than another's with which it took turns, in each record, the oldest first."
     runs, what = load_runs(hypothesis="bench") if runs is None else list(runs), f"{optimizer} against {against}"
     said, used = [], []
-    for run in runs:
+    for run in sorted(runs, key=lambda run: str(run.header.get("started"))):
         for row in run.of("turns"):
             if (row["optimizer"], row["against"], row["work"]) != (optimizer, against, work): continue
             used.append(run)
