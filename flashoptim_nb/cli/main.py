@@ -252,7 +252,7 @@ def _judged(args) -> str:
     "The verdict, for people or for programs."
     from flashoptim_nb.study.hypotheses import HYPOTHESES
     from flashoptim_nb.study.protocols import PROTOCOLS
-    from flashoptim_nb.study.registration import confirmatory, registration_status
+    from flashoptim_nb.study.registration import registration_status
     from flashoptim_nb.study.verdict import verdict
     from flashoptim_nb.report.render import load_runs
     from flashoptim_nb.report.tables import verdict_text
@@ -265,8 +265,7 @@ def _judged(args) -> str:
         raise UserError(f"there are no records of {args.hypothesis}{f' at scale {args.scale}' if args.scale else ''} "
                         "to judge; name others with --records, "
                         f"or make some with `flashoptim-nb run {args.hypothesis} --preset {args.scale or 'laptop'}`")
-    stands, runs = registration_status(runs, PROTOCOLS[args.hypothesis]), confirmatory(runs)
-    entries = verdict(runs, HYPOTHESES[args.hypothesis])
+    stands, entries = registration_status(runs, PROTOCOLS[args.hypothesis]), verdict(runs, HYPOTHESES[args.hypothesis])
     listed = entries + _checkpoints(runs, args.hypothesis) if args.json else entries
     for entry in listed: entry |= dict(given=stands["status"], registration=stands["hash"])
     said = [f"Registration: {stands['words']}", verdict_text(entries, args.statements)]

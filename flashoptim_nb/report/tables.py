@@ -23,7 +23,7 @@ from ..study.h1.quantities import REFERENCE_PPL
 from ..study.hypotheses import criterion_of, hypothesis_of
 from ..study.hypothesis import Criterion, Hypothesis
 from ..study.protocols import PROTOCOLS
-from ..study.registration import confirmatory, history, registered, registration_status
+from ..study.registration import history, registered, registration_status
 from ..study.verdict import NOT_APPLICABLE, side_text, value_text, verdict
 from .render import Rendered, attributes, full_name, load_runs, provenance_note, sentence, table
 
@@ -115,7 +115,6 @@ def judged(
 ) -> list[dict]:
     "The judge's entries for the runs; found once for the same runs."
     runs = _runs(runs, hypothesis)
-    runs = confirmatory(runs)
     key = hypothesis.hash, *((str(run.folder), run.mark) for run in runs)
     if key not in _JUDGED:
         while len(_JUDGED) > 3: del _JUDGED[next(iter(_JUDGED))]
@@ -298,7 +297,7 @@ def registration_note(
     told = [f"{row['day']}: {row['status']}" if brief else
             f"{row['day']} (commit {row['commit'][:7]}): {row['status']}. {row['words']}" for row in history(name)]
     before = "; ".join(told) + "." if brief else " ".join(told)
-    earlier = f"\n\nVerdicts that were given before, from the same runs: {before}" if told else ""
+    earlier = f"\n\nVerdicts that were given before, from a pilot: {before}" if told else ""
     return sentence(f"{hypothesis.id}'s verdict is {words}.{earlier}", runs)
 
 # %% ../../nbs/report/02_tables.ipynb #7e61a011

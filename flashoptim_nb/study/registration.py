@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENGINE', 'EXCLUSIONS', 'UNREGISTERED', 'source_hash', 'estimators', 'planned_runs', 'registration', 'registered',
-           'register', 'history', 'drift', 'current', 'is_own', 'refuse_unregistered', 'confirmatory',
-           'registration_status', 'verdict_at', 'registration_problems']
+           'register', 'history', 'drift', 'current', 'is_own', 'refuse_unregistered', 'registration_status',
+           'verdict_at', 'registration_problems']
 
 # %% ../../nbs/study/17_registration.ipynb #e756184c
 import json
@@ -166,24 +166,13 @@ def refuse_unregistered(
 # %% ../../nbs/study/17_registration.ipynb #026721ca
 UNREGISTERED = "not registered beforehand"
 
-def confirmatory(
-    runs: Iterable[Run],
-) -> list[Run]:
-    """The runs that a verdict rests on: where some were registered, those and the rehearsals, and no pilot's.
-    Where none were, all."""
-    runs = [*runs]
-    some = any(run.header.get("registration") for run in runs)
-    return [run for run in runs if not some or run.header.get("registration") or run.header.get("scale") == REHEARSAL]
-
 def registration_status(
-    runs: Iterable[Run],  # all that there are
+    runs: Iterable[Run],  # those that a verdict rests on
     protocol: StudyProtocol,
 ) -> dict:
     "How a verdict from these runs stands to the registration: status, words, the registration's hash and what changed."
-    there, known = [*runs], {row["hash"]: row for row in registered(protocol.name)}
-    kept = confirmatory(there)
-    runs = [run for run in kept if run.header.get("scale") != REHEARSAL] or kept
-    pilot = f"; {len(there) - len(kept)} records of pilots, which carry none, are not judged" * (len(kept) < len(there))
+    runs, known = [*runs], {row["hash"]: row for row in registered(protocol.name)}
+    runs = [run for run in runs if run.header.get("scale") != REHEARSAL] or runs
     carried = [run.header.get("registration") for run in runs]
     held = {hash for hash in carried if hash}
     if len(held) != 1 or None in carried:
@@ -198,10 +187,10 @@ def registration_status(
     row, later = known[hash], [row for row in registered(protocol.name)][[*known].index(hash) + 1:]
     changed = drift(row["object"], _now(protocol)[1])
     if not changed:
-        return dict(status="registered", hash=hash, changed=[], words=f"as registered on {row['day']} ({hash}){pilot}")
+        return dict(status="registered", hash=hash, changed=[], words=f"as registered on {row['day']} ({hash})")
     told = "".join(f"; {one['day']}: {one['reason']}" for one in later)
     return dict(status="post hoc", hash=hash, changed=changed,
-                words=f"post hoc: since {hash} was registered on {row['day']}, {', '.join(changed)} changed{told}{pilot}")
+                words=f"post hoc: since {hash} was registered on {row['day']}, {', '.join(changed)} changed{told}")
 
 # %% ../../nbs/study/17_registration.ipynb #cde812bc
 def verdict_at(

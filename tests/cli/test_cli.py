@@ -230,7 +230,7 @@ def records(tmp_path):
 
 
 def test_committed_records_pass_the_checker():
-    status, out, error = command("check", repo_root() / "data/records")
+    status, out, error = command("check", repo_root() / "data/records", repo_root() / "data/pilot")
     assert status == 0, error
     assert "every decision replays" in out
 
