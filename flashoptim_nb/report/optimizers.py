@@ -46,7 +46,8 @@ def step_rows(
     rows = rows[rows["work"] == work].copy()
     rows["wholly"] = rows["optimizer"] + rows["clip"].map({True: ", clipped", False: ""})
     rows["ours"] = rows["optimizer"].str.startswith("Flash")
-    return rows.drop_duplicates("wholly", keep="last").reset_index(drop=True)
+    order = [*dict.fromkeys(rows["wholly"])]  # what was measured again stays where it was
+    return rows.drop_duplicates("wholly", keep="last").set_index("wholly", drop=False).loc[order].reset_index(drop=True)
 
 
 def show_steps(
