@@ -58,6 +58,15 @@ def _room(run: Run) -> float:
     try: return gpu_memory(run.header["device"])[1]
     except UserError: return 0.0
 
+def _candidates(search: dict, about: dict) -> Iterator[dict]:
+    "What a search tried."
+    for row in search["tried"]:
+        yield about | dict(micro=row["micro_batch"], checkpointing=row["checkpointing"],
+                           chosen=(search.get("micro"), search.get("checkpointing")) == (row["micro_batch"], row["checkpointing"]),
+                           peak=None if row["oom"] else row["peak"],
+                           tokens_per_s=None if row.get("given_up") else row.get("tokens_per_s"),
+                           lost=row["oom"] and row["checkpointing"] == "full" and row["micro_batch"] == 1)
+
 def _seen(run: Run) -> Iterator[dict]:
     "What a run tells of cells: size, seq, way, gpus, micro, peak, tokens_per_s of all GPUs, lost."
     config, steps = run.header["config"], run.of("step")
@@ -67,21 +76,23 @@ def _seen(run: Run) -> Iterator[dict]:
                    micro=row["micro_batch"], gpus=row.get("gpus", 1), peak=row.get("peak"), checkpointing=None,
                    tokens_per_s=row.get("tokens_per_s"),
                    lost=bool(row.get("oom")) and row["checkpointing"] == "full" and row["micro_batch"] == 1)
+    if run.header["hypothesis"] != "h1": return
+    for search in run.of("search") if run.is_journal else ():
+        if search.get("role") not in FRONTIER_SIZES: continue
+        about = dict(size=search["role"], seq=sequence_of(search["role"]), way=_WAY_OF.get(search["config"]),
+                     gpus=search.get("gpus") or 1)
+        yield from _candidates(search, about)
     settings = run.header.get("settings") or {}
-    if run.header["hypothesis"] != "h1" or not settings.get("recipe"): return
+    if not settings.get("recipe"): return
     speed = next(iter(run.of("throughput")[-1:]), {})
     timed = (speed.get("steps") or 0) >= TIMED_STEPS
     peaks = [row["peak"] for row in [*steps, *run.of("memory")] if row.get("peak")]
     about = dict(size=settings["size"], seq=settings["recipe"]["seq"], way=_WAY_OF.get(config),
                  gpus=settings.get("gpus", 1))
     if run.header.get("arm") == "frontier":  # each candidate is timed
-        for row in (row for search in run.of("search") for row in search["tried"]):
-            yield about | dict(micro=row["micro_batch"], checkpointing=row["checkpointing"],
-                               peak=None if row["oom"] else row["peak"],
-                               tokens_per_s=None if row.get("given_up") else row.get("tokens_per_s"),
-                               lost=row["oom"] and row["checkpointing"] == "full" and row["micro_batch"] == 1)
+        for search in run.of("search"): yield from _candidates(search, about)
         return
-    yield about | dict(checkpointing=None, micro=speed.get("micro_batch"), peak=max(peaks, default=None),
+    yield about | dict(checkpointing=None, micro=speed.get("micro_batch"), trained=timed, peak=max(peaks, default=None),
                        tokens_per_s=speed.get("tokens_per_s") if timed else None,
                        lost=run.status == "oom" and any(row["checkpointing"] == "full" for row in run.of("oom")))
 
@@ -95,6 +106,10 @@ def seen_trainings(
     runs = [run for run in runs if run.header["device_kind"] == "cuda" and run.header["scale"] != REHEARSAL]
     rows = [row | dict(device=run.header["device"], study=run.header["study"], run=run.id, scale=run.header["scale"],
                        room=_room(run)) for run in runs for row in _seen(run)]
+    def place(row): return tuple(row[key] for key in ("study", "size", "way", "gpus", "micro"))
+    trained = {place(row) for row in rows if row.pop("trained", False)}
+    # what a search chose was trained after it, with every seed: that counts
+    rows = [row for row in rows if not (row.pop("chosen", False) and place(row) in trained)]
     def each(row): return row | dict(tokens_per_s=row["tokens_per_s"] and row["tokens_per_s"] / row["gpus"])
     return pd.DataFrame([each(row) for row in rows if row["way"] and row["size"] in FRONTIER_SIZES
                          and row["seq"] == sequence_of(row["size"])])
