@@ -84,7 +84,7 @@ class Run:
     @property
     def is_journal(self) -> bool:
         "Whether it is a study's own record; it ends when the study does, and may be made in many pieces."
-        return self.header.get("arm") == JOURNAL
+        return self.header.get("arm") == self.header.get("run") == JOURNAL
 
     def of(self, kind: str) -> list[dict]:
         "The rows of one kind, in order."

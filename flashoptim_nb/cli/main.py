@@ -198,12 +198,18 @@ def _tell_hidden(studies: list[Path]):
                   file=sys.stderr)
 
 def _tell_unfinished(studies: list[Path]):
-    "Says which runs are left out because they did not end."
+    "Says which runs are left out because they did not end, and what is not as the manifests have it."
     from flashoptim_nb.report.render import load_runs
+    from flashoptim_nb.study.manifest import manifest_problems
+    from flashoptim_nb.study.protocols import PROTOCOLS
     left = defaultdict(list)
     for run in load_runs(studies, None, unfinished=True): left[run.folder.parent].append(run.id)
+    for study in studies:
+        runs = [run for run in load_runs([study], None) if run.folder.parent == study] + left[study]
+        if n := len(manifest_problems(study, runs, PROTOCOLS)):
+            print(visible(f"{study}: {n} things are not as its manifest has them; `flashoptim-nb check` says which"), file=sys.stderr)
     for study, runs in left.items():
-        print(visible(f"{study}: {len(runs)} of its runs did not end and are left out "
+        if runs: print(visible(f"{study}: {len(runs)} of its runs did not end and are left out "
                       f"({', '.join(runs[:3])}{', ...' * (len(runs) > 3)}); "
                       "`flashoptim-nb check` says how to finish them"), file=sys.stderr)
 
@@ -423,7 +429,7 @@ def _checked(study: Path, looked: list[tuple], runs_of, key: Path | None) -> tup
     "What is wrong with a study whose records were looked at, and what else there is to say of it."
     from flashoptim_nb.base.records import complete
     from flashoptim_nb.study.content import content_problems
-    from flashoptim_nb.study.manifest import manifest_problems, own_plan
+    from flashoptim_nb.study.manifest import manifest_problems, own_plan, under_way
     from flashoptim_nb.study.protocols import PROTOCOLS
     from flashoptim_nb.study.registration import registration_problems
     from flashoptim_nb.study.signature import sign, signature_problems
@@ -438,7 +444,7 @@ def _checked(study: Path, looked: list[tuple], runs_of, key: Path | None) -> tup
         if not bad: bad = [f"{study}: its decisions cannot be taken again: {error}"]
     if key and not bad: sign(study, key)
     wrong, said = signature_problems(study)
-    return bad + wrong * (not key), [line for line in (own_plan(study), said) if line]
+    return bad + wrong * (not key), [line for line in (own_plan(study), under_way(study, runs), said) if line]
 
 def _check(args) -> int:
     from flashoptim_nb.base.records import ROWS, examine, read_study

@@ -244,12 +244,12 @@ def _cost_words(runs) -> str:
         found = known[size]
         ends = [found["lo"], found["hi"]] if pd.notna(found["lo"]) else None
         return f"{value_text(dict(value=found['value'], interval=ends, bound='', unit='share'))} at {size}"
-    if sure: return f"FlashOptim lowers the cost of a token by {', '.join(map(said, sure))}"
+    if sure: return f"FlashOptim lowers the cost of training to equal loss by {', '.join(map(said, sure))}"
     doubt = ("with larger micro-batches left untried" if any(found["bound"] for found in known.values())
              else "which may be nothing")
     why = (f"measured {'are' if len(known) > 1 else 'is'} {', '.join(map(said, known))}, {doubt}" if known
            else "no saving is measured")
-    return f"That FlashOptim lowers the cost of a token is not established at any size ({why})"
+    return f"That FlashOptim lowers the cost of training to equal loss is not established at any size ({why})"
 
 def _memory_words(cells: pd.DataFrame) -> str:
     "In how many cells it is what makes the model fit."

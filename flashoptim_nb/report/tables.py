@@ -23,6 +23,7 @@ from ..study.h1.quantities import REFERENCE_PPL
 from ..study.hypotheses import criterion_of, hypothesis_of
 from ..study.hypothesis import Criterion, Hypothesis
 from ..study.protocols import PROTOCOLS
+from ..study.manifest import under_way
 from ..study.registration import history, registered, registration_status
 from ..study.verdict import NOT_APPLICABLE, side_text, value_text, verdict
 from .render import Rendered, attributes, full_name, load_runs, provenance_note, sentence, table
@@ -298,7 +299,9 @@ def registration_note(
             f"{row['day']} (commit {row['commit'][:7]}): {row['status']}. {row['words']}" for row in history(name)]
     before = "; ".join(told) + "." if brief else " ".join(told)
     earlier = f"\n\nVerdicts that were given before, from a pilot: {before}" if told else ""
-    return sentence(f"{hypothesis.id}'s verdict is {words}.{earlier}", runs)
+    studies = {run.folder.parent: [one for one in runs if one.folder.parent == run.folder.parent] for run in runs if run.folder}
+    far = [f" {said.rpartition(': ')[2]}".replace("has", "The study has") + "." for study, own in studies.items() if not brief and (said := under_way(study, own))]
+    return sentence(f"{hypothesis.id}'s verdict is {words}.{''.join(far)}{earlier}", runs)
 
 # %% ../../nbs/report/02_tables.ipynb #7e61a011
 def show_changed_criteria(

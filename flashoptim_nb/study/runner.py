@@ -353,7 +353,17 @@ def _attempt(study: Study, specs: list[RunSpec], done):
         if study.protocol.compiles and (spec.workload, spec.config) != before: reset_compile_cache(study.device)
         before = spec.workload, spec.config
         try: done.put(("ended", (spec.id, attempt(study, spec), "")))
+        except Interrupted: raise
         except UserError as error: done.put(("ended", (spec.id, 1, str(error))))
+
+def _asked(study: Study, tasks) -> Iterator[tuple]:
+    "What there is to do; raises `Interrupted` where the worker is told to stop, or its parent is gone."
+    while True:
+        study.check_stop()
+        try: task = tasks.get(timeout=0.5)
+        except Empty: continue
+        if task is None: return
+        yield task
 
 def _work(made, device, tasks, done, stop):
     "One worker: takes what there is to do until there is nothing, it is told to stop, or its parent is gone."
@@ -365,10 +375,11 @@ def _work(made, device, tasks, done, stop):
                         stopped=lambda: stop.is_set() or not parent.is_alive())
     _make_current(study.device)
     study.journal = _Relayed(study.folder, lambda row: done.put(("noted", row)))
-    for do, known, runs in iter(tasks.get, None):
-        study.journal.rows = known
-        try: do(study, [study.spec(*run) for run in runs], done)
-        except Interrupted: break
+    try:
+        for do, known, runs in _asked(study, tasks):
+            study.journal.rows = known
+            do(study, [study.spec(*run) for run in runs], done)
+    except Interrupted: pass
     done.put(("left", None))
 
 def _told(study: Study, workers: list, done, stop, needed: int) -> Iterator:
