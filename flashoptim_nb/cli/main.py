@@ -117,8 +117,11 @@ def _run(args) -> int:
         raise UserError(f"--timeout is {args.timeout:g}; more than 0 seconds are needed")
     if args.device is not None: device_for(preset, args.device)
     chosen = dict(workloads=args.sizes or args.domains, configs=args.configs, seeds=args.seeds)
+    asked = select_runs(preset, **chosen, what=protocol.workload)
+    if args.piece is not None and not protocol.stages(asked, args.arms):
+        raise UserError(f"piece {args.piece} has none of the runs that the other options leave; leave one of them out, "
+                        f"or see what it has: flashoptim-nb run h1 --preset gpu --piece {args.piece} --dry-run")
     if args.dry_run:
-        asked = select_runs(preset, **chosen, what=protocol.workload)
         said, gpu = dry_run(protocol, asked, args.arms), asked.accelerator.name
         print(dry_run(protocol, asked, args.arms, as_json=True) if args.json else said)
         if "'s rate" in said: _tell_rates(args.rate, [gpu], f"the plan is for {gpu}, at the rates of {', '.join(rates(asked))}")
@@ -194,7 +197,8 @@ def _tell_hidden(studies: list[Path]):
     for study in studies:
         shipped = data_root() / "records" / study.name
         if shipped.is_dir() and study.resolve() != shipped.resolve():
-            print(f"{study} stands in for the shipped study {shipped}, whole; name that one with --records to judge it",
+            print(f"{study} stands in for the shipped study {shipped}, whole; name that one with --records to judge it, "
+                  "or copy it to runs/ before you go on with it",
                   file=sys.stderr)
 
 def _tell_unfinished(studies: list[Path]):

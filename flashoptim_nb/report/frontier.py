@@ -266,7 +266,7 @@ def _memory_words(cells: pd.DataFrame) -> str:
         (budget, gpus, size), _ = max(shown, key=lambda one: (FRONTIER_SIZES.index(one[0][2]), -one[0][0], -one[0][1]))
         where = f", up to {size} on {gpus} GPU{'s' * (gpus > 1)} of {budget} GB"
     return (f"it makes room: in {len(won)} of the chart's {places} places the model trains with it and not with AdamW "
-            f"at 16 bytes, {len(shown)} of them measured{where}")
+            f"at 16 bytes, {len(shown)} of them measured, the others predicted{where}")
 
 def _quality_words(runs) -> str:
     found = next((e for e in judged(runs) if e["id"] == "H1-S3" and e["headline"]), None)
@@ -314,7 +314,7 @@ def show_frontier_rows(
     cells = frontier(runs)
     cells = cells[cells["state"] == MEASURED]
     if cells.empty: return show_rows(cells, {}, "frontier", runs, "No cell has a measured speed.")
-    cells = cells.assign(way=[WAYS[way].words for way in cells["way"]], peak=cells["peak"] / 1e9).drop_duplicates(
+    cells = cells.assign(way=[WAYS[way].words.replace("…", WAYS["release"].words) for way in cells["way"]], peak=cells["peak"] / 1e9).drop_duplicates(
         ["size", "way", "gpus", "device", "tokens_per_s"])
     heads = dict(size="size", way="trained by", gpus="GPUs", budget="fits from, GB", device="measured on",
                  micro="micro-batch", peak="peak, GB", tokens_per_s="tokens/s a GPU",
