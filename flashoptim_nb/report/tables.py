@@ -260,7 +260,9 @@ def _in_words(whole: dict, entries: list[dict]) -> str:
     for e in (e for e in entries if e["id"] in whole["decided_by"]):
         places = list(
             dict.fromkeys(e["parts"][i]["at"] for i in e["carry"] if e["kind"] != "success" and e["status"] == "met"))
-        said.append(f"{e['statement'].rstrip('.')} ({e['id']}: {', '.join(places) or e['status']})")
+        words = e["statement"].rstrip(".")
+        if e["status"] == "not met": words = f"Not so: {words[0].lower()}{words[1:]}"
+        said.append(f"{words} ({e['id']}{f': {at}' if (at := ', '.join(places)) else ''})")
     return ". ".join(said)
 
 def verdict_banner(
