@@ -71,8 +71,9 @@ def _plan_problems(study: Path, kept: dict, runs: list[Run], shipped: bool, prot
     hashes = {hash for run in runs if (hash := run.header.get("registration"))}
     if own_plan(study) and not (hashes or shipped): return []
     asked = {(run.header["hypothesis"], run.header.get("scale")) for run in runs}
-    fits = not kept["planned"] or any({*kept["planned"]} == {*plan} for name, scale in asked
-                                      for plan in _plans(protocols[name], scale, hashes))
+    plans = [{*plan} for name, scale in asked for plan in _plans(protocols[name], scale, hashes)]
+    # an empty plan is none, and what is registered has one
+    fits = {*kept["planned"]} in plans if kept["planned"] else not (hashes and any(plans))
     return [] if fits or not asked else [f"{study / MANIFEST}: names other runs than "
                                          f"{'its registration' if hashes else 'the protocol'} planned"]
 

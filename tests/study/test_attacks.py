@@ -106,6 +106,45 @@ def edited(study):
     path.write_text(path.read_text().replace('"tokens_per_s": ', '"tokens_per_s": 9'))
 
 
+def stronger(study):
+    "The plain baseline's records, called those of the strong one."
+    for folder in runs_like(study, "1B-best-baseline-s*"):
+        name = folder.name.replace("-baseline-", "-baseline_strong-")
+        def rename(row): return row | dict(run=name, config="baseline_strong",
+                                           settings=row["settings"] | dict(config="baseline_strong"))
+        sealed(folder, lambda rows: [rename(rows[0]), *rows[1:]])
+        shutil.rmtree(study / name)
+        folder.rename(study / name)
+
+
+def half_called(study):
+    sealed(study / "1B-best-baseline-s0", of("header", config="baseline_strong"))
+
+
+def chosen_slower(study):
+    def slower(row):
+        tried = [dict(checkpointing="none", micro_batch=n, fits=True, tokens_per_s=100.0 * n) for n in (4, 8)]
+        return row | dict(tried=tried) if row["kind"] == "search" and row["config"] == "baseline" else row
+    sealed(study / "protocol", lambda rows: [slower(of("header", settings={})([row])[0]) for row in rows])
+
+
+def searched_twice(study):
+    sealed(study / "protocol", lambda rows: [*rows, next(row for row in rows if row["kind"] == "search")])
+
+
+def searched_in_a_run(study):
+    row = dict(kind="search", role="1B", config="baseline", micro=8, checkpointing="none", why="x", tried=[])
+    sealed(study / "1B-best-baseline-s0", lambda rows: [rows[0], row, *rows[1:]])
+
+
+def scaled(study):
+    "Another seed's step times, a ten-thousandth slower."
+    rows = [json.loads(line) for line in (study / "1B-best-baseline-s0" / ROWS).read_text().splitlines()]
+    times = {row["step"]: row["seconds"] * 1.0001 for row in rows if row["kind"] == "step"}
+    sealed(study / "1B-best-baseline-s1", lambda rows: [
+        row | dict(seconds=times[row["step"]]) if row["kind"] == "step" else row for row in rows])
+
+
 ATTACKS = {  # what was tried: (the study, how, what is found)
     "a value edited": ("h1-laptop", edited, "its seal does not fit"),
     "the stack faster, steps untouched": ("h1-laptop", faster, "its throughput is"),
@@ -126,6 +165,14 @@ ATTACKS = {  # what was tried: (the study, how, what is found)
     "a laptop relabelled": ("h1-laptop", relabelled, "machine without one"),
     "five step rows cut": ("h1-laptop", cut, "not those of a whole run"),
     "dates, commit and hash made up": ("h1-laptop", dated, "is not in the history"),
+    "the baseline called the strong one": ("h1-laptop", stronger, "are not those of baseline_strong"),
+    "a header of another configuration": ("h1-laptop", half_called, "where its header is that of"),
+    "a search that chose a slower candidate": ("h1-laptop", chosen_slower, "where the fastest that fits is"),
+    "a search that is there twice": ("h1-laptop", searched_twice, "it has two searches for"),
+    "a search within a run": ("h1-laptop", searched_in_a_run, "stands in a journal or in a run of the frontier only"),
+    "a seed's times scaled": ("h1-laptop", scaled, "in constant proportion"),
+    "a perplexity made up": (
+        "h1-laptop", lambda study: sealed(study / "1B-best-baseline-s0", of("eval", ppl=0.9)), "its perplexity on"),
     "a micro-batch that was not searched": ("h1-laptop", at_another_micro_batch, "it ran at micro-batch 2"),
 }
 
@@ -152,6 +199,38 @@ def test_earlier_attempts_that_are_deleted_are_missed(tmp_path):
     assert manifest_problems(study, [run], PROTOCOLS) == []
     (folder / "rows.1.jsonl").unlink()
     assert "rows.1.jsonl: is not the file" in manifest_problems(study, [run], PROTOCOLS)[0]
+
+
+def registered_copy(tmp_path):
+    "A shipped study whose runs carry a registration."
+    for study in sorted((data_root() / "records").glob("h1-gpu-*")):
+        if '"registration"' in (study / "protocol" / ROWS).read_text().split("\n")[0]:
+            return shutil.copytree(study, tmp_path / study.name)
+    pytest.skip("no study that was registered came with this copy")
+
+
+def found_in(study):
+    runs = [run for path in sorted(study.glob(f"*/{ROWS}")) if (run := examine(path.parent)[0])]
+    return content_problems(runs) + manifest_problems(study, runs, PROTOCOLS)
+
+
+def test_an_empty_plan_fits_no_registration(tmp_path):
+    study = registered_copy(tmp_path)
+    path, told = study / "manifest.json", "names other runs than its registration planned"
+    assert not any(told in line for line in found_in(study))
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(planned=[], absent=[])))
+    assert any(told in line for line in found_in(study))
+
+
+def test_a_registered_run_needs_its_search_and_goes_at_its_pace(tmp_path):
+    study = registered_copy(tmp_path)
+    def halved(row):  # a candidate that ran out of memory has no speed
+        return row | dict(tried=[{key: value / 2 if key == "tokens_per_s" else value for key, value in one.items()}
+                                 for one in row["tried"]])
+    sealed(study / "protocol", lambda rows: [halved(row) if row["kind"] == "search" else row for row in rows])
+    assert any("where the journal's search timed" in line for line in found_in(study))
+    sealed(study / "protocol", lambda rows: [row for row in rows if row["kind"] != "search"])
+    assert any("has no search for it" in line for line in found_in(study))
 
 
 @pytest.mark.parametrize("change, told", [
