@@ -163,6 +163,7 @@ def odd_pace(run: Run, journal: Run | None = None) -> Iterator[str]:
     if not (journal and rows and header.get("registration")) or header.get("hypothesis") != "h1": return
     if header.get("arm") != "best": return
     if not (found := _search(run, journal)): yield "its study's journal has no search for it"
+    if _whole(journal).get("micro_rank") == "largest": return  # each candidate took one step: no speed to hold it to
     timed = next((one.get("tokens_per_s") for one in found.get("tried") or []
                   if _candidate(one) == _chosen(found)), None)
     for speed in (row.get("tokens_per_s") for row in rows):
