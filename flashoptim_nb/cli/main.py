@@ -210,8 +210,8 @@ def _tell_unfinished(studies: list[Path]):
     for run in load_runs(studies, None, unfinished=True): left[run.folder.parent].append(run.id)
     for study in studies:
         runs = [run for run in load_runs([study], None) if run.folder.parent == study] + left[study]
-        if n := len(manifest_problems(study, runs, PROTOCOLS)):
-            print(visible(f"{study}: {n} things are not as its manifest has them; `flashoptim-nb check` says which"), file=sys.stderr)
+        if manifest_problems(study, runs, PROTOCOLS):
+            print(visible(f"{study}: differs from its manifest; `flashoptim-nb check` says where"), file=sys.stderr)
     for study, runs in left.items():
         if runs: print(visible(f"{study}: {len(runs)} of its runs did not end and are left out "
                       f"({', '.join(runs[:3])}{', ...' * (len(runs) > 3)}); "

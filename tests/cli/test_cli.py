@@ -235,6 +235,13 @@ def test_committed_records_pass_the_checker():
     assert "every decision replays" in out
 
 
+def test_a_verdict_tells_of_records_that_differ_from_their_manifest(records):
+    rows = records / "h1-laptop" / "protocol" / "rows.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
+    status, out, error = command("verdict", "h1", "--records", records)
+    assert status == 0 and "differs from its manifest" in error
+
+
 @pytest.mark.parametrize("terminal, quiet, shown", [(True, False, True), (True, True, False), (False, False, False)])
 def test_what_takes_long_shows_a_bar_on_a_terminal_alone(capsys, monkeypatch, terminal, quiet, shown):
     from flashoptim_nb.cli import main
