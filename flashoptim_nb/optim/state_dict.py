@@ -392,6 +392,24 @@ def _warn_of_options(before, own, states):
                   f"make it with {was} to go on as before")
 
 
+def _has_16_bits(p):
+    "Whether the weights are as if they had been rounded to 16 bits."
+    p = local(p.detach())
+    return any(torch.equal(p, p.to(narrow).to(p.dtype)) for narrow in (torch.bfloat16, torch.float16))
+
+
+def _warn_of_lost_bits(opt, groups, saved, states):
+    "Warns where the saved weights had lower bits that neither this optimizer nor its weights have."
+    for i, p in ((i, p) for g, own in zip(groups, opt.param_groups) for i, p in zip(g["params"], own["params"])):
+        bits = saved.get(i, {}).get("error_bits")
+        if not isinstance(bits, torch.Tensor) or "error_bits" in states.get(p, {}): continue
+        if not local(bits).any() or not _has_16_bits(p): continue
+        warnings.warn("the state dict has the lower bits of its weights, and neither this optimizer nor the weights have them: "
+                      "make it with master_weight_bits as it was saved, over weights in 16 bits, "
+                      "or load the weights that get_fp32_model_state_dict gave")
+        return
+
+
 @torch.no_grad()
 def load_state(
     opt,  # a FlashOptimizer
@@ -429,6 +447,7 @@ def load_state(
     for p in states: first_error_bits(p, None)  # what casting kept for a first state is not needed any more
     origin = _origin(groups[0], "group 0")
     _warn_of_options(origin.options, _stated(opt), states)
+    _warn_of_lost_bits(opt, groups, saved, states)
     clip = origin.clip
     opt._next_clip = None if clip is None else torch.full((), clip, device=opt.skipped_steps.device)
     opt._largest = {}
