@@ -203,18 +203,17 @@ def _tell_hidden(studies: list[Path]):
 
 def _tell_unfinished(studies: list[Path]):
     "Says which runs are left out because they did not end, and what is not as the manifests have it."
-    from flashoptim_nb.report.render import load_runs
+    from flashoptim_nb.report.render import by_study, load_runs
     from flashoptim_nb.study.manifest import manifest_problems
     from flashoptim_nb.study.protocols import PROTOCOLS
-    left = defaultdict(list)
-    for run in load_runs(studies, None, unfinished=True): left[run.folder.parent].append(run.id)
-    for study in studies:
-        runs = [run for run in load_runs([study], None) if run.folder.parent == study] + left[study]
+    left = by_study(load_runs(studies, None, unfinished=True))
+    for study, runs in by_study([*load_runs(studies, None), *(run for runs in left.values() for run in runs)]).items():
         if manifest_problems(study, runs, PROTOCOLS):
             print(visible(f"{study}: differs from its manifest; `flashoptim-nb check` says where"), file=sys.stderr)
     for study, runs in left.items():
-        if runs: print(visible(f"{study}: {len(runs)} of its runs did not end and are left out "
-                      f"({', '.join(runs[:3])}{', ...' * (len(runs) > 3)}); "
+        ids = [run.id for run in runs]
+        print(visible(f"{study}: {len(ids)} of its runs did not end and are left out "
+                      f"({', '.join(ids[:3])}{', ...' * (len(ids) > 3)}); "
                       "`flashoptim-nb check` says how to finish them"), file=sys.stderr)
 
 def _as_registered(runs: list, hypothesis: str, hash: str, studies: list[Path]) -> list[dict]:
@@ -447,8 +446,8 @@ def _checked(study: Path, looked: list[tuple], runs_of, key: Path | None) -> tup
     except UserError as error:
         if not bad: bad = [f"{study}: its decisions cannot be taken again: {error}"]
     if key and not bad: sign(study, key)
-    wrong, said = signature_problems(study)
-    return bad + wrong * (not key), [line for line in (own_plan(study), under_way(study, runs), said) if line]
+    (wrong, said), far = signature_problems(study), under_way(study, runs)
+    return bad + wrong * (not key), [line for line in (own_plan(study), far and f"{study}: {far}", said) if line]
 
 def _check(args) -> int:
     from flashoptim_nb.base.records import ROWS, examine, read_study

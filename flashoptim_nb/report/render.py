@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IDENTITY', 'Rendered', 'rendered', 'attributes', 'table', 'plain', 'cells', 'figures', 'study_folders', 'load_runs',
-           'full_name', 'provenance_note', 'sentence']
+           'by_study', 'full_name', 'provenance_note', 'sentence']
 
 # %% ../../nbs/report/00_render.ipynb #e97532ef
 from collections.abc import Iterable, Mapping
@@ -154,6 +154,15 @@ def load_runs(
             and (run.status == "unfinished" and not run.is_journal) == unfinished]
 
 # %% ../../nbs/report/00_render.ipynb #03a4eff3
+def by_study(
+    runs: Iterable[Run],
+) -> dict[Path, list[Run]]:
+    "The runs of each study, by its folder; what is in no folder belongs to none."
+    found = {}
+    for run in runs:
+        if run.folder: found.setdefault(run.folder.parent, []).append(run)
+    return found
+
 def full_name(
     run: Run,
 ) -> str:

@@ -26,7 +26,7 @@ from ..study.protocols import PROTOCOLS
 from ..study.manifest import under_way
 from ..study.registration import history, registered, registration_status
 from ..study.verdict import NOT_APPLICABLE, side_text, value_text, verdict
-from .render import Rendered, attributes, full_name, load_runs, provenance_note, sentence, table
+from .render import Rendered, attributes, by_study, full_name, load_runs, provenance_note, sentence, table
 
 # %% ../../nbs/report/02_tables.ipynb #1159ca4f
 SIGNS = {"met": "●", "not met": "○", "inconclusive": "◐", "not measured": "", "no evidence at this scale": "·",
@@ -301,8 +301,7 @@ def registration_note(
             f"{row['day']} (commit {row['commit'][:7]}): {row['status']}. {row['words']}" for row in history(name)]
     before = "; ".join(told) + "." if brief else " ".join(told)
     earlier = f"\n\nVerdicts that were given before, from a pilot: {before}" if told else ""
-    studies = {run.folder.parent: [one for one in runs if one.folder.parent == run.folder.parent] for run in runs if run.folder}
-    far = [f" {said.rpartition(': ')[2]}".replace("has", "The study has") + "." for study, own in studies.items() if not brief and (said := under_way(study, own))]
+    far = [f" The study {said}." for place in by_study(runs).items() if not brief and (said := under_way(*place))]
     return sentence(f"{hypothesis.id}'s verdict is {words}.{''.join(far)}{earlier}", runs)
 
 # %% ../../nbs/report/02_tables.ipynb #7e61a011

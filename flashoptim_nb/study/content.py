@@ -17,17 +17,16 @@ from ..base.machine import committed, has_history
 from ..base.records import Run
 from ..base.schema import SCALES
 from ..measure.timing import settling
+from .evidence import gpus_of
 from ..train.config import CONFIGS, LM_CONFIGS
 
 # %% ../../nbs/study/16_content.ipynb #3f0a61d3
-def _gpus(run: Run) -> int: return (run.header.get("settings") or {}).get("gpus") or 1
-
 def odd_name(run: Run, journal: Run | None = None) -> Iterator[str]:
     "A name that is not the header's, or settings of another configuration, of a run of a hypothesis."
     header, settings = run.header, run.header.get("settings") or {}
     if run.is_journal or header.get("hypothesis") not in ("h1", "h2"): return
     role, arm, config, seed = (header.get(name) for name in ("role", "arm", "config", "seed"))
-    named = f"{role}-{arm}-{config}-s{seed}" + (f"-x{_gpus(run)}" if _gpus(run) != 1 else "")
+    named = f"{role}-{arm}-{config}-s{seed}" + (f"-x{gpus_of(run)}" if gpus_of(run) != 1 else "")
     if run.id != named: yield f"it is called {run.id}, where its header is that of {named}"
     for name in ("role", "arm", "config", "seed"):
         if settings.get(name, header.get(name)) != header.get(name):
@@ -109,7 +108,7 @@ def _search(run: Run, journal: Run | None) -> dict:
     role = run.header.get("role")
     role = ((_whole(journal).get("parts") or {}).get(role) or {}).get("search_of") or role
     rows = journal.of("search") if journal and run.header.get("arm") == "best" else []
-    return next((row for row in reversed(rows) if _about(row) == (role, run.header.get("config"), _gpus(run))), {})
+    return next((row for row in reversed(rows) if _about(row) == (role, run.header.get("config"), gpus_of(run))), {})
 
 def odd_micro(run: Run, journal: Run | None = None) -> Iterator[str]:
     "Rows taken at another micro-batch or sequence than the header's, or than the journal's search found."

@@ -242,6 +242,13 @@ def test_a_verdict_tells_of_records_that_differ_from_their_manifest(records):
     assert status == 0 and "differs from its manifest" in error
 
 
+def test_a_verdict_tells_of_runs_that_did_not_end(records):
+    rows = records / "h1-laptop" / "1B-best-baseline-s0" / "rows.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
+    status, out, error = command("verdict", "h1", "--records", records)
+    assert status == 0 and "1 of its runs did not end and are left out (1B-best-baseline-s0)" in error
+
+
 @pytest.mark.parametrize("terminal, quiet, shown", [(True, False, True), (True, True, False), (False, False, False)])
 def test_what_takes_long_shows_a_bar_on_a_terminal_alone(capsys, monkeypatch, terminal, quiet, shown):
     from flashoptim_nb.cli import main

@@ -177,15 +177,19 @@ ATTACKS = {  # what was tried: (the study, how, what is found)
 }
 
 
+def found_in(study):
+    "What is said of a study's records, its runs and its manifest."
+    looked = [examine(path.parent) for path in sorted(study.glob(f"*/{ROWS}"))]
+    runs = [run for run, _ in looked if run]
+    return [line for _, lines in looked for line in lines] + content_problems(runs) + manifest_problems(study, runs, PROTOCOLS)
+
+
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_an_attack_on_the_records_is_found(attack, tmp_path):
     name, harm, told = ATTACKS[attack]
     study = shutil.copytree(data_root() / "records" / name, tmp_path / name)
     harm(study)
-    looked = [examine(path.parent) for path in sorted(study.glob(f"*/{ROWS}"))]
-    runs = [run for run, _ in looked if run]
-    found = [line for _, lines in looked for line in lines]
-    found += content_problems(runs) + manifest_problems(study, runs, PROTOCOLS)
+    found = found_in(study)
     assert any(told in line for line in found), found[:5]
 
 
@@ -207,11 +211,6 @@ def registered_copy(tmp_path):
         if '"registration"' in (study / "protocol" / ROWS).read_text().split("\n")[0]:
             return shutil.copytree(study, tmp_path / study.name)
     pytest.skip("no study that was registered came with this copy")
-
-
-def found_in(study):
-    runs = [run for path in sorted(study.glob(f"*/{ROWS}")) if (run := examine(path.parent)[0])]
-    return content_problems(runs) + manifest_problems(study, runs, PROTOCOLS)
 
 
 def test_an_empty_plan_fits_no_registration(tmp_path):
