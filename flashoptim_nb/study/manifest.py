@@ -16,7 +16,7 @@ from ..base.machine import data_root
 from ..base.records import ROWS, Run, study_origin
 from .experiment import StudyProtocol
 from .presets import Preset
-from .registration import is_own, planned_runs, registered
+from .registration import extends, is_own, planned_runs, registered
 
 # %% ../../nbs/study/18_manifest.ipynb #1d88a9a5
 MANIFEST = "manifest.json"
@@ -55,8 +55,12 @@ def _read(study: Path) -> dict | None:
 
 def _plans(protocol: StudyProtocol, scale: str, hashes: set[str]) -> list[list[str]]:
     "The plans that a study of a scale may have followed: of the registrations that its runs carry, else any."
-    rows = [row for row in registered(protocol.name) if not hashes or row["hash"] in hashes]
-    found = [row["object"]["plan"].get(scale, {}).get("runs", []) for row in rows]
+    rows = registered(protocol.name)
+    carried = [row["object"] for row in rows if row["hash"] in hashes]
+    # a study may go on under a registration that adds runs, and have made none of them yet
+    fits = [row["object"] for row in rows if not hashes or row["hash"] in hashes
+            or carried and all(extends(row["object"], one) for one in carried)]
+    found = [one["plan"].get(scale, {}).get("runs", []) for one in fits]
     return found + [planned_runs(protocol, protocol.presets[scale])] * (not hashes and scale in protocol.presets)
 
 def own_plan(

@@ -31,6 +31,10 @@ class Preset(Config):
         fields["parts"] = fields.pop("plans")
         return fields
 
+    def added(self) -> dict:
+        "What a later registration added to the plan, by workload; it changes nothing of a study that is under way."
+        return {}
+
 # %% ../../nbs/study/09_presets.ipynb #05e35056
 def select_runs(
     preset: Preset,

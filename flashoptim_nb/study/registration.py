@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENGINE', 'EXCLUSIONS', 'UNREGISTERED', 'source_hash', 'estimators', 'planned_runs', 'registration', 'registered',
-           'register', 'history', 'drift', 'current', 'is_own', 'refuse_unregistered', 'registration_status',
+           'register', 'history', 'drift', 'extends', 'current', 'is_own', 'refuse_unregistered', 'registration_status',
            'verdict_at', 'registration_problems']
 
 # %% ../../nbs/study/17_registration.ipynb #e756184c
@@ -80,7 +80,7 @@ def registration(
         criteria=[[c.id, c.kind, c.statement, c.text] for c in h.criteria], estimators=estimators(protocol),
         stopping=[[point.id, point.day, point.text, point.then] for point in h.checkpoints.values()],
         plan={name: dict(preset=preset.to_dict(), runs=planned_runs(protocol, preset))
-              for name, preset in protocol.presets.items()})))
+              | (dict(added=added) if (added := preset.added()) else {}) for name, preset in protocol.presets.items()})))
 
 # %% ../../nbs/study/17_registration.ipynb #c0b86a1b
 def _file(name: str) -> str: return f"registration/{name}.json"
@@ -134,6 +134,21 @@ def drift(
     before, after = parts(old), parts(new)
     return [key for key in dict.fromkeys((*before, *after)) if before.get(key) != after.get(key)]
 
+def extends(
+    new: dict,  # a registration
+    old: dict,
+) -> bool:
+    "Whether a registration differs from an older one at most by runs that it adds to a preset's plan."
+    def rest(one, names):
+        plans = {name: {key: value for key, value in one["plan"].get(name, {}).items() if key not in ("runs", "added")}
+                 for name in names}
+        return {key: value for key, value in one.items() if key != "plan"} | dict(plan=plans)
+    def kept(name):
+        ours, theirs = new["plan"].get(name, {}), old["plan"][name]
+        added, before = ours.get("added", {}), theirs.get("added", {})
+        return {*theirs["runs"]} <= {*ours.get("runs", ())} and all(added.get(size) == row for size, row in before.items())
+    return rest(new, old["plan"]) == rest(old, old["plan"]) and all(map(kept, old["plan"]))
+
 @lru_cache
 def _now(protocol: StudyProtocol) -> tuple[str, dict]: return content_hash(now := registration(protocol)), now
 
@@ -175,19 +190,22 @@ def registration_status(
     runs = [run for run in runs if run.header.get("scale") != REHEARSAL] or runs
     carried = [run.header.get("registration") for run in runs]
     held = {hash for hash in carried if hash}
-    if len(held) != 1 or None in carried:
-        n = sum(hash is None for hash in carried)
-        words = (f"{n} of {len(runs)} records carry no registration" if n
-                 else f"their registrations differ ({', '.join(sorted(held))})")
-        return dict(status=UNREGISTERED, hash=None, changed=[], words=f"{UNREGISTERED}: {words}")
-    hash, = held
-    if hash not in known:
-        return dict(status=UNREGISTERED, hash=hash, changed=[],
-                    words=f"{UNREGISTERED}: the runs carry {hash}, which is not registered here")
+    def never(words, hash=None): return dict(status=UNREGISTERED, hash=hash, changed=[], words=f"{UNREGISTERED}: {words}")
+    if not held or None in carried:
+        return never(f"{sum(hash is None for hash in carried)} of {len(runs)} records carry no registration")
+    if strange := sorted(held - known.keys()):
+        return never(f"the runs carry {', '.join(strange)}, which is not registered here", strange[0])
+    *before, hash = (hash for hash in known if hash in held)
     row, later = known[hash], [row for row in registered(protocol.name)][[*known].index(hash) + 1:]
-    changed = drift(row["object"], _now(protocol)[1])
+    if not all(extends(row["object"], known[one]["object"]) for one in before):
+        return never(f"their registrations differ ({', '.join(sorted(held))})")
+    now = _now(protocol)[1]
+    changed = [] if extends(now, row["object"]) else drift(row["object"], now)
     if not changed:
-        return dict(status="registered", hash=hash, changed=[], words=f"as registered on {row['day']} ({hash})")
+        first, *more = (known[one] for one in (*before, hash))
+        told = "".join(f", with runs added on {one['day']} ({one['hash']})" for one in more)
+        return dict(status="registered", hash=hash, changed=[],
+                    words=f"as registered on {first['day']} ({first['hash']}){told}")
     told = "".join(f"; {one['day']}: {one['reason']}" for one in later)
     return dict(status="post hoc", hash=hash, changed=changed,
                 words=f"post hoc: since {hash} was registered on {row['day']}, {', '.join(changed)} changed{told}")
@@ -220,8 +238,11 @@ def registration_problems(
     for run in runs:
         if not (hash := run.header.get("registration")): continue
         name, commit = str(run.header.get("hypothesis")), str(run.header.get("commit"))
-        if name not in protocols or hash not in {row["hash"] for row in registered(name)}:
+        known = {row["hash"]: row["object"]["plan"] for row in registered(name)} if name in protocols else {}
+        if hash not in known:
             found.append(f"{run.folder}: carries registration {hash}, which is not registered here")
+        elif not run.is_journal and run.id not in known[hash].get(run.header.get("scale"), {}).get("runs", ()):
+            found.append(f"{run.folder}: carries registration {hash}, which did not plan it")
         elif commit.endswith("+changes"):
             found.append(f"{run.folder}: was registered, and made with changes that no commit has")
         elif (held := repository_file(commit, f"data/{_file(name)}")) is not None and hash not in held:

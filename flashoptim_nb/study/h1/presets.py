@@ -47,12 +47,15 @@ class SizePlan(Config):
     layers: int = 0  # of the size's so many; 0: all
     search_of: str = ""  # the size whose search it takes over, where both only differ in the batch
     frontier: tuple[str, ...] = ()  # configurations whose best under each of several memory budgets is found
+    later: bool = False  # whether a later registration added the size, see `added`
+    later_gpus: tuple[int, ...] = ()  # those of `also_gpus` that a later registration added
 
     def as_settings(self) -> dict:
         # a study holds runs on one GPU and on several; what first plans did not have changes none of theirs
-        found = {name: value for name, value in super().as_settings().items() if name != "gpus"}
+        found = {name: value for name, value in super().as_settings().items() if name not in _OF_THE_PLAN}
+        found["also_gpus"] = tuple(n for n in self.also_gpus if n not in self.later_gpus)
         for name, none in _UNCHANGED.items():
-            if getattr(self, name) == none: del found[name]
+            if found[name] == none: del found[name]
         return found
 
     def model(self, **over) -> GPTConfig:
@@ -65,6 +68,7 @@ class SizePlan(Config):
         "Its name in records."
         return self.size + (f"-{self.layers}L" if self.layers else "")
 
+_OF_THE_PLAN = ("gpus", "later", "later_gpus")  # and not of what a run or a study under way is
 _UNCHANGED = dict(also_gpus=(), seeds=None, layers=0, search_of="", frontier=())
 
 # %% ../../../nbs/study/h1/02_presets.ipynb #9ae91fa7
@@ -87,8 +91,13 @@ class LMPreset(Preset):
 
     def as_settings(self) -> dict:
         found = {name: value for name, value in super().as_settings().items() if name != "order"}
+        found["parts"] = {size: plan for size, plan in self.plans.items() if not plan.later}
         if not self.budgets: del found["budgets"]
         return found
+
+    def added(self) -> dict:
+        return {size: plan.to_dict() if plan.later else dict(also_gpus=[*plan.later_gpus])
+                for size, plan in self.plans.items() if plan.later or plan.later_gpus}
 
 # %% ../../../nbs/study/h1/02_presets.ipynb #7f98da0f
 MAIN = ("baseline", "baseline_strong", "flashoptim_full")
@@ -120,6 +129,8 @@ def _quality(size="124M", lr=3e-4, seeds=5, steps=1_000, configs=(*STACKS, "sour
     return SizePlan(size=size, configs=configs, micros=halves(batch), track_every=steps // 20, seeds=tuple(range(seeds)),
                     recipe=Recipe(steps=steps, batch=batch, micro=batch // 4, seq=seq, lr=lr), **also)
 
+_MANY = dict(also_gpus=(2, 4, 8), later_gpus=(4, 8))
+
 def _timed(size, batch, micro, steps, configs, micros=None, **also):
     return SizePlan(size=size, configs=configs, micros=micros or divisors(batch), track_every=max(1, steps // 4),
                     recipe=Recipe(steps=steps, batch=batch, micro=micro, seq=2048, warmup=0.1), **also)
@@ -134,10 +145,11 @@ _GPU = LMPreset(
         "1B": _timed("1B", 32, 4, 20, tuple(LM_CONFIGS), halves(32), also_gpus=(2,), frontier=_FRONTIER),
         "1B-512K": _timed("1B", 256, 4, 6, STRONG, halves(32), search_of="1B"),
         "3B": _timed("3B", 24, 2, 12, (), also_gpus=(2,), frontier=_FRONTIER),
-        "7B": _timed("7B", 24, 2, 12, (*MAIN, "flashoptim_release"), also_gpus=(2,), frontier=_FRONTIER),
-        "13B": _timed("13B", 24, 1, 12, (*MAIN, "flashoptim_release"), also_gpus=(2,), frontier=_FRONTIER),
+        "7B": _timed("7B", 24, 2, 12, (*MAIN, "flashoptim_release"), frontier=_FRONTIER, **_MANY),
+        "13B": _timed("13B", 24, 1, 12, (*MAIN, "flashoptim_release"), frontier=_FRONTIER, **_MANY),
         "13B-20L": _timed("13B", 24, 1, 12, STRONG, layers=20, also_gpus=(2,)),
-        "13B-30L": _timed("13B", 24, 1, 12, STRONG, layers=30, also_gpus=(2,))}, tokenizer="gpt2",
+        "13B-30L": _timed("13B", 24, 1, 12, STRONG, layers=30, also_gpus=(2,)),
+        "30B": _timed("30B", 24, 1, 12, (), also_gpus=(2, 4, 8), frontier=STACKS[1:], later=True)}, tokenizer="gpt2",
     train_sets=(("c4", "train"), ("pile", "train"), ("sotu", "train"), ("prose", "train")),
     track_set=("wikitext103", 32_768), eval_sets=(
         ("wikitext103", 0), ("lambada", 0), ("pile", 8_192), ("c4", 65_536), ("prose", 65_536)), stress_lengths=(4096, 8192, 16384))
@@ -166,6 +178,12 @@ class Piece(Config):
 
 def _both(size, configs): return (size, "best_batch", configs), (size, "matched_batch", configs)
 
+def _over_many(n, word):
+    frontier = (("30B", "frontier", STACKS[1:]), ("7B", "frontier", STACKS), ("13B", "frontier", STACKS))
+    return {f"cost-13B-x{n}": Piece(what=f"13B over {word} GPUs, where 16 bytes a parameter fit", gpus=n, order=_both("13B", STRONG)),
+            f"cost-7B-x{n}": Piece(what=f"7B over {word} GPUs", gpus=n, order=_both("7B", STRONG)),
+            f"frontier-x{n}": Piece(what=f"the fastest under each memory budget over {word} GPUs", gpus=n, order=frontier)}
+
 _LARGE = tuple(f"1B-{length}" for length in _GPU.stress_lengths)
 _PARTS = tuple(name for name in LM_CONFIGS if name.startswith("ablation_"))
 PIECES = {
@@ -187,6 +205,7 @@ PIECES = {
         *((size, "long_sequence", MAIN[1:]) for size in _LARGE))),
     "frontier-x2": Piece(what="the fastest under each memory budget over two GPUs", gpus=2, order=tuple(
         (size, "frontier", _FRONTIER) for size in ("7B", "13B", "3B", "1B"))),
+    **_over_many(4, "four"), **_over_many(8, "eight"),
 }
 
 def as_piece(preset: LMPreset, piece: Piece) -> LMPreset:
