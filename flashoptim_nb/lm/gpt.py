@@ -13,6 +13,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..base.config import Config
@@ -260,12 +261,17 @@ def init_weights(
     self: GPT,
     seed: int,
 ) -> GPT:
-    "Draws all weights (GPT-2's scheme, scaled by depth) and returns the model."
+    """Draws all weights (GPT-2's scheme, scaled by depth) and returns the model.
+    Of sharded ones each rank draws the whole, one after another, and keeps its part."""
     draw = torch.Generator(self.wte.weight.device).manual_seed(seed)
     into_stream = 0.02 / (2 * self.config.n_layer) ** 0.5
     for name, p in self.named_parameters():
         if p.dim() == 1: p.fill_(1.0 if name.endswith("weight") else 0.0)  # a normalization's weight; any bias
-        else: p.normal_(0.0, into_stream if name.endswith(("proj.weight", "down.weight")) else 0.02, generator=draw)
+        else:
+            std = into_stream if name.endswith(("proj.weight", "down.weight")) else 0.02
+            whole = torch.empty(p.shape, dtype=p.dtype, device=p.device) if isinstance(p, DTensor) else p
+            whole.normal_(0.0, std, generator=draw)
+            if whole is not p: p.copy_(distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None))
     return self
 
 @patch

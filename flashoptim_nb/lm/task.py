@@ -46,7 +46,9 @@ class LMTask:
         if config.products: to_float8(self.model, self.device)
         # shards are gathered in the type that autocast would compute in
         self.autocast_dtype = config.autocast_dtype if self.ranks == 1 else None
-        if self.ranks > 1: shard(self.model, config.autocast_dtype)
+        if self.ranks > 1:
+            shard(self.model, config.autocast_dtype)
+            if isinstance(model, GPTConfig): self.model.to_empty(device=self.device).init_weights(seed)
         cast_weights(self.model, config)
         if config.compile: self.model.compile_blocks(whole=config.whole)
         self.optimizer = make_optimizer(self.model, config, recipe)
@@ -63,13 +65,13 @@ class LMTask:
         return recipe.batch // (recipe.micro * ranks)
 
     def _build(self, model: GPTConfig, seed: int) -> GPT:
-        "The network of a shape, its weights drawn."
+        "The network of a shape, its weights drawn; of one that is to be divided they are drawn shard by shard."
         self.attention = on_first(lambda: resolve_attention(
             self.config.attention, self.device, torch.bfloat16, model.d_model // model.n_head))
         stream = torch.bfloat16 if self.config.weights == "fp32_stream16" else None
-        with self.device:
+        with self.device if self.ranks == 1 else torch.device("meta"):  # no rank has room for the whole
             network = GPT(model, attention=self.attention, checkpointing=self.config.checkpointing, stream=stream)
-        return network.init_weights(seed)
+        return network.init_weights(seed) if self.ranks == 1 else network
 
 # %% ../../nbs/lm/10_task.ipynb #13b268be
 @patch
