@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONFIG_COLOURS', 'MEMORY_CLASSES', 'DASHES', 'config_dash', 'config_colour', 'titled', 'draw', 'thin', 'seed_band',
            'ended_early', 'loss_curves', 'paired_difference', 'run_lines', 'byte_unit', 'memory_bars',
-           'throughput_points', 'estimates', 'as_cost', 'equivalence', 'by_size']
+           'throughput_points', 'estimates', 'as_cost', 'equivalence', 'by_size', 'scaling_lines']
 
 # %% ../../nbs/report/03_charts.ipynb #872ced40
 from collections.abc import Callable, Iterable
@@ -319,3 +319,22 @@ def by_size(
     dots = base.mark_point(size=90, strokeWidth=2).encode(
         fill=alt.condition("datum.projected", alt.value("transparent"), alt.value("#555555")))
     return titled(base.mark_line() + dots, title, found, "hollow: projected")
+
+# %% ../../nbs/report/03_charts.ipynb #857eec15
+def scaling_lines(
+    found: pd.DataFrame,  # size, config, device, gpus, tokens_per_s (of a GPU), from (trained, searched), scale
+    title: str = "Speed of a GPU by the number of GPUs",
+) -> alt.FacetChart:
+    "A line for each configuration and card over the numbers of GPUs, in one panel a size."
+    data, numbers = found[["size", "config", "device", "gpus", "tokens_per_s", "from"]], sorted(set(found["gpus"]))
+    base = alt.Chart(width=190, height=230).encode(
+        x=alt.X("gpus:Q", title="GPUs", scale=alt.Scale(type="log", base=2, nice=False, padding=14),
+                axis=alt.Axis(values=numbers, format="d")),
+        y=alt.Y("tokens_per_s:Q", title="tokens a second a GPU"), color=config_colour(found["config"]),
+        tooltip=["size", "config", "device", "gpus", alt.Tooltip("tokens_per_s", format=",.0f"), "from"])
+    dots = base.mark_point(size=70, filled=True, opacity=1).encode(shape=alt.Shape(
+        "from:N", title=None, scale=alt.Scale(domain=["trained", "searched"], range=["circle", "square"])))
+    lines = base.mark_line().encode(strokeDash=alt.StrokeDash("device:N", title="card"))
+    sizes = alt.Column("size:N", title=None, sort=list(dict.fromkeys(found["size"])))
+    panels = alt.layer(lines, dots, data=data).facet(column=sizes).resolve_scale(y="independent")
+    return titled(panels, title, found, "a step has the same batch on any number")

@@ -32,11 +32,14 @@ def _of_the_study(runs: Iterable[Run]) -> pd.DataFrame:
     if rows.empty: return rows
     def guess(row):
         settings = by[row["study"], row["run"]]
+        gpus = settings.get("gpus", 1)
         config = TrainConfig(**settings["stack"] | dict(attention=row["attention"]))
         return predict(GPTConfig(**settings["model"]), config, row["batch"], row["seq"],
-                       checkpointing=row["checkpointing"], accumulate=row["arm"] == "equal")["peak"]
-    sizes = [by[study, run]["size"] for study, run in zip(rows["study"], rows["run"])]
-    return rows.assign(model=[f"{size} gpt2" for size in sizes], micro=rows["batch"], gpus=1,
+                       checkpointing=row["checkpointing"], gpus=gpus,
+                       accumulate=settings["recipe"]["batch"] > row["batch"] * gpus)["peak"]
+    of = [by[study, run] for study, run in zip(rows["study"], rows["run"])]
+    return rows.assign(model=[f"{settings['size']} gpt2" for settings in of], micro=rows["batch"],
+                       gpus=[settings.get("gpus", 1) for settings in of],
                        predicted=[guess(row) for _, row in rows.iterrows()])
 
 def _of_the_benchmark(runs: Iterable[Run]) -> pd.DataFrame:

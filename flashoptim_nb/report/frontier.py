@@ -26,7 +26,9 @@ from ..study.h1.quantities import REFERENCE_PPL
 from ..study.verdict import value_text
 
 # %% ../../nbs/report/16_frontier.ipynb #a203f002
-FRONTIER_SIZES = ("124M", "350M", "1B", "3B", "7B", "13B")
+FRONTIER_SIZES = {  # number of GPUs -> the sizes that are shown on so many
+    **dict.fromkeys((1, 2), ("124M", "350M", "1B", "3B", "7B", "13B")), **dict.fromkeys((4, 8), ("7B", "13B", "30B"))}
+_SIZES = tuple(dict.fromkeys(size for sizes in FRONTIER_SIZES.values() for size in sizes))  # each, ascending
 BUDGETS = (24, 40, 80)  # GB of a GPU, of which a plan fills 90 %
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def _seen(run: Run) -> Iterator[dict]:
                    lost=bool(row.get("oom")) and row["checkpointing"] == "full" and row["micro_batch"] == 1)
     if run.header["hypothesis"] != "h1": return
     for search in run.of("search") if run.is_journal else ():
-        if search.get("role") not in FRONTIER_SIZES: continue
+        if search.get("role") not in _SIZES: continue
         about = dict(size=search["role"], seq=sequence_of(search["role"]), way=_WAY_OF.get(search["config"]),
                      gpus=search.get("gpus") or 1)
         yield from _candidates(search, about)
@@ -111,7 +113,7 @@ def seen_trainings(
     # what a search chose was trained after it, with every seed: that counts
     rows = [row for row in rows if not (row.pop("chosen", False) and place(row) in trained)]
     def each(row): return row | dict(tokens_per_s=row["tokens_per_s"] and row["tokens_per_s"] / row["gpus"])
-    return pd.DataFrame([each(row) for row in rows if row["way"] and row["size"] in FRONTIER_SIZES
+    return pd.DataFrame([each(row) for row in rows if row["way"] and row["size"] in _SIZES
                          and row["seq"] == sequence_of(row["size"])])
 
 # %% ../../nbs/report/16_frontier.ipynb #50fd34f6
@@ -153,8 +155,8 @@ def frontier(
         if seen.empty: return seen
         return seen[(seen["size"] == size) & (seen["way"] == way) & (seen["gpus"] == gpus)]
     return pd.DataFrame([dict(gpus=gpus, budget=budget, size=size, way=way)
-                         | _cell(of(size, way, gpus), size, way, gpus, budget) for gpus in (1, 2)
-                         for budget in BUDGETS for way in WAYS for size in FRONTIER_SIZES])
+                         | _cell(of(size, way, gpus), size, way, gpus, budget) for gpus, sizes in FRONTIER_SIZES.items()
+                         for budget in BUDGETS for way in WAYS for size in sizes])
 
 # %% ../../nbs/report/16_frontier.ipynb #ac831b53
 _INK, _FAINT = "#1c2733", "#5c6773"
@@ -164,6 +166,8 @@ _KEYS = {MEASURED: "measured: tokens a second a GPU, dollars a million", FITS: "
 _SAID = {FITS: "fits", LOST: "out of", MAY: "may fit", NOT: "no room"}
 _CARD = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA H200": "H200", "NVIDIA A100-SXM4-80GB": "A100"}
 _W, _H, _LEFT, _GAP = 60, 28, 166, 14  # of a cell, of the names, between panels
+_ROWS = [*([(gpus, budget) for gpus in (1, 2)] for budget in BUDGETS),
+         *([(gpus, budget) for budget in BUDGETS] for gpus in (4, 8))]  # of panels
 
 def _words(x, y, text: str, size: int = 11, ink: str = _INK, anchor: str = "middle", more: str = "") -> str:
     return (f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{ink}" text-anchor="{anchor}"{more}>'
@@ -188,13 +192,13 @@ def _drawn(cell: dict, x: float, y: float, best: bool) -> list[str]:
     return out + [_words(middle, y + 12, _short(cell["tokens_per_s"]), 12, more=' font-weight="bold"' if best else ""),
                   _words(middle, y + 23, said, 9, _FAINT)]
 
-def _panel(cells: pd.DataFrame, x: float, y: float, title: str) -> list[str]:
+def _panel(cells: pd.DataFrame, x: float, y: float, title: str, sizes: tuple[str, ...]) -> list[str]:
     "The cells of a budget and a number of GPUs."
     out = [_words(x, y + 12, title, 12, anchor="start", more=' font-weight="bold"')]
-    out += [_words(x + (i + 0.5) * _W, y + 28, size, 11, _FAINT) for i, size in enumerate(FRONTIER_SIZES)]
+    out += [_words(x + (i + 0.5) * _W, y + 28, size, 11, _FAINT) for i, size in enumerate(sizes)]
     fastest = cells.groupby("size")["tokens_per_s"].max() if "tokens_per_s" in cells else {}
     for cell in cells.to_dict("records"):
-        i, j = FRONTIER_SIZES.index(cell["size"]), [*WAYS].index(cell["way"])
+        i, j = sizes.index(cell["size"]), [*WAYS].index(cell["way"])
         best = cell["state"] == MEASURED and cell["tokens_per_s"] == fastest[cell["size"]]
         out += _drawn(cell, x + i * _W, y + 34 + j * _H, best)
     return out
@@ -203,14 +207,17 @@ def frontier_svg(
     cells: pd.DataFrame,  # of `frontier`
 ) -> str:
     "The chart as the text of an SVG file, in colours of its own and with nothing that is loaded."
-    panel, tall = len(FRONTIER_SIZES) * _W, 34 + len(WAYS) * _H
-    width, out, y = _LEFT + 2 * panel + _GAP + 8, [], 8
-    for budget in BUDGETS:
+    def wide(gpus): return len(FRONTIER_SIZES[gpus]) * _W + _GAP
+    tall, out, y = 34 + len(WAYS) * _H, [], 8
+    width = _LEFT + max(sum(wide(gpus) for gpus, _ in row) for row in _ROWS) - _GAP + 8
+    for row in _ROWS:
+        x = _LEFT
         out += [_words(_LEFT - 8, y + 34 + (j + 0.62) * _H, way.words, 11, anchor="end")
                 for j, way in enumerate(WAYS.values())]
-        for gpus in (1, 2):
+        for gpus, budget in row:
             of = cells[(cells["budget"] == budget) & (cells["gpus"] == gpus)]
-            out += _panel(of, _LEFT + (gpus - 1) * (panel + _GAP), y, f"{gpus} GPU{'s' * (gpus > 1)} of {budget} GB")
+            out += _panel(of, x, y, f"{gpus} GPU{'s' * (gpus > 1)} of {budget} GB", FRONTIER_SIZES[gpus])
+            x += wide(gpus)
         y += tall + _GAP
     x = 12
     for state, words in _KEYS.items():
@@ -238,7 +245,7 @@ def established_saving(
     return found if found and not found["bound"] and found["lo"] is not None and found["lo"] > 0 else None
 
 def _cost_words(runs) -> str:
-    known = {size: found for size in FRONTIER_SIZES if (found := measured_saving(size, runs))}
+    known = {size: found for size in _SIZES if (found := measured_saving(size, runs))}
     sure = [size for size in known if established_saving(size, runs)]
     def said(size):
         found = known[size]
@@ -263,7 +270,10 @@ def _memory_words(cells: pd.DataFrame) -> str:
         if len(seen := ours[ours["state"].isin((MEASURED, FITS))]): shown.append((place, seen.iloc[0]))
     where, places = "", cells.groupby(["budget", "gpus", "size"]).ngroups
     if shown:
-        (budget, gpus, size), _ = max(shown, key=lambda one: (FRONTIER_SIZES.index(one[0][2]), -one[0][0], -one[0][1]))
+        def reach(one):  # the largest, in the least memory of all GPUs, on the fewest
+            budget, gpus, size = one[0]
+            return _SIZES.index(size), -budget * gpus, -gpus
+        (budget, gpus, size), _ = max(shown, key=reach)
         where = f", up to {size} on {gpus} GPU{'s' * (gpus > 1)} of {budget} GB"
     return (f"it makes room: in {len(won)} of the chart's {places} places the model trains with it and not with AdamW "
             f"at 16 bytes, {len(shown)} of them measured, the others predicted{where}")
