@@ -545,16 +545,27 @@ def _refusal(found: dict) -> str:
     return said + (f" Would fit: {'; or '.join(offers)}." if offers else
                    f" Nothing here would: no other way of training, nor up to {_MORE_GPUS[-1]:,} GPUs.")
 
+_GIVEN_UP = {  # what `_cost` compares, in its order, in words
+    "weights": {False: "weights of 24 bits or more", True: "weights of 16 bits"},
+    "host": {False: "states on the GPU", True: "states over the link to the host at each step"},
+    "again": {0: "no layer run again", 1: "a part of each layer run again", 2: "each layer run again"},
+}
+
+def _given_up(row: dict) -> str:
+    "What a way of training gives up and what it does not; of checkpointing only where it is known."
+    names = [*_GIVEN_UP][:None if row["checkpointing"] else -1]
+    return ", ".join(_GIVEN_UP[name][n] for name, n in zip(names, _cost(row)))
+
 def _answer(found: dict) -> str:
     "The answer in a line: the largest micro-batch, and the way of training that gives up least; or what does not fit."
     fitting = [row for row in found["rows"] if row["fits"]]
     if not fitting: return _refusal(found)
-    cheap = min(fitting, key=_cost)
-    cheapest = f"heapest that fits, in bits, moves and work given up: {_row_words(cheap)}"
-    if "seq" not in found: return f"C{cheapest}. Activations come on top."
+    mildest = min(fitting, key=_cost)
+    chosen = f"Of the ways that fit, this gives up least: {_row_words(mildest)}"
+    if "seq" not in found: return f"{chosen} ({_given_up(mildest)}). Activations come on top."
     most = max(fitting, key=lambda row: row["micro"])
-    return (f"Largest micro-batch: {most['micro']}, by {_row_words(most)}; "
-            f"c{cheapest}, micro-batch {cheap['micro']}.")
+    return (f"Largest micro-batch: {most['micro']}, by {_row_words(most)}. "
+            f"{chosen}, micro-batch up to {mildest['micro']} ({_given_up(mildest)}).")
 
 # %% ../../nbs/lm/09_fit.ipynb #b71c40e2
 def _head_words(found: dict) -> list[str]:
@@ -585,9 +596,9 @@ _HEADS = ("weights", "gradients", "masters", "states", "copies", "activations", 
 
 def _table_row(row: dict, most: int) -> str:
     c = row["classes"] | dict(peak=row["peak"])
-    micro = ("fits" if row["fits"] else "too large") if row["micro"] is None else (
-        f"{row['micro']}{'+' * (row['micro'] == most)}" if row["fits"] or row["micro"] else "none fits")
-    return f"{row['config']:27} {row['checkpointing'] or '':13} {micro:>11}  " + " ".join(
+    micro = "?" if row["micro"] is None else f"{row['micro']}{'+' * (row['micro'] == most)}" if row["micro"] else "-"
+    fits = "yes" if row["fits"] else "no"
+    return f"{row['config']:27} {row['checkpointing'] or '':13} {fits:4} {micro:>11}  " + " ".join(
         f"{format(c[head] / 2**30, '.1f') if head in c else '?':>11}" for head in _HEADS)
 
 def fit_words(
@@ -595,13 +606,16 @@ def fit_words(
 ) -> str:
     "An answer as a table for a terminal, the answer in a line first."
     lines = [_answer(found), "", *_head_words(found), "", *_notes(found),
-             f"{'way of training':27} {'checkpointing':13} {'micro-batch':>11}  "
+             f"{'way of training':27} {'checkpointing':13} fits {'micro-batch':>11}  "
              + " ".join(f"{head:>11}" for head in _HEADS) + "   GiB a GPU",
-             *(_table_row(row, found["most"]) for row in found["rows"]), ""]
+             *(_table_row(row, found["most"]) for row in found["rows"]), "",
+             f"fits: the {'peak' if 'seq' in found else 'bytes that stand'}"
+             f"{' of the micro-batch asked for' * bool(found['micro'])} "
+             f"{'is' if 'seq' in found else 'are'} at most {found['gpu']['usable'] / 2**30:.1f} GiB a GPU."]
     if "seq" in found:
         lines += [
-            (f"Bytes are those of the micro-batch that was asked for, {found['micro']}; "
-             "beside them the largest that fits. "
+            "micro-batch: the largest that fits; - where not even one sequence does.",
+            (f"Bytes are those of the micro-batch that was asked for, {found['micro']}. "
              if found["micro"] else "Bytes are those of the largest micro-batch that fits, or of one sequence. ")
             + "The peak is less than their sum where gradients come as activations go,",
             "and more by what a moment takes for itself: a piece of the logits, a layer that is run again, cuBLAS."]

@@ -66,8 +66,8 @@ def test_a_config_that_cannot_be_read_is_refused(capsys, tmp_path, config, said)
 
 
 @pytest.mark.parametrize("words, first", [
-    ("7B", "Largest micro-batch: 63, by flash_adamw_on_host with full checkpointing; cheapest that fits, in bits, moves and work "
-           "given up: flash_adamw without checkpointing, micro-batch 4."),
+    ("7B", "Largest micro-batch: 63, by flash_adamw_on_host with full checkpointing. Of the ways that fit, this gives up least: "
+           "flash_adamw without checkpointing, micro-batch up to 4 (weights of 24 bits or more, states on the GPU, no layer run again)."),
     ("70B", "Does not fit: one sequence by any way of training on 1 x H100; the least peak is")])
 def test_the_answer_stands_in_the_first_line(capsys, words, first):
     assert answer(capsys, "--params", words)[1].startswith(first)
@@ -152,8 +152,18 @@ def test_the_micro_batch_that_was_asked_for_is_named(capsys):
     best = found["rows"][0]["micro"]
     assert found["micro"] is None and found["most"] == 4096
     _, said, _ = answer(capsys, "--params", "1B", "--configs", "adamw", "--micro", str(best))
-    assert f"that was asked for, {best};" in said
+    assert f"that was asked for, {best}." in said
     assert json.loads(answer(capsys, "--params", "1B", "--micro", str(best), "--json")[1])["micro"] == best
+
+
+def test_each_row_says_whether_it_fits(capsys):
+    words = ("--params", "7B", "--gpu", "40GB", "--micro", "4")
+    rows = json.loads(answer(capsys, *words, "--json")[1])["rows"]
+    _, said, _ = answer(capsys, *words)
+    lines = [line.split() for line in said.splitlines() if line.split()[1:2] in (["none"], ["selective"], ["full"])]
+    assert [line[2:4] for line in lines] == [["yes" if row["fits"] else "no", str(row["micro"] or "-")] for row in rows]
+    assert ["no", "3"] in [line[2:4] for line in lines]  # fits in fewer sequences, and not in what was asked for
+    assert "fits: the peak of the micro-batch asked for is at most 36.0 GiB a GPU." in said
 
 
 def test_where_the_search_for_a_micro_batch_ends_is_said(capsys):
