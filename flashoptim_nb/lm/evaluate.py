@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from ..base.errors import UserError, check_indices
 from .evalsets import EvalSet, LambadaSet
 from .linear_ce import IGNORE
+from ..train.ranks import over_ranks, world
 
 # %% ../../nbs/lm/12_evaluate.ipynb #27f30728
 def windows(
@@ -58,12 +59,15 @@ def score(
 
 # %% ../../nbs/lm/12_evaluate.ipynb #6366eafe
 def _batches(pairs, batch, device):
-    "Batches of equal shape on the device; the last is filled up with windows that do not count."
-    pairs = list(pairs)
-    for at in range(0, len(pairs), batch):
-        part = pairs[at:at + batch]
-        filling = [(np.zeros_like(part[0][0]), np.full_like(part[0][1], IGNORE))] * (min(batch, len(pairs)) - len(part))
-        yield tuple(torch.from_numpy(np.stack(side)).to(device) for side in zip(*(part + filling), strict=True))
+    """This rank's batches, of equal shape on the device and as many as any rank's: of a divided model all go on together.
+    They are filled up with windows that do not count."""
+    pairs, (rank, ranks) = list(pairs), world()
+    filling = [(np.zeros_like(inputs), np.full_like(targets, IGNORE)) for inputs, targets in pairs[:1]]
+    mine = (pairs + filling * (-len(pairs) % ranks))[rank::ranks]
+    for at in range(0, len(mine), batch):
+        part = mine[at:at + batch]
+        part += filling * (min(batch, len(mine)) - len(part))
+        yield tuple(torch.from_numpy(np.stack(side)).to(device) for side in zip(*part, strict=True))
 
 def _exp(nats): return math.inf if nats >= 709 else math.exp(nats)  # NaN stays NaN
 
@@ -104,14 +108,14 @@ def evaluate(
     for LAMBADA correct and examples."""
     if isinstance(evalset, LambadaSet):
         return lambada(model, evalset, batch=batch, device=device, context=context, autocast=autocast)
-    total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
     with scoring(model, device, autocast):
         for inputs_BT, targets_BT in _batches(windows(evalset.tokens, context), batch, device):
-            total += score(model, inputs_BT, targets_BT)[0].double().sum()
-            tokens += (targets_BT != IGNORE).sum()
+            sums += torch.stack((score(model, inputs_BT, targets_BT)[0].double().sum(), (targets_BT != IGNORE).sum()))
+    total, tokens = over_ranks(sums).tolist()
     if not tokens:
         raise UserError(f"the set {evalset.name!r} has no token to predict; it takes a stream of 2 tokens at least")
-    return _row(evalset.name, total.item(), int(tokens), evalset.words, evalset.bytes, context)
+    return _row(evalset.name, total, int(tokens), evalset.words, evalset.bytes, context)
 
 def _row(name, nll, tokens, words, size, context, correct=None, examples=None):
     "A ratio over what the text has none of, words or bytes, is None."
@@ -143,15 +147,17 @@ def lambada(
 ) -> dict:
     "The row `eval` of LAMBADA: correct of examples, nll and tokens of the last words alone."
     longest = max((len(before) + len(target) - 1 for before, target in lambada_set.examples), default=context)
-    context = min(context, longest)  # padding beyond the longest passage is work for nothing
+    # padding beyond the longest passage is work for nothing, and as many more passages take the same memory
+    context, batch = min(context, longest), batch * max(1, context // longest)
     pairs = [_target_window(before, target, context) for before, target in lambada_set.examples]
     if not pairs: raise UserError(f"the set {lambada_set.name!r} has no example")
-    total, tokens, correct = torch.zeros((), dtype=torch.float64, device=device), 0, 0
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, passages whose last word was found
     with scoring(model, device, autocast):
         for inputs_BT, targets_BT in _batches(pairs, batch, device):
             nll_BT, hit_BT = score(model, inputs_BT, targets_BT)
             counts_BT = targets_BT != IGNORE
-            total, tokens = total + nll_BT.double().sum(), tokens + counts_BT.sum()
-            correct = correct + ((hit_BT | ~counts_BT).all(1) & counts_BT.any(1)).sum()
+            found = (hit_BT | ~counts_BT).all(1) & counts_BT.any(1)
+            sums += torch.stack((nll_BT.double().sum(), counts_BT.sum(), found.sum()))
+    total, tokens, correct = over_ranks(sums).tolist()
     return _row(
-        lambada_set.name, total.item(), int(tokens), len(pairs), lambada_set.bytes, context, int(correct), len(pairs))
+        lambada_set.name, total, int(tokens), len(pairs), lambada_set.bytes, context, int(correct), len(pairs))

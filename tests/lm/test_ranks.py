@@ -9,6 +9,8 @@ import pytest
 
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.lm.batches import Windows
+from flashoptim_nb.lm.evalsets import EvalSet, LambadaSet
+from flashoptim_nb.lm.evaluate import evaluate
 from flashoptim_nb.lm.float8 import float8_unavailable
 from flashoptim_nb.lm.gpt import GPTConfig
 from flashoptim_nb.study.checkpoint import load_checkpoint, save_checkpoint
@@ -41,20 +43,36 @@ def task_of(name, **recipe):
     return LMTask(MODEL, CONFIGS[name], RECIPE.replace(**recipe), Windows(tokens, 16, 8, seed=0), seed=0)
 
 
+def evaluated(task):
+    "Nats, tokens and right words of a text of seven windows and of three passages: the second rank has one less."
+    tokens = np.random.default_rng(1).integers(250, size=103)
+    text = EvalSet(name="text", tokens=tokens, words=10, bytes=100, source="made", sha256="")
+    passages = LambadaSet(name="passages", examples=[(tokens[:n], tokens[n:n + 2]) for n in (3, 9, 5)],
+                          words=3, bytes=100, source="made", sha256="")
+    how = dict(batch=1, device="cpu", context=16, autocast=task.autocast_dtype)
+    rows = [evaluate(task.model, one, **how) for one in (text, passages)]
+    return [row["nll"] for row in rows], [(row["tokens"], row["correct"]) for row in rows]
+
+
 def walked():
-    "Loss and norm of the gradient in each of two steps, by configuration."
+    "Loss and norm of the gradient in each of two steps, by configuration; then what an evaluation finds."
     found = {}
     for name in CONFIGS:
         task = task_of(name)
-        found[name] = np.array([[row["loss"], row["grad_norm"]] for row in map(task.step, (1, 2))])
+        steps = np.array([[row["loss"], row["grad_norm"]] for row in map(task.step, (1, 2))])
+        found[name] = steps, *evaluated(task)
     return found
 
 
 def test_every_configuration_trains_as_on_one_rank(two_ranks):
     one, two = walked(), two_ranks[2]
     for name in CONFIGS:
-        off = np.abs(two[name] / one[name] - 1).max(0)
+        (steps, nats, counts), (steps_two, nats_two, counts_two) = one[name], two[name]
+        off = np.abs(steps_two / steps - 1).max(0)
         assert (off < (1e-6 if name in EXACT else (1e-3, 2e-2))).all(), (name, off)
+        assert nats_two == pytest.approx(nats, rel=1e-6 if name in EXACT else 1e-3), name
+        assert [n for n, _ in counts_two] == [n for n, _ in counts] == [102, 6], name
+        if name in EXACT: assert counts_two == counts
 
 
 SAVED = ("baseline", "flashoptim_full", "flashoptim_release")
