@@ -249,9 +249,12 @@ def _cost_words(runs) -> str:
     sure = [size for size in known if established_saving(size, runs)]
     def said(size):
         found = known[size]
-        ends = [found["lo"], found["hi"]] if pd.notna(found["lo"]) else None
-        return f"{value_text(dict(value=found['value'], interval=ends, bound='', unit='share'))} at {size}"
-    if sure: return f"FlashOptim lowers the cost of training to equal loss by {', '.join(map(said, sure))}"
+        bound = found["bound"] if sure else ""
+        ends = [found["lo"], found["hi"]] if pd.notna(found["lo"]) and not bound else None
+        return f"{value_text(dict(value=found['value'], interval=ends, bound=bound, unit='share'))} at {size}"
+    more = ", ".join(said(size) for size in known if size not in sure)
+    if sure: return (f"FlashOptim lowers the cost of training to equal loss by {', '.join(map(said, sure))}"
+                     + f" (not established: {more})" * bool(more))
     doubt = ("with larger micro-batches left untried" if any(found["bound"] for found in known.values())
              else "which may be nothing")
     why = (f"measured {'are' if len(known) > 1 else 'is'} {', '.join(map(said, known))}, {doubt}" if known

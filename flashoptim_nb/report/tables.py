@@ -332,7 +332,7 @@ def registration_note(
     told = [f"{row['day']}: {row['status']}" if brief else
             f"{row['day']} (commit {row['commit'][:7]}): {row['status']}. {row['words']}" for row in history(name)]
     before = "; ".join(told) + "." if brief else " ".join(told)
-    earlier = f"\n\nVerdicts that were given before, from a pilot: {before}" if told else ""
+    earlier = f"\n\nEarlier verdicts, from a pilot: {before}" if told else ""
     far = [f" The study {said}." for place in by_study(runs).items() if not brief and (said := under_way(*place))]
     return sentence(f"{hypothesis.id}'s verdict is {words}.{''.join(far)}{earlier}", runs)
 
