@@ -156,11 +156,10 @@ def _h1_preset(preset, args):
     return preset
 
 def _check_workers(preset, gpus: int, args):
-    "Raises `UserError` where runs of hypothesis 1 cannot go on at once, each on a GPU of its own."
+    "Raises `UserError` where runs of hypothesis 1 cannot go on at once, each on GPUs of its own."
     from flashoptim_nb.study.runner import device_for
     from flashoptim_nb.train.ranks import check_ranks
-    if gpus > 1: raise UserError(f"--workers {args.workers}: a run over {gpus} GPUs is made alone; leave --workers out")
-    if not args.dry_run: check_ranks(args.workers, device_for(preset, args.device or preset.device))
+    if not args.dry_run: check_ranks(args.workers * gpus, device_for(preset, args.device or preset.device))
 
 def _on_gpus(preset, gpus: int, args):
     """The preset with each run divided over so many GPUs; raises `UserError` where they are not here.
@@ -608,7 +607,7 @@ def _run_parser(command):
         "--graphs", action="store_true", default=None,
         help="h2: replay training steps from CUDA graphs where they can be; the same results to rounding, sooner")
     run.add_argument("--workers", type=int, metavar="N",
-                     help="training runs at once (default: 1): h1: each on a GPU of its own; h2: on one device, "
+                     help="training runs at once (default: 1): h1: each on GPUs of its own; h2: on one device, "
                           "and memory and time are measured alone")
     run.add_argument("--minutes", type=float, metavar="M",
                      help="stop after so many minutes, to be gone on with by the same command")

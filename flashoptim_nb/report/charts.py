@@ -306,19 +306,19 @@ def equivalence(
 
 # %% ../../nbs/report/03_charts.ipynb #7eed9ffd
 def by_size(
-    found: pd.DataFrame,  # size, saving (fraction), against, projected (bool), scale
+    found: pd.DataFrame,  # size, saving (fraction), against, open (whether projected, or only a bound), scale
     title: str = "Saving by model size",
 ) -> alt.LayerChart:
-    "A line for each baseline from the smallest size to the largest; hollow points are projected."
+    "A line for each baseline from the smallest size to the largest; hollow points are projected, or only a bound."
     sizes = [size for size in ("tiny", "124M", "1B", "7B", "13B", "70B") if size in set(found["size"])]
-    base = alt.Chart(found[["size", "saving", "against", "projected"]], width=420, height=260).encode(
+    base = alt.Chart(found[["size", "saving", "against", "open"]], width=420, height=260).encode(
         x=alt.X("size:O", sort=sizes, title="model size", axis=alt.Axis(labelAngle=0)),
         y=alt.Y("saving:Q", axis=alt.Axis(format="%"), title="saving"),
         color=alt.Color("against:N", title="against", scale=alt.Scale(range=["#d55e00", "#0072b2"])),
-        tooltip=["size", "against", alt.Tooltip("saving", format=".1%"), "projected"])
+        tooltip=["size", "against", alt.Tooltip("saving", format=".1%"), "open"])
     dots = base.mark_point(size=90, strokeWidth=2).encode(
-        fill=alt.condition("datum.projected", alt.value("transparent"), alt.value("#555555")))
-    return titled(base.mark_line() + dots, title, found, "hollow: projected")
+        fill=alt.condition("datum.open", alt.value("transparent"), alt.value("#555555")))
+    return titled(base.mark_line() + dots, title, found, "hollow: projected, or only a bound")
 
 # %% ../../nbs/report/03_charts.ipynb #857eec15
 def scaling_lines(

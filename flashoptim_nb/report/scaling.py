@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..base.records import REHEARSAL, Run
 from .charts import draw, scaling_lines
-from .frontier import TIMED_STEPS
+from .frontier import CARD, TIMED_STEPS
 from .render import Rendered, full_name, load_runs, sentence
 from .rows import show_rows
 from ..study.h1.presets import STACKS
@@ -92,8 +92,17 @@ def show_scaling(
     runs: Iterable[Run] | None = None,  # of hypothesis 1; None: all there are
 ) -> Rendered:
     "Each point with its card, what it comes from, and its measured peak beside the planner's."
-    heads = {"size": "size", "config": "configuration", "gpus": "GPUs", "device": "card", "from": "from",
-             "seeds": "seeds", "micro_batch": "micro-batch", "checkpointing": "checkpointing", "tokens_per_s": "tokens/s a GPU",
-             "kept": "of that on the fewest GPUs", "peak": "peak, GB", "predicted": "predicted, GB", "off": "off by, %"}
-    forms = dict(seeds=".0f", tokens_per_s=",.0f", kept=".0%", peak=".2f", predicted=".2f", off="+.1f")
-    return show_rows(scaling(runs), heads, "scaling", runs, "Not measured.", forms)
+    heads = dict(size="size", config="configuration", gpus="GPUs", card="card", origin="from", how="micro-batch",
+                 tokens_per_s="tokens/s a GPU", kept="of the fewest GPUs'", peak="peak, GB", predicted="predicted, GB",
+                 off="off by, %")
+    forms = dict(tokens_per_s=",.0f", kept=".0%", peak=".1f", predicted=".1f", off="+.1f")
+    found = scaling(runs)
+    if not found.empty:
+        found = found.assign(card=found["device"].map(lambda name: CARD.get(name, name)), how=found.apply(_how, axis=1),
+                             origin=found.apply(_origin, axis=1))
+        if not (found["numbers"] > 1).any(): del heads["kept"]
+    return show_rows(found, heads, "scaling", runs, "Not measured.", forms)
+
+def _how(row) -> str: return f"{row['micro_batch']}, {row['checkpointing']}" if row["checkpointing"] else f"{row['micro_batch']}"
+
+def _origin(row) -> str: return f"{row['from']}, {row['seeds']:.0f} seeds" if row["from"] == "trained" else row["from"]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HELD', 'study_folder', 'device_for', 'Missing', 'check_request', 'Study', 'lacks', 'record_unavailable', 'perform',
-           'attempt', 'record_failure', 'ProgressBar', 'reset_compile_cache', 'renew_rank', 'attempt_all',
+           'attempt', 'record_failure', 'ProgressBar', 'reset_compile_cache', 'renew_rank', 'attempt_all', 'lanes',
            'run_parallel', 'train_all_first', 'decide_stage', 'left_out', 'record_decision', 'note_stage',
            'say_lacking', 'run_stages', 'run_study', 'dry_run']
 
@@ -116,8 +116,9 @@ class Study:
 
     @property
     def made(self) -> tuple:
-        "What another process makes the same study of, by `again`."
-        return self.protocol, self.whole, self.options
+        "What another process makes the same study of, by `again`; the GPU of one that has its own is its current one."
+        own = dict(device=self.device.type) if self.device.index is not None else {}
+        return self.protocol, self.whole, self.options | own
 
     @classmethod
     def again(cls, protocol: StudyProtocol, preset: Preset, options: dict, **own):
@@ -376,9 +377,10 @@ def _work(made, device, tasks, done, stop):
     _make_current(study.device)
     study.journal = _Relayed(study.folder, lambda row: done.put(("noted", row)))
     try:
-        for do, known, runs in _asked(study, tasks):
-            study.journal.rows = known
-            do(study, [study.spec(*run) for run in runs], done)
+        with kept_ranks(renew_rank):
+            for do, known, runs in _asked(study, tasks):
+                study.journal.rows = known
+                do(study, [study.spec(*run) for run in runs], done)
     except Interrupted: pass
     done.put(("left", None))
 
@@ -407,6 +409,15 @@ def _together(study: Study, spec: RunSpec) -> Hashable:
     if not study.protocol.experiments[spec.experiment].seed_by_seed: return spec.id
     return spec.workload, spec.experiment, spec.seed
 
+def lanes(
+    study: Study,
+    specs: Iterable[RunSpec],
+    n: int,  # workers
+) -> list[str]:
+    "The device of each worker; where a run is divided over several GPUs, the first of them."
+    each = max(getattr(spec, "gpus", 1) for spec in specs)
+    return study.protocol.worker_devices(study.device, n * each)[::each] or [study.options["device"]] * n
+
 def run_parallel(
     study: Study,
     specs: list[RunSpec],
@@ -415,9 +426,8 @@ def run_parallel(
     end_ranks()
     context, n = multiprocessing.get_context("spawn"), min(study.workers, len(specs))
     with safe_path(): tasks, done, stop = context.Queue(), context.Queue(), context.Event()
-    devices = study.protocol.worker_devices(study.device, n) or [study.options["device"]] * n
     workers = [context.Process(target=_work, args=(study.made, device, tasks, done, stop), daemon=True)
-               for device in devices]
+               for device in lanes(study, specs, n)]
     with safe_path():
         for worker in workers: worker.start()
     def ask(do, parts):

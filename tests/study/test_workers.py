@@ -18,6 +18,7 @@ from flashoptim_nb.study.h1.criteria import H1
 from flashoptim_nb.study.presets import Preset
 from flashoptim_nb.study.run import RunSpec
 from flashoptim_nb.study.runner import Study, _prepare
+from flashoptim_nb.train.ranks import launch_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +60,22 @@ class Counting(StudyProtocol):
     def rests_on(self, stage, preset): return {}
 
 
-def counting(out, *configs):
+def record_ranks(study, spec, data):
+    "Whether the ranks of a run's second work are those of its first."
+    first, second = (launch_ranks(2, os.getppid) for _ in range(2))
+    writer = study.writer(spec)
+    writer.append("check", name=str(first), passed=first == second)
+    writer.end("finished")
+
+
+class Divided(Counting):
+    experiments = dict(count=Experiment(name="count", perform=record_ranks, trains=True, seed_by_seed=True))
+
+
+def counting(out, *configs, protocol=Counting):
     preset = Preset(name="laptop", purpose="", enforced=False, device="cpu", seeds=(0, 1, 2),
                     plans={"1B": Runs(configs=configs or ("one", "two", "three"))}, accelerator=A100_40)
-    return Study(Counting(), preset, out, workers=2, console=Console(file=io.StringIO()))
+    return Study(protocol(), preset, out, workers=2, console=Console(file=io.StringIO()))
 
 
 def test_each_search_is_noted_once_and_a_seed_stays_with_one_worker(tmp_path):
@@ -74,6 +87,13 @@ def test_each_search_is_noted_once_and_a_seed_stays_with_one_worker(tmp_path):
     assert all(check["passed"] for check in checks.values())
     for seed in range(3): assert len({check["name"] for key, check in checks.items() if key[1] == seed}) == 1
     assert str(os.getpid()) not in {check["name"] for check in checks.values()}
+
+
+def test_each_worker_keeps_ranks_of_its_own(tmp_path):
+    assert counting(tmp_path, "one", protocol=Divided).run() == 0
+    checks = [run.of("check")[0] for run in read_study(tmp_path / "h1-laptop") if not run.is_journal]
+    assert len(checks) == 3 and all(check["passed"] for check in checks)
+    assert 1 <= len({check["name"] for check in checks}) <= 2
 
 
 def test_a_search_that_breaks_ends_the_study_in_words(tmp_path):
