@@ -236,17 +236,21 @@ def _labels(found: pd.DataFrame) -> dict:
     return dict(values=inside) if len(inside) >= 4 else {}
 
 def estimates(
-    found: pd.DataFrame,  # what (name of the row), value, lo, hi, scale; optional: threshold, against, n
+    found: pd.DataFrame,  # what (name of the row), value, lo, hi, scale; optional: threshold, against, n, bound
     title: str,
     axis: str,
     percent: bool = True,  # values are fractions, shown in per cent
     log: bool = False,  # logarithmic axis, for ratios that differ by factors
 ) -> alt.LayerChart:
-    "Values with their intervals, one row each, and the threshold of each where it has one."
-    found = found.assign(**{name: found.get(name) for name in ("threshold", "against", "n")}).dropna(subset=["value"])
+    """Values with their intervals, one row each, and the threshold of each where it has one.
+    A bound is hollow, and its bar lies on the side that is known."""
+    found = found.assign(**{name: found.get(name) for name in ("threshold", "against", "n")},
+                         bound=found.get("bound", pd.Series("", found.index)).fillna("")).dropna(subset=["value"])
+    for words, open_ in (("at most", "lo"), ("at least", "hi")):
+        found[open_] = found["value"].where(found["bound"].str.startswith(words) & found[open_].notna(), found[open_])
     form = ".1%" if percent else ".3~g"
-    tips = ["what", "against", "n", *(alt.Tooltip(name, format=form) for name in ("value", "lo", "hi", "threshold"))]
-    columns = ["what", "against", "n", "value", "lo", "hi", "threshold"]
+    tips = ["what", "against", "n", "bound", *(alt.Tooltip(name, format=form) for name in ("value", "lo", "hi", "threshold"))]
+    columns = ["what", "against", "n", "bound", "value", "lo", "hi", "threshold"]
     base = alt.Chart(found[columns], width=440, height=alt.Step(28)).encode(
         y=alt.Y("what:N", title=None, sort=list(dict.fromkeys(found["what"]))), tooltip=tips,
         color=alt.Color("against:N", title="against", scale=alt.Scale(range=["#d55e00", "#0072b2", "#009e73"]),
@@ -257,11 +261,13 @@ def estimates(
               scale=scale)
     bars = base.mark_rule(strokeWidth=3, opacity=0.55).encode(
         alt.X("lo:Q", title=axis, scale=scale), alt.X2("hi:Q"), **offset)
-    dots = base.mark_point(filled=True, size=80, opacity=1).encode(x, **offset)
+    dots = (base.transform_filter("!datum.bound").mark_point(filled=True, size=80, opacity=1).encode(x, **offset)
+            + base.transform_filter("datum.bound").mark_point(size=80, opacity=1).encode(x, **offset))
     lines = alt.Chart(found.dropna(subset=["threshold"])[["what", "threshold"]]).mark_tick(thickness=2, size=26).encode(
         alt.X("threshold:Q", title=axis, scale=scale), alt.Y("what:N", sort=list(dict.fromkeys(found["what"]))),
         color=alt.value("#d6274a"), tooltip=[alt.Tooltip("threshold", format=form)])
-    return titled(bars + dots + lines, title, found, "red: the threshold; bar: the interval")
+    hollow = "; hollow: only a bound" if found["bound"].any() else ""
+    return titled(bars + dots + lines, title, found, f"red: the threshold; bar: the interval{hollow}")
 
 # %% ../../nbs/report/03_charts.ipynb #c47129a4
 def as_cost(
