@@ -174,10 +174,12 @@ def pick_device(
 def provenance(
     device: torch.device | str = "cpu",  # where the run takes place
 ) -> dict:
-    "What every record carries about its origin: package version, commit, device, driver, libraries."
+    "What every record carries of its origin: package version, commit, device (and which card), driver, libraries."
     device = torch.device(device)
     on_gpu = device.type == "cuda"
-    return dict(package_version=__version__, commit=commit(), device_kind=device.type,
+    # two cards of a model are never as fast as each other
+    card = dict(device_uuid=str(torch.cuda.get_device_properties(device).uuid)) if on_gpu else {}
+    return dict(package_version=__version__, commit=commit(), device_kind=device.type, **card,
                 device=torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
                 driver=_driver() if on_gpu else f"{platform.system()} {platform.release()}", libraries=_versions())
 

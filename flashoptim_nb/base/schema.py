@@ -37,7 +37,7 @@ FORMS: dict[str, tuple[Callable[[object], bool], str]] = {
 # %% ../../nbs/base/04_schema.ipynb #5a9cc187
 _HEADER = """run!:name? hypothesis:name? study:name? scale:scale? role:name? size:name? arm:name? config:name? seed:int?
     settings:.settings? settings_hash:name? criteria_hash:name? registration:name? data_hash:name? started:name? command:text? package_version:text?
-    commit:text? device_kind:name? device:name? driver:text? libraries:text{}? cut:text[]?"""
+    commit:text? device_kind:name? device:name? device_uuid:name? driver:text? libraries:text{}? cut:text[]?"""
 
 TABLES = {
     "header": _HEADER,
