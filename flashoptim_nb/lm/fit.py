@@ -256,6 +256,11 @@ def _kept(model: Model, config: TrainConfig, micro: int, seq: int, checkpointing
     return activation_bytes(
         model, micro, seq, config.attention, checkpointing, config.loss, config.weights, compiled=config.compile)
 
+def _logits(model: Model, config: TrainConfig, N: int) -> float:
+    "Bytes of what the plain loss keeps, which is gone when the layers go backward."
+    half = isinstance(model, GPTConfig) and config.compile
+    return (2 if half else 4) * N * model.vocab_size if config.loss == "plain" else 0.0
+
 def _run_again(model: Model, config: TrainConfig, micro: int, seq: int, stored: str) -> float:
     "Bytes of a layer that is there whole beyond what is stored of it, and of the two widest gradients in it."
     every, kept = (_kept(model, config, micro, seq, kind) for kind in ("none", stored))
@@ -274,7 +279,8 @@ def predict(
 ) -> dict[str, float]:
     "What a training step holds on each GPU by class, and at its peak."
     c = config if gpus == 1 else config.replace(weights="bf16")  # what layers compute with: FSDP2 gathers bf16
-    n, each = _count(model), bytes_per_parameter(config.weights, config.states, config.release)
+    # released gradients are there until the last micro-batch takes its step
+    n, each = _count(model), bytes_per_parameter(config.weights, config.states, config.release and not accumulate)
     copy, whole = (bytes_per_parameter(c.weights)[name] for name in ("copies", "weights"))  # of a parameter
     held = {name: each[name] * n["total"] / gpus for name in ("weights", "gradients", "masters", "states")}
     head, layer = model.vocab_size * model.d_model, whole * n["layers"] / model.n_layer * (gpus > 1)
@@ -284,11 +290,14 @@ def predict(
     held["workspace"] = WORKSPACE
     standing = (sum(held[name] for name in ("weights", "masters", "states", "gathered", "workspace"))
                 + held["gradients"] * accumulate)
-    loss = (held["activations"] + copy * n["matrices"]
+    cast = held["copies"] if c.compile and checkpointing != "none" else copy * n["matrices"]  # of the checkpointed: no cache
+    loss = (held["activations"] + cast
             + _moment(model, micro * seq, c.loss, c.weights, c.compile))
     coming, root = held["gradients"] * (not accumulate), held["gathered"] * (1 - 1 / gpus)
-    if checkpointing == "none": again = held["activations"] * (1 - 1 / model.n_layer)
-    else: again = held["activations"] + _run_again(model, c, micro, seq, checkpointing)
+    # compiled, what is run again takes the place of what was stored and is used up
+    if checkpointing == "none" or c.compile and checkpointing == "selective":
+        again = held["activations"] * (1 - 1 / model.n_layer)
+    else: again = held["activations"] - _logits(model, c, micro * seq) + _run_again(model, c, micro, seq, checkpointing)
     # the share of the gradients that comes with and after the first layer
     later = (n["layers"] / model.n_layer + head * (not model.tied)) / n["total"]
     first = coming * (1 - later) + root + _run_again(model, c, micro, seq, "full") + 3 * layer

@@ -46,7 +46,8 @@ def _layer_bytes(
     d, F, H, gpt2 = c.d_model, c.ffn_width, c.n_head, c.style == "gpt2"
     up, fused = (F if gpt2 else 2 * F), attention not in ("eager", "math")
     if checkpointing == "full": return stream * d
-    if checkpointing == "selective": return stream * d + narrow * (5 * d + up) + fused * (narrow * d + 4 * H)
+    if checkpointing == "selective":  # a compiler does not keep the last product, which nothing needs again
+        return stream * d + narrow * ((4 if compiled else 5) * d + up) + fused * (narrow * d + 4 * H)
     norms = (stream + (narrow if compiled else stream)) * d + 2 * (8 if gpt2 else 4)
     products = narrow * (3 * d + F)
     # the values keep alive what queries and keys were before rotation

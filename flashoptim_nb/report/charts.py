@@ -261,13 +261,13 @@ def estimates(
               scale=scale)
     bars = base.mark_rule(strokeWidth=3, opacity=0.55).encode(
         alt.X("lo:Q", title=axis, scale=scale), alt.X2("hi:Q"), **offset)
-    dots = (base.transform_filter("!datum.bound").mark_point(filled=True, size=80, opacity=1).encode(x, **offset)
-            + base.transform_filter("datum.bound").mark_point(size=80, opacity=1).encode(x, **offset))
+    dots = [base.transform_filter(which).mark_point(filled=full, size=80, opacity=1).encode(x, **offset)
+            for which, full in (("!datum.bound", True), ("datum.bound", False))]
     lines = alt.Chart(found.dropna(subset=["threshold"])[["what", "threshold"]]).mark_tick(thickness=2, size=26).encode(
         alt.X("threshold:Q", title=axis, scale=scale), alt.Y("what:N", sort=list(dict.fromkeys(found["what"]))),
         color=alt.value("#d6274a"), tooltip=[alt.Tooltip("threshold", format=form)])
     hollow = "; hollow: only a bound" if found["bound"].any() else ""
-    return titled(bars + dots + lines, title, found, f"red: the threshold; bar: the interval{hollow}")
+    return titled(alt.layer(bars, *dots, lines), title, found, f"red: the threshold; bar: the interval{hollow}")
 
 # %% ../../nbs/report/03_charts.ipynb #c47129a4
 def as_cost(
