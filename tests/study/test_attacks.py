@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from flashoptim_nb.base.config import content_hash
 from flashoptim_nb.base.machine import data_root
 from flashoptim_nb.base.records import ROWS, _line, _seal, examine
 from flashoptim_nb.study.content import content_problems
@@ -230,6 +231,21 @@ def test_a_registered_run_needs_its_search_and_goes_at_its_pace(tmp_path):
     assert any("where the journal's search timed" in line for line in found_in(study))
     sealed(study / "protocol", lambda rows: [row for row in rows if row["kind"] != "search"])
     assert any("has no search for it" in line for line in found_in(study))
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 8])
+def test_a_run_over_four_gpus_is_not_called_one_over_others(gpus, tmp_path):
+    study, end = registered_copy(tmp_path), f"-x{gpus}" if gpus > 1 else ""
+    def called(rows):
+        settings = rows[0]["settings"] | dict(gpus=gpus)
+        name = rows[0]["run"].removesuffix("-x4") + end
+        return [rows[0] | dict(run=name, settings=settings, settings_hash=content_hash(settings)), *rows[1:]]
+    for folder in runs_like(study, "13B-*-x4"):
+        sealed(folder, called)
+        folder.rename(study / (folder.name.removesuffix("-x4") + end))
+    found = content_problems([examine(path.parent)[0] for path in study.glob(f"13B-*/{ROWS}")])
+    assert any("a GPU held" in line for line in found), found
+    assert any(f"does not deal 24 out to {gpus} GPUs" in line for line in found) == (gpus == 8)
 
 
 @pytest.mark.parametrize("change, told", [
