@@ -8,7 +8,7 @@ from flashoptim_nb.base.config import content_hash
 from flashoptim_nb.base.machine import data_root
 from flashoptim_nb.base.records import ROWS, _line, _seal, examine
 from flashoptim_nb.study.content import content_problems
-from flashoptim_nb.study.manifest import manifest_problems
+from flashoptim_nb.study.manifest import digests, manifest_problems
 from flashoptim_nb.study.protocols import PROTOCOLS
 from flashoptim_nb.study.registration import drift, registered
 
@@ -220,6 +220,21 @@ def test_an_empty_plan_fits_no_registration(tmp_path):
     assert not any(told in line for line in found_in(study))
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(planned=[], absent=[])))
     assert any(told in line for line in found_in(study))
+
+
+def test_runs_that_an_extension_added_are_not_dropped_from_the_plan(tmp_path):
+    "A study with a run of the extension does not go back to the plan before it, by which the added runs are not absent."
+    study = registered_copy(tmp_path)
+    before, last = registered("h1")[-2:]
+    for folder in runs_like(study, "*-x4"): shutil.rmtree(folder)
+    sealed(study / "1B-best-baseline-s0", of("header", registration=last["hash"]))
+    path, told = study / "manifest.json", "names other runs than its registration planned"
+    def follow(row):
+        planned, there = row["object"]["plan"]["gpu"]["runs"], digests(study)
+        path.write_text(json.dumps(dict(plan="the protocol's", planned=planned, runs=there,
+                                        absent=[run for run in planned if run not in there])))
+        return any(told in line for line in found_in(study))
+    assert [follow(row) for row in (last, before)] == [False, True]
 
 
 def test_a_registered_run_needs_its_search_and_goes_at_its_pace(tmp_path):
