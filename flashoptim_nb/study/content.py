@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACE', 'SHARE', 'CHANGES', 'EXCEPTIONS', 'RULES', 'odd_name', 'odd_steps', 'odd_tokens', 'odd_throughput',
-           'odd_perplexity', 'odd_micro', 'odd_search', 'odd_pace', 'odd_device', 'odd_gpus', 'odd_commit', 'copies',
-           'content_problems']
+           'odd_perplexity', 'odd_micro', 'odd_search', 'odd_pace', 'odd_device', 'odd_gpus', 'odd_memory',
+           'odd_commit', 'copies', 'content_problems']
 
 # %% ../../nbs/study/16_content.ipynb #a7536faf
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -206,6 +206,16 @@ def odd_gpus(run: Run, journal: Run | None = None) -> Iterator[str]:
         if abs(held * gpus / wanted - 1) > SHARE:
             yield f"a GPU held {held} bytes of weights, and {gpus} such are not the {wanted} of its network"
 
+# %% ../../nbs/study/16_content.ipynb #34fb9d32
+_PARTS = ("weights", "gradients", "masters", "states", "activations", "copies", "other")
+
+def odd_memory(run: Run, journal: Run | None = None) -> Iterator[str]:
+    "A peak of memory below what its parts held at once."
+    for row in run.of("memory"):
+        parts = sum(row.get(name) or 0 for name in _PARTS) - (row.get("overlap") or 0)
+        if row.get("peak") is not None and row["peak"] < parts:
+            yield f"its peak is {row['peak']} bytes, and its parts held {parts} together"
+
 # %% ../../nbs/study/16_content.ipynb #9845f593
 CHANGES = "+changes"  # behind a commit's name: the files differed from it
 
@@ -256,7 +266,7 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {  # (study, run, rule) to the rea
 }
 RULES: tuple[Callable[..., Iterator[str]], ...] = (
     odd_name, odd_steps, odd_tokens, odd_throughput, odd_perplexity, odd_micro, odd_pace, odd_search, odd_device,
-    odd_gpus, odd_commit)
+    odd_gpus, odd_memory, odd_commit)
 
 def content_problems(
     runs: Sequence[Run],  # of one study, its journal among them

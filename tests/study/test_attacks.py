@@ -174,6 +174,9 @@ ATTACKS = {  # what was tried: (the study, how, what is found)
     "a seed's times scaled": ("h1-laptop", scaled, "in constant proportion"),
     "a perplexity made up": (
         "h1-laptop", lambda study: sealed(study / "1B-best-baseline-s0", of("eval", ppl=0.9)), "its perplexity on"),
+    "a peak of memory halved": (
+        "h1-laptop", lambda study: sealed(study / "1B-equal-flashoptim_full-s0", of("memory", peak=0.5)),
+        "its parts held"),
     "a micro-batch that was not searched": ("h1-laptop", at_another_micro_batch, "it ran at micro-batch 2"),
 }
 
