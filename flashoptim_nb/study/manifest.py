@@ -54,12 +54,12 @@ def _read(study: Path) -> dict | None:
     return found if fine else {}
 
 def _plans(protocol: StudyProtocol, scale: str, hashes: set[str]) -> list[list[str]]:
-    "The plans that a study of a scale may have followed: of the registrations that its runs carry, else any."
+    "The plans that a study of a scale may have followed: of what extends each registration that its runs carry; any, if none."
     rows = registered(protocol.name)
     carried = [row["object"] for row in rows if row["hash"] in hashes]
-    # a study may go on under a registration that adds runs, and have made none of them yet
-    fits = [row["object"] for row in rows if not hashes or row["hash"] in hashes
-            or carried and all(extends(row["object"], one) for one in carried)]
+    # a study may go on under a registration that adds runs, and have made none of them yet; then no shorter plan is its
+    whole = [row["object"] for row in rows if not hashes or carried and all(extends(row["object"], one) for one in carried)]
+    fits = whole or carried
     found = [one["plan"].get(scale, {}).get("runs", []) for one in fits]
     return found + [planned_runs(protocol, protocol.presets[scale])] * (not hashes and scale in protocol.presets)
 

@@ -4,10 +4,11 @@ import shutil
 
 import pytest
 
+from flashoptim_nb.base.config import content_hash
 from flashoptim_nb.base.machine import data_root
 from flashoptim_nb.base.records import ROWS, _line, _seal, examine
 from flashoptim_nb.study.content import content_problems
-from flashoptim_nb.study.manifest import manifest_problems
+from flashoptim_nb.study.manifest import digests, manifest_problems
 from flashoptim_nb.study.protocols import PROTOCOLS
 from flashoptim_nb.study.registration import drift, registered
 
@@ -173,6 +174,9 @@ ATTACKS = {  # what was tried: (the study, how, what is found)
     "a seed's times scaled": ("h1-laptop", scaled, "in constant proportion"),
     "a perplexity made up": (
         "h1-laptop", lambda study: sealed(study / "1B-best-baseline-s0", of("eval", ppl=0.9)), "its perplexity on"),
+    "a peak of memory halved": (
+        "h1-laptop", lambda study: sealed(study / "1B-equal-flashoptim_full-s0", of("memory", peak=0.5)),
+        "its parts held"),
     "a micro-batch that was not searched": ("h1-laptop", at_another_micro_batch, "it ran at micro-batch 2"),
 }
 
@@ -221,6 +225,21 @@ def test_an_empty_plan_fits_no_registration(tmp_path):
     assert any(told in line for line in found_in(study))
 
 
+def test_runs_that_an_extension_added_are_not_dropped_from_the_plan(tmp_path):
+    "A study with a run of the extension does not go back to the plan before it, by which the added runs are not absent."
+    study = registered_copy(tmp_path)
+    before, last = registered("h1")[-2:]
+    for folder in runs_like(study, "*-x4"): shutil.rmtree(folder)
+    sealed(study / "1B-best-baseline-s0", of("header", registration=last["hash"]))
+    path, told = study / "manifest.json", "names other runs than its registration planned"
+    def follow(row):
+        planned, there = row["object"]["plan"]["gpu"]["runs"], digests(study)
+        path.write_text(json.dumps(dict(plan="the protocol's", planned=planned, runs=there,
+                                        absent=[run for run in planned if run not in there])))
+        return any(told in line for line in found_in(study))
+    assert [follow(row) for row in (last, before)] == [False, True]
+
+
 def test_a_registered_run_needs_its_search_and_goes_at_its_pace(tmp_path):
     study = registered_copy(tmp_path)
     def halved(row):  # a candidate that ran out of memory has no speed
@@ -230,6 +249,21 @@ def test_a_registered_run_needs_its_search_and_goes_at_its_pace(tmp_path):
     assert any("where the journal's search timed" in line for line in found_in(study))
     sealed(study / "protocol", lambda rows: [row for row in rows if row["kind"] != "search"])
     assert any("has no search for it" in line for line in found_in(study))
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 8])
+def test_a_run_over_four_gpus_is_not_called_one_over_others(gpus, tmp_path):
+    study, end = registered_copy(tmp_path), f"-x{gpus}" if gpus > 1 else ""
+    def called(rows):
+        settings = rows[0]["settings"] | dict(gpus=gpus)
+        name = rows[0]["run"].removesuffix("-x4") + end
+        return [rows[0] | dict(run=name, settings=settings, settings_hash=content_hash(settings)), *rows[1:]]
+    for folder in runs_like(study, "13B-*-x4"):
+        sealed(folder, called)
+        folder.rename(study / (folder.name.removesuffix("-x4") + end))
+    found = content_problems([examine(path.parent)[0] for path in study.glob(f"13B-*/{ROWS}")])
+    assert any("a GPU held" in line for line in found), found
+    assert any(f"does not deal 24 out to {gpus} GPUs" in line for line in found) == (gpus == 8)
 
 
 @pytest.mark.parametrize("change, told", [
