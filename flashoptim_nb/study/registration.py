@@ -143,11 +143,16 @@ def extends(
         plans = {name: {key: value for key, value in one["plan"].get(name, {}).items() if key not in ("runs", "added")}
                  for name in names}
         return {key: value for key, value in one.items() if key != "plan"} | dict(plan=plans)
+    def more_gpus(row, before):
+        return row == before | dict(also_gpus=row.get("also_gpus")) and {*before["also_gpus"]} <= {*row["also_gpus"]}
     def kept(name):
-        ours, theirs = new["plan"].get(name, {}), old["plan"][name]
-        added, before = ours.get("added", {}), theirs.get("added", {})
-        return {*theirs["runs"]} <= {*ours.get("runs", ())} and all(added.get(size) == row for size, row in before.items())
-    return rest(new, old["plan"]) == rest(old, old["plan"]) and all(map(kept, old["plan"]))
+        ours, theirs = new["plan"][name], old["plan"][name]
+        added, before, sizes = ours.get("added", {}), theirs.get("added", {}), theirs["preset"].get("parts", {})
+        return ({*theirs["runs"]} <= {*ours["runs"]} and before.keys() <= added.keys()
+                and all(more_gpus(row, before.get(size, dict(also_gpus=()))) for size, row in added.items()
+                        if size in before or size in sizes))
+    return (new["plan"].keys() == old["plan"].keys() and rest(new, old["plan"]) == rest(old, old["plan"])
+            and all(map(kept, old["plan"])))
 
 @lru_cache
 def _now(protocol: StudyProtocol) -> tuple[str, dict]: return content_hash(now := registration(protocol)), now
@@ -181,6 +186,16 @@ def refuse_unregistered(
 # %% ../../nbs/study/17_registration.ipynb #026721ca
 UNREGISTERED = "not registered beforehand"
 
+def _pooled(runs: Iterable[Run], order: list[str]) -> list[str]:
+    """Sizes at which an estimate would take runs that a later registration added together with earlier ones:
+    of the same arm, on other numbers of GPUs. What they show could have been known when they were added."""
+    found = {}
+    for run in runs:
+        gpus, place = (run.header.get("settings") or {}).get("gpus", 1), (run.header.get("role"), run.header.get("arm"))
+        at = found.setdefault(place, {})
+        at[gpus] = min(at.get(gpus, len(order)), order.index(run.header["registration"]))
+    return sorted({str(role) for (role, _), at in found.items() if len({*at.values()}) > 1})
+
 def registration_status(
     runs: Iterable[Run],  # those that a verdict rests on
     protocol: StudyProtocol,
@@ -199,6 +214,8 @@ def registration_status(
     row, later = known[hash], [row for row in registered(protocol.name)][[*known].index(hash) + 1:]
     if not all(extends(row["object"], known[one]["object"]) for one in before):
         return never(f"their registrations differ ({', '.join(sorted(held))})")
+    if pooled := _pooled((run for run in runs if not run.is_journal), [*known]):
+        return never(f"at {', '.join(pooled)} runs were added on other numbers of GPUs than those that were there", hash)
     now = _now(protocol)[1]
     changed = [] if extends(now, row["object"]) else drift(row["object"], now)
     if not changed:

@@ -315,6 +315,12 @@ def _is_shared(study: Study, spec: RunSpec) -> bool:
     apart = experiment.seed_by_seed and study.protocol.worker_devices(study.device, study.workers)
     return study.workers > 1 and (experiment.trains or bool(apart))
 
+def _make_room(study: Study, spec: RunSpec, before) -> tuple[str, str]:
+    "Gives back what runs before this one took; returns what the next is asked for."
+    if getattr(spec, "gpus", 1) == 1: end_ranks()  # which would hold memory of this process's GPU
+    if study.protocol.compiles and (spec.workload, spec.config) != before: reset_compile_cache(study.device)
+    return spec.workload, spec.config
+
 def attempt_all(
     study: Study,
     specs: Iterable[RunSpec],
@@ -326,9 +332,7 @@ def attempt_all(
     shared = [spec for spec in specs if _is_shared(study, spec)]
     failed, before = run_parallel(study, shared) if len(shared) > 1 else 0, None
     for spec in [spec for spec in specs if len(shared) < 2 or spec not in shared]:
-        if getattr(spec, "gpus", 1) == 1: end_ranks()  # which would hold memory of this process's GPU
-        if study.protocol.compiles and (spec.workload, spec.config) != before: reset_compile_cache(study.device)
-        before = spec.workload, spec.config
+        before = _make_room(study, spec, before)
         failed += attempt(study, spec)
     return failed
 
@@ -351,8 +355,7 @@ def _prepare(study: Study, specs: list[RunSpec], done):
 def _attempt(study: Study, specs: list[RunSpec], done):
     before = None
     for spec in specs:
-        if study.protocol.compiles and (spec.workload, spec.config) != before: reset_compile_cache(study.device)
-        before = spec.workload, spec.config
+        before = _make_room(study, spec, before)
         try: done.put(("ended", (spec.id, attempt(study, spec), "")))
         except Interrupted: raise
         except UserError as error: done.put(("ended", (spec.id, 1, str(error))))

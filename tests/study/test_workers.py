@@ -29,6 +29,7 @@ class Runs(Config):
 @dataclass(frozen=True, kw_only=True)
 class CountSpec(RunSpec):
     whole: Preset | None = None
+    gpus: int = 1
 
 
 def record_process(study, spec, data):
@@ -70,6 +71,8 @@ def record_ranks(study, spec, data):
 
 class Divided(Counting):
     experiments = dict(count=Experiment(name="count", perform=record_ranks, trains=True, seed_by_seed=True))
+
+    def spec(self, *run): return super().spec(*run).replace(gpus=2)
 
 
 def counting(out, *configs, protocol=Counting):
