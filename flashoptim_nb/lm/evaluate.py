@@ -59,8 +59,8 @@ def score(
 
 # %% ../../nbs/lm/12_evaluate.ipynb #6366eafe
 def _batches(pairs, batch, device):
-    """This rank's batches, of equal shape on the device and as many as any rank's: of a divided model all go on together.
-    They are filled up with windows that do not count."""
+    """This rank's batches, of equal shape on the device and as many as any rank's: of a divided model all go on
+    together. They are filled up with windows that do not count."""
     pairs, (rank, ranks) = list(pairs), world()
     filling = [(np.zeros_like(inputs), np.full_like(targets, IGNORE)) for inputs, targets in pairs[:1]]
     mine = (pairs + filling * (-len(pairs) % ranks))[rank::ranks]

@@ -290,7 +290,8 @@ def predict(
     held["workspace"] = WORKSPACE
     standing = (sum(held[name] for name in ("weights", "masters", "states", "gathered", "workspace"))
                 + held["gradients"] * accumulate)
-    cast = held["copies"] if c.compile and checkpointing != "none" else copy * n["matrices"]  # of the checkpointed: no cache
+    # compiled layers that are run again have no copies in autocast's cache
+    cast = held["copies"] if c.compile and checkpointing != "none" else copy * n["matrices"]
     loss = (held["activations"] + cast
             + _moment(model, micro * seq, c.loss, c.weights, c.compile))
     coming, root = held["gradients"] * (not accumulate), held["gathered"] * (1 - 1 / gpus)

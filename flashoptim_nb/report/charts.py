@@ -249,7 +249,8 @@ def estimates(
     for words, open_ in (("at most", "lo"), ("at least", "hi")):
         found[open_] = found["value"].where(found["bound"].str.startswith(words) & found[open_].notna(), found[open_])
     form = ".1%" if percent else ".3~g"
-    tips = ["what", "against", "n", "bound", *(alt.Tooltip(name, format=form) for name in ("value", "lo", "hi", "threshold"))]
+    tips = ["what", "against", "n", "bound",
+            *(alt.Tooltip(name, format=form) for name in ("value", "lo", "hi", "threshold"))]
     columns = ["what", "against", "n", "bound", "value", "lo", "hi", "threshold"]
     base = alt.Chart(found[columns], width=440, height=alt.Step(28)).encode(
         y=alt.Y("what:N", title=None, sort=list(dict.fromkeys(found["what"]))), tooltip=tips,

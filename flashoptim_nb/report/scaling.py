@@ -103,6 +103,6 @@ def show_scaling(
         if not (found["numbers"] > 1).any(): del heads["kept"]
     return show_rows(found, heads, "scaling", runs, "Not measured.", forms)
 
-def _how(row) -> str: return f"{row['micro_batch']}, {row['checkpointing']}" if row["checkpointing"] else f"{row['micro_batch']}"
+def _how(row) -> str: return f"{row['micro_batch']}" + (f", {row['checkpointing']}" if row["checkpointing"] else "")
 
 def _origin(row) -> str: return f"{row['from']}, {row['seeds']:.0f} seeds" if row["from"] == "trained" else row["from"]

@@ -334,7 +334,9 @@ def registration_note(
     before = "; ".join(told) + "." if brief else " ".join(told)
     earlier = f"\n\nEarlier verdicts, from a pilot: {before}" if told else ""
     far = [f" The study {said}." for place in by_study(runs).items() if not brief and (said := under_way(*place))]
-    return sentence(f"{hypothesis.id}'s verdict is {words}.{''.join(far)}{earlier}", runs)
+    why = "".join(f" {row['day']}: {row['reason']}" for row in registered(name)
+                  if not brief and f", with runs added on {row['day']} ({row['hash']})" in words)
+    return sentence(f"{hypothesis.id}'s verdict is {words}.{why}{''.join(far)}{earlier}", runs)
 
 # %% ../../nbs/report/02_tables.ipynb #7e61a011
 def show_changed_criteria(

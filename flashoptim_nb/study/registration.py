@@ -80,7 +80,7 @@ def registration(
         criteria=[[c.id, c.kind, c.statement, c.text] for c in h.criteria], estimators=estimators(protocol),
         stopping=[[point.id, point.day, point.text, point.then] for point in h.checkpoints.values()],
         plan={name: dict(preset=preset.to_dict(), runs=planned_runs(protocol, preset))
-              | (dict(added=added) if (added := preset.added()) else {}) for name, preset in protocol.presets.items()})))
+              | (dict(added=preset.added()) if preset.added() else {}) for name, preset in protocol.presets.items()})))
 
 # %% ../../nbs/study/17_registration.ipynb #c0b86a1b
 def _file(name: str) -> str: return f"registration/{name}.json"
@@ -205,7 +205,8 @@ def registration_status(
     runs = [run for run in runs if run.header.get("scale") != REHEARSAL] or runs
     carried = [run.header.get("registration") for run in runs]
     held = {hash for hash in carried if hash}
-    def never(words, hash=None): return dict(status=UNREGISTERED, hash=hash, changed=[], words=f"{UNREGISTERED}: {words}")
+    def never(words, hash=None):
+        return dict(status=UNREGISTERED, hash=hash, changed=[], words=f"{UNREGISTERED}: {words}")
     if not held or None in carried:
         return never(f"{sum(hash is None for hash in carried)} of {len(runs)} records carry no registration")
     if strange := sorted(held - known.keys()):

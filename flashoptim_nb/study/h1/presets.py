@@ -180,9 +180,9 @@ def _both(size, configs): return (size, "best_batch", configs), (size, "matched_
 
 def _over_many(n, word):
     frontier = (("30B", "frontier", STACKS[1:]), ("7B", "frontier", STACKS), ("13B", "frontier", STACKS))
-    return {f"cost-13B-x{n}": Piece(what=f"13B over {word} GPUs, where 16 bytes a parameter fit", gpus=n, order=_both("13B", STRONG)),
-            f"cost-7B-x{n}": Piece(what=f"7B over {word} GPUs", gpus=n, order=_both("7B", STRONG)),
-            f"frontier-x{n}": Piece(what=f"the fastest under each memory budget over {word} GPUs", gpus=n, order=frontier)}
+    def piece(what, order): return Piece(what=f"{what} over {word} GPUs", gpus=n, order=order)
+    return {f"cost-13B-x{n}": piece("13B", _both("13B", STRONG)), f"cost-7B-x{n}": piece("7B", _both("7B", STRONG)),
+            f"frontier-x{n}": piece("the fastest under each memory budget", frontier)}
 
 _LARGE = tuple(f"1B-{length}" for length in _GPU.stress_lengths)
 _PARTS = tuple(name for name in LM_CONFIGS if name.startswith("ablation_"))
