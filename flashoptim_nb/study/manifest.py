@@ -87,7 +87,8 @@ def under_way(
 ) -> str:
     "Says that a study has not ended, and how far it is; empty where it has, or keeps no journal."
     if not any(run.is_journal and run.status == "unfinished" for run in runs) or not (kept := _read(study)): return ""
-    planned, there = kept["planned"], len(kept["planned"]) - len(kept["absent"])
+    planned = kept["planned"]
+    there = sum((study / run / ROWS).is_file() for run in planned)
     return f"has not ended; {there} of {len(planned)} planned runs are there"
 
 def manifest_problems(

@@ -51,7 +51,10 @@ def select_runs(
         choose("configuration", config, sorted({c for plan in preset.plans.values() for c in plan.configs}))
     for name in workloads or ():
         known = preset.plans[name].configs
-        if not chosen(preset.plans[name]):
+        if not known and not getattr(preset, "order", ()):
+            raise UserError(f"{name} has no runs of its own at scale {preset.name}: it is only searched, in a piece; "
+                            "`run --help` lists the pieces, and --piece NAME runs one")
+        if known and not chosen(preset.plans[name]):
             raise UserError(f"{name} has no {', '.join(configs)} at scale {preset.name}; choose of: {', '.join(known)}")
     plans = {name: plan.replace(configs=chosen(plan)) for name, plan in preset.plans.items()
              if not workloads or name in workloads}

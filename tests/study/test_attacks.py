@@ -6,9 +6,9 @@ import pytest
 
 from flashoptim_nb.base.config import content_hash
 from flashoptim_nb.base.machine import data_root
-from flashoptim_nb.base.records import ROWS, _line, _seal, examine
+from flashoptim_nb.base.records import ROWS, _line, _seal, examine, read_study
 from flashoptim_nb.study.content import content_problems
-from flashoptim_nb.study.manifest import digests, manifest_problems
+from flashoptim_nb.study.manifest import digests, manifest_problems, under_way
 from flashoptim_nb.study.protocols import PROTOCOLS
 from flashoptim_nb.study.registration import drift, registered
 
@@ -223,6 +223,14 @@ def test_an_empty_plan_fits_no_registration(tmp_path):
     assert not any(told in line for line in found_in(study))
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(planned=[], absent=[])))
     assert any(told in line for line in found_in(study))
+
+
+def test_a_run_that_is_gone_is_not_counted_as_there(tmp_path):
+    study = registered_copy(tmp_path)
+    def said(): return under_way(study, read_study(study))
+    there = int(said().split("; ")[1].split()[0])
+    shutil.rmtree(study / "1B-best-baseline-s0")
+    assert f"; {there - 1} of" in said()
 
 
 def test_runs_that_an_extension_added_are_not_dropped_from_the_plan(tmp_path):
