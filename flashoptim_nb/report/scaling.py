@@ -15,6 +15,7 @@ from .charts import draw, scaling_lines
 from .frontier import CARD, TIMED_STEPS
 from .render import Rendered, full_name, load_runs, sentence
 from .rows import show_rows
+from ..study.evidence import gpus_of
 from ..study.h1.presets import STACKS
 
 # %% ../../nbs/report/17_scaling.ipynb #872662e8
@@ -33,7 +34,7 @@ def _trained(run: Run) -> Iterator[dict]:
     "The training of a run at the best micro-batch, where enough steps were timed."
     speed = next(iter(run.of("throughput")[-1:]), {})
     if run.header.get("arm") != "best" or (speed.get("steps") or 0) < TIMED_STEPS: return
-    yield dict(size=run.header["role"], config=run.header["config"], gpus=run.header["settings"].get("gpus", 1),
+    yield dict(size=run.header["role"], config=run.header["config"], gpus=gpus_of(run),
                micro_batch=speed["micro_batch"], tokens_per_s=speed["tokens_per_s"],
                peak=max(row["peak"] for row in run.of("step")))
 

@@ -25,6 +25,7 @@ from ..base.config import content_hash, read_json
 from ..base.errors import UserError
 from ..base.machine import data_root, repository_file, repository_tar
 from ..base.records import REHEARSAL, Run
+from .evidence import gpus_of
 from .experiment import StudyProtocol
 from .presets import Preset
 
@@ -139,10 +140,10 @@ def extends(
     old: dict,
 ) -> bool:
     "Whether a registration differs from an older one at most by runs that it adds to a preset's plan."
-    def rest(one, names):
-        plans = {name: {key: value for key, value in one["plan"].get(name, {}).items() if key not in ("runs", "added")}
-                 for name in names}
-        return {key: value for key, value in one.items() if key != "plan"} | dict(plan=plans)
+    def rest(one):
+        plans = {name: {key: value for key, value in plan.items() if key not in ("runs", "added")}
+                 for name, plan in one["plan"].items()}
+        return one | dict(plan=plans)
     def more_gpus(row, before):
         return row == before | dict(also_gpus=row.get("also_gpus")) and {*before["also_gpus"]} <= {*row["also_gpus"]}
     def kept(name):
@@ -151,8 +152,7 @@ def extends(
         return ({*theirs["runs"]} <= {*ours["runs"]} and before.keys() <= added.keys()
                 and all(more_gpus(row, before.get(size, dict(also_gpus=()))) for size, row in added.items()
                         if size in before or size in sizes))
-    return (new["plan"].keys() == old["plan"].keys() and rest(new, old["plan"]) == rest(old, old["plan"])
-            and all(map(kept, old["plan"])))
+    return rest(new) == rest(old) and all(map(kept, old["plan"]))
 
 @lru_cache
 def _now(protocol: StudyProtocol) -> tuple[str, dict]: return content_hash(now := registration(protocol)), now
@@ -191,8 +191,7 @@ def _pooled(runs: Iterable[Run], order: list[str]) -> list[str]:
     of the same arm, on other numbers of GPUs. What they show could have been known when they were added."""
     found = {}
     for run in runs:
-        gpus, place = (run.header.get("settings") or {}).get("gpus", 1), (run.header.get("role"), run.header.get("arm"))
-        at = found.setdefault(place, {})
+        gpus, at = gpus_of(run), found.setdefault((run.header.get("role"), run.header.get("arm")), {})
         at[gpus] = min(at.get(gpus, len(order)), order.index(run.header["registration"]))
     return sorted({str(role) for (role, _), at in found.items() if len({*at.values()}) > 1})
 
