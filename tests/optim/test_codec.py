@@ -56,7 +56,7 @@ def test_a_lone_second_moment_decays():
 def test_finite_in_finite_out(companded, rng_seed):
     "1e-45 to 3e38, one huge among tiny, subnormal groups, zeros."
     torch.manual_seed(rng_seed)
-    x = torch.randn(400, GROUP) * torch.logspace(-45, 38, 400)[:, None]
+    x = torch.randn(400, GROUP).clamp(-3, 3) * torch.logspace(-45, 38, 400)[:, None]  # 3.4e38 is fp32's largest
     x[::7, 3], x[::5] = 3e38, x[::5] * 1e-30
     x[::11] = 0
     for value, code, back in (x, quantize_m, dequantize_m), (x.abs(), quantize_v, dequantize_v):
