@@ -31,7 +31,8 @@ def choose(
     names = [str(name) for name in allowed]
     if given not in names:
         folded = {name.casefold(): name for name in names}
-        near = get_close_matches(str(given).casefold(), folded, n=1)
+        wrong = str(given).casefold()
+        near = sorted(get_close_matches(wrong, folded), key=lambda name: sorted(name) != sorted(wrong))  # same letters first
         hint = f" (did you mean {folded[near[0]]!r}?)" if near else ""
         raise UserError(f"unknown {kind} {given!r}{hint}; choose one of: {', '.join(names)}")
     return allowed[given] if isinstance(allowed, Mapping) else given

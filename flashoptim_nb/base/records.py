@@ -418,7 +418,8 @@ def examine(
         found.append(f"holds the run {run.id}, so it was copied or renamed")
     if run.status == "unfinished" and not run.is_journal:
         found.append(
-            f"the run did not end, or its last rows are missing; its command finishes it: {run.header.get('command')}")
+            "the run did not end, or its last rows are missing; on such a machine its command finishes it, with "
+            f"--out {Path(folder).resolve().parent.parent}: {run.header.get('command')}")
     return run, [f"{folder}: {words}" for words in found]
 
 def problems(

@@ -122,6 +122,7 @@ def _run(args) -> int:
         raise UserError(f"piece {args.piece} has none of the runs that the other options leave; leave one of them out, "
                         f"or see what it has: flashoptim-nb run h1 --preset gpu --piece {args.piece} --dry-run")
     if args.dry_run:
+        _tell_gpus(asked, workers, args)
         said, gpu = dry_run(protocol, asked, args.arms), asked.accelerator.name
         print(dry_run(protocol, asked, args.arms, as_json=True) if args.json else said)
         if "'s rate" in said: _tell_rates(args.rate, [gpu], f"the plan is for {gpu}, at the rates of {', '.join(rates(asked))}")
@@ -138,42 +139,38 @@ def _run(args) -> int:
 def _h1_preset(preset, args):
     "The preset as the options change it; raises `UserError` for what cannot be had."
     from flashoptim_nb.study.h1.presets import PIECES, as_piece, in_style
-    from flashoptim_nb.train.ranks import launched
+    from flashoptim_nb.study.runner import device_for
+    from flashoptim_nb.train.ranks import check_ranks, launched
     if args.steps is not None:
         if args.steps < 1: raise UserError(f"--steps is {args.steps}; at least 1 is needed")
         preset = preset.replace(plans={size: plan.replace(recipe=plan.recipe.replace(steps=args.steps))
                                        for size, plan in preset.plans.items()})
     if args.piece is not None:
         piece = choose("piece", args.piece, PIECES)
-        preset, gpus = as_piece(preset, piece), piece.gpus if args.gpus is None else args.gpus
+        if args.gpus not in (None, piece.gpus):
+            raise UserError(f"--gpus is {args.gpus}, and piece {args.piece} divides its runs over {piece.gpus}; "
+                            "leave --gpus out")
+        preset, gpus = as_piece(preset, piece), piece.gpus
     else: gpus = args.gpus
     if gpus is None and (ranks := launched()[1]) > 1: gpus = ranks
     if args.style is not None:
         preset = in_style(preset, args.style)
         args.sizes = args.sizes and [f"{size}-{args.style}" for size in args.sizes]
-    if gpus is not None: preset = _on_gpus(preset, gpus, args)
-    if (args.workers or 1) > 1: _check_workers(preset, gpus or 1, args)
+    if gpus is not None:
+        if gpus < 1: raise UserError(f"--gpus is {gpus}; at least 1 is needed")
+        preset = preset.replace(plans={size: plan.replace(gpus=gpus) for size, plan in preset.plans.items()})
+    if not args.dry_run: check_ranks((args.workers or 1) * (gpus or 1), device_for(preset, args.device or preset.device))
     return preset
 
-def _check_workers(preset, gpus: int, args):
-    "Raises `UserError` where runs of hypothesis 1 cannot go on at once, each on GPUs of its own."
-    from flashoptim_nb.study.runner import device_for
-    from flashoptim_nb.train.ranks import check_ranks
-    if not args.dry_run: check_ranks(args.workers * gpus, device_for(preset, args.device or preset.device))
-
-def _on_gpus(preset, gpus: int, args):
-    """The preset with each run divided over so many GPUs; raises `UserError` where they are not here.
-    A piece's own number may be planned anywhere."""
-    from flashoptim_nb.base.machine import pick_device
-    from flashoptim_nb.study.runner import device_for
-    from flashoptim_nb.train.ranks import check_ranks
-    if gpus < 1: raise UserError(f"--gpus is {gpus}; at least 1 is needed")
-    name = args.device or preset.device
-    if not args.dry_run: check_ranks(gpus, device_for(preset, name))
-    elif args.gpus is not None and gpus > 1:
-        import torch
-        check_ranks(gpus, torch.device("cuda") if name == "cuda" else pick_device(name))
-    return preset.replace(plans={size: plan.replace(gpus=gpus) for size, plan in preset.plans.items()})
+def _tell_gpus(preset, workers: int, args):
+    "Says where a plan, which may be made anywhere, asks for more GPUs than are here."
+    import torch
+    if args.hypothesis != "h1" or (args.device or preset.device) == "cpu": return
+    one = max((plan.gpus for plan in preset.plans.values()), default=1)
+    needed, here = workers * one, torch.cuda.device_count()
+    if needed > max(here, 1):
+        print(f"the plan takes {needed} GPUs ({workers} run{'s' * (workers > 1)} at a time, each over {one}); "
+              f"{here} {'is' if here == 1 else 'are'} here", file=sys.stderr)
 
 _OTHERS = {
     # options of the other hypothesis, and why they are none here
@@ -201,15 +198,9 @@ def _tell_hidden(studies: list[Path]):
                   file=sys.stderr)
 
 def _tell_unfinished(studies: list[Path]):
-    "Says which runs are left out because they did not end, and what is not as the manifests have it."
+    "Says which runs are left out because they did not end."
     from flashoptim_nb.report.render import by_study, load_runs
-    from flashoptim_nb.study.manifest import manifest_problems
-    from flashoptim_nb.study.protocols import PROTOCOLS
-    left = by_study(load_runs(studies, None, unfinished=True))
-    for study, runs in by_study([*load_runs(studies, None), *(run for runs in left.values() for run in runs)]).items():
-        if manifest_problems(study, runs, PROTOCOLS):
-            print(visible(f"{study}: differs from its manifest; `flashoptim-nb check` says where"), file=sys.stderr)
-    for study, runs in left.items():
+    for study, runs in by_study(load_runs(studies, None, unfinished=True)).items():
         ids = [run.id for run in runs]
         print(visible(f"{study}: {len(ids)} of its runs did not end and are left out "
                       f"({', '.join(ids[:3])}{', ...' * (len(ids) > 3)}); "
@@ -263,7 +254,7 @@ def _judged(args) -> str:
     from flashoptim_nb.study.registration import registration_status
     from flashoptim_nb.study.verdict import verdict
     from flashoptim_nb.report.render import load_runs
-    from flashoptim_nb.report.tables import verdict_text
+    from flashoptim_nb.report.tables import altered_note, verdict_text
     if args.scale is not None: choose("scale", args.scale, PROTOCOLS[args.hypothesis].presets)
     studies = _studies(args.records)
     if not args.records: _tell_hidden(studies)
@@ -275,8 +266,9 @@ def _judged(args) -> str:
                         f"or make some with `flashoptim-nb run {args.hypothesis} --preset {args.scale or 'laptop'}`")
     stands, entries = registration_status(runs, PROTOCOLS[args.hypothesis]), verdict(runs, HYPOTHESES[args.hypothesis])
     listed = entries + _checkpoints(runs, args.hypothesis) if args.json else entries
-    for entry in listed: entry |= dict(given=stands["status"], registration=stands["hash"])
-    said = [f"Registration: {stands['words']}", verdict_text(entries, args.statements)]
+    altered = altered_note(runs)
+    for entry in listed: entry |= dict(given=stands["status"], registration=stands["hash"], altered=altered)
+    said = [f"Registration: {stands['words']}." + f" {altered}" * bool(altered), verdict_text(entries, args.statements)]
     if stands["status"] == "post hoc":
         before = _as_registered(runs, args.hypothesis, stands["hash"], studies)
         listed = [*before, *listed]
@@ -291,8 +283,10 @@ def _book(args) -> int:
     elif args.port is not None: raise UserError("--port is where --serve serves the book; give both, or neither")
     studies = _studies(args.records)
     _tell_unfinished(studies)
+    from flashoptim_nb.report.render import load_runs
+    from flashoptim_nb.report.tables import altered_note
+    if altered := altered_note(load_runs(studies, None)): print(visible(altered), file=sys.stderr)
     if args.rate:
-        from flashoptim_nb.report.render import load_runs
         measured = sorted({run.header["device"] for run in load_runs(studies, None) if run.header["device_kind"] == "cuda"})
         _tell_rates(args.rate, measured, f"the records are of {', '.join(measured) or 'no GPU'}")
     # children are ended, and what is half made is removed
@@ -424,8 +418,8 @@ def _without_journal(study: Path, runs: list) -> list[str]:
     judged = [run for run in runs if run.header.get("hypothesis") in ("h1", "h2")]
     if not judged or (study / "protocol").exists(): return []
     return [f"{study}: {len(judged)} runs of {judged[0].header['hypothesis']} and no protocol record, where "
-            "the study's decisions stand; restore the folder protocol from a copy, or give the study's command again: "
-            f"{judged[0].header.get('command')}"]
+            "the study's decisions stand; restore the folder protocol from a copy, or give the study's command again, with "
+            f"--out {study.resolve().parent}: {judged[0].header.get('command')}"]
 
 def _checked(study: Path, looked: list[tuple], runs_of, key: Path | None) -> tuple[list[str], list[str]]:
     "What is wrong with a study whose records were looked at, and what else there is to say of it."
@@ -460,7 +454,8 @@ def _check(args) -> int:
             found, told = found + wrong, told + said
     for line in told: print(visible(line))
     for line in found: print(visible(line), file=sys.stderr)
-    print(f"{n} records, {len(found)} problems" + ("" if found else "; every decision replays from its records"))
+    print(f"{n} records, {len(found)} problem{'s' * (len(found) != 1)}"
+          + ("" if found else "; every decision replays from its records"))
     return 1 if found else 0
 
 # %% ../../nbs/cli/02_main.ipynb #867a14f3
@@ -612,7 +607,7 @@ def _run_parser(command):
     run.add_argument("--minutes", type=float, metavar="M",
                      help="stop after so many minutes, to be gone on with by the same command")
     run.add_argument("--gpus", type=int, metavar="N",
-                     help="h1: divide each run over so many GPUs of this machine (default: as the preset has it, 1)")
+                     help="h1: divide each run over so many GPUs of this machine (default: 1; a piece has its own)")
     run.add_argument("--timeout", type=float, metavar="S",
                      help="h1, several GPUs: end a run that gives no sign of life for so many seconds (default: 1800)")
     _where(run, device=None)
@@ -636,7 +631,8 @@ def _verdict_parser(command):
     verdict.add_argument("hypothesis", help="h1 or h2")
     verdict.add_argument("--statements", action="store_true", help="say under each criterion what it asks, in words")
     verdict.add_argument(
-        "--json", action="store_true", help="a list: id, statement, status, value, threshold, interval, scale, records")
+        "--json", action="store_true",
+        help="a list: id, statement, status, value, threshold, interval, scale, records, how it is registered")
     _preset(verdict, "judge the records of one preset only (default: each criterion from the largest that measured it)")
     verdict.add_argument("--records", **_RECORDS)
 
@@ -786,7 +782,7 @@ def _fit_parser(command):
                "  PYTHONPATH=. flashoptim-nb fit --build mymodels:make_small    what stands of any torch module")
     fit.add_argument(
         "--params", "--preset", dest="params", metavar="N",
-        help="a GPT of so many parameters: 124M, 1B, 7B, 13B, 70B of the project's ladder, or what lies between")
+        help="a GPT of so many parameters, 124M to 70B: 1.5B, 30B")
     fit.add_argument("--config", metavar="FILE", help="a config.json of Hugging Face's transformers, on this machine")
     fit.add_argument("--build", metavar="MODULE:FUNCTION",
                      help="a function that makes a model, called on the meta device; only its parameters are counted, "

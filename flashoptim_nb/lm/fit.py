@@ -628,7 +628,8 @@ def fit_words(
             (f"Bytes are those of the micro-batch that was asked for, {found['micro']}. "
              if found["micro"] else "Bytes are those of the largest micro-batch that fits, or of one sequence. ")
             + "The peak is less than their sum where gradients come as activations go,",
-            "and more by what a moment takes for itself: a piece of the logits, a layer that is run again, cuBLAS."]
+            "and more by what a moment takes for itself: a piece of the logits, a layer that is run again, cuBLAS.",
+            "copies: weights in bf16 that autocast makes of fp32 ones and keeps for the backward pass."]
         if any(row["micro"] == found["most"] for row in found["rows"]):
             lines.append(f"{found['most']:,} is the largest micro-batch that is tried: with + more may fit.")
     else:

@@ -22,6 +22,7 @@ from ..measure.memory import HEADROOM
 from .render import Rendered, attributes, full_name, load_runs, provenance_note
 from .rows import show_rows
 from .tables import judged, measured_saving
+from ..study.evidence import gpus_of
 from ..study.h1.quantities import REFERENCE_PPL
 from ..study.verdict import value_text
 
@@ -244,6 +245,12 @@ def established_saving(
     found = measured_saving(size, runs)
     return found if found and not found["bound"] and found["lo"] is not None and found["lo"] > 0 else None
 
+def _over(found: dict, runs) -> str:
+    "Over how many GPUs the runs behind a saving were divided, where it was more than one."
+    runs = load_runs() if runs is None else runs
+    gpus = sorted({gpus_of(run) for run in runs if full_name(run) in found["runs"]})
+    return f" over {' and '.join(map(str, gpus))} GPUs" * any(one > 1 for one in gpus)
+
 def _cost_words(runs) -> str:
     known = {size: found for size in _SIZES if (found := measured_saving(size, runs))}
     sure = [size for size in known if established_saving(size, runs)]
@@ -251,7 +258,7 @@ def _cost_words(runs) -> str:
         found = known[size]
         bound = found["bound"] if sure else ""
         ends = [found["lo"], found["hi"]] if pd.notna(found["lo"]) and not bound else None
-        return f"{value_text(dict(value=found['value'], interval=ends, bound=bound, unit='share'))} at {size}"
+        return f"{value_text(dict(value=found['value'], interval=ends, bound=bound, unit='share'))} at {size}{_over(found, runs)}"
     more = ", ".join(said(size) for size in known if size not in sure)
     if sure: return (f"FlashOptim lowers the cost of training to equal loss by {', '.join(map(said, sure))}"
                      + f" (not established: {more})" * bool(more))

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['SIGNS', 'CRITERION_WORDS', 'WHOLE_WORDS', 'tone', 'chip', 'show_statuses', 'part_text', 'verdict_cell', 'judged',
            'show_criteria', 'show_verdict', 'show_missing', 'part_frame', 'show_rules', 'decided_runs',
-           'verdict_banner', 'registration_note', 'show_changed_criteria', 'measured_saving', 'best_evidence_of',
-           'runs_of', 'paced_by', 'verdict_text']
+           'verdict_banner', 'unlike_manifest', 'altered_note', 'registration_note', 'show_changed_criteria',
+           'measured_saving', 'best_evidence_of', 'runs_of', 'paced_by', 'verdict_text']
 
 # %% ../../nbs/report/02_tables.ipynb #ed3755d0
 import re
 from collections.abc import Callable, Iterable
 from html import escape
+from pathlib import Path
 from textwrap import wrap
 
 import pandas as pd
@@ -24,7 +25,7 @@ from ..study.h1.quantities import REFERENCE_PPL
 from ..study.hypotheses import criterion_of, hypothesis_of
 from ..study.hypothesis import Criterion, Hypothesis
 from ..study.protocols import PROTOCOLS
-from ..study.manifest import under_way
+from ..study.manifest import manifest_problems, under_way
 from ..study.registration import history, registered, registration_status
 from ..study.verdict import NOT_APPLICABLE, side_text, value_text, verdict
 from .render import Rendered, attributes, by_study, full_name, load_runs, provenance_note, sentence, table
@@ -320,6 +321,22 @@ def verdict_banner(
     return whole if brief else whole + provenance_note(runs, judged=True)
 
 # %% ../../nbs/report/02_tables.ipynb #7e61a002
+def unlike_manifest(
+    runs: Iterable[Run],
+) -> list[Path]:
+    "The studies of these runs in which records are missing, were added or were altered since the manifest was written."
+    places = [*by_study(runs)]
+    if not places: return []
+    whole = by_study([*load_runs(places, None), *load_runs(places, None, unfinished=True)])
+    return [place for place in places if manifest_problems(place, whole[place], PROTOCOLS)]
+
+def altered_note(
+    runs: Iterable[Run],
+) -> str:
+    "Says of which of these runs' studies the records differ from the manifest; empty where all are as they were."
+    names = ", ".join(place.name for place in unlike_manifest(runs))
+    return f"The records of {names} differ from their manifest; `flashoptim-nb check` says where." if names else ""
+
 def registration_note(
     hypothesis: Hypothesis = H1,
     runs: Iterable[Run] | None = None,
@@ -328,7 +345,7 @@ def registration_note(
     "How the verdict stands to the registration, and the verdicts that were given before, with what changed."
     runs, name = _runs(runs, hypothesis), hypothesis.id.lower()
     runs = [run for run in runs if run.header["scale"] != REHEARSAL] or [*runs]
-    words = registration_status(runs, PROTOCOLS[name])["words"]
+    words, altered = registration_status(runs, PROTOCOLS[name])["words"], altered_note(runs)
     told = [f"{row['day']}: {row['status']}" if brief else
             f"{row['day']} (commit {row['commit'][:7]}): {row['status']}. {row['words']}" for row in history(name)]
     before = "; ".join(told) + "." if brief else " ".join(told)
@@ -336,7 +353,7 @@ def registration_note(
     far = [f" The study {said}." for place in by_study(runs).items() if not brief and (said := under_way(*place))]
     why = "".join(f" {row['day']}: {row['reason']}" for row in registered(name)
                   if not brief and f", with runs added on {row['day']} ({row['hash']})" in words)
-    return sentence(f"{hypothesis.id}'s verdict is {words}.{why}{''.join(far)}{earlier}", runs)
+    return sentence(f"{hypothesis.id}'s verdict is {words}.{f' {altered}' * bool(altered)}{why}{''.join(far)}{earlier}", runs)
 
 # %% ../../nbs/report/02_tables.ipynb #7e61a011
 def show_changed_criteria(

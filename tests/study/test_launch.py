@@ -42,8 +42,19 @@ def test_the_first_of_those_that_are_launched_makes_the_study(monkeypatch, tmp_p
         assert run() == 2 and "launched on 2 machines" in capsys.readouterr().err
 
 
+def test_a_plan_for_other_machines_can_be_made_anywhere(capsys, monkeypatch):
+    by_launcher(monkeypatch)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert main("run h1 --preset gpu --sizes 7B --gpus 4 --workers 2 --dry-run".split()) == 0
+    said = capsys.readouterr()
+    assert "takes 8 GPUs (2 runs at a time, each over 4); 1 is here" in said.err and "GPU-hours" in said.out
+    assert main("run h1 --preset gpu --sizes 7B --dry-run".split()) == 0
+    assert "the plan takes" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words, told", [
-    ("--preset gpu --gpus 99 --dry-run", "99 ranks were asked for, one on each GPU"),
+    ("--preset gpu --piece cost-13B-x4 --gpus 2 --dry-run", "divides its runs over 4; leave --gpus out"),
+    ("--preset gpu --piece cost-13B-4x --dry-run", "did you mean 'cost-13B-x4'?"),
     ("--preset laptop --gpus 0 --dry-run", "at least 1 is needed"),
     ("--preset laptop --piece cost-1B", "pieces are of preset gpu"),
     ("--preset gpu --piece cost-1b --dry-run", "unknown piece"),
