@@ -228,10 +228,13 @@ def dress(
     notebook: dict,  # executed
     chapter: bool,  # code folds
     can: Mapping[str, bool],
+    lead: str = "",  # goes before the page's title
 ) -> dict:
     "The notebook that becomes a page; the given one is left as it is."
     cells, module = [], None
     for cell in notebook["cells"]:
+        if lead and not cells and (source := "".join(cell["source"])).startswith("# "):
+            cell = cell | dict(source=f"# {lead}{source.removeprefix('# ')}")
         if cell["cell_type"] == "code":
             module = split_directives("".join(cell["source"]))[0].get("default_exp", module)
             cell = _dress_cell(cell, chapter, can)

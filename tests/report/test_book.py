@@ -16,7 +16,7 @@ from flashoptim_nb.base.machine import repo_root
 from flashoptim_nb.base.records import RunWriter, only_writer
 from flashoptim_nb.study.h1.criteria import CRITERIA, H1
 from flashoptim_nb.report.book import (BookError, book_toc, build_book, check_site, is_chapter, notebook_paths,
-                                       run_scales)
+                                       run_scales, title_lead)
 from flashoptim_nb.report.notebooks import Job, execute_all, split_directives
 from flashoptim_nb.report.frontier import DRAWING
 from flashoptim_nb.report.readme import ROLES, render_drawing, render_readme, top_level
@@ -128,6 +128,14 @@ def test_no_price_is_taken_for_a_formula():
 def test_contents_file_is_in_sync():
     assert yaml.safe_load((REPO / "nbs" / "_toc.yml").read_text()) == book_toc(REPO / "nbs"), (
         "rewrite it: report.book.write_toc()")
+
+
+def test_no_two_pages_have_one_title():
+    pages = {}
+    for name in notebook_paths(REPO / "nbs"):
+        first = "".join(json.loads((REPO / "nbs" / name).read_text())["cells"][0]["source"]).splitlines()[0]
+        pages.setdefault(title_lead(name) + first.removeprefix("# "), []).append(name)
+    assert {title: names for title, names in pages.items() if len(names) > 1} == {}
 
 
 def test_readme_is_in_sync():
