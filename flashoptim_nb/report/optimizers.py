@@ -19,7 +19,7 @@ from ..base.records import Run
 from ..study.evidence import BEGAN, Sorted, short_reason
 from ..study.h1.quantities import OPTIMIZER_MARGIN_NATS, PILOT_NATS, per_token
 from ..study.statistics import joined, paired_interval, paired_ratio, seeds_needed, spread, tost
-from .charts import titled
+from .charts import ROOM, round_numbers, titled
 from .rows import rows_of, show_rows
 from .render import Rendered, full_name, load_runs, sentence
 from ..train.optimizers import BASELINE_OF
@@ -78,7 +78,10 @@ def step_times(
     tips = ["optimizer", "version", alt.Tooltip("ms", format=".3f"),
             alt.Tooltip("floor_ms", format=".3f", title="floor, ms"),
             alt.Tooltip("of_floor", format=".3f", title="of its floor")]
-    at = alt.X("ms:Q", title="ms a step (logarithmic)", scale=alt.Scale(type="log", nice=True))
+    ends = shown[["ms", "floor_ms"]].astype(float).stack()
+    marked = alt.Axis(values=round_numbers(ends.min(), ends.max()), format="~g") if len(ends) else alt.Undefined
+    at = alt.X("ms:Q", title="ms a step (logarithmic)", axis=marked,
+               scale=alt.Scale(type="log", nice=False, padding=ROOM))
     lost = base.mark_rule(strokeWidth=4, opacity=0.5).encode(x=at, x2="floor_ms:Q", tooltip=tips)
     dots, floors = (base.mark_point(filled=True, size=70, opacity=1).encode(x="ms:Q", tooltip=tips),
                     base.mark_tick(thickness=2, color="#222222").encode(x="floor_ms:Q", color=alt.value("#222222")))
@@ -262,7 +265,8 @@ def gap_paths(
 ) -> alt.LayerChart:
     "A line for each seed; a mark is the larger, the more the two gradient norms differed within its steps."
     base = alt.Chart(rows[["seed", "step", "gap", "ratio"]], width=480, height=240).encode(
-        alt.X("step:Q", title="optimizer step"), alt.Y("gap:Q", title="nats per token, mean of ten steps"),
+        alt.X("step:Q", title="optimizer step", scale=alt.Scale(nice=False, padding=ROOM)),
+        alt.Y("gap:Q", title="nats per token, mean of ten steps"),
         color=alt.Color("seed:N", title="seed"))
     marks = base.mark_point(filled=True, opacity=0.7).encode(
         size=alt.Size("ratio:Q", title="gradient norms, ratio", scale=alt.Scale(type="log", range=[10, 300])),

@@ -17,7 +17,7 @@ import pandas as pd
 from ..base.records import Run
 from ..surrogates.plans import METHODS
 from ..study.statistics import paired_interval
-from .charts import titled
+from .charts import ROOM, titled
 from .rows import named_runs, rows_of, show_rows
 from .render import Rendered, sentence
 from .surrogates import (CONDITIONS, METHOD_COLOURS, SURROGATE_COLOURS, at_scale, between, coloured,
@@ -58,7 +58,8 @@ def best_so_far(
     dashes = alt.StrokeDash(f"{by}:N", legend=None, scale=alt.Scale(
                                 domain=names, range=[([1, 0], [6, 3], [2, 2])[i % 3] for i in range(len(names))]))
     chart = alt.Chart(mean).mark_line(point=True).encode(
-        strokeDash=dashes, x=alt.X("at:Q", title="true evaluations", axis=whole_axis(mean["at"])),
+        strokeDash=dashes, x=alt.X("at:Q", title="true evaluations", axis=whole_axis(mean["at"]),
+                                   scale=alt.Scale(nice=False, padding=ROOM)),
         y=alt.Y("best:Q", title="best so far, mean over the runs", scale=alt.Scale(zero=False)), color=colour,
         tooltip=[by, panel, "at", "runs", alt.Tooltip("best", format=".3f")])
     panels = chart.properties(width=200, height=200).facet(
@@ -78,8 +79,8 @@ def predicted_true(
     points = few[["config", "method", "problem", "instance", "seed", "objective", "predicted", "what"]]
     base = alt.Chart(points)
     dots = base.mark_circle(size=45, opacity=0.6).encode(
-        x=alt.X("objective:Q", title="true objective", scale=alt.Scale(zero=False)),
-        y=alt.Y("predicted:Q", title="predicted", scale=alt.Scale(zero=False)),
+        x=alt.X("objective:Q", title="true objective", scale=alt.Scale(zero=False, nice=False, padding=ROOM)),
+        y=alt.Y("predicted:Q", title="predicted", scale=alt.Scale(zero=False, nice=False, padding=ROOM)),
         color=coloured(points["config"], legend=alt.Legend(symbolOpacity=1)),
         tooltip=["config", "method", "instance", "seed", alt.Tooltip("objective", format=".3f"),
                  alt.Tooltip("predicted", format=".3f"), "what"])
@@ -189,7 +190,7 @@ def fooled_by(
         yOffset=alt.YOffset("method:N", sort=list(METHODS)), color=coloured(rows["method"], "method", METHOD_COLOURS),
         tooltip=["row", "method", "config", "seeds",
                  *(alt.Tooltip(name, format="+.3f") for name in ("fooled", "fooled_lo", "fooled_hi"))])
-    x = dict(title="predicted - true; right: promised too much")
+    x = dict(title="predicted - true; right: promised too much", scale=alt.Scale(nice=False, padding=ROOM))
     bars, dots = (base.mark_rule(strokeWidth=2, opacity=0.55).encode(alt.X("fooled_lo:Q", **x), alt.X2("fooled_hi:Q")),
                   base.mark_point(filled=True, size=50, opacity=1).encode(alt.X("fooled:Q", **x)))
     zero = alt.Chart(rows).mark_rule(color="#888888").encode(x=alt.datum(0.0))

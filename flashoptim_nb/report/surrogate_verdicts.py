@@ -17,7 +17,7 @@ from ..study.evidence import evidence_table
 from ..study.h2.criteria import H2
 from ..study.h2.quantities import DOMAINS, diverged
 from ..study.verdict import DECIDED, NOT_APPLICABLE, side_text, value_text
-from .charts import estimates, thin, titled
+from .charts import ROOM, estimates, thin, titled
 from .rows import named_runs, rows_of, show_rows, summarize
 from .render import Rendered, provenance_note, sentence
 from .surrogates import h2_runs, ordered
@@ -82,7 +82,8 @@ def scale_lines(
                        scale=alt.Scale(domain=["mixed_fp16", "mixed_fp16_static"], range=["#0072b2", "#e69f00"]))
     line = base.mark_line(
         interpolate="step-after", strokeWidth=1.6, opacity=0.7, point=alt.OverlayMarkDef(size=20)).encode(
-        x=alt.X("step:Q", title="step"), y=alt.Y("loss_scale:Q", title="loss scale", scale=y), color=colour,
+        x=alt.X("step:Q", title="step", scale=alt.Scale(nice=False, padding=ROOM)),
+        y=alt.Y("loss_scale:Q", title="loss scale", scale=y), color=colour,
         detail="run:N", tooltip=["config", "seed", "step", "loss_scale", "skipped"])
     one = alt.Chart(pd.DataFrame([dict(y=1.0)])).mark_rule(color="#d6274a").encode(alt.Y("y:Q", scale=y))
     return titled(line + one, title, rows, "one line a run; red: 1.0")

@@ -20,7 +20,7 @@ from ..study.evidence import BEGAN, Sorted, positive, short_reason
 from ..study.h2.quantities import MARGIN_ERROR, MARGIN_LARGER
 from ..study.statistics import paired_ratio
 from ..surrogates.plans import CONDITIONS, METHODS
-from .charts import titled
+from .charts import ROOM, titled
 from .rows import named_runs, rows_of, show_rows, summarize
 from .render import Rendered, full_name, load_runs, sentence
 
@@ -234,7 +234,7 @@ def error_ratios(
         y=alt.Y("config:N", title=None, sort=known_configs(rows["config"]), axis=alt.Axis(labelLimit=220)),
         color=coloured(rows["config"], legend=None),
         tooltip=["config", "target", "n", *(alt.Tooltip(name, format=".3f") for name in ("value", "lo", "hi"))])
-    x = dict(title="ratio; right is worse", scale=alt.Scale(zero=False, type="log", nice=False))
+    x = dict(title="ratio; right is worse", scale=alt.Scale(zero=False, type="log", nice=False, padding=ROOM))
     bars, dots = (base.mark_rule(strokeWidth=3, opacity=0.55).encode(alt.X("lo:Q", **x), alt.X2("hi:Q")),
                   base.mark_point(filled=True, size=80, opacity=1).encode(alt.X("value:Q", **x)))
     one = alt.Chart(rows).transform_aggregate(rows="count()", groupby=["target"]).mark_rule(color="#888888").encode(
@@ -311,8 +311,8 @@ def learning_curves(
     dashes = alt.StrokeDash("config:N", legend=None, scale=alt.Scale(
                                 domain=known_configs(band["config"]),
                                 range=[_DASHES.get(name, [1, 0]) for name in known_configs(band["config"])]))
-    base = alt.Chart(band).encode(x=alt.X("epoch:Q", axis=whole_axis(band["epoch"])),
-                                  color=coloured(band["config"], legend=alt.Legend(symbolOpacity=1)),
+    x = alt.X("epoch:Q", axis=whole_axis(band["epoch"]), scale=alt.Scale(nice=False, padding=ROOM))
+    base = alt.Chart(band).encode(x=x, color=coloured(band["config"], legend=alt.Legend(symbolOpacity=1)),
                                   opacity=alt.condition(pick, alt.value(1), alt.value(0.1)))
     area = base.mark_area().encode(
         alt.Y("lo:Q", **y), alt.Y2("hi:Q"), opacity=alt.condition(pick, alt.value(0.07), alt.value(0.02)))

@@ -11,12 +11,22 @@
       background: "transparent",
       font: "system-ui, sans-serif",
       title: { color: ink, subtitleColor: ink, fontSize: 15, subtitleFontSize: 12, subtitlePadding: 4, offset: 12 },
-      axis: { ...text, gridColor: faint, domainColor: faint, tickColor: faint, labelLimit: 260 },
+      axis: { ...text, gridColor: faint, domainColor: faint, tickColor: faint, labelLimit: 260,
+              labelSeparation: 8 },
       legend: { ...text, labelLimit: 220 },
       header: text,
       view: { stroke: "transparent" },
       text: { color: ink },
     };
+  }
+
+  // A chart a little wider than its column is drawn smaller; one much wider scrolls, for its words must stay legible.
+  function fit(drawing) {
+    const picture = drawing.querySelector("svg.marks");
+    if (!picture) return;
+    picture.style.maxWidth = "100%";
+    picture.style.minWidth = 0.75 * picture.getAttribute("width") + "px";
+    picture.style.height = "auto";
   }
 
   function draw() {
@@ -27,8 +37,9 @@
         actions: { export: true, source: false, compiled: false, editor: false },
         downloadFileName: "chart",
       };
-      window.vegaEmbed(script.previousElementSibling, JSON.parse(script.textContent), options).catch((error) => {
-        script.previousElementSibling.textContent = "This chart could not be drawn: " + error;
+      const drawing = script.previousElementSibling;
+      window.vegaEmbed(drawing, JSON.parse(script.textContent), options).then(() => fit(drawing)).catch((error) => {
+        drawing.textContent = "This chart could not be drawn: " + error;
       });
     });
   }
