@@ -112,8 +112,8 @@ def goal_sentence(
         [run for run in runs if full_name(run) == f"{row['study']}/{row['run']}"])
 
 # %% ../../nbs/report/05_optimizers.ipynb #c0ffee11
-PEERS = ("FlashAdamW", "FlashAdamW (dithered)", "torch AdamW (fused)", "flashoptim AdamW", "bitsandbytes AdamW8bit",
-         "torchao AdamW8bit")
+PEERS = ("FlashAdamW", "FlashAdamW (dithered)", "torch AdamW (fused)", "torch AdamW (fused, bf16)", "flashoptim AdamW",
+         "bitsandbytes AdamW8bit", "torchao AdamW8bit")
 
 def show_peers(
     work: str = "1.3B",

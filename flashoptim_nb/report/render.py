@@ -184,7 +184,8 @@ def _origin(scale: str, runs: list[Run]) -> str:
     "One scale's runs in a sentence."
     def each(key): return ", ".join(sorted({str(run.header.get(key)) for run in runs}))
     torch = ", ".join(sorted({str((run.header.get("libraries") or {}).get("torch", "unknown")) for run in runs}))
-    commits = ", ".join(sorted({str(run.header.get("commit"))[:7] for run in runs}))
+    commits = sorted({str(run.header.get("commit"))[:7] for run in runs})
+    commits = ", ".join(commits) if len(commits) <= 4 else f"{len(commits)} commits"
     return (f"Scale {scale}: {_counted(runs)}, {_days(runs)}, on {each('device')} "
             f"({each('device_kind')}); package {each('package_version')} at {commits}, torch {torch}.")
 

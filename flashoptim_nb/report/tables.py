@@ -294,7 +294,7 @@ def _in_words(whole: dict, entries: list[dict]) -> str:
         places = list(
             dict.fromkeys(e["parts"][i]["at"] for i in e["carry"] if e["kind"] != "success" and e["status"] == "met"))
         words = e["statement"].rstrip(".")
-        if e["status"] == "not met": words = f"Not so: {words[0].lower()}{words[1:]}"
+        if e["status"] == "not met": words = f"Shown not to hold: {words[0].lower()}{words[1:]}"
         said.append(f"{words} ({e['id']}{f': {at}' if (at := ', '.join(places)) else ''})")
     return ". ".join(said)
 
@@ -346,10 +346,11 @@ def registration_note(
     runs, name = _runs(runs, hypothesis), hypothesis.id.lower()
     runs = [run for run in runs if run.header["scale"] != REHEARSAL] or [*runs]
     words, altered = registration_status(runs, PROTOCOLS[name])["words"], altered_note(runs)
-    told = [f"{row['day']}: {row['status']}" if brief else
-            f"{row['day']} (commit {row['commit'][:7]}): {row['status']}. {row['words']}" for row in history(name)]
+    told = [f"{row['day']}, from {row['source']}: {row['status']}" if brief else
+            f"{row['day']}, from {row['source']} (commit {row['commit'][:7]}): {row['status']}. {row['words']}"
+            for row in history(name)]
     before = "; ".join(told) + "." if brief else " ".join(told)
-    earlier = f"\n\nEarlier verdicts, from a pilot: {before}" if told else ""
+    earlier = f"\n\nEarlier verdicts: {before}" if told else ""
     far = [f" The study {said}." for place in by_study(runs).items() if not brief and (said := under_way(*place))]
     why = "".join(f" {row['day']}: {row['reason']}" for row in registered(name)
                   if not brief and f", with runs added on {row['day']} ({row['hash']})" in words)
