@@ -229,7 +229,7 @@ def frontier_svg(
             x += wide(gpus)
         y += tall + _GAP
     x = 12
-    for state, words in _KEYS.items():
+    for state, words in ((state, words) for state, words in _KEYS.items() if (cells["state"] == state).any()):
         if x + 30 + 6 * len(words) > width: x, y = 12, y + 20
         dash = ' stroke="#c9ced6" stroke-dasharray="2 2"' if state in (MAY, NOT) else ""
         out += [f'<rect x="{x}" y="{y}" width="14" height="14" fill="{_FILL[state]}"{dash}/>',
