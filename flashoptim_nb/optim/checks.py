@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OptionError', 'ParametersError', 'GradientError', 'as_param_list', 'check_parameter', 'has_memory', 'placements_of',
            'check_gradient', 'check_states', 'overlaps_itself', 'overlapping', 'check_parameters', 'check_group_form',
-           'one_slip', 'check_group_names', 'check_shared', 'check_options']
+           'one_slip', 'wrong_decay', 'check_group_names', 'check_shared', 'check_options']
 
 # %% ../../nbs/optim/18_checks.ipynb #c4ec0003
 from collections.abc import Iterable, Mapping, Sequence
@@ -56,6 +56,9 @@ def check_parameter(
     if type(p).__name__ == "FlatParameter" or getattr(p, "_is_flat_param", False):
         raise OptionError("an FSDP1 parameter: FSDP1 flattens parameters and shards states itself; use FSDP2 "
                           "(torch.distributed.fsdp.fully_shard)")
+    if p.dtype not in (torch.float32, *HALF_FORMATS) and not p.is_floating_point():
+        raise OptionError(f"a parameter of dtype {p.dtype}: bf16, fp16 and fp32 can be optimized; leave out what is "
+                          "not trained (p for p in model.parameters() if p.requires_grad)")
     if p.dtype not in (torch.float32, *HALF_FORMATS):
         raise OptionError(f"a parameter of dtype {p.dtype}: bf16, fp16 and fp32 can be optimized; convert the model "
                           "with cast_model(model) or model.float()")
@@ -144,12 +147,14 @@ def check_states(
         if "error_bits" in state and (p.dtype not in HALF_FORMATS or p.dtype != opt._made_for.get(p, p.dtype)):
             wrong.append("error_bits")
         if wrong:
-            t = state[wrong[0]]
-            found = (f"{t.dtype} of shape {tuple(t.shape)} on {t.device}" if isinstance(t, torch.Tensor)
+            t, made_for = state[wrong[0]], opt._made_for.get(p, p.dtype)
+            found = (f"of weights in {made_for}" if wrong[0] == "error_bits" and made_for != p.dtype else
+                     f"{t.dtype} of shape {tuple(t.shape)} on {t.device}" if isinstance(t, torch.Tensor)
                      else f"a {type(t).__name__}")
             raise OptionError(f"a parameter of shape {tuple(p.shape)} and dtype {p.dtype} on {p.device}, "
                               f"whose state was made for another shape or dtype, or on another device: {wrong[0]} "
-                              f"is {found}{f', where {kinds[wrong[0]]} is needed' if wrong[0] in kinds else ''}. "
+                              f"is {found}"
+                              f"{f', where {kinds[wrong[0]]} is needed' if wrong[0] in kinds and made_for == p.dtype else ''}. "
                               "After such a change of the model, make the optimizer anew; "
                               "after a move, optimizer.load_state_dict(optimizer.state_dict()) takes the states along")
         if not _counts(t := state.get("step", 0)):
@@ -249,11 +254,23 @@ def one_slip(
     return len(off) == 1 and len(a) > 3 or len(off) == 2 and sorted(a) == sorted(b) and off[1] == off[0] + 1
 
 
+def wrong_decay(
+    opt,  # a FlashOptimizer
+) -> str:
+    "Says that an optimizer's weight decay is not the kind that is asked for, and whose is."
+    name = type(opt).__name__
+    return (f"decoupled_weight_decay={not opt.decoupled}: weight decay "
+            + (f"shrinks the weights in {name}, and is not part of the gradient; use {name.removesuffix('W')}"
+               if opt.decoupled else
+               f"is part of the gradient in {name}, and does not shrink the weights; use {name}W"))
+
+
 def check_group_names(
     opt,  # a FlashOptimizer
     group: dict,  # that is to be added
 ):
     "Raises `OptionError` for a key that is nearly an option's name; others are the user's own, as in torch.optim."
+    if group.get("decoupled_weight_decay") not in (None, opt.decoupled): raise OptionError(wrong_decay(opt))
     known = ("params", *opt.defaults, *opt.options)
     for key in (key for key in group if isinstance(key, str) and key not in known):
         if near := [name for name in known if key.casefold() == name or one_slip(key.casefold(), name)]:
