@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from .render import Rendered, full_name, load_runs, provenance_note
+from .render import Rendered, load_runs, provenance_note, runs_of
 from ..train.optimizers import COLOURS
 
 # %% ../../nbs/report/03_charts.ipynb #5050590f
@@ -84,8 +84,7 @@ def draw(
         said = "Nothing to draw: no such rows are recorded."
         return Rendered(f'<p class="not-run">{said}</p>', said)
     display(made := chart(rows, *args, **kwargs))
-    named = set(made.usermeta["flashoptim"]["runs"])
-    return provenance_note(run for run in load_runs(hypothesis=None) if full_name(run) in named)
+    return provenance_note(runs_of(made.usermeta["flashoptim"]["runs"], load_runs(hypothesis=None)))
 
 # %% ../../nbs/report/03_charts.ipynb #90d4eb06
 def thin(

@@ -16,8 +16,8 @@ from ..lm.cells import CELLS, CELLS_TWO, Cell, predicted
 from ..lm.fit import gpt_of, gpu_memory, largest_that_fits, predict
 from ..lm.gpt import GPTConfig
 from ..measure.memory import HEADROOM
-from .render import Rendered, load_runs, sentence, table
-from .rows import show_rows
+from .render import Rendered, given_runs, sentence, table
+from .rows import named_runs, show_rows
 from ..train.config import TrainConfig
 
 # %% ../../nbs/report/15_fits.ipynb #f6acd268
@@ -59,7 +59,7 @@ def predicted_rows(
 ) -> pd.DataFrame:
     """A row for each peak that was measured on a GPU: model, seq, config, micro, checkpointing, gpus,
     peak and predicted (gigabytes), off (per cent)."""
-    runs = load_runs(hypothesis=None) if runs is None else list(runs)
+    runs = given_runs(runs, None)
     found = [rows for rows in (_of_the_benchmark(runs), _of_the_study(runs)) if not rows.empty]
     if not found: return pd.DataFrame()
     rows = pd.concat(found, ignore_index=True)
@@ -83,7 +83,7 @@ def show_predicted(
     runs: Iterable[Run] | None = None,
 ) -> Rendered:
     "Predicted beside measured peaks; of runs that differ in their seed the first."
-    runs = load_runs(hypothesis=None) if runs is None else list(runs)
+    runs = given_runs(runs, None)
     rows = predicted_rows(runs)
     if not rows.empty:
         rows = rows[rows["kind"] == kind] if "kind" in rows else rows
@@ -96,13 +96,13 @@ def predicted_sentence(
     runs: Iterable[Run] | None = None,
 ) -> Rendered:
     "How far off the prediction is, over all peaks."
-    runs = load_runs(hypothesis=None) if runs is None else list(runs)
+    runs = given_runs(runs, None)
     rows = predicted_rows(runs)
     if rows.empty: return Rendered("<p>Not measured.</p>", "Not measured.")
-    behind = [run for run in runs if (run.header["study"], run.id) in set(zip(rows["study"], rows["run"]))]
     off, within = rows["off"].sort_values(), (rows["off"].abs() <= 5).sum()
     return sentence(f"Of {len(rows)} measured peaks {within} are predicted within 5 %. The prediction is off by "
-                    f"{off.iloc[0]:+.1f} % to {off.iloc[-1]:+.1f} %, the median {off.median():+.1f} %.", behind)
+                    f"{off.iloc[0]:+.1f} % to {off.iloc[-1]:+.1f} %, the median {off.median():+.1f} %.",
+                    named_runs(rows, runs))
 
 # %% ../../nbs/report/15_fits.ipynb #b9cd328e
 _MADE = ("size", "style", "seq", "config", "micro_batch", "checkpointing", "gpus")
@@ -124,12 +124,11 @@ def sharded_sentence(
     runs: Iterable[Run] | None = None,
 ) -> Rendered:
     "Which ways of training are measured over several GPUs, each peak beside its prediction, and which are not."
-    runs = load_runs(hypothesis=None) if runs is None else list(runs)
+    runs = given_runs(runs, None)
     rows = predicted_rows(runs)
     if not rows.empty:
         once = ["model", "seq", "config", "micro", "checkpointing", "gpus"]
         rows = rows[rows["gpus"] > 1].drop_duplicates(once)
-    used = set() if rows.empty else set(zip(rows["study"], rows["run"]))
     peaks = {}
     for _, row in rows.iterrows():
         peaks.setdefault(row["config"], []).append(
@@ -138,14 +137,14 @@ def sharded_sentence(
     said = [f"Measured over several GPUs: {'; '.join(said)}."] * bool(said)
     left = [name for name in dict.fromkeys(cell.config for cell in CELLS_TWO) if name not in peaks]
     if left: said.append(f"Predicted and not measured over several GPUs: {', '.join(left)}.")
-    return sentence(" ".join(said), [run for run in runs if (run.header["study"], run.id) in used])
+    return sentence(" ".join(said), named_runs(rows, runs))
 
 # %% ../../nbs/report/15_fits.ipynb #405900b1
 def host_sentence(
     runs: Iterable[Run] | None = None,  # None: all there are
 ) -> Rendered:
     "What `bench host` measured: seconds a step beside the floors of link and arithmetic, and the memory."
-    runs = load_runs(hypothesis=None) if runs is None else list(runs)
+    runs = given_runs(runs, None)
     runs = [run for run in runs if run.header["config"] == "host" and run.header["device_kind"] == "cuda"]
     said = []
     for run in runs:

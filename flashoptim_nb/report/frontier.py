@@ -19,7 +19,7 @@ from ..base.records import REHEARSAL, Run
 from ..lm.fit import gpt_of, gpu_memory, largest_that_fits
 from ..measure.cost import cost_per_token, rate_of
 from ..measure.memory import HEADROOM
-from .render import Rendered, attributes, full_name, load_runs, provenance_note
+from .render import Rendered, attributes, given_runs, runs_of
 from .rows import show_rows
 from .tables import judged, measured_saving
 from ..study.h1.quantities import REFERENCE_PPL
@@ -104,7 +104,7 @@ def seen_trainings(
     """A row for each training on a GPU that says something of a cell: size, way, gpus, micro, peak (bytes),
     tokens_per_s (a GPU), lost (one sequence with full checkpointing ran out of memory), room (bytes of the card),
     device, study, run, scale."""
-    runs = load_runs(hypothesis=None) if runs is None else runs
+    runs = given_runs(runs, None)
     runs = [run for run in runs if run.header["device_kind"] == "cuda" and run.header["scale"] != REHEARSAL]
     rows = [row | dict(device=run.header["device"], study=run.header["study"], run=run.id, scale=run.header["scale"],
                        room=_room(run)) for run in runs for row in _seen(run)]
@@ -307,11 +307,11 @@ def show_frontier(
     runs: Iterable[Run] | None = None,  # None: all there are
 ) -> Rendered:
     "The chart with its two sentences and the runs behind it."
-    runs = load_runs(hypothesis=None) if runs is None else list(runs)
+    runs = given_runs(runs, None)
     cells = frontier(runs)
     said = frontier_sentences(cells, [run for run in runs if run.header["hypothesis"] == "h1"])
     named = {name for names in cells["runs"] for name in names}
-    used = [run for run in runs if full_name(run) in named]
+    used = runs_of(named, runs)
     scales = sorted({run.header["scale"] for run in used})
     mark = attributes(dict(result="frontier", scale=scales, runs=sorted(named))) if named else ""
     html = f'<div class="results frontier">{frontier_svg(cells)}</div><p{mark}>{escape(said)}</p>'
@@ -323,7 +323,7 @@ def show_frontier_rows(
     runs: Iterable[Run] | None = None,
 ) -> Rendered:
     "The measured cells as a table: each dollar with the card it was measured on and the rate it is priced at."
-    runs = load_runs(hypothesis=None) if runs is None else list(runs)
+    runs = given_runs(runs, None)
     cells = frontier(runs)
     cells = cells[cells["state"] == MEASURED]
     if cells.empty: return show_rows(cells, {}, "frontier", runs, "No cell has a measured speed.")

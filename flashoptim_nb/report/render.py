@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IDENTITY', 'Rendered', 'rendered', 'attributes', 'table', 'plain', 'cells', 'figures', 'study_folders', 'load_runs',
-           'by_study', 'full_name', 'provenance_note', 'sentence']
+           'by_study', 'full_name', 'given_runs', 'runs_of', 'provenance_note', 'sentence']
 
 # %% ../../nbs/report/00_render.ipynb #e97532ef
 from collections.abc import Iterable, Mapping
@@ -168,6 +168,21 @@ def full_name(
 ) -> str:
     "A run's name in the book: study/run."
     return f"{run.header['study']}/{run.id}"
+
+def given_runs(
+    runs: Iterable[Run] | None,  # None: all there are of the hypothesis
+    hypothesis: str | None = "h1",  # as `load_runs` takes it
+) -> list[Run]:
+    "The runs that were given, as a list."
+    return load_runs(hypothesis=hypothesis) if runs is None else list(runs)
+
+def runs_of(
+    names: Iterable[str],  # study/run, as rows and estimates have them
+    runs: Iterable[Run] | None = None,
+) -> list[Run]:
+    "The runs of these names."
+    wanted = set(names)
+    return [run for run in given_runs(runs) if full_name(run) in wanted]
 
 # %% ../../nbs/report/00_render.ipynb #f3874a37
 def _days(runs: list[Run]) -> str:

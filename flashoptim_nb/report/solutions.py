@@ -19,9 +19,10 @@ from ..surrogates.plans import METHODS
 from ..study.statistics import paired_interval
 from .charts import titled
 from .rows import named_runs, rows_of, show_rows
-from .render import Rendered, sentence
-from .surrogates import (CONDITIONS, METHOD_COLOURS, SURROGATE_COLOURS, at_scale, between, coloured,
-                                             h2_runs, known_configs, lost_pairs, ordered, surrogates_of, whole_axis)
+from .render import Rendered, given_runs, sentence
+from .surrogates import (
+    CONDITIONS, METHOD_COLOURS, SURROGATE_COLOURS, at_scale, between, coloured,
+    known_configs, lost_pairs, ordered, surrogates_of, whole_axis)
 
 # %% ../../nbs/report/08_solutions.ipynb #04b00019
 def _nth(run: Run) -> Run:
@@ -36,7 +37,7 @@ def solution_rows(
 ) -> pd.DataFrame:
     "What was found, a row for each run of a method."
     where = dict(arm="train") | (dict(role=domain) if domain else {}) | (dict(config=tuple(configs)) if configs else {})
-    rows = rows_of("solution", map(_nth, h2_runs(runs)), **where)
+    rows = rows_of("solution", map(_nth, given_runs(runs, "h2")), **where)
     return rows if rows.empty else ordered(
         rows.assign(verified=rows["objective"].notna(), objective=rows["objective"].fillna(0.0).astype(float),
                     predicted=rows["predicted"].astype(float), fooled=rows["fooled"].astype(float)))
@@ -101,7 +102,7 @@ def solution_table(
 ) -> pd.DataFrame:
     """By problem, method and configuration: mean true objective, what was predicted, how far the surrogate was off on
     what was evaluated, and the loss against the fp32 surrogate's (paired by seed, 90 % interval)."""
-    runs = h2_runs(runs)
+    runs = given_runs(runs, "h2")
     rows, found = solution_rows(domain, runs, configs), []
     if rows.empty: return rows
     by = surrogates_of(domain, rows.iloc[0], runs)
@@ -133,7 +134,7 @@ def show_solutions(
     methods: Iterable[str] = METHODS,
 ) -> Rendered:
     "The solutions as a table."
-    runs = h2_runs(runs)
+    runs = given_runs(runs, "h2")
     rows = solution_table(domain, runs, configs)
     if not rows.empty:
         rows = rows[rows["method"].isin(set(methods))]
@@ -155,7 +156,7 @@ def solutions_sentence(
     configs: Iterable[str] = CONDITIONS[1:],
 ) -> Rendered:
     "What a method found over each condition's surrogate, in sentences."
-    runs = h2_runs(runs)
+    runs = given_runs(runs, "h2")
     found = solution_table(domain, runs)
     if found.empty: return sentence("No solution of this domain is recorded, so nothing can be said of it.", [])
     found, said, used = found[found["method"] == method], [], []

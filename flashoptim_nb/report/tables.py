@@ -6,7 +6,7 @@
 __all__ = ['SIGNS', 'CRITERION_WORDS', 'WHOLE_WORDS', 'tone', 'chip', 'show_statuses', 'part_text', 'verdict_cell', 'judged',
            'show_criteria', 'show_verdict', 'show_missing', 'part_frame', 'show_rules', 'decided_runs',
            'verdict_banner', 'registration_note', 'show_changed_criteria', 'measured_saving', 'best_evidence_of',
-           'runs_of', 'paced_by', 'verdict_text']
+           'paced_by', 'verdict_text']
 
 # %% ../../nbs/report/02_tables.ipynb #ed3755d0
 import re
@@ -27,7 +27,8 @@ from ..study.protocols import PROTOCOLS
 from ..study.manifest import under_way
 from ..study.registration import history, registered, registration_status
 from ..study.verdict import NOT_APPLICABLE, side_text, value_text, verdict
-from .render import Rendered, attributes, by_study, full_name, load_runs, provenance_note, sentence, table
+from .render import (
+    Rendered, attributes, by_study, given_runs, provenance_note, runs_of, sentence, table)
 
 # %% ../../nbs/report/02_tables.ipynb #1159ca4f
 SIGNS = {"met": "●", "not met": "○", "inconclusive": "◐", "not measured": "", "no evidence at this scale": "·",
@@ -140,7 +141,7 @@ def verdict_cell(
 _JUDGED = {}  # what was found of the last runs that were judged, by hypothesis and their seals
 
 def _runs(runs: Iterable[Run] | None, hypothesis: Hypothesis) -> list[Run]:
-    return load_runs(hypothesis=hypothesis.id.lower()) if runs is None else list(runs)
+    return given_runs(runs, hypothesis.id.lower())
 
 def judged(
     runs: Iterable[Run] | None = None,  # None for all there are
@@ -174,7 +175,7 @@ def show_criteria(
     used = {name for id in ids or [c.id for c in hypothesis.criteria] for side in sides
             for name in found[id, side]["records"]}
     return (table(rows, kind="criteria")
-            + provenance_note([run for run in runs if full_name(run) in used], "No pair of runs decides these."))
+            + provenance_note(runs_of(used, runs), "No pair of runs decides these."))
 
 # %% ../../nbs/report/02_tables.ipynb #f2070021
 def _figure(entry: dict) -> str:
@@ -204,7 +205,7 @@ def show_verdict(
             | {side_text(found[c.id, name]): cell(found[c.id, name]) for name in sides}
             for c in hypothesis.criteria]
     used = {name for e in entries for name in e["records"]}
-    return table(rows, kind="criteria") + provenance_note([run for run in runs if full_name(run) in used])
+    return table(rows, kind="criteria") + provenance_note(runs_of(used, runs))
 
 # %% ../../nbs/report/02_tables.ipynb #f2070024
 def _lacking(entry: dict) -> list[tuple[str, tuple[str, ...], str]]:
@@ -376,19 +377,11 @@ def best_evidence_of(
     change: Callable[[pd.DataFrame], pd.DataFrame] = lambda table: table,
 ) -> Evidence | None:
     "The evidence of the highest scale and of the device there that has most runs; None without runs."
-    table = evidence_table(load_runs() if runs is None else runs, H1)
+    table = evidence_table(given_runs(runs), H1)
     if table.empty: return None
     scale, device = rank_devices(table)[0]
     return Evidence(change(table[(table.scale == scale) & (table.device == device)].copy()), H1, against, scale=scale,
                     device=device)
-
-def runs_of(
-    records: Iterable[str],  # names, as an estimate has them
-    runs: Iterable[Run] | None = None,
-) -> list[Run]:
-    "The runs that an estimate rests on."
-    wanted = set(records)
-    return [run for run in (load_runs() if runs is None else runs) if full_name(run) in wanted]
 
 # %% ../../nbs/report/02_tables.ipynb #0aee9c34
 def paced_by(
@@ -397,7 +390,7 @@ def paced_by(
 ) -> Callable[[pd.DataFrame], pd.DataFrame]:
     "A change for `best_evidence_of`: the speed of each run that recorded its steps is that statistic's."
     rates = {}
-    for run in load_runs() if runs is None else runs:
+    for run in given_runs(runs):
         warm = [row for row in run.of("step") if row.get("seconds") and not row.get("cold")]
         if warm: rates[run.header["scale"], run.id] = warm[0]["tokens"] / statistic([row["seconds"] for row in warm])
     def change(table):
