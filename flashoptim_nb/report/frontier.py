@@ -188,7 +188,7 @@ def _drawn(cell: dict, x: float, y: float, best: bool) -> list[str]:
             return out + [_words(middle, y + 12, "out of", 10), _words(middle, y + 23, "memory", 10)]
         return out + [_words(middle, y + 18, _SAID[cell["state"]], 10, ink, more=italic)]
     said = CARD.get(cell["device"], "")
-    if cell["dollars"] == cell["dollars"] and cell["dollars"]: said = f"${cell['dollars']:.2g} {said}"
+    if pd.notna(cell["dollars"]) and cell["dollars"]: said = f"${cell['dollars']:.2g} {said}"
     return out + [_words(middle, y + 12, _short(cell["tokens_per_s"]), 12, more=' font-weight="bold"' if best else ""),
                   _words(middle, y + 23, said, 9, _FAINT)]
 

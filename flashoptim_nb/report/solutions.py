@@ -15,14 +15,13 @@ import numpy as np
 import pandas as pd
 
 from ..base.records import Run
-from ..surrogates.plans import METHODS
+from ..surrogates.plans import CONDITIONS, METHODS
 from ..study.statistics import paired_interval
-from .charts import titled
+from .charts import coloured, in_order, titled
 from .rows import named_runs, rows_of, show_rows
 from .render import Rendered, given_runs, sentence
 from .surrogates import (
-    CONDITIONS, METHOD_COLOURS, SURROGATE_COLOURS, at_scale, between, coloured,
-    known_configs, lost_pairs, ordered, surrogates_of, whole_axis)
+    METHOD_COLOURS, SURROGATE_COLOURS, at_scale, between, lost_pairs, ordered, surrogates_of, whole_axis)
 
 # %% ../../nbs/report/08_solutions.ipynb #04b00019
 def _nth(run: Run) -> Run:
@@ -81,7 +80,7 @@ def predicted_true(
     dots = base.mark_circle(size=45, opacity=0.6).encode(
         x=alt.X("objective:Q", title="true objective", scale=alt.Scale(zero=False)),
         y=alt.Y("predicted:Q", title="predicted", scale=alt.Scale(zero=False)),
-        color=coloured(points["config"], legend=alt.Legend(symbolOpacity=1)),
+        color=coloured(points["config"], colours=SURROGATE_COLOURS),
         tooltip=["config", "method", "instance", "seed", alt.Tooltip("objective", format=".3f"),
                  alt.Tooltip("predicted", format=".3f"), "what"])
     line = base.mark_rule(color="#888888", strokeDash=[4, 3]).encode(
@@ -169,7 +168,7 @@ def solutions_sentence(
             f"({one['unit']}) on {problem}, over {one['solved']} runs of the method and {one['seeds']} surrogates; on what was "
             f"evaluated these promised {abs(one['fooled']):.3f} too {'much' if one['fooled'] > 0 else 'little'}. "
             + ". ".join(f"Over {r['config']} the loss against it is {r['value']:z.1%}" + (
-                            f" ({between(r['lo'], r['hi'], 'z.1%')})" if r["lo"] is not None and r["lo"] == r["lo"]
+                            f" ({between(r['lo'], r['hi'], 'z.1%')})" if pd.notna(r["lo"])
                             else " without an interval") + (f", and may be more, for {r['lost']}" if r["lost"] else "")
                         for _, r in rest.iterrows()) + ". Below 0 is better." * bool(len(rest)))
         used += [base, rest]
@@ -186,7 +185,7 @@ def fooled_by(
                              for domain, problem in zip(found["domain"], found["problem"])])[
         ["row", "method", "config", "fooled", "fooled_lo", "fooled_hi", "seeds"]].dropna(subset=["fooled"])
     base = alt.Chart(rows).encode(
-        y=alt.Y("config:N", title=None, sort=known_configs(rows["config"])),
+        y=alt.Y("config:N", title=None, sort=in_order(rows["config"], SURROGATE_COLOURS)),
         yOffset=alt.YOffset("method:N", sort=list(METHODS)), color=coloured(rows["method"], "method", METHOD_COLOURS),
         tooltip=["row", "method", "config", "seeds",
                  *(alt.Tooltip(name, format="+.3f") for name in ("fooled", "fooled_lo", "fooled_hi"))])

@@ -145,8 +145,8 @@ def show_largest(
                            tries=[(found[c] or {}).get("tried") for c in rows["config"]],
                            peak=rows["peak"].astype(float) / 2**20, budget=rows["budget"].astype(float) / 2**20)
         for name, times in FITS.items():
-            rows[name] = [None if t is None or t != t else "reached" if t >= times
-                              else "not reached" if b is not None and b == b and b < times else "open"
+            rows[name] = [None if pd.isna(t) else "reached" if t >= times
+                              else "not reached" if pd.notna(b) and b < times else "open"
                           for t, b in zip(rows["times"], rows["below"])]
     heads = dict(scale="scale", config="configuration", width="width", parameters="parameters", tries="tries",
                  peak="peak, MiB", budget="budget, MiB", times="times fp32's", below="next that did not")
