@@ -21,8 +21,7 @@ from ..measure.cost import cost_per_token, rate_of
 from ..measure.memory import HEADROOM
 from .render import Rendered, attributes, given_runs, runs_of
 from .rows import show_rows
-from .tables import judged, measured_saving
-from ..study.h1.quantities import REFERENCE_PPL
+from .tables import in_nats, judged, measured_saving
 from ..study.verdict import value_text
 
 # %% ../../nbs/report/16_frontier.ipynb #a203f002
@@ -62,9 +61,10 @@ def _room(run: Run) -> float:
 
 def _candidates(search: dict, about: dict) -> Iterator[dict]:
     "What a search tried."
+    choice = search.get("micro"), search.get("checkpointing")
     for row in search["tried"]:
         yield about | dict(micro=row["micro_batch"], checkpointing=row["checkpointing"],
-                           chosen=(search.get("micro"), search.get("checkpointing")) == (row["micro_batch"], row["checkpointing"]),
+                           chosen=(row["micro_batch"], row["checkpointing"]) == choice,
                            peak=None if row["oom"] else row["peak"],
                            tokens_per_s=None if row.get("given_up") else row.get("tokens_per_s"),
                            lost=row["oom"] and row["checkpointing"] == "full" and row["micro_batch"] == 1)
@@ -287,8 +287,7 @@ def _quality_words(runs) -> str:
     part = next((part for part in parts if part["value"] is not None and part["at"].startswith("1B")), None)
     if not part or found["scale"] == REHEARSAL or found["status"] not in ("met", "not met", "inconclusive"):
         return "What it costs in quality is not measured at a length that tells"
-    nats = part if found["scale"] == "full" else part | dict(unit="nats")
-    said = (f"at 1B the held-out loss less AdamW's is {value_text(nats, 1 if nats is part else 1 / REFERENCE_PPL)}; "
+    said = (f"at 1B the held-out loss less AdamW's is {value_text(*in_nats(part, found['scale']))}; "
             "below nought is better")
     return {"met": "In quality it costs nothing that these runs can see", "not met": "It costs quality",
             "inconclusive": "What it costs in quality is open"}[found["status"]] + f": {said}"
@@ -327,7 +326,8 @@ def show_frontier_rows(
     cells = frontier(runs)
     cells = cells[cells["state"] == MEASURED]
     if cells.empty: return show_rows(cells, {}, "frontier", runs, "No cell has a measured speed.")
-    cells = cells.assign(way=[WAYS[way].words.replace("…", WAYS["release"].words) for way in cells["way"]], peak=cells["peak"] / 1e9).drop_duplicates(
+    words = {name: way.words.replace("…", WAYS["release"].words) for name, way in WAYS.items()}
+    cells = cells.assign(way=cells["way"].map(words), peak=cells["peak"] / 1e9).drop_duplicates(
         ["size", "way", "gpus", "device", "tokens_per_s"])
     heads = dict(size="size", way="trained by", gpus="GPUs", budget="fits from, GB", device="measured on",
                  micro="micro-batch", peak="peak, GB", tokens_per_s="tokens/s a GPU",
