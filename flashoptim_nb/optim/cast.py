@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..base.errors import UserError
 from .split import HALF_FORMATS, decode
 from .base import explained
+from .checks import extent
 from .states import first_error_bits, stash_cast_error
 from .shards import like, local
 
@@ -139,7 +140,7 @@ def _of_buffers_alone(m):
             and next(m.parameters(), None) is None)
 
 # %% ../../nbs/optim/13_cast.ipynb #5e0c91c1
-def _end(t): return t.storage_offset() + 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
+def _end(t): return t.storage_offset() + extent(t)
 
 
 def _shared(named: dict[str, torch.Tensor]) -> list[list[str]]:
