@@ -201,8 +201,9 @@ def released_peak(
         torch.stack([p.sum() for p in params]).sum().backward()
         opt.step()
     step()  # states come with the first
-    n, held, hidden = sum(p.numel() for p in params), sum(p.nbytes for p in params) + state_bytes(opt, params), _hidden(
-        step, device)
+    n = sum(p.numel() for p in params)
+    held = sum(p.nbytes for p in params) + state_bytes(opt, params)
+    hidden = _hidden(step, device)
     return dict(
         optimizer="FlashAdamW", work=work, parameters=n, between=held / n,
         peak=None if hidden is None else (held + hidden) / n, largest_gradient=max(p.nbytes for p in params) / n)

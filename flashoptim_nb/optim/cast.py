@@ -268,8 +268,8 @@ def cast_model(
     if dtype not in (torch.bfloat16, torch.float16):
         raise UserError(f"cast_model to {dtype}: choose torch.bfloat16 or torch.float16")
     modules, buffers = dict(model.named_modules()), dict(model.named_buffers())
-    keep, recast = (_chosen(modules, full_precision_layers, "layer"),
-                    _chosen(modules, full_precision_recast_layers, "layer"))
+    keep = _chosen(modules, full_precision_layers, "layer")
+    recast = _chosen(modules, full_precision_recast_layers, "layer")
     chosen = {m for layer in (*keep, *recast) for m in layer.modules()}
     norms = [m for m in model.modules() if selective and isinstance(m, _NormBase) and m not in chosen]
     whole = chosen | set(norms)

@@ -182,8 +182,8 @@ def overlapping(
     tensors: Sequence[torch.Tensor],  # none of which overlaps itself
 ) -> list[int]:
     "Which of them share memory with one before them in the list, in order of their addresses."
-    spans, found, near, end = [
-        (t.device.index or 0, *places, i) for i, t in enumerate(tensors) if (places := _places(t))], [], [], 0
+    spans = [(t.device.index or 0, *places, i) for i, t in enumerate(tensors) if (places := _places(t))]
+    found, near, end = [], [], 0
     for span in sorted(spans):
         if near and (span[0] != near[0][0] or span[1] >= end):
             found += _shared(tensors, near)

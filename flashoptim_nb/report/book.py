@@ -106,8 +106,8 @@ def surroundings(
     repo: Path,
 ) -> str:
     "A hash of all that every page depends on: package, shipped data without the records, libraries, abilities."
-    package, data = (_files(repo / "flashoptim_nb"),
-                     [p for p in _files(repo / "data") if "records" not in p.relative_to(repo / "data").parts[:1]])
+    package = _files(repo / "flashoptim_nb")
+    data = [p for p in _files(repo / "data") if "records" not in p.relative_to(repo / "data").parts[:1]]
     versions = sorted(f"{d.name} {d.version}" for d in importlib.metadata.distributions())
     settings = {name: value for name, value in os.environ.items()
                 if name.startswith(("FLASHOPTIM_", "TRITON_", "CUDA_")) and name != RECORDS}

@@ -316,8 +316,8 @@ def equivalence(
         gaps[["config", "what", "against", "value", "lo", "hi", "verdict"]], width=400, height=alt.Step(24)).encode(
         y=alt.Y("what:N", title=None, sort=list(dict.fromkeys(gaps["what"])), axis=alt.Axis(labelLimit=400)),
         color=coloured(gaps["config"], legend=None), tooltip=tips)
-    bars, dots = (base.mark_rule(strokeWidth=3, opacity=0.6).encode(x="lo:Q", x2="hi:Q"),
-                  base.mark_point(filled=True, size=80, opacity=1).encode(x="value:Q"))
+    bars = base.mark_rule(strokeWidth=3, opacity=0.6).encode(x="lo:Q", x2="hi:Q")
+    dots = base.mark_point(filled=True, size=80, opacity=1).encode(x="value:Q")
     return titled(band + zero + bars + dots, title, gaps, f"green: equivalent within ±{margin:g} nats")
 
 # %% ../../nbs/report/03_charts.ipynb #7eed9ffd

@@ -80,8 +80,8 @@ def step_times(
             alt.Tooltip("of_floor", format=".3f", title="of its floor")]
     at = alt.X("ms:Q", title="ms a step (logarithmic)", scale=alt.Scale(type="log", nice=True))
     lost = base.mark_rule(strokeWidth=4, opacity=0.5).encode(x=at, x2="floor_ms:Q", tooltip=tips)
-    dots, floors = (base.mark_point(filled=True, size=70, opacity=1).encode(x="ms:Q", tooltip=tips),
-                    base.mark_tick(thickness=2, color="#222222").encode(x="floor_ms:Q", color=alt.value("#222222")))
+    dots = base.mark_point(filled=True, size=70, opacity=1).encode(x="ms:Q", tooltip=tips)
+    floors = base.mark_tick(thickness=2, color="#222222").encode(x="floor_ms:Q", color=alt.value("#222222"))
     return titled(lost + dots + floors, "Milliseconds of one step", rows,
                   "tick: the bytes that this optimizer must move, at the rate of a copy")
 
@@ -197,8 +197,8 @@ def format_gaps(
         if not both: continue
         pairs = Sorted.of(both, lambda *pair: [is_number(row["loss"]) for row in pair])
         d = [new["loss"] - old["loss"] for new, old in pairs.good]
-        e, test = (paired_interval(d, 0.90, lost=len(pairs.lost)),
-                   tost([*d, *[float("nan")] * (len(both) - len(d))], margin, pilot=PILOT_NATS))
+        e = paired_interval(d, 0.90, lost=len(pairs.lost))
+        test = tost([*d, *[float("nan")] * (len(both) - len(d))], margin, pilot=PILOT_NATS)
         s = spread(d)
         says = "equivalent" if test.equivalent else "not equivalent" if e.ends and (
             e.ends[0] > margin or e.ends[1] < -margin) else "inconclusive" if pairs.whole else "no result"

@@ -190,8 +190,8 @@ def fooled_by(
         tooltip=["row", "method", "config", "seeds",
                  *(alt.Tooltip(name, format="+.3f") for name in ("fooled", "fooled_lo", "fooled_hi"))])
     x = dict(title="predicted - true; right: promised too much")
-    bars, dots = (base.mark_rule(strokeWidth=2, opacity=0.55).encode(alt.X("fooled_lo:Q", **x), alt.X2("fooled_hi:Q")),
-                  base.mark_point(filled=True, size=50, opacity=1).encode(alt.X("fooled:Q", **x)))
+    bars = base.mark_rule(strokeWidth=2, opacity=0.55).encode(alt.X("fooled_lo:Q", **x), alt.X2("fooled_hi:Q"))
+    dots = base.mark_point(filled=True, size=50, opacity=1).encode(alt.X("fooled:Q", **x))
     zero = alt.Chart(rows).mark_rule(color="#888888").encode(x=alt.datum(0.0))
     panels = alt.layer(zero, bars, dots).properties(width=220, height=alt.Step(14)).facet(
         facet=alt.Facet("row:N", title=None), columns=2).resolve_scale(x="independent", y="independent")

@@ -97,8 +97,8 @@ def harm_row(
 ) -> dict:
     "What was found of one failure criterion in one domain."
     parts = [part for part in entry["parts"] if f"[{domain}" in part["term"]]
-    known, status = ([part for part in parts if part["value"] is not None],
-                     min((part["status"] for part in parts), key=_HOLDS.index))
+    known = [part for part in parts if part["value"] is not None]
+    status = min((part["status"] for part in parts), key=_HOLDS.index)
     words = {"met": "holds", "inconclusive": "open", "not met": "does not hold"}.get(status, status)
     return {"id": entry["id"], "title": entry["title"], "domain": domain,
             entry["stack"]: words + (f": {'; '.join(map(value_text, known))}" if known else ""),
@@ -167,8 +167,8 @@ def verdict_sentence(runs: Iterable[Run] | None = None) -> Rendered:
                 f"{side_text(whole)}: no criterion was decided by runs on a GPU, so there is nothing to explain.")
             continue
         used.update(name for e in proven for name in e["records"])
-        harms, misses = (_statements(mine, ("failure", "falsification"), "met"),
-                         _statements(mine, ("success",), "not met"))
+        harms = _statements(mine, ("failure", "falsification"), "met")
+        misses = _statements(mine, ("success",), "not met")
         met = [f"{e['id']} ({e['title']})" for e in mine if e["kind"] == "success" and e["status"] == "met"]
         said.append(f"{side_text(whole)}: {whole['status']}. " + (f"Against the claim: {'; '.join(harms)}. " if harms
                                                                   else "No failure or falsification criterion is met. ")

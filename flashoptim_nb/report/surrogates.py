@@ -224,8 +224,8 @@ def error_ratios(
         color=coloured(rows["config"], colours=SURROGATE_COLOURS, legend=None),
         tooltip=["config", "target", "n", *(alt.Tooltip(name, format=".3f") for name in ("value", "lo", "hi"))])
     x = dict(title="ratio; right is worse", scale=alt.Scale(zero=False, type="log", nice=False))
-    bars, dots = (base.mark_rule(strokeWidth=3, opacity=0.55).encode(alt.X("lo:Q", **x), alt.X2("hi:Q")),
-                  base.mark_point(filled=True, size=80, opacity=1).encode(alt.X("value:Q", **x)))
+    bars = base.mark_rule(strokeWidth=3, opacity=0.55).encode(alt.X("lo:Q", **x), alt.X2("hi:Q"))
+    dots = base.mark_point(filled=True, size=80, opacity=1).encode(alt.X("value:Q", **x))
     one = alt.Chart(rows).transform_aggregate(rows="count()", groupby=["target"]).mark_rule(color="#888888").encode(
         x=alt.datum(1.0))
     layers = alt.layer(band, one, bars, dots).properties(width=300, height=alt.Step(20))

@@ -109,7 +109,8 @@ def measure_molecule_step(
 ) -> dict:
     "One row: ms, peak, reserved (bytes; None on a CPU), loss; or why there is none."
     device = torch.device(device)
-    cuda, row = device.type == "cuda", dict(
+    cuda = device.type == "cuda"
+    row = dict(
         implementation=implementation, precision=precision, batch=len(batches[0]), graph=graph, oom=False, reason="")
     row |= dict(ms=None, molecules_per_s=None, peak=None, reserved=None,
                 edges=int(np.mean([len(b.source) for b in batches])), nodes=int(np.mean([len(b.z) for b in batches])))
