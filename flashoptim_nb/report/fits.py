@@ -175,17 +175,22 @@ def largest_gpt(
         low, high = (middle, high) if fits else (low, middle)
     return low / 10
 
-_SHOWN = {"adamw": "AdamW, fp32 weights (16 B a parameter)",
-          "adamw_bf16": "AdamW, bf16 weights and states (8 B)", "flash_adamw": "FlashAdamW (7.1 B)", "flash_adamw_release": "FlashAdamW, gradient release (5.1 B)",
-          "flash_adamw_on_host": "+ states on the host (4 B, 3.1 B there)",
-          "flash_adamw_release_on_host": "+ both (2 B, 3.1 B there)"}
+_SHOWN = {
+    "adamw": "AdamW, fp32 weights (16 B a parameter)",
+    "adamw_bf16": "AdamW, bf16 weights and states (8 B)",
+    "flash_adamw": "FlashAdamW (7.1 B)",
+    "flash_adamw_release": "FlashAdamW, gradient release (5.1 B)",
+    "flash_adamw_on_host": "+ states on the host (4 B, 3.1 B there)",
+    "flash_adamw_release_on_host": "+ both (2 B, 3.1 B there)",
+}
 
 def show_largest_gpt(
     gpus: Iterable[str] = ("24GB", "40GB", "80GB"),
 ) -> Rendered:
     "The largest GPT for each way of training and GPU."
     def row(name): return {gpu.replace("GB", " GB"): f"{largest_gpt(name, gpu):.1f}" for gpu in gpus}
-    return table([{"billions of parameters that train on one GPU of": words} | row(name) for name, words in _SHOWN.items()])
+    head = "billions of parameters that train on one GPU of"
+    return table([{head: words} | row(name) for name, words in _SHOWN.items()])
 
 # %% ../../nbs/report/15_fits.ipynb #c339710d
 def show_micro(
@@ -197,6 +202,7 @@ def show_micro(
     model = gpt_of(size, max_seq=seq)
     def largest(name, gpu, kind):
         return str(largest_that_fits(model, name, HEADROOM * gpu_memory(gpu)[1], seq, checkpointing=kind) or "-")
-    def told(name, gpu): return " / ".join(largest(name, gpu, kind) for kind in ("none", "full"))
+    def row(name): return {gpu.replace("GB", " GB"): f"{largest(name, gpu, 'none')} / {largest(name, gpu, 'full')}"
+                           for gpu in gpus}
     head = f"largest micro-batch of {size}, without / with full checkpointing"
-    return table([{head: words} | {gpu.replace("GB", " GB"): told(name, gpu) for gpu in gpus} for name, words in _SHOWN.items()])
+    return table([{head: words} | row(name) for name, words in _SHOWN.items()])

@@ -55,7 +55,7 @@ def sequence_of(size: str) -> int:
 TIMED_STEPS = 5  # steps at least
 
 def _room(run: Run) -> float:
-    "Bytes of the card that a run had; of one that nobody knows, none, so that it refutes nothing."
+    "Bytes of a run's card; 0 for one that is not in the table, whose out-of-memory errors then count for no budget."
     try: return gpu_memory(run.header["device"])[1]
     except UserError: return 0.0
 
@@ -262,7 +262,7 @@ def _cost_words(runs) -> str:
     return f"That FlashOptim lowers the cost of training to equal loss is not established at any size ({why})"
 
 def _memory_words(cells: pd.DataFrame) -> str:
-    "In how many cells it is what makes the model fit."
+    "In how many places a model trains with FlashOptim and not with AdamW, in words."
     inside = cells.assign(inside=cells["state"].isin((MEASURED, FITS, MAY)),
                           ours=cells["way"].map(lambda way: WAYS[way].ours))
     won, shown = [], []

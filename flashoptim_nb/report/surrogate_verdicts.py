@@ -88,7 +88,7 @@ def scale_lines(
     return titled(line + one, title, rows, "one line a run; red: 1.0")
 
 # %% ../../nbs/report/09_surrogate_verdicts.ipynb #7b20000c
-# of several bounds of a domain, the first of these says what it is
+# a criterion has several bounds in a domain; its status there is the first of these that one of them has
 _HOLDS = ("met", "inconclusive", "not met", "no evidence at this scale", "not measured")
 
 def harm_row(
