@@ -192,47 +192,44 @@ def byte_unit(
 
 def memory_bars(
     memory: pd.DataFrame,  # rows of kind "memory", bytes: config, scale, peak and the six classes
-    by: str = "config",  # the column that names a bar
     title: str = "Peak memory by class",
 ) -> alt.LayerChart:
-    """One bar a configuration (or another column), stacked by what the bytes hold;
-    averaged where a bar has several rows. A row without a peak did not fit, and is named."""
+    """One bar a configuration, stacked by what the bytes hold; averaged where it has several rows.
+    A row without a peak did not fit, and is named."""
     # gradients and activations each at their own peak add up to more than both together ever held
     if "overlap" in memory:
         memory = memory.assign(activations=memory["activations"] - memory["overlap"].fillna(0),
                                other=memory["other"] + memory["overlap"].fillna(0))
     classes = list(MEMORY_CLASSES)
     unit, size = byte_unit(memory["peak"].max())
-    mean = memory.groupby(by, sort=False)[classes + ["peak"]].mean().div(size).reset_index()
-    long = mean.dropna(subset=["peak"]).melt([by, "peak"], classes, "class", "amount").assign(
+    mean = memory.groupby("config", sort=False)[classes + ["peak"]].mean().div(size).reset_index()
+    long = mean.dropna(subset=["peak"]).melt(["config", "peak"], classes, "class", "amount").assign(
         order=lambda d: d["class"].map(classes.index))
     colour = alt.Color("class:N", title="holds", scale=alt.Scale(domain=classes, range=list(MEMORY_CLASSES.values())))
-    y = alt.Y(f"{by}:N", title=None, sort=list(mean[by]), scale=alt.Scale(domain=list(mean[by])))
+    y = alt.Y("config:N", title=None, sort=list(mean["config"]), scale=alt.Scale(domain=list(mean["config"])))
     bars = alt.Chart(long, width=400, height=alt.Step(24)).mark_bar().encode(
         x=alt.X("sum(amount):Q", title=unit), y=y, color=colour, order="order:Q",
-        tooltip=[by, "class", alt.Tooltip("amount", title=unit, format=".3f"),
+        tooltip=["config", "class", alt.Tooltip("amount", title=unit, format=".3f"),
                  alt.Tooltip("peak", title=f"peak, {unit}", format=".3f")])
-    burst = mean[mean["peak"].isna()][[by]].assign(zero=0.0, said="ran out of memory")
+    burst = mean[mean["peak"].isna()][["config"]].assign(zero=0.0, said="ran out of memory")
     words = alt.Chart(burst).mark_text(align="left", dx=4, fontStyle="italic", color="#a51414").encode(
         alt.X("zero:Q", title=unit), y, text="said:N")
     return titled(bars + words if len(burst) else alt.layer(bars), title, memory)
 
 # %% ../../nbs/report/03_charts.ipynb #19c1c036
 def throughput_points(
-    rates: pd.DataFrame,  # rows of kind "throughput": config, seed, scale, and the value
-    value: str = "tokens_per_s",  # the column to draw
+    rates: pd.DataFrame,  # rows of kind "throughput": config, seed, scale, tokens_per_s
     title: str = "Throughput",
-    axis: str = "tokens per second",
 ) -> alt.LayerChart:
     "One point a run and a tick at the mean, by configuration."
     known = in_order(rates["config"], CONFIG_COLOURS)
-    rates = rates.dropna(subset=[value])
-    base = alt.Chart(rates[["config", "seed", value]], width=420, height=alt.Step(24)).encode(
-        y=alt.Y("config:N", title=None, sort=known))
+    rates = rates.dropna(subset=["tokens_per_s"])
+    base = alt.Chart(rates[["config", "seed", "tokens_per_s"]], width=420, height=alt.Step(24)).encode(
+        y=alt.Y("config:N", title=None, sort=known), color=coloured(known, legend=None))
     tick = base.mark_tick(thickness=2, size=18).encode(
-        alt.X(f"mean({value}):Q", title=axis, scale=alt.Scale(zero=True)), color=coloured(known, legend=None))
-    dots = base.mark_circle(size=60, opacity=0.6).encode(alt.X(f"{value}:Q"), color=coloured(known, legend=None),
-                                                        tooltip=["config", "seed", alt.Tooltip(value, format=",.1f")])
+        alt.X("mean(tokens_per_s):Q", title="tokens per second", scale=alt.Scale(zero=True)))
+    dots = base.mark_circle(size=60, opacity=0.6).encode(
+        alt.X("tokens_per_s:Q"), tooltip=["config", "seed", alt.Tooltip("tokens_per_s", format=",.1f")])
     return titled(tick + dots, title, rates, "one point a run, tick at the mean")
 
 # %% ../../nbs/report/03_charts.ipynb #06844318

@@ -238,10 +238,9 @@ def paired_paths(
     config: str,
     runs: Iterable[Run] | None = None,
     role: str = "optimizer",
-    window: int = 10,  # steps of a mean
     against: str = "adamw",
 ) -> pd.DataFrame:
-    """For each seed and window: how far the training loss is above that of the optimizer it is compared with,
+    """For each seed and ten steps: how far the training loss is above that of the optimizer it is compared with,
     and the largest ratio of the two gradient norms, whichever is larger."""
     steps = rows_of("step", given_runs(runs, "quality"), arm="quality", role=role)
     if steps.empty: return steps
@@ -249,7 +248,7 @@ def paired_paths(
         steps[steps["config"] == against], on=["seed", "step"], suffixes=("", "_old"))
     ratio = both["grad_norm"] / both["grad_norm_old"]
     both = both.assign(gap=both["loss"] - both["loss_old"], ratio=ratio.where(ratio > 1, 1 / ratio),
-                       step=(both["step"] - 1) // window * window + window)
+                       step=(both["step"] - 1) // 10 * 10 + 10)
     named = {(c, s): f"{study}/{run}"
              for c, s, study, run in zip(steps["config"], steps["seed"], steps["study"], steps["run"])}
     means = both.groupby(["seed", "step"], as_index=False).agg(

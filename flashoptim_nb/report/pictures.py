@@ -36,9 +36,9 @@ def gallery(
                     "\n\n".join(filter(None, [*(f"[picture: {said}]" for _, said in pictures), caption])))
 
 # %% ../../nbs/report/10_pictures.ipynb #04d0000b
-def _ticks(lo: float, hi: float, n: int = 5) -> list[float]:
-    "Round numbers between two."
-    raw = (hi - lo) / n or 1.0
+def _ticks(lo: float, hi: float) -> list[float]:
+    "About five round numbers between two."
+    raw = (hi - lo) / 5 or 1.0
     step = min((m * 10 ** np.floor(np.log10(raw)) for m in (1, 2, 5, 10)), key=lambda s: abs(s - raw))
     return [float(v) for v in np.arange(np.ceil(lo / step), np.floor(hi / step + 1e-9) + 1) * step]
 
@@ -49,7 +49,6 @@ def lines_svg(
     width: int = 300,  # pixels
     height: int = 200,
     equal: bool = False,  # one unit is as long in both directions; the height follows
-    colours: Sequence[str] = INK,
 ) -> str:
     "Lines in one frame, with their names; the second is dashed, so that the first shows where both coincide."
     points = np.concatenate([np.asarray(p, float) for p, _ in lines])
@@ -71,7 +70,7 @@ def lines_svg(
                          + text(left - 4, at((0, v))[1] + 3, f"{v:,.4g}", anchor="end"))
         parts += [text((left + width) / 2, height - 4, x, anchor="middle"), text(left, 11, y)]
     for i, (line, said) in enumerate(lines):
-        colour, dash = colours[i % len(colours)], "5 3" if i == 1 else "none"
+        colour, dash = INK[i % len(INK)], "5 3" if i == 1 else "none"
         path = "M" + " L".join("{:.1f} {:.1f}".format(*at(p)) for p in np.asarray(line, float))
         parts.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.6" stroke-dasharray="{dash}"/>')
         if said: parts.append(text(width - 8, 11 + 13 * i, said, colour=colour, anchor="end"))

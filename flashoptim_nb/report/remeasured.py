@@ -60,7 +60,6 @@ def show_remeasured(
 # %% ../../nbs/report/11_remeasured.ipynb #7b40000a
 def capacity_sentence(
     runs: Iterable[Run] | None = None,
-    stacks: tuple[str, ...] = (H2.stack, *H2.others),
 ) -> Rendered:
     """In each domain the error of fp32 at twice the parameters over fp32's, and that of the reduced precisions over it,
     in sentences."""
@@ -74,7 +73,7 @@ def capacity_sentence(
                          for row in table.to_dict("records"))
     for domain in DOMAINS:
         parts = [f"{config} over {against}: {words}"
-                 for config, against in [("fp32_2x", "fp32"), *((f"{stack}_2x", "fp32_2x") for stack in stacks)]
+                 for config, against in [("fp32_2x", "fp32"), *((f"{stack}_2x", "fp32_2x") for stack in (H2.stack, *H2.others))]
                  if (words := ratios(domain, config, against))]
         said.append(f"{domain}: {'; '.join(parts)}." if parts
                     else f"{domain}: fp32_2x was not run, so the two cannot be told apart.")

@@ -43,37 +43,33 @@ def solution_rows(
 
 def best_so_far(
     rows: pd.DataFrame,  # from `solution_rows`
-    by: str = "method",  # or config: what is told apart by colour
-    panel: str = "problem",  # what each panel shows one of
     title: str = "Best true objective so far",
-):
-    "Mean over the runs against the number of true evaluations."
-    long = rows.assign(at=[np.linspace(1, max(n, 1), len(curve)) if len(curve) else []
-                           for n, curve in zip(rows["evaluations"], rows["curve"])])[
-        [by, *{panel, "problem"}, "at", "curve"]]
-    long = long.explode(["at", "curve"]).dropna(subset=["curve"]).astype(dict(at=float, curve=float)).round(dict(at=1))
-    mean = long.groupby([by, panel, "at"], sort=False)["curve"].agg(best="mean", runs="count").reset_index()
-    colour = coloured(mean[by], by, METHOD_COLOURS if by == "method" else SURROGATE_COLOURS)
-    names = list(METHODS if by == "method" else SURROGATE_COLOURS)
-    dashes = alt.StrokeDash(f"{by}:N", legend=None, scale=alt.Scale(
-                                domain=names, range=[([1, 0], [6, 3], [2, 2])[i % 3] for i in range(len(names))]))
+) -> alt.FacetChart:
+    "Mean over the runs against the number of true evaluations, by method, a panel for each problem."
+    at = [np.linspace(1, max(n, 1), len(curve)) if len(curve) else []
+          for n, curve in zip(rows["evaluations"], rows["curve"])]
+    long = rows.assign(at=at)[["method", "problem", "at", "curve"]].explode(["at", "curve"])
+    long = long.dropna(subset=["curve"]).astype(dict(at=float, curve=float)).round(dict(at=1))
+    mean = long.groupby(["method", "problem", "at"], sort=False)["curve"].agg(best="mean", runs="count").reset_index()
+    dashes = alt.Scale(domain=list(METHODS), range=[[1, 0], [6, 3], [2, 2]])
     chart = alt.Chart(mean).mark_line(point=True).encode(
-        strokeDash=dashes, x=alt.X("at:Q", title="true evaluations", axis=whole_axis(mean["at"])),
-        y=alt.Y("best:Q", title="best so far, mean over the runs", scale=alt.Scale(zero=False)), color=colour,
-        tooltip=[by, panel, "at", "runs", alt.Tooltip("best", format=".3f")])
+        x=alt.X("at:Q", title="true evaluations", axis=whole_axis(mean["at"])),
+        y=alt.Y("best:Q", title="best so far, mean over the runs", scale=alt.Scale(zero=False)),
+        color=coloured(mean["method"], "method", METHOD_COLOURS),
+        strokeDash=alt.StrokeDash("method:N", legend=None, scale=dashes),
+        tooltip=["method", "problem", "at", "runs", alt.Tooltip("best", format=".3f")])
     panels = chart.properties(width=200, height=200).facet(
-        facet=alt.Facet(f"{panel}:N", title=None), columns=2).resolve_scale(y="independent", x="independent")
+        facet=alt.Facet("problem:N", title=None), columns=2).resolve_scale(y="independent", x="independent")
     return titled(panels, title, rows)
 
 def predicted_true(
     rows: pd.DataFrame,  # from `solution_rows`
-    panel: str = "method",
+    panel: str = "method",  # or problem: what each panel shows one of
     title: str = "What the surrogate promised and what was true",
-    most: int = 1500,  # points drawn; more are thinned evenly
-):
-    "A point for each solution; on the line the surrogate was right, above it, it was fooled."
+) -> alt.FacetChart:
+    "A point for each solution, evenly thinned to 1,500; on the line the surrogate was right, above it, it was fooled."
     rows = rows.dropna(subset=["predicted", "objective"])
-    few = rows.iloc[:: max(1, -(-len(rows) // most))]
+    few = rows.iloc[:: max(1, -(-len(rows) // 1500))]
     low, high = (float(f(f(few["predicted"]), f(few["objective"]))) for f in (min, max))
     points = few[["config", "method", "problem", "instance", "seed", "objective", "predicted", "what"]]
     base = alt.Chart(points)
@@ -97,7 +93,6 @@ def solution_table(
     domain: str | None = None,
     runs: Iterable[Run] | None = None,
     configs: Iterable[str] | None = None,
-    against: str = "fp32",
 ) -> pd.DataFrame:
     """By problem, method and configuration: mean true objective, what was predicted, how far the surrogate was off on
     what was evaluated, and the loss against the fp32 surrogate's (paired by seed, 90 % interval)."""
@@ -106,22 +101,22 @@ def solution_table(
     if rows.empty: return rows
     by = surrogates_of(domain, rows.iloc[0], runs)
     for (problem, method, config), mine in rows.groupby(["problem", "method", "config"], sort=False):
-        old = rows[(rows["problem"] == problem) & (rows["method"] == method) & (rows["config"] == against)]
+        old = rows[(rows["problem"] == problem) & (rows["method"] == method) & (rows["config"] == "fp32")]
         having = {*(mine["study"] + "/" + mine["run"]), *(old["study"] + "/" + old["run"])}
-        pairs = lost_pairs({key: row for key, row in by.items() if key[1][0] == mine["role"].iloc[0]}, config, against,
+        pairs = lost_pairs({key: row for key, row in by.items() if key[1][0] == mine["role"].iloc[0]}, config, "fp32",
                            lambda row: row["name"] in having)
         both = mine.merge(old[old["verified"]], on=["seed", "instance", "nth"], suffixes=("", "_old")).groupby(
             ["seed"])[["objective", "objective_old"]].mean()
         both = both[both["objective_old"] > 0]
         e = (paired_interval(list(1 - both["objective"] / both["objective_old"]), 0.90, lost=len(pairs.lost))
-             if len(both) and config != against else None)
+             if len(both) and config != "fp32" else None)
         off = paired_interval(list(_seeds(mine.dropna(subset=["fooled"]), "fooled")["fooled"]), 0.90)
         found.append(
             dict(domain=mine["role"].iloc[0], problem=problem, method=method, config=config, unit=mine["unit"].iloc[0],
                  objective=mine["objective"].mean(), best=mine["objective"].max(), predicted=mine["predicted"].mean(),
                  evaluations=mine["evaluations"].sum(), nothing=mine["infeasible"].sum(), solved=len(mine),
                  seeds=mine["seed"].nunique(), seconds=mine["seconds"].mean(), fooled=off.value, fooled_lo=off.lo,
-                 fooled_hi=off.hi, lost=pairs.note if config != against else "", value=e and e.value, lo=e and e.lo,
+                 fooled_hi=off.hi, lost=pairs.note if config != "fp32" else "", value=e and e.value, lo=e and e.lo,
                  hi=e and e.hi, scale=mine["scale"].iloc[0], runs=sorted(
                      {*(mine["study"] + "/" + mine["run"]), *([] if e is None else old["study"] + "/" + old["run"])})))
     return pd.DataFrame(found)
@@ -151,16 +146,15 @@ def show_solutions(
 def solutions_sentence(
     domain: str,
     runs: Iterable[Run] | None = None,
-    method: str = METHODS[0],  # the one that decides
-    configs: Iterable[str] = CONDITIONS[1:],
 ) -> Rendered:
-    "What a method found over each condition's surrogate, in sentences."
+    "What the method that decides found over each condition's surrogate, in sentences."
+    method, *_ = METHODS
     runs = given_runs(runs, "h2")
     found = solution_table(domain, runs)
     if found.empty: return sentence("No solution of this domain is recorded, so nothing can be said of it.", [])
     found, said, used = found[found["method"] == method], [], []
     for problem, rows in found.groupby("problem", sort=False):
-        base, rest = rows[rows["config"] == "fp32"], rows[rows["config"].isin(set(configs))].dropna(subset=["value"])
+        base, rest = rows[rows["config"] == "fp32"], rows[rows["config"].isin(CONDITIONS[1:])].dropna(subset=["value"])
         if base.empty: continue
         one = base.iloc[0]
         said.append(

@@ -239,7 +239,6 @@ def at_scale(scale: str) -> str:
 def errors_sentence(
     domain: str,
     runs: Iterable[Run] | None = None,
-    configs: Iterable[str] = CONDITIONS[1:],
 ) -> Rendered:
     "Each condition's held-out error beside the fp32 surrogate's, in a sentence."
     runs = given_runs(runs, "h2")
@@ -256,13 +255,14 @@ def errors_sentence(
         return ("inside the margin of 5 %" if r["hi"] <= MARGIN_ERROR and r["lo"] >= 1 / MARGIN_ERROR
                 else "better than the margin" if r["hi"] < 1 / MARGIN_ERROR else "not told apart from the margin")
     base = found[found["config"] == "fp32"]
-    here = found[found["config"].isin(set(configs))].dropna(subset=["value"])
+    compared = found[found["config"].isin(CONDITIONS[1:])]
+    here = compared.dropna(subset=["value"])
     first = "; ".join(f"{r['mae']:.4g} {r['unit']}".strip() + f" for {r['target']}" for _, r in base.iterrows())
     rest = ". ".join(
         f"{r['config']}: {r['value']:.3f} times that of {r['target']}"
             + (f" ({between(r['lo'], r['hi'])}, {r['n']:.0f} pairs), {side(r)}"
                if pd.notna(r["lo"]) else f", {side(r)}") for _, r in here.iterrows())
-    gone = found[found["config"].isin(set(configs)) & found["value"].isna() & (found["lost"] != "")]
+    gone = compared[compared["value"].isna() & (compared["lost"] != "")]
     rest = ". ".join(
         filter(None, [rest, *(f"{r['config']}: {r['target']} not measured, {r['lost']}" for _, r in gone.iterrows())]))
     return sentence(
