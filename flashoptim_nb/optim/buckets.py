@@ -152,8 +152,8 @@ class ParamBucket:
         self.on_gpu = (opt.fused and HAS_TRITON and opt._update_fused is not None
                        and (self.device.type == "cuda" or bool(INTERPRETED)))
         self.moments = opt._moments_of(group)
-        self.taken, self.empty = {at for p in self.local if (at := p.data_ptr())}, sum(
-            not p.numel() for p in self.local)
+        self.taken = {at for p in self.local if (at := p.data_ptr())}
+        self.empty = sum(not p.numel() for p in self.local)
         self.apart = True  # whether no gradient is a parameter's own memory
         self.plan = None  # what an optimizer of matrices made for its launches
         self.operands = [Operands(flat, None, *state_operands(opt, group, p))._replace(place=first_place(p))
@@ -168,8 +168,8 @@ class ParamBucket:
     def take(self, grads: Sequence[torch.Tensor], at: tuple[int, ...] | None = None, found: GradPointers | None = None):
         """Sets the gradients of the next step, in the parameters' order, flat or contiguous;
         where they lie, if that is known."""
-        self.grads, self.at, self.grad_pointers = grads, at, found or (
-            self.tensors.grad_pointers(grads, at) if self.tensors else None)
+        self.grads, self.at = grads, at
+        self.grad_pointers = found or (self.tensors.grad_pointers(grads, at) if self.tensors else None)
         if self.tensors: self.tensors.keep_for_replays(self.grad_pointers)
 
     def with_grads(self) -> list[Operands]:

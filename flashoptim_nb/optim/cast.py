@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..base.errors import UserError
 from .split import HALF_FORMATS, decode
 from .base import explained
+from .checks import extent
 from .states import cast_error_of, first_error_bits, share_cast_errors, stash_cast_error
 from .shards import like, local
 
@@ -140,7 +141,7 @@ def _of_buffers_alone(m):
             and next(m.parameters(), None) is None)
 
 # %% ../../nbs/optim/13_cast.ipynb #5e0c91c1
-def _end(t): return t.storage_offset() + 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
+def _end(t): return t.storage_offset() + extent(t)
 
 
 def _shared(named: dict[str, torch.Tensor]) -> list[list[str]]:
@@ -271,8 +272,8 @@ def cast_model(
     if dtype not in (torch.bfloat16, torch.float16):
         raise UserError(f"cast_model to {dtype}: choose torch.bfloat16 or torch.float16")
     modules, buffers = dict(model.named_modules()), dict(model.named_buffers())
-    keep, recast = (_chosen(modules, full_precision_layers, "layer"),
-                    _chosen(modules, full_precision_recast_layers, "layer"))
+    keep = _chosen(modules, full_precision_layers, "layer")
+    recast = _chosen(modules, full_precision_recast_layers, "layer")
     chosen = {m for layer in (*keep, *recast) for m in layer.modules()}
     norms = [m for m in model.modules() if selective and isinstance(m, _NormBase) and m not in chosen]
     whole = chosen | set(norms)

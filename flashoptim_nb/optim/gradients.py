@@ -101,8 +101,8 @@ def compute_grad_scaling(
     clip: bool = True,  # whether `max_norm` applies
 ) -> dict[torch.device, GradScaling]:
     "What the step does with the gradients; keeps the norm and counts a skipped step, without waiting for either."
-    devices, max_norm = dict.fromkeys(
-        [bucket.device for bucket in buckets], GradScaling()), opt.max_norm if clip else None
+    devices = dict.fromkeys([bucket.device for bucket in buckets], GradScaling())
+    max_norm = opt.max_norm if clip else None
     scaler = getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None)
     looks = max_norm is not None or opt.skip_nonfinite
     if not buckets or not looks and scaler == (None, None):

@@ -19,13 +19,13 @@ from ..base.records import REHEARSAL, Run
 from ..lm.fit import gpt_of, gpu_memory, largest_that_fits
 from ..measure.cost import cost_per_token, rate_of
 from ..measure.memory import HEADROOM
-from .render import Rendered, attributes, full_name, load_runs, provenance_note
+from .render import Rendered, attributes, given_runs, runs_of
 from .rows import show_rows
 from .optimizers import HELD_OUT_TEXTS, format_gaps
-from .tables import best_evidence_of, judged, measured_saving
+from .tables import best_evidence_of, in_nats, judged, measured_saving
 from ..study.evidence import gpus_of
 from ..study.expression import Q
-from ..study.h1.quantities import OPTIMIZER_MARGIN_NATS, REFERENCE_PPL
+from ..study.h1.quantities import OPTIMIZER_MARGIN_NATS
 from ..study.verdict import value_text
 
 # %% ../../nbs/report/16_frontier.ipynb #a203f002
@@ -59,15 +59,16 @@ def sequence_of(size: str) -> int:
 TIMED_STEPS = 5  # steps at least
 
 def _room(run: Run) -> float:
-    "Bytes of the card that a run had; of one that nobody knows, none, so that it refutes nothing."
+    "Bytes of a run's card; 0 for one that is not in the table, whose out-of-memory errors then count for no budget."
     try: return gpu_memory(run.header["device"])[1]
     except UserError: return 0.0
 
 def _candidates(search: dict, about: dict) -> Iterator[dict]:
     "What a search tried."
+    choice = search.get("micro"), search.get("checkpointing")
     for row in search["tried"]:
         yield about | dict(micro=row["micro_batch"], checkpointing=row["checkpointing"],
-                           chosen=(search.get("micro"), search.get("checkpointing")) == (row["micro_batch"], row["checkpointing"]),
+                           chosen=(row["micro_batch"], row["checkpointing"]) == choice,
                            peak=None if row["oom"] else row["peak"],
                            tokens_per_s=None if row.get("given_up") else row.get("tokens_per_s"),
                            lost=row["oom"] and row["checkpointing"] == "full" and row["micro_batch"] == 1)
@@ -107,7 +108,7 @@ def seen_trainings(
     """A row for each training on a GPU that says something of a cell: size, way, gpus, micro, peak (bytes),
     tokens_per_s (a GPU), lost (one sequence with full checkpointing ran out of memory), room (bytes of the card),
     device, study, run, scale."""
-    runs = load_runs(hypothesis=None) if runs is None else runs
+    runs = given_runs(runs, None)
     runs = [run for run in runs if run.header["device_kind"] == "cuda" and run.header["scale"] != REHEARSAL]
     rows = [row | dict(device=run.header["device"], study=run.header["study"], run=run.id, scale=run.header["scale"],
                        room=_room(run)) for run in runs for row in _seen(run)]
@@ -197,7 +198,7 @@ def _drawn(cell: dict, x: float, y: float, best: bool) -> list[str]:
             return out + [_words(middle, y + 12, "out of", 10), _words(middle, y + 23, "memory", 10)]
         return out + [_words(middle, y + 18, _SAID[cell["state"]], 10, ink, more=italic)]
     said = CARD.get(cell["device"], "")
-    if cell["dollars"] == cell["dollars"] and cell["dollars"]: said = f"${cell['dollars']:.2g} {said}"
+    if pd.notna(cell["dollars"]) and cell["dollars"]: said = f"${cell['dollars']:.2g} {said}"
     return out + [_words(middle, y + 12, _short(cell["tokens_per_s"]), 12, more=' font-weight="bold"' if best else ""),
                   _words(middle, y + 23, said, 9, _FAINT)]
 
@@ -255,7 +256,7 @@ def established_saving(
 
 def _made(names: Iterable[str], runs: Iterable[Run]) -> str:
     "Over how many GPUs runs of these names were divided, and how long they were."
-    found = [run for run in runs if full_name(run) in {*names}]
+    found = runs_of(names, runs)
     gpus, steps = ({of(run) for run in found} for of in (gpus_of, lambda run: run.header["settings"]["recipe"]["steps"]))
     def listed(numbers): return " and ".join(map(str, sorted(numbers)))
     return f" over {listed(gpus)} GPUs" * (max(gpus, default=1) > 1) + f" ({listed(steps)} steps)" * bool(steps)
@@ -280,7 +281,7 @@ def _memory_words(runs: list[Run]) -> str:
         e = here.estimate(Q("memory_saving", size))
         if e.value is None: continue
         said = value_text(dict(value=e.value, interval=None, bound=e.bound, unit="share"))
-        gpus = max((gpus_of(run) for run in runs if full_name(run) in e.records), default=1)
+        gpus = max((gpus_of(run) for run in runs_of(e.records, runs)), default=1)
         found.append(f"{said} at {size}" + f" over {gpus} GPUs" * (gpus > 1))
     if not found: return "not measured at an equal micro-batch"
     return ("the stack (FlashAdamW, bf16 weights, a fused loss) peaks lower than compiled PyTorch with fused AdamW "
@@ -317,7 +318,7 @@ def _short_words(runs: list[Run]) -> str:
             if len(gaps := format_gaps(text, OPTIMIZER_MARGIN_NATS, runs, role))]
     found = pd.concat(rows).dropna(subset=["lo"]) if rows else pd.DataFrame()
     if found.empty or set(found["scale"]) == {REHEARSAL}: return ""
-    return (f"; in longer runs of {' and '.join(sorted({run.header['size'] for run in runs if full_name(run) in {*found['runs'].sum()}}))} "
+    return (f"; in longer runs of {' and '.join(sorted({run.header['size'] for run in runs_of(found['runs'].sum(), runs)}))} "
             f"FlashAdamW ends {found['lo'].min():+.3f} to {found['hi'].max():+.3f} nats from AdamW and is shown equal, within "
             f"{OPTIMIZER_MARGIN_NATS}, in {(found['says'] == 'equivalent').sum()} of {len(found)} comparisons")
 
@@ -328,8 +329,7 @@ def _quality_words(runs: list[Run]) -> str:
     part = next((part for part in parts if part["value"] is not None and part["at"].startswith("1B")), None)
     if not part or found["scale"] == REHEARSAL or found["status"] not in ("met", "not met", "inconclusive"):
         return "these runs are too short to tell what it costs" + _short_words(short)
-    nats = part if found["scale"] == "full" else part | dict(unit="nats")
-    said = (f"at 1B the held-out loss less AdamW's is {value_text(nats, 1 if nats is part else 1 / REFERENCE_PPL)}; "
+    said = (f"at 1B the held-out loss less AdamW's is {value_text(*in_nats(part, found['scale']))}; "
             "below nought is better")
     return {"met": "it costs nothing that these runs can see", "not met": "it costs some",
             "inconclusive": "what it costs is open"}[found["status"]] + f": {said}"
@@ -340,7 +340,7 @@ def frontier_sentences(
     runs: Iterable[Run] | None = None,  # None: all there are
 ) -> dict[str, str]:
     "What it saves of memory and of cost, where it makes room, and what that costs in quality."
-    runs = load_runs(hypothesis=None) if runs is None else list(runs)
+    runs = given_runs(runs, None)
     ours = [run for run in runs if run.header["hypothesis"] == "h1"]
     return dict(Memory=_memory_words(ours), Cost=_cost_words(ours), Room=_room_words(cells), Quality=_quality_words(runs))
 
@@ -351,11 +351,11 @@ def show_frontier(
     runs: Iterable[Run] | None = None,  # None: all there are
 ) -> Rendered:
     "The chart, what it says in words, and the runs behind it."
-    runs = load_runs(hypothesis=None) if runs is None else list(runs)
+    runs = given_runs(runs, None)
     cells = frontier(runs)
     said = frontier_sentences(cells, runs)
     named = {name for names in cells["runs"] for name in names}
-    used = [run for run in runs if full_name(run) in named]
+    used = runs_of(named, runs)
     scales = sorted({run.header["scale"] for run in used})
     mark = attributes(dict(result="frontier", scale=scales, runs=sorted(named))) if named else ""
     html = f'<div class="results frontier">{frontier_svg(cells)}</div><ul{mark}>'
@@ -368,11 +368,12 @@ def show_frontier_rows(
     runs: Iterable[Run] | None = None,
 ) -> Rendered:
     "The measured cells as a table: each dollar with the card it was measured on and the rate it is priced at."
-    runs = load_runs(hypothesis=None) if runs is None else list(runs)
+    runs = given_runs(runs, None)
     cells = frontier(runs)
     cells = cells[cells["state"] == MEASURED]
     if cells.empty: return show_rows(cells, {}, "frontier", runs, "No cell has a measured speed.")
-    cells = cells.assign(way=[WAYS[way].words.replace("…", WAYS["release"].words) for way in cells["way"]], peak=cells["peak"] / 1e9).drop_duplicates(
+    words = {name: way.words.replace("…", WAYS["release"].words) for name, way in WAYS.items()}
+    cells = cells.assign(way=cells["way"].map(words), peak=cells["peak"] / 1e9).drop_duplicates(
         ["size", "way", "gpus", "device", "tokens_per_s"])
     heads = dict(size="size", way="trained by", gpus="GPUs", budget="fits a card of, GiB", device="measured on",
                  micro="micro-batch", peak="peak, GB (1e9)", tokens_per_s="tokens/s a GPU",

@@ -13,7 +13,7 @@ import pandas as pd
 from ..base.records import REHEARSAL, Run
 from .charts import draw, scaling_lines
 from .frontier import CARD, TIMED_STEPS
-from .render import Rendered, full_name, load_runs, sentence
+from .render import Rendered, full_name, given_runs, sentence
 from .rows import show_rows
 from ..study.evidence import gpus_of
 from ..study.h1.presets import STACKS
@@ -44,7 +44,7 @@ def scaling(
     """A row for each size, config, study (a card and a scale) and number of gpus that has a speed: from (trained,
     searched), seeds, micro_batch, checkpointing, tokens_per_s (of a GPU), kept (of that on the fewest GPUs, a share),
     numbers (of GPUs that are known), peak and predicted (GB), off (per cent), device, scale, runs."""
-    runs = [run for run in (load_runs() if runs is None else runs) if run.header["hypothesis"] == "h1"
+    runs = [run for run in given_runs(runs) if run.header["hypothesis"] == "h1"
             and run.header["device_kind"] == "cuda" and run.header["scale"] != REHEARSAL]
     def rows(of, kind):
         return [row | {key: run.header[key] for key in ("study", "device", "scale")}
