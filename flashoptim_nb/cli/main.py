@@ -59,10 +59,9 @@ def _check_surroundings(args):
     """Raises `UserError` for a place that cannot be written to and for a variable of this package that does not hold
     what it names, before anything is begun."""
     from flashoptim_nb.base.machine import commit, work_root
-    from flashoptim_nb.base.records import check_place
+    from flashoptim_nb.base.records import check_place, record_folders
     from flashoptim_nb.lm.text import data_folder
     from flashoptim_nb.measure.cost import RATES, known_platforms, own_rate
-    from flashoptim_nb.base.records import record_folders
     if given := getattr(args, "rate", None):
         for text in given: own_rate(text)
         os.environ[RATES] = "\n".join(given)
@@ -326,29 +325,26 @@ def _show_parts(names: list) -> int:
 
 def _bench(args) -> int:
     from flashoptim_nb.base.machine import work_root
-    from flashoptim_nb.cli.bench import bench, bench_domain, bench_largest
+    from flashoptim_nb.cli import bench
     name, out = _benchmark(args), args.out or work_root() / "runs"
     gpus, times = (default if n is None else n for n, default in ((args.gpus, 1), (args.times, 20)))
     def given(**options): return {key: value for key, value in options.items() if value is not None}
     if name == "memory":
-        from flashoptim_nb.cli.bench import bench_memory, memory_cells
-        cells = memory_cells(gpus, args.cells)
+        cells = bench.memory_cells(gpus, args.cells)
         if args.dry_run: return _show_cells(cells)
-        folder = bench_memory(out, device=args.device, cells=cells)
+        folder = bench.bench_memory(out, device=args.device, cells=cells)
     elif name == "host":
-        from flashoptim_nb.cli.bench import bench_host
-        folder = bench_host(out, device=args.device,
-                            **given(size=args.size, budget=args.budget, micros=args.micro))
+        folder = bench.bench_host(out, device=args.device,
+                                  **given(size=args.size, budget=args.budget, micros=args.micro))
     elif name == "compat":
-        from flashoptim_nb.cli.bench import bench_compat, parts
-        if args.dry_run: return _show_parts(parts(gpus))
-        folder = bench_compat(out, device=args.device, gpus=gpus)
+        if args.dry_run: return _show_parts(bench.parts(gpus))
+        folder = bench.bench_compat(out, device=args.device, gpus=gpus)
     elif name == "dimenet":
-        folder = bench_domain("molecules", out, device=args.device, steps=times,
-                              **given(implementations=args.blocks and tuple(args.blocks),
-                                      precisions=args.precisions and tuple(args.precisions)))
-    elif name == "capacity": folder = bench_largest(out, device=args.device, **given(configs=args.precisions))
-    else: folder = bench(out, device=args.device, times=times, **given(works=args.tensors, names=args.optimizers))
+        folder = bench.bench_domain("molecules", out, device=args.device, steps=times,
+                                    **given(implementations=args.blocks and tuple(args.blocks),
+                                            precisions=args.precisions and tuple(args.precisions)))
+    elif name == "capacity": folder = bench.bench_largest(out, device=args.device, **given(configs=args.precisions))
+    else: folder = bench.bench(out, device=args.device, times=times, **given(works=args.tensors, names=args.optimizers))
     print(f"recorded in {folder}")
     return 0
 
@@ -390,10 +386,9 @@ def _deciding(runs: list, wanted) -> list:
 
 def _standing(run) -> object:
     "The run with the decisions that stand: in a journal, of each checkpoint the last."
-    last = ({row["checkpoint"]: n for n, row in enumerate(run.rows) if row["kind"] == "decision"}
-            if run.is_journal else {})
-    gone = [row for n, row in enumerate(run.rows) if row["kind"] == "decision" and last.get(row["checkpoint"], n) != n]
-    return _deciding([run], lambda row: not any(row is old for old in gone))[0]
+    if not run.is_journal: return run
+    last = {row["checkpoint"]: row for row in run.of("decision")}
+    return _deciding([run], lambda row: row is last[row["checkpoint"]])[0]
 
 def _replayed(study: Path, runs_of) -> list[str]:
     "What does not replay in a study of good records, in words; `runs_of` reads a study."

@@ -101,6 +101,14 @@ def _tell_plan(folder, specs, tell):
          f"evaluation{' and those that are not known' if None in known else ''}; nothing was run")
 
 # %% ../../nbs/cli/01_quality.ipynb #7f52a0c8
+def _train(spec, folder, head, where, corpus, every, end) -> dict[str, float]:
+    "One run, stopped at the time `end`; its last loss on each held-out text, nats a token."
+    task = make_task(spec, where, corpus)
+    callbacks = [EvaluationCallback(task, corpus.track, every, spec.recipe.steps, corpus.evals), ThroughputCallback(task)]
+    fit(task, folder, head, steps=spec.recipe.steps, callbacks=callbacks, stopped=lambda: time.monotonic() > end)
+    rows = read_run(folder).of("eval")[-len(corpus.evals):]
+    return {row["set"]: row["nll"] / row["tokens"] for row in rows}
+
 def quality(
     out: str | Path,  # folder of studies
     *,
@@ -127,34 +135,27 @@ def quality(
     where, whole, part = pick_device(device), _texts(preset), QUALITY_PLANS[preset]
     origin = provenance(where)
     folder = Path(out) / study_name("quality", whole.name, origin["device"], origin["device_kind"])
+    def specs(vocab):
+        return [quality_spec(preset, config, seed, vocab, whole.tokenizer, steps, schedule)
+                for seed in seeds for config in configs]
     if dry_run:
-        _tell_plan(folder, [quality_spec(preset, config, seed, 64, whole.tokenizer, steps, schedule)
-                            for seed in seeds for config in configs], tell)
+        _tell_plan(folder, specs(64), tell)
         return folder
     if whole.device == "cuda" and where.type != "cuda":
         raise UserError(f"preset {preset!r} is trained on a GPU, and there is none here; rehearse with --preset laptop")
     end, corpus = time.monotonic() + 60 * (minutes or 1e9), load_corpus(whole)
     with only_writer(folder):
-        for seed in seeds:
-            for config in configs:
-                spec = quality_spec(
-                    preset, config, seed, pad_vocab(corpus.tokenizer.vocab_size), whole.tokenizer, steps, schedule)
-                head = run_header(spec, where, data_hash=corpus.data_hash, study=folder.name, hypothesis="quality",
-                                  criteria_hash=H1.hash)
-                if is_done(folder / spec.id, head): continue
-                if time.monotonic() > end:
-                    tell(f"the time is up before {spec.id}; the same command goes on")
-                    return folder
-                task = make_task(spec, where, corpus)
-                looks = [
-                    EvaluationCallback(task, corpus.track, part.track_every, spec.recipe.steps, corpus.evals),
-                    ThroughputCallback(task)]
-                try:
-                    fit(task, folder / spec.id, head, steps=spec.recipe.steps, callbacks=looks,
-                        stopped=lambda: time.monotonic() > end)
-                except Interrupted: tell(f"the time is up during {spec.id}; the same command goes on"); return folder
-                tell(f"{spec.id}: " + ", ".join(f"{row['set']} {row['nll'] / row['tokens']:.4f}"
-                                                for row in read_run(folder / spec.id).of("eval")[-len(corpus.evals):]))
-                del task, looks
-                free(where)
+        for spec in specs(pad_vocab(corpus.tokenizer.vocab_size)):
+            head = run_header(spec, where, data_hash=corpus.data_hash, study=folder.name, hypothesis="quality",
+                              criteria_hash=H1.hash)
+            if is_done(folder / spec.id, head): continue
+            if time.monotonic() > end:
+                tell(f"the time is up before {spec.id}; the same command goes on")
+                break
+            try: losses = _train(spec, folder / spec.id, head, where, corpus, part.track_every, end)
+            except Interrupted:
+                tell(f"the time is up during {spec.id}; the same command goes on")
+                break
+            tell(f"{spec.id}: " + ", ".join(f"{text} {loss:.4f}" for text, loss in losses.items()))
+            free(where)
     return folder

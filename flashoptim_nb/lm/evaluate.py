@@ -82,8 +82,8 @@ class scoring:
         autocast: torch.dtype | None,  # None: as the weights are
     ):
         kind = torch.device(device).type
-        self.model, self.contexts = model, (
-            torch.no_grad(), torch.autocast(kind, dtype=autocast, enabled=autocast is not None))
+        self.model = model
+        self.contexts = (torch.no_grad(), torch.autocast(kind, dtype=autocast, enabled=autocast is not None))
 
     def __enter__(self):
         self.training = self.model.training

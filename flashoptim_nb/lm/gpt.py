@@ -140,6 +140,7 @@ SAVED_OPS = {_aten.mm.default, _aten.addmm.default, _aten._scaled_mm.default,  #
         _aten._scaled_dot_product_cudnn_attention.default}
 
 def save_policy(context, op, *args, **kwargs):
+    "What selective checkpointing does with an operator's output: keeps products and attention, computes the rest again."
     own_kernel = getattr(op, "namespace", "").startswith("flash_attn")  # the flash-attn package's operators
     return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS or own_kernel else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -178,7 +179,7 @@ class GPT(nn.Module):
     def __init__(
         self,
         config: GPTConfig,
-        attention: str = "eager",  # a name of kernels.attention; resolve "best" first
+        attention: str = "eager",  # a name of `ATTENTION`; `resolve_attention` turns "best" into one
         checkpointing: str = "none",  # or "selective", "full"
         stream: torch.dtype | None = None,  # of what the layers add to; None: the embedding's
     ):
@@ -278,7 +279,7 @@ def init_weights(
 def compile_blocks(
     self: GPT,
     backend: str = "inductor",  # of torch.compile
-    whole: bool = False  # one graph of all layers: fused across blocks, compiled for as much longer as they are many
+    whole: bool = False,  # one graph of all layers, which is fused across blocks and takes longer to compile
 ) -> GPT:
     "Compiles each block, and the head with its plain loss; raises `UserError` where there is no compiler."
     if not (able := capabilities()["compile"]).ok:

@@ -60,8 +60,8 @@ def softmax_minus_onehot_reference(
     "Negative log-likelihood of each row; the logits become its gradient with respect to them."
     z = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))  # fp32 logits are worked on in place
     ignored_N, inside_N = target_N == IGNORE, (target_N >= 0) & (target_N < z.shape[1])
-    weight_N, at_N1 = z.new_ones(len(z)).masked_fill(ignored_N, 0.0).masked_fill(~(ignored_N | inside_N), math.nan), (
-        target_N * inside_N)[:, None]
+    weight_N = z.new_ones(len(z)).masked_fill(ignored_N, 0.0).masked_fill(~(ignored_N | inside_N), math.nan)
+    at_N1 = (target_N * inside_N)[:, None]
     log_sum_N = torch.logsumexp(z, dim=-1)
     nll_N = ((log_sum_N - z.gather(1, at_N1).squeeze(1)) * weight_N).masked_fill(ignored_N, 0.0)
     z.sub_(log_sum_N[:, None]).exp_()

@@ -92,7 +92,7 @@ def config_bytes(
     stack_name: str,  # a name of `train.config.LM_CONFIGS`
     gradients: bool = True,  # False: what lives on between steps, and goes into a checkpoint
 ) -> float:
-    "Bytes a parameter: weight, correction, states with their scales, and the gradient."
+    "Bytes a parameter: weight, error bits, states with their scales, and the gradient."
     stack = choose("configuration", stack_name, LM_CONFIGS)
     return (stack.bytes_per_parameter
             - (0 if gradients else bytes_per_parameter(stack.weights, stack.states, stack.release)["gradients"]))

@@ -14,7 +14,7 @@ import torch
 
 from ..base.compare import rel_err
 from ..base.errors import UserError
-from .batches import synthetic
+from .batches import Synthetic
 from .attention import attend, attention_backends
 from ..optim.split import reconstruct_fp32_param
 from .gpt import GPT, GPTConfig
@@ -63,7 +63,7 @@ def checkpointing_checks(
 ) -> Iterator[dict]:
     """Distance of the gradients with selective and full checkpointing from those without,
     and gradients that are not finite."""
-    inputs_BT, targets_BT = (t.to(device) for t in synthetic(config.vocab_size, config.max_seq, 2, seed).batch(1))
+    inputs_BT, targets_BT = (t.to(device) for t in Synthetic(config.vocab_size, config.max_seq, 2, seed).batch(1))
     def gradients(kind, attention):
         model = GPT(config, attention=attention, checkpointing=kind).to(device)
         model.init_weights(seed)
@@ -129,7 +129,7 @@ def train_synthetic(
     "Trains by AdamW in fp32 on synthetic tokens, sharded over the ranks there are; losses and tokens per second."
     shape, ticks, losses = gpt_config(size, max_seq=seq), [], []
     recipe = Recipe(steps=steps, batch=batch, micro=batch // world()[1], seq=seq, lr=1e-3, schedule="constant")
-    config, windows = TrainConfig(autocast="", fused=kind == "cuda"), synthetic(shape.vocab_size, seq, batch, 0)
+    config, windows = TrainConfig(autocast="", fused=kind == "cuda"), Synthetic(shape.vocab_size, seq, batch, 0)
     task = LMTask(shape, config, recipe, windows, seed=0, device=kind)
     for n in range(1, steps + 1):
         losses.append(task.step(n)["loss"])  # waits for the device

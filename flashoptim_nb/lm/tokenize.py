@@ -105,7 +105,7 @@ def load_tokenizer(
 # %% ../../nbs/lm/01_tokenize.ipynb #b339ea34
 def cache_folder() -> Path:
     """Where tokens are kept: the folder in FLASHOPTIM_CACHE, else this package's in the user's cache;
-    without a home one that goes with this process."""
+    without a home directory a temporary one, removed when this process ends."""
     if given := os.environ.get("FLASHOPTIM_CACHE"): return Path(given)
     kept = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     # the standard: a relative one is ignored

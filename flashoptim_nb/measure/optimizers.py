@@ -201,8 +201,9 @@ def released_peak(
         torch.stack([p.sum() for p in params]).sum().backward()
         opt.step()
     step()  # states come with the first
-    n, held, hidden = sum(p.numel() for p in params), sum(p.nbytes for p in params) + state_bytes(opt, params), _hidden(
-        step, device)
+    n = sum(p.numel() for p in params)
+    held = sum(p.nbytes for p in params) + state_bytes(opt, params)
+    hidden = _hidden(step, device)
     return dict(
         optimizer="FlashAdamW", work=work, parameters=n, between=held / n,
         peak=None if hidden is None else (held + hidden) / n, largest_gradient=max(p.nbytes for p in params) / n)
@@ -210,9 +211,9 @@ def released_peak(
 # %% ../../nbs/measure/04_optimizers.ipynb #6aac683c
 def benchmark(
     device: torch.device | str,
-    works: Iterable[str] = ("124M", "1.3B", "small"),
-    names: Iterable[str] = tuple(TIMED),  # of `TIMED`
-    times: int = 20,
+    works: Iterable[str],  # of `TENSOR_SETS`
+    names: Iterable[str],  # of `TIMED`
+    times: int = 20,  # timed steps behind each median
 ) -> Iterator[dict]:
     "The copy's row, then for each set a row for each optimizer, without and with clipping, and the pairs `IN_TURNS`."
     rate = copy_rate(device, 1 << 30 if torch.device(device).type == "cuda" else 1 << 26)

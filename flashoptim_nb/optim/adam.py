@@ -76,7 +76,7 @@ class FlashAdam(FlashOptimizer):
         if (not isinstance(betas, (tuple, list)) or len(betas) != 2
                 or not all(is_number(b, 0, 1) and b < 1 for b in betas) or not is_number(eps, 0)):
             raise OptionError(f"betas={betas!r}, eps={eps!r}: two numbers in [0, 1) and a finite eps of 0 or more "
-                              "are needed")
+                              "are needed, as numbers and not as tensors")
         for name in "amsgrad", "differentiable":
             if group.get(name):
                 raise OptionError(f"{name}=True is not available in {type(self).__name__}; use torch.optim for "

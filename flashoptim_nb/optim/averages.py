@@ -73,7 +73,8 @@ class AveragedMasters:
             raise OptionError(f"{strange} of the optimizer's {len(stepped)} parameters are not the model's: "
                               "give the model that it steps, as it is now (fully_shard makes new parameters)")
         self.chunks = [
-            (chunk, torch.zeros(sum(local(self.params[n]).numel() for n in chunk), device=self.params[chunk[0]].device))
+            (chunk, torch.zeros(sum(local(self.params[n]).numel() for n in chunk), dtype=torch.float32,
+                                device=self.params[chunk[0]].device))
             for chunk in _chunks(self.params)]
         self.average = {}  # name -> fp32, this rank's part of a parameter
         for chunk, flat in self.chunks:

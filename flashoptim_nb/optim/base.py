@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..base.errors import UserError, choose, is_number
-from .backend import HAS_TRITON, warn_without_triton
+from .backend import HAS_TRITON, outside_autocast, warn_without_triton
 from .split import HALF_FORMATS, MAX_CODE
 from .multi_tensor import read_weights, write_weights
 from .buckets import LIVE_OPTIMIZERS, ParamBucket, build_buckets, cached_buckets
@@ -168,14 +168,14 @@ class FlashOptimizer(Optimizer):
                      fused=fused, check_numerics=check_numerics, decouple_lr=decouple_lr, max_norm=max_norm,
                      skip_nonfinite=skip_nonfinite, companded=companded, offload_states=offload_states,
                      rounding=rounding)
-        self.__dict__ |= given | dict(_cached={})  # buckets of the last step, see `optim.buckets`
+        # `_cached`: buckets of the last step, see `optim.buckets`; `release`: the active GradientReleaseHandle
+        self.__dict__ |= given | dict(_cached={}, release=None)
         if offload_states: self._host = HostStates()
         for name in self.options: setattr(self, name, getattr(self, name))  # checked, as when it is set later
         if self.fused and not HAS_TRITON: warn_without_triton()
         self.grad_norm: torch.Tensor | None = None  # 0-d fp32: the global norm before clipping, of the last step
         # 0-d, on the first parameter's device: those that step() left out; GradScaler's own are not among them
         self.skipped_steps = torch.zeros((), dtype=torch.int64)
-        self.release = None  # the active GradientReleaseHandle
         self._made_for: dict[torch.Tensor, torch.dtype] = {}  # parameter -> its dtype when its state was made
         self._largest: dict[torch.Tensor, float] = {}  # largest |weight| of each parameter, for check_numerics
         super().__init__(params, defaults)
@@ -225,6 +225,7 @@ class FlashOptimizer(Optimizer):
             raise OptionError(f"decouple_lr=True: {type(self).__name__} has its weight decay in the gradient; "
                               "use the class with a W")
         if self.decouple_lr: self._keep_lr(group)
+        if self.release is not None: self.release._watch(group["params"])
 
     def _fill_group(self, group: dict):
         "Puts into a new group what its defaults depend on; subclasses that have such add theirs."
@@ -392,6 +393,10 @@ class FlashOptimizer(Optimizer):
         scaling: GradScaling,  # multiplier and skip flag, on the bucket's device
     ):
         "One step of a bucket, in place."
+        with outside_autocast(): self._apply_scaled(bucket, group, scaling)
+
+    def _apply_scaled(self, bucket: ParamBucket, group: dict, scaling: GradScaling):
+        "The same, where operations keep the dtypes of their tensors."
         if self._host is not None: self._host.step(self, bucket, group, scaling)
         elif bucket.tensors is not None: self._update_fused(bucket, group, scaling)
         elif scaling.skip is None or not scaling.skip > 0:

@@ -20,7 +20,7 @@ from .backend import HAS_TRITON, INTERPRETED
 from .checks import check_options, overlapping, overlaps_itself, placements_of
 from .multi_tensor import TYPES, GradPointers, TensorList, Operands
 from .shards import first_place, like, local
-from .states import new_state, state_kinds, state_operands
+from .states import keeps_master, new_state, state_kinds, state_operands
 # importable from here, as models pickled by earlier versions look it up
 from .checks import GradientError, OptionError, ParametersError
 from .states import CastError
@@ -71,7 +71,9 @@ def own_states(
             if step is None or uses[id(step)] or not _is_counter(step, p.device):
                 own["step"] = counters.setdefault(
                     (n if step is None else id(step), p.device), _counter(0.0 if step is None else step, p.device))
-            if missing := kinds.keys() - own.keys():
+            missing = kinds.keys() - own.keys()
+            if "error_bits" in kinds: keeps_master(opt, p, "error_bits" in missing)
+            if missing:
                 own |= {k: t for k, t in new_state(opt, group, p, step).items() if k in missing}
             if state is not opt.state.get(p) or uses[id(state)] > 1: opt.state[p] = state = dict(state)
             if any(state.get(k) is not t for k, t in own.items()): state.update(own)
@@ -150,8 +152,8 @@ class ParamBucket:
         self.on_gpu = (opt.fused and HAS_TRITON and opt._update_fused is not None
                        and (self.device.type == "cuda" or bool(INTERPRETED)))
         self.moments = opt._moments_of(group)
-        self.taken, self.empty = {at for p in self.local if (at := p.data_ptr())}, sum(
-            not p.numel() for p in self.local)
+        self.taken = {at for p in self.local if (at := p.data_ptr())}
+        self.empty = sum(not p.numel() for p in self.local)
         self.apart = True  # whether no gradient is a parameter's own memory
         self.plan = None  # what an optimizer of matrices made for its launches
         self.operands = [Operands(flat, None, *state_operands(opt, group, p))._replace(place=first_place(p))
@@ -166,8 +168,8 @@ class ParamBucket:
     def take(self, grads: Sequence[torch.Tensor], at: tuple[int, ...] | None = None, found: GradPointers | None = None):
         """Sets the gradients of the next step, in the parameters' order, flat or contiguous;
         where they lie, if that is known."""
-        self.grads, self.at, self.grad_pointers = grads, at, found or (
-            self.tensors.grad_pointers(grads, at) if self.tensors else None)
+        self.grads, self.at = grads, at
+        self.grad_pointers = found or (self.tensors.grad_pointers(grads, at) if self.tensors else None)
         if self.tensors: self.tensors.keep_for_replays(self.grad_pointers)
 
     def with_grads(self) -> list[Operands]:

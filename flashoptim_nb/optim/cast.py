@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.optim.swa_utils import AveragedModel
@@ -26,7 +27,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..base.errors import UserError
 from .split import HALF_FORMATS, decode
 from .base import explained
-from .states import first_error_bits, stash_cast_error
+from .checks import extent
+from .states import cast_error_of, first_error_bits, share_cast_errors, stash_cast_error
 from .shards import like, local
 
 # %% ../../nbs/optim/13_cast.ipynb #125f2b2c
@@ -139,7 +141,7 @@ def _of_buffers_alone(m):
             and next(m.parameters(), None) is None)
 
 # %% ../../nbs/optim/13_cast.ipynb #5e0c91c1
-def _end(t): return t.storage_offset() + 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))
+def _end(t): return t.storage_offset() + extent(t)
 
 
 def _shared(named: dict[str, torch.Tensor]) -> list[list[str]]:
@@ -235,7 +237,9 @@ _TOLD = []  # the hook that `cast_model` sets once in a process
 
 
 def _tell(module, name, child):
-    "Where torch's AveragedModel takes its copy of a model in 16 bits: warns that it will stand still."
+    """Where DistributedDataParallel takes a model: has the ranks begin alike.
+    Where torch's AveragedModel takes its copy of one in 16 bits: warns that it will stand still."""
+    if isinstance(module, DistributedDataParallel): share_cast_errors(child, module.process_group)
     if isinstance(module, AveragedModel) and any(p.dtype in HALF_FORMATS for p in child.parameters()):
         warnings.warn("an AveragedModel of a model in 16 bits adds increments that are smaller than half the spacing "
                       "of its numbers, and stands still: "
@@ -250,7 +254,8 @@ def cast_model(
     selective: bool = True,  # keep batch and instance norms in fp32
     full_precision_layers: Sequence[str | nn.Module] | None = None,  # stay in fp32, fp32 outputs
     full_precision_recast_layers: Sequence[str | nn.Module] | None = None,  # stay in fp32, outputs in `dtype`
-    # keep what rounding takes away, two bytes a parameter, until a first step makes it the masters' error bits
+    # keep what rounding takes away, two bytes a value, until a first step makes it the masters' error bits; nothing of
+    # what is frozen, and of what was frozen since nothing more when the model is cast again
     masters: bool = True,
     # buffers to be cast with the parameters; others keep their dtype
     cast_buffers: Sequence[str | torch.Tensor] | None = None,
@@ -267,8 +272,8 @@ def cast_model(
     if dtype not in (torch.bfloat16, torch.float16):
         raise UserError(f"cast_model to {dtype}: choose torch.bfloat16 or torch.float16")
     modules, buffers = dict(model.named_modules()), dict(model.named_buffers())
-    keep, recast = (_chosen(modules, full_precision_layers, "layer"),
-                    _chosen(modules, full_precision_recast_layers, "layer"))
+    keep = _chosen(modules, full_precision_layers, "layer")
+    recast = _chosen(modules, full_precision_recast_layers, "layer")
     chosen = {m for layer in (*keep, *recast) for m in layer.modules()}
     norms = [m for m in model.modules() if selective and isinstance(m, _NormBase) and m not in chosen]
     whole = chosen | set(norms)
@@ -287,6 +292,8 @@ def cast_model(
     for name, t in named.items():
         if name not in buffers: _check_range(name, t, dtype)
     _cast(model, named, groups, dtype, masters)
+    for p in model.parameters():
+        if not p.requires_grad and (kept := cast_error_of(p)) is not None: kept.drop()
     if not _TOLD: _TOLD.append(nn.modules.module.register_module_module_registration_hook(_tell))
     for m in dict.fromkeys((*keep, *recast, *norms)): _hook(m, m in keep, dtype)
     for m in model.modules():

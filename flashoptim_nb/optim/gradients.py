@@ -30,7 +30,7 @@ def sum_of_squares(
     grads: Sequence[torch.Tensor],  # any shapes, floating dtypes, on one device
 ) -> torch.Tensor:  # 0-d fp32 on that device: NaN or infinite where a gradient is, or where it overflows
     "The sum of squares of all gradients, each read once (a few launches on a GPU, however many tensors)."
-    return squares_of(grads).sum() if grads else torch.zeros(())
+    return squares_of(grads).sum() if grads else torch.zeros((), dtype=torch.float32)
 
 # %% ../../nbs/optim/05_gradients.ipynb #7be4d012
 def sharding(
@@ -51,9 +51,10 @@ def over_all(
     "The sum of squares over all ranks, each value counted once: one all-reduce for what is sharded alike."
     sums = {sharding(p): (p, []) for p in among if isinstance(p, DTensor)}
     for p, s in squares: sums.setdefault(sharding(p), (p, []))[1].append(s)
-    parts = [over_shards(torch.stack(s).sum() if s else torch.zeros((), device=p.device), p).to(home)
+    none = torch.zeros((), dtype=torch.float32)
+    parts = [over_shards(torch.stack(s).sum() if s else none.to(p.device), p).to(home)
              for p, s in sums.values()]
-    return torch.stack(parts).sum() if parts else torch.zeros((), device=home)
+    return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float32, device=home)
 
 # %% ../../nbs/optim/05_gradients.ipynb #975e9006
 @dataclass
@@ -100,11 +101,13 @@ def compute_grad_scaling(
     clip: bool = True,  # whether `max_norm` applies
 ) -> dict[torch.device, GradScaling]:
     "What the step does with the gradients; keeps the norm and counts a skipped step, without waiting for either."
-    devices, max_norm = dict.fromkeys(
-        [bucket.device for bucket in buckets], GradScaling()), opt.max_norm if clip else None
+    devices = dict.fromkeys([bucket.device for bucket in buckets], GradScaling())
+    max_norm = opt.max_norm if clip else None
     scaler = getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None)
     looks = max_norm is not None or opt.skip_nonfinite
-    if not buckets or not looks and scaler == (None, None): return devices
+    if not buckets or not looks and scaler == (None, None):
+        opt.grad_norm = None  # and not that of a step before
+        return devices
     with torch.no_grad(): c = _looked_at(opt, buckets, devices, max_norm, scaler, looks)
     opt.grad_norm = c.norm
     return {d: c.to(d) for d in devices}

@@ -13,10 +13,10 @@ import torch
 
 from .backend import tl, triton
 from .codec import _code_m, decode_m, dequantize_m, encode_m
-from flashoptim_nb.optim.multi_tensor import (
-    BLOCK, TYPES, WARPS, GradPointers, TensorList, Operands, address, load, in_chunks, bounds_mask, jit_for_constants,
-    launch, load_weights, block_dithers, block_range, block_turn, device_guard, store, read_weights, store_weights, block_offsets,
-    write_weights)
+from .multi_tensor import (
+    BLOCK, TYPES, WARPS, GradPointers, Operands, TensorList, address, block_dithers, block_offsets, block_range,
+    block_turn, bounds_mask, device_guard, in_chunks, jit_for_constants, launch, load, load_weights,
+    read_weights, store, store_weights, write_weights)
 from .rounding import dithers
 from .split import widen
 

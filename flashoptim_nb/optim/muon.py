@@ -24,9 +24,9 @@ from .buckets import ParamBucket
 from .checks import OptionError
 from .gradients import GradScaling
 from .multi_tensor import Launch, TensorList, device_guard, _kinds
-from flashoptim_nb.optim.muon_kernel import (
-    MuonScalars, directions_fused, directions_reference, lr_ratio, moves_fused, moves_reference, newton_schulz,
-    newton_schulz_stack)
+from .muon_kernel import (
+    MuonScalars, directions_fused, directions_reference, lr_ratio, moves_fused,
+    moves_reference, newton_schulz, newton_schulz_stack)
 from .rounding import ROUNDING
 from .shards import dealt_out
 from .state_dict import StateError

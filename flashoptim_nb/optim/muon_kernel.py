@@ -16,10 +16,10 @@ import torch
 
 from .backend import INTERPRETED, tl, triton
 from .codec import _code_m, decode_m, dequantize_m, encode_m
-from flashoptim_nb.optim.multi_tensor import (
-    BLOCK, TYPES, WARPS, GradPointers, Launch, TensorList, Operands, address, block_offsets, block_range, bounds_mask,
-    block_dithers, block_turn, device_guard, in_chunks, jit_for_constants, launch, load, load_weights, read_weights, store,
-    store_weights, write_weights)
+from .multi_tensor import (
+    BLOCK, TYPES, WARPS, GradPointers, Launch, Operands, TensorList, address, block_dithers, block_offsets,
+    block_range, block_turn, bounds_mask, in_chunks, jit_for_constants, launch, load, load_weights,
+    read_weights, store, store_weights, write_weights)
 from .rounding import dithers
 from .split import round_narrow, widen
 

@@ -9,7 +9,7 @@ __all__ = ['ReleaseError', 'in_nested_backward', 'GradientReleaseHandle', 'enabl
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -78,8 +78,16 @@ class GradientReleaseHandle:
         # the backward pass, squares before it, whether it has not ended
         self._task, self._mark, self._running = -1, 0, False
         self._stepped, self._repeated = False, False  # whether the loop calls step(), and left it out
-        ours = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        self._hooks = [p.register_post_accumulate_grad_hook(_Arrival(self)) for p in ours]
+        self._hooks = []
+        for group in optimizer.param_groups: self._watch(group["params"])
+
+    def _watch(self, params: Iterable[torch.Tensor]):
+        "Hooks parameters, those that are frozen now among them: they may be thawed."
+        for p in params:
+            frozen = not p.requires_grad
+            if frozen: p.requires_grad_(True)  # torch hooks no others
+            self._hooks.append(p.register_post_accumulate_grad_hook(_Arrival(self)))
+            if frozen: p.requires_grad_(False)
 
     @property
     def clip(self) -> torch.Tensor | None:
@@ -219,7 +227,7 @@ class GradientReleaseHandle:
 
     def _scale(self, device: torch.device) -> torch.Tensor | None:
         "The scaler's current loss scale, or None without one."
-        return self.grad_scaler.scale(torch.ones((), device=device)) if self._scaled else None
+        return self.grad_scaler.scale(torch.ones((), dtype=torch.float32, device=device)) if self._scaled else None
 
     @torch.no_grad()
     def _finish(self):
@@ -243,7 +251,9 @@ class GradientReleaseHandle:
         "Ends a step of which the first `count` squares are."
         done, self._squares, self._mark = self._squares[:count], self._squares[count:], 0
         opt, shards = self.optimizer, self._shards()
-        if not done and not shards: return
+        if not done and not shards:
+            opt.grad_norm = None
+            return
         c = self._judged(done)
         opt.grad_norm = c.norm
         opt.skipped_steps += (c.skip > 0)
@@ -277,7 +287,7 @@ class GradientReleaseHandle:
         alike, state = {}, self.optimizer.state
         for p in shards: alike.setdefault(sharding(p), []).append(p)
         for params in alike.values():
-            zero = torch.zeros((), device=params[0].device)
+            zero = torch.zeros((), dtype=torch.float32, device=params[0].device)
             own = [state[p]["step"] if p in state and "step" in state[p] else zero for p in params]
             torch._foreach_copy_(own, list(over_shards(torch.stack(own), params[0], dist.ReduceOp.MAX).unbind()))
 

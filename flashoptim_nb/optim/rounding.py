@@ -59,7 +59,7 @@ def _dithers(t, first, n, device):
     run = torch.arange(first // RUN, (first + n - 1) // RUN + 1, device=device)
     turn = (run * SPREAD + t * GOLDEN) & 0xFFFFFFFF
     mixed = ((turn ^ turn >> 15) * MIX) & 0xFFFFFFFF
-    numbers = (torch.stack([turn & 0x7FFFFF, mixed & 0x7FFFFF, mixed >> 9]) * 2.0**-23 - 0.5).float()
+    numbers = torch.stack([turn & 0x7FFFFF, mixed & 0x7FFFFF, mixed >> 9]).float() * 2.0**-23 - 0.5
     signs = numbers.new_ones(3, 1, RUN)
     signs[1, :, 1::2] = -1
     return (numbers[:, :, None] * signs).view(3, -1)[:, first % RUN:first % RUN + n]

@@ -20,6 +20,7 @@ from ..base.errors import UserError, is_number
 from .codec import GROUP, SCALE_MAX, codec_of
 from .split import CODE_DTYPE, HALF_FORMATS, compute_ecc_bits, decode
 from .buckets import own_states
+from .checks import wrong_decay
 from .rounding import ROUNDINGS
 from .states import error_bit_width, first_error_bits, new_state, state_device, state_kinds
 from .shards import from_shard, held, like, local, scale_shape, scales_like
@@ -58,12 +59,14 @@ def _begins(opt, group, p):
 def _stated(opt):
     "Options that the steps go by and no tensor shows, as a mark has them; the rounding has its place in the format."
     return dict(rounding=repr(opt.rounding), max_norm=repr(opt.max_norm and float(opt.max_norm)),
-                decouple_lr=repr(opt.decouple_lr))
+                decouple_lr=repr(opt.decouple_lr), decoupled=repr(opt.decoupled))
 
 
 def saved_state(opt) -> dict:
     """As in torch.optim; waits for the device, since step counters leave it.
-    Tensors are the live ones, not copies, but for the counters."""
+    Tensors are the live ones, not copies, but for the counters.
+    Raises `StateError` while averages are in the weights' place."""
+    if opt._lent: raise StateError(_LENT)
     begun = [(group, [p for p in group["params"] if _begins(opt, group, p)]) for group in opt.param_groups]
     own_states(opt, begun)  # as they would begin in the next step
     listed, every = {p for group in opt.param_groups for p in group["params"]}, opt.state
@@ -154,7 +157,7 @@ def _origin(group, where):
         except ValueError: clip = -1.0
         if (coding not in ("companded", "linear") or bits not in ("24", "32", "None")
                 or rounding not in ("", *ROUNDINGS) or not is_number(clip or 0.0, 0, 1)
-                or not options.keys() <= {"rounding", "max_norm", "decouple_lr"}):
+                or not options.keys() <= {"rounding", "max_norm", "decouple_lr", "decoupled"}):
             raise StateError(f"{where}: state_format is {mark!r}, not known here: was it saved by a newer version?")
         return _Origin(bits={"24": 8, "32": 16}.get(bits), companded=coding == "companded", weights=weights, clip=clip,
                        options=options)
@@ -305,12 +308,21 @@ _KINDS = {frozenset(tells): kind for kind, tells in {
           }.items()}
 
 
+def _check_decay(opt, group, kind, where):
+    "Raises `StateError` for a saved group whose weight decay is of the other kind; the public package does not say."
+    decoupled = _origin(group, where).options.get("decoupled", group.get("decoupled_weight_decay"))
+    if kind == {"momentum"} and {"state_format", "master_bytewidth"}.isdisjoint(group): decoupled = False  # torch's SGD
+    if decoupled not in (None, opt.decoupled, repr(opt.decoupled)) and group.get("weight_decay"):
+        raise StateError(f"{where} was saved under {wrong_decay(opt)}")
+
+
 def _check_kind(opt, group, where):
     """Raises `StateError` for a saved group of another kind of optimizer;
     one without any telling option keeps the optimizer's own."""
     saved, own = (frozenset().union(*_KINDS).intersection(options) for options in (group, opt.defaults))
     if "amsgrad" in group: saved -= {"decoupled_weight_decay"}  # torch's Adam has both, its RAdam the second alone
-    if not saved or saved == own or "ns_steps" in saved & own: return  # torch's Muon is one of matrices alone
+    if not saved or saved == own or "ns_steps" in saved & own:  # torch's Muon is one of matrices alone
+        return _check_decay(opt, group, saved, where)
     raise StateError(f"{where} was saved by {_KINDS.get(saved, 'another kind of optimizer')} (it has "
                      f"{', '.join(sorted(saved))}), another kind than {type(opt).__name__}, "
                      f"which loads {_KINDS.get(own, 'its own')} ({', '.join(sorted(own))}): load it into the kind "
@@ -385,7 +397,7 @@ def _have_codes(states):
 def _warn_of_options(before, own, states):
     "Warns where steps went by other options so far than they will."
     other = {name: x for name, x in before.items()
-             if x != own[name] and (_have_codes(states) if name == "rounding" else states)}
+             if x != own[name] and name != "decoupled" and (_have_codes(states) if name == "rounding" else states)}
     if not other: return
     was, goes = (", ".join(f"{name}={of[name]}" for name in other) for of in (before, own))
     warnings.warn(f"the state dict was saved under {was}, and this optimizer goes on with {goes}: "
@@ -418,6 +430,7 @@ def load_state(
     """Loads states and groups, converting what is kept otherwise; goes on with this optimizer's rounding, `max_norm` and
     `decouple_lr`, and warns where it was saved under others. Raises `StateError`, with nothing changed, where it does
     not fit."""
+    if opt._lent: raise StateError(_LENT)
     if isinstance(state_dict, Mapping): state_dict = dict(state_dict)  # the caller's stays, whatever a hook does
     for hook in opt._optimizer_load_state_dict_pre_hooks.values():
         if (other := hook(opt, state_dict)) is not None: state_dict = other
@@ -449,7 +462,7 @@ def load_state(
     _warn_of_options(origin.options, _stated(opt), states)
     _warn_of_lost_bits(opt, groups, saved, states)
     clip = origin.clip
-    opt._next_clip = None if clip is None else torch.full((), clip, device=opt.skipped_steps.device)
+    opt._next_clip = None if clip is None else torch.full((), clip, dtype=torch.float32, device=opt.skipped_steps.device)
     opt._largest = {}
     opt.invalidate()
     for hook in opt._optimizer_load_state_dict_post_hooks.values(): hook(opt)
@@ -620,7 +633,8 @@ def set_fp32_weights(
     for name, t in entries.items():
         local(t.detach()).copy_(given[name][1])
         if (error_bits := beside.get(name)) is None: continue
-        step = counters.setdefault((id(groups[t]), t.device), torch.zeros((), device=t.device))  # one for all new ones
+        # one for all new ones
+        step = counters.setdefault((id(groups[t]), t.device), torch.zeros((), dtype=torch.float32, device=t.device))
         if not opt.state.get(t): opt.state[t] = new_state(opt, groups[t], t, step)
         if "error_bits" in opt.state[t]: local(opt.state[t]["error_bits"]).copy_(error_bits)
         else: opt.state[t]["error_bits"] = like(t, error_bits)

@@ -106,15 +106,15 @@ def tree_hash(
         digest.update(f"{path.relative_to(root).as_posix()}\0{len(data)}\0".encode() + data)
     return digest.hexdigest()
 
-def _files(folder: Path, pattern: str = "*") -> list[Path]:
-    return [p for p in folder.rglob(pattern) if p.is_file() and "__pycache__" not in p.parts]
+def _files(folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
 
 def surroundings(
     repo: Path,
 ) -> str:
     "A hash of all that every page depends on: package, shipped data without the records, libraries, abilities."
-    package, data = (_files(repo / "flashoptim_nb"),
-                     [p for p in _files(repo / "data") if "records" not in p.relative_to(repo / "data").parts[:1]])
+    package = _files(repo / "flashoptim_nb")
+    data = [p for p in _files(repo / "data") if "records" not in p.relative_to(repo / "data").parts[:1]]
     versions = sorted(f"{d.name} {d.version}" for d in importlib.metadata.distributions())
     settings = {name: value for name, value in os.environ.items()
                 if name.startswith(("FLASHOPTIM_", "TRITON_", "CUDA_")) and name != RECORDS}

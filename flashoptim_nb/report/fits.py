@@ -16,8 +16,8 @@ from ..lm.cells import CELLS, CELLS_TWO, Cell, predicted
 from ..lm.fit import gpt_of, gpu_memory, largest_that_fits, predict
 from ..lm.gpt import GPTConfig
 from ..measure.memory import HEADROOM
-from .render import Rendered, load_runs, sentence, table
-from .rows import show_rows
+from .render import Rendered, given_runs, sentence, table
+from .rows import named_runs, show_rows
 from ..train.config import TrainConfig
 
 # %% ../../nbs/report/15_fits.ipynb #f6acd268
@@ -59,7 +59,7 @@ def predicted_rows(
 ) -> pd.DataFrame:
     """A row for each peak that was measured on a GPU: model, seq, config, micro, checkpointing, gpus,
     peak and predicted (gigabytes), off (per cent)."""
-    runs = load_runs(hypothesis=None) if runs is None else list(runs)
+    runs = given_runs(runs, None)
     found = [rows for rows in (_of_the_benchmark(runs), _of_the_study(runs)) if not rows.empty]
     if not found: return pd.DataFrame()
     rows = pd.concat(found, ignore_index=True)
@@ -83,7 +83,7 @@ def show_predicted(
     runs: Iterable[Run] | None = None,
 ) -> Rendered:
     "Predicted beside measured peaks; of runs that differ in their seed the first."
-    runs = load_runs(hypothesis=None) if runs is None else list(runs)
+    runs = given_runs(runs, None)
     rows = predicted_rows(runs)
     if not rows.empty:
         rows = rows[rows["kind"] == kind] if "kind" in rows else rows
@@ -96,13 +96,13 @@ def predicted_sentence(
     runs: Iterable[Run] | None = None,
 ) -> Rendered:
     "How far off the prediction is, over all peaks."
-    runs = load_runs(hypothesis=None) if runs is None else list(runs)
+    runs = given_runs(runs, None)
     rows = predicted_rows(runs)
     if rows.empty: return Rendered("<p>Not measured.</p>", "Not measured.")
-    behind = [run for run in runs if (run.header["study"], run.id) in set(zip(rows["study"], rows["run"]))]
     off, within = rows["off"].sort_values(), (rows["off"].abs() <= 5).sum()
     return sentence(f"Of {len(rows)} measured peaks {within} are predicted within 5 %. The prediction is off by "
-                    f"{off.iloc[0]:+.1f} % to {off.iloc[-1]:+.1f} %, the median {off.median():+.1f} %.", behind)
+                    f"{off.iloc[0]:+.1f} % to {off.iloc[-1]:+.1f} %, the median {off.median():+.1f} %.",
+                    named_runs(rows, runs))
 
 # %% ../../nbs/report/15_fits.ipynb #b9cd328e
 _MADE = ("size", "style", "seq", "config", "micro_batch", "checkpointing", "gpus")
@@ -124,12 +124,11 @@ def sharded_sentence(
     runs: Iterable[Run] | None = None,
 ) -> Rendered:
     "Which ways of training are measured over several GPUs, each peak beside its prediction, and which are not."
-    runs = load_runs(hypothesis=None) if runs is None else list(runs)
+    runs = given_runs(runs, None)
     rows = predicted_rows(runs)
     if not rows.empty:
         once = ["model", "seq", "config", "micro", "checkpointing", "gpus"]
         rows = rows[rows["gpus"] > 1].drop_duplicates(once)
-    used = set() if rows.empty else set(zip(rows["study"], rows["run"]))
     peaks = {}
     for _, row in rows.iterrows():
         peaks.setdefault(row["config"], []).append(
@@ -138,14 +137,14 @@ def sharded_sentence(
     said = [f"Measured over several GPUs: {'; '.join(said)}."] * bool(said)
     left = [name for name in dict.fromkeys(cell.config for cell in CELLS_TWO) if name not in peaks]
     if left: said.append(f"Predicted and not measured over several GPUs: {', '.join(left)}.")
-    return sentence(" ".join(said), [run for run in runs if (run.header["study"], run.id) in used])
+    return sentence(" ".join(said), named_runs(rows, runs))
 
 # %% ../../nbs/report/15_fits.ipynb #405900b1
 def host_sentence(
     runs: Iterable[Run] | None = None,  # None: all there are
 ) -> Rendered:
     "What `bench host` measured: seconds a step beside the floors of link and arithmetic, and the memory."
-    runs = load_runs(hypothesis=None) if runs is None else list(runs)
+    runs = given_runs(runs, None)
     runs = [run for run in runs if run.header["config"] == "host" and run.header["device_kind"] == "cuda"]
     said = []
     for run in runs:
@@ -176,17 +175,22 @@ def largest_gpt(
         low, high = (middle, high) if fits else (low, middle)
     return low / 10
 
-_SHOWN = {"adamw": "AdamW, fp32 weights (16 B a parameter)",
-          "adamw_bf16": "AdamW, bf16 weights and states (8 B)", "flash_adamw": "FlashAdamW (7.1 B)", "flash_adamw_release": "FlashAdamW, gradient release (5.1 B)",
-          "flash_adamw_on_host": "+ states on the host (4 B, 3.1 B there)",
-          "flash_adamw_release_on_host": "+ both (2 B, 3.1 B there)"}
+_SHOWN = {
+    "adamw": "AdamW, fp32 weights (16 B a parameter)",
+    "adamw_bf16": "AdamW, bf16 weights and states (8 B)",
+    "flash_adamw": "FlashAdamW (7.1 B)",
+    "flash_adamw_release": "FlashAdamW, gradient release (5.1 B)",
+    "flash_adamw_on_host": "+ states on the host (4 B, 3.1 B there)",
+    "flash_adamw_release_on_host": "+ both (2 B, 3.1 B there)",
+}
 
 def show_largest_gpt(
     gpus: Iterable[str] = ("24GB", "40GB", "80GB"),
 ) -> Rendered:
     "The largest GPT for each way of training and GPU."
     def row(name): return {gpu.replace("GB", " GB"): f"{largest_gpt(name, gpu):.1f}" for gpu in gpus}
-    return table([{"billions of parameters that train on one GPU of": words} | row(name) for name, words in _SHOWN.items()])
+    head = "billions of parameters that train on one GPU of"
+    return table([{head: words} | row(name) for name, words in _SHOWN.items()])
 
 # %% ../../nbs/report/15_fits.ipynb #c339710d
 def show_micro(
@@ -198,6 +202,7 @@ def show_micro(
     model = gpt_of(size, max_seq=seq)
     def largest(name, gpu, kind):
         return str(largest_that_fits(model, name, HEADROOM * gpu_memory(gpu)[1], seq, checkpointing=kind) or "-")
-    def told(name, gpu): return " / ".join(largest(name, gpu, kind) for kind in ("none", "full"))
+    def row(name): return {gpu.replace("GB", " GB"): f"{largest(name, gpu, 'none')} / {largest(name, gpu, 'full')}"
+                           for gpu in gpus}
     head = f"largest micro-batch of {size}, without / with full checkpointing"
-    return table([{head: words} | {gpu.replace("GB", " GB"): told(name, gpu) for gpu in gpus} for name, words in _SHOWN.items()])
+    return table([{head: words} | row(name) for name, words in _SHOWN.items()])

@@ -19,11 +19,13 @@ from ..base.records import REHEARSAL, Run
 from ..lm.fit import gpt_of, gpu_memory, largest_that_fits
 from ..measure.cost import cost_per_token, rate_of
 from ..measure.memory import HEADROOM
-from .render import Rendered, attributes, full_name, load_runs, provenance_note
+from .render import Rendered, attributes, given_runs, runs_of
 from .rows import show_rows
-from .tables import judged, measured_saving
+from .optimizers import HELD_OUT_TEXTS, format_gaps
+from .tables import best_evidence_of, in_nats, judged, measured_saving
 from ..study.evidence import gpus_of
-from ..study.h1.quantities import REFERENCE_PPL
+from ..study.expression import Q
+from ..study.h1.quantities import OPTIMIZER_MARGIN_NATS
 from ..study.verdict import value_text
 
 # %% ../../nbs/report/16_frontier.ipynb #a203f002
@@ -57,15 +59,16 @@ def sequence_of(size: str) -> int:
 TIMED_STEPS = 5  # steps at least
 
 def _room(run: Run) -> float:
-    "Bytes of the card that a run had; of one that nobody knows, none, so that it refutes nothing."
+    "Bytes of a run's card; 0 for one that is not in the table, whose out-of-memory errors then count for no budget."
     try: return gpu_memory(run.header["device"])[1]
     except UserError: return 0.0
 
 def _candidates(search: dict, about: dict) -> Iterator[dict]:
     "What a search tried."
+    choice = search.get("micro"), search.get("checkpointing")
     for row in search["tried"]:
         yield about | dict(micro=row["micro_batch"], checkpointing=row["checkpointing"],
-                           chosen=(search.get("micro"), search.get("checkpointing")) == (row["micro_batch"], row["checkpointing"]),
+                           chosen=(row["micro_batch"], row["checkpointing"]) == choice,
                            peak=None if row["oom"] else row["peak"],
                            tokens_per_s=None if row.get("given_up") else row.get("tokens_per_s"),
                            lost=row["oom"] and row["checkpointing"] == "full" and row["micro_batch"] == 1)
@@ -105,7 +108,7 @@ def seen_trainings(
     """A row for each training on a GPU that says something of a cell: size, way, gpus, micro, peak (bytes),
     tokens_per_s (a GPU), lost (one sequence with full checkpointing ran out of memory), room (bytes of the card),
     device, study, run, scale."""
-    runs = load_runs(hypothesis=None) if runs is None else runs
+    runs = given_runs(runs, None)
     runs = [run for run in runs if run.header["device_kind"] == "cuda" and run.header["scale"] != REHEARSAL]
     rows = [row | dict(device=run.header["device"], study=run.header["study"], run=run.id, scale=run.header["scale"],
                        room=_room(run)) for run in runs for row in _seen(run)]
@@ -164,6 +167,12 @@ _INK, _FAINT = "#1c2733", "#5c6773"
 _FILL = {MEASURED: "#bfe3cf", FITS: "#e3f3ea", LOST: "#f2b8b0", MAY: "#ffffff", NOT: "#fbe9e6"}
 _KEYS = {MEASURED: "measured: tokens a second a GPU, dollars a million", FITS: "fits, speed not measured",
          LOST: "out of memory", MAY: "not measured, predicted to fit", NOT: "not measured, predicted not to fit"}
+_NOTES = (
+    "A speed is that of the card it names, in a training whose peak stays within 90 % of the budget (40 GB are 40 x 2^30 "
+    "bytes); bold: the fastest of a size, to 1 %.",
+    "FlashAdamW's rows take the loss by a fused kernel, AdamW's does not. Release frees gradients where a batch is one "
+    "micro-batch; over several, as in the study's batches at 1B,",
+    "they add up, and a parameter takes 7 bytes.")
 _SAID = {FITS: "fits", LOST: "out of", MAY: "may fit", NOT: "no room"}
 CARD = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA H200": "H200", "NVIDIA A100-SXM4-80GB": "A100"}
 _W, _H, _LEFT, _GAP = 60, 28, 166, 14  # of a cell, of the names, between panels
@@ -189,7 +198,7 @@ def _drawn(cell: dict, x: float, y: float, best: bool) -> list[str]:
             return out + [_words(middle, y + 12, "out of", 10), _words(middle, y + 23, "memory", 10)]
         return out + [_words(middle, y + 18, _SAID[cell["state"]], 10, ink, more=italic)]
     said = CARD.get(cell["device"], "")
-    if cell["dollars"] == cell["dollars"] and cell["dollars"]: said = f"${cell['dollars']:.2g} {said}"
+    if pd.notna(cell["dollars"]) and cell["dollars"]: said = f"${cell['dollars']:.2g} {said}"
     return out + [_words(middle, y + 12, _short(cell["tokens_per_s"]), 12, more=' font-weight="bold"' if best else ""),
                   _words(middle, y + 23, said, 9, _FAINT)]
 
@@ -200,7 +209,7 @@ def _panel(cells: pd.DataFrame, x: float, y: float, title: str, sizes: tuple[str
     fastest = cells.groupby("size")["tokens_per_s"].max() if "tokens_per_s" in cells else {}
     for cell in cells.to_dict("records"):
         i, j = sizes.index(cell["size"]), [*WAYS].index(cell["way"])
-        best = cell["state"] == MEASURED and cell["tokens_per_s"] == fastest[cell["size"]]
+        best = cell["state"] == MEASURED and cell["tokens_per_s"] >= 0.99 * fastest[cell["size"]]
         out += _drawn(cell, x + i * _W, y + 34 + j * _H, best)
     return out
 
@@ -221,22 +230,22 @@ def frontier_svg(
             x += wide(gpus)
         y += tall + _GAP
     x = 12
-    for state, words in _KEYS.items():
+    for state, words in ((state, words) for state, words in _KEYS.items() if (cells["state"] == state).any()):
         if x + 30 + 6 * len(words) > width: x, y = 12, y + 20
         dash = ' stroke="#c9ced6" stroke-dasharray="2 2"' if state in (MAY, NOT) else ""
         out += [f'<rect x="{x}" y="{y}" width="14" height="14" fill="{_FILL[state]}"{dash}/>',
                 _words(x + 19, y + 11, words, anchor="start")]
         x += 34 + int(5.8 * len(words))
     y += 20
-    note = ("A speed is that of the card it names, in a training whose peak stays within the budget; "
-            "bold: the fastest of a size.")
-    out.append(_words(12, y + 11, note, 11, _FAINT, "start"))
-    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y + 22}" width="{width}" height="{y + 22}" '
+    for line in _NOTES:
+        out.append(_words(12, y + 11, line, 11, _FAINT, "start"))
+        y += 15
+    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y + 8}" width="{width}" height="{y + 8}" '
             'font-family="Helvetica, Arial, sans-serif" role="img">')
-    ground = f'<rect width="{width}" height="{y + 22}" fill="#ffffff"/>'
+    ground = f'<rect width="{width}" height="{y + 8}" fill="#ffffff"/>'
     return "\n".join([head, "<title>The frontier of cost</title>", ground, *out, "</svg>"])
 
-# %% ../../nbs/report/16_frontier.ipynb #a1e48afb
+# %% ../../nbs/report/16_frontier.ipynb #4f5dd708
 def established_saving(
     size: str = "1B",
     runs: Iterable[Run] | None = None,
@@ -245,67 +254,95 @@ def established_saving(
     found = measured_saving(size, runs)
     return found if found and not found["bound"] and found["lo"] is not None and found["lo"] > 0 else None
 
-def _over(found: dict, runs) -> str:
-    "Over how many GPUs the runs behind a saving were divided, where it was more than one."
-    runs = load_runs() if runs is None else runs
-    gpus = sorted({gpus_of(run) for run in runs if full_name(run) in found["runs"]})
-    return f" over {' and '.join(map(str, gpus))} GPUs" * any(one > 1 for one in gpus)
+def _made(names: Iterable[str], runs: Iterable[Run]) -> str:
+    "Over how many GPUs runs of these names were divided, and how long they were."
+    found = runs_of(names, runs)
+    gpus, steps = ({of(run) for run in found} for of in (gpus_of, lambda run: run.header["settings"]["recipe"]["steps"]))
+    def listed(numbers): return " and ".join(map(str, sorted(numbers)))
+    return f" over {listed(gpus)} GPUs" * (max(gpus, default=1) > 1) + f" ({listed(steps)} steps)" * bool(steps)
 
-def _cost_words(runs) -> str:
+def _cost_words(runs: list[Run]) -> str:
     known = {size: found for size in _SIZES if (found := measured_saving(size, runs))}
-    sure = [size for size in known if established_saving(size, runs)]
     def said(size):
         found = known[size]
-        bound = found["bound"] if sure else ""
-        ends = [found["lo"], found["hi"]] if pd.notna(found["lo"]) and not bound else None
-        return f"{value_text(dict(value=found['value'], interval=ends, bound=bound, unit='share'))} at {size}{_over(found, runs)}"
-    more = ", ".join(said(size) for size in known if size not in sure)
-    if sure: return (f"FlashOptim lowers the cost of training to equal loss by {', '.join(map(said, sure))}"
-                     + f" (not established: {more})" * bool(more))
-    doubt = ("with larger micro-batches left untried" if any(found["bound"] for found in known.values())
-             else "which may be nothing")
-    why = (f"measured {'are' if len(known) > 1 else 'is'} {', '.join(map(said, known))}, {doubt}" if known
-           else "no saving is measured")
-    return f"That FlashOptim lowers the cost of training to equal loss is not established at any size ({why})"
+        ends = [found["lo"], found["hi"]] if pd.notna(found["lo"]) else None
+        return (value_text(dict(value=found["value"], interval=ends, bound=found["bound"], unit="share"))
+                + f" at {size}{_made(found['runs'], runs)}")
+    sure = [size for size in known if established_saving(size, runs)]
+    open_ = ", ".join(said(size) for size in known if size not in sure)
+    if not sure: return f"that the stack lowers it is not established at any size ({open_ or 'no saving is measured'})"
+    return (f"to equal loss it costs less by {', '.join(map(said, sure))}"
+            + f"; not established: {open_}" * bool(open_))
 
-def _memory_words(cells: pd.DataFrame) -> str:
-    "In how many cells it is what makes the model fit."
-    inside = cells.assign(inside=cells["state"].isin((MEASURED, FITS, MAY)),
-                          ours=cells["way"].map(lambda way: WAYS[way].ours))
-    won, shown = [], []
-    for place, group in inside.groupby(["budget", "gpus", "size"], sort=False):
-        ours = group[group["ours"] & group["inside"]]
-        if group.loc[group["way"] == "adamw", "inside"].any() or ours.empty: continue
-        won.append(place)
-        if len(seen := ours[ours["state"].isin((MEASURED, FITS))]): shown.append((place, seen.iloc[0]))
-    where, places = "", cells.groupby(["budget", "gpus", "size"]).ngroups
-    if shown:
-        def reach(one):  # the largest, in the least memory of all GPUs, on the fewest
-            budget, gpus, size = one[0]
-            return _SIZES.index(size), -budget * gpus, -gpus
-        (budget, gpus, size), _ = max(shown, key=reach)
-        where = f", up to {size} on {gpus} GPU{'s' * (gpus > 1)} of {budget} GB"
-    return (f"it makes room: in {len(won)} of the chart's {places} places the model trains with it and not with AdamW "
-            f"at 16 bytes, {len(shown)} of them measured, the others predicted{where}")
+# %% ../../nbs/report/16_frontier.ipynb #f5971aa6
+def _memory_words(runs: list[Run]) -> str:
+    here, found = best_evidence_of(runs=runs), []
+    for size in _SIZES if here and here.scale != REHEARSAL else ():
+        e = here.estimate(Q("memory_saving", size))
+        if e.value is None: continue
+        said = value_text(dict(value=e.value, interval=None, bound=e.bound, unit="share"))
+        gpus = max((gpus_of(run) for run in runs_of(e.records, runs)), default=1)
+        found.append(f"{said} at {size}" + f" over {gpus} GPUs" * (gpus > 1))
+    if not found: return "not measured at an equal micro-batch"
+    return ("the stack (FlashAdamW, bf16 weights, a fused loss) peaks lower than compiled PyTorch with fused AdamW "
+            f"(`baseline_strong`) at an equal micro-batch, by {', '.join(found)}")
 
-def _quality_words(runs) -> str:
-    found = next((e for e in judged(runs) if e["id"] == "H1-S3" and e["headline"]), None)
+# %% ../../nbs/report/16_frontier.ipynb #5d00ff4e
+def _room_words(cells: pd.DataFrame) -> str:
+    "In how many places it is what makes the model fit."
+    won, places, here = [], [], (MEASURED, FITS, MAY)
+    for (budget, gpus, size), group in cells.groupby(["budget", "gpus", "size"], sort=False):
+        states = dict(zip(group["way"], group["state"]))
+        fits = [way for way, state in states.items() if state in here]
+        places.append(size)
+        if "adamw" not in fits and any(WAYS[way].ours for way in fits):
+            won.append(dict(budget=budget, gpus=gpus, size=size, bf16="bf16" in fits,
+                            host=[way for way in fits if WAYS[way].ours] == ["host"], refused=states["adamw"] == LOST,
+                            seen=any(states[way] in (MEASURED, FITS) for way in fits if WAYS[way].ours)))
+    # the largest, in the least memory of all GPUs, on the fewest
+    seen = sorted((one for one in won if one["seen"]),
+                  key=lambda one: (_SIZES.index(one["size"]), -one["budget"] * one["gpus"], -one["gpus"]))
+    where = "".join(f", up to {one['size']} on {one['gpus']} GPU{'s' * (one['gpus'] > 1)} of {one['budget']} GB"
+                    for one in seen[-1:])
+    def count(key): return sum(one[key] for one in won)
+    return (f"in {len(won)} of the chart's {len(places)} places FlashOptim fits and AdamW at 16 bytes does not. FlashOptim was "
+            f"trained in {len(seen)} of them{where}, AdamW was tried in {count('refused') or 'none'}; the rest is predicted. "
+            f"AdamW over bf16 weights would fit in {count('bf16')}, and {count('host')} take "
+            "states on the host")
+
+# %% ../../nbs/report/16_frontier.ipynb #d4218569
+def _short_words(runs: list[Run]) -> str:
+    "What the optimizers' own comparison found, in all its long runs and on all texts."
+    rows = [gaps[(gaps["config"] == "flash_adamw_dithered") & (gaps["against"] == "adamw")]
+            for role in ("optimizer_long", "optimizer_long_low") for text in HELD_OUT_TEXTS
+            if len(gaps := format_gaps(text, OPTIMIZER_MARGIN_NATS, runs, role))]
+    found = pd.concat(rows).dropna(subset=["lo"]) if rows else pd.DataFrame()
+    if found.empty or set(found["scale"]) == {REHEARSAL}: return ""
+    return (f"; in longer runs of {' and '.join(sorted({run.header['size'] for run in runs_of(found['runs'].sum(), runs)}))} "
+            f"FlashAdamW ends {found['lo'].min():+.3f} to {found['hi'].max():+.3f} nats from AdamW and is shown equal, within "
+            f"{OPTIMIZER_MARGIN_NATS}, in {(found['says'] == 'equivalent').sum()} of {len(found)} comparisons")
+
+def _quality_words(runs: list[Run]) -> str:
+    ours, short = ([run for run in runs if run.header["hypothesis"] == name] for name in ("h1", "quality"))
+    found = next((e for e in judged(ours) if e["id"] == "H1-S3" and e["headline"]), None)
     parts = found["parts"] if found else []
     part = next((part for part in parts if part["value"] is not None and part["at"].startswith("1B")), None)
     if not part or found["scale"] == REHEARSAL or found["status"] not in ("met", "not met", "inconclusive"):
-        return "What it costs in quality is not measured at a length that tells"
-    nats = part if found["scale"] == "full" else part | dict(unit="nats")
-    said = (f"at 1B the held-out loss less AdamW's is {value_text(nats, 1 if nats is part else 1 / REFERENCE_PPL)}; "
+        return "these runs are too short to tell what it costs" + _short_words(short)
+    said = (f"at 1B the held-out loss less AdamW's is {value_text(*in_nats(part, found['scale']))}; "
             "below nought is better")
-    return {"met": "In quality it costs nothing that these runs can see", "not met": "It costs quality",
-            "inconclusive": "What it costs in quality is open"}[found["status"]] + f": {said}"
+    return {"met": "it costs nothing that these runs can see", "not met": "it costs some",
+            "inconclusive": "what it costs is open"}[found["status"]] + f": {said}"
 
+# %% ../../nbs/report/16_frontier.ipynb #1cce5fe0
 def frontier_sentences(
     cells: pd.DataFrame,  # of `frontier`
-    runs: Iterable[Run] | None = None,  # of hypothesis 1; None: all there are
-) -> str:
-    "Where it lowers cost, where only memory, and what it costs in quality."
-    return f"{_cost_words(runs)}; {_memory_words(cells)}. {_quality_words(runs)}."
+    runs: Iterable[Run] | None = None,  # None: all there are
+) -> dict[str, str]:
+    "What it saves of memory and of cost, where it makes room, and what that costs in quality."
+    runs = given_runs(runs, None)
+    ours = [run for run in runs if run.header["hypothesis"] == "h1"]
+    return dict(Memory=_memory_words(ours), Cost=_cost_words(ours), Room=_room_words(cells), Quality=_quality_words(runs))
 
 # %% ../../nbs/report/16_frontier.ipynb #f47408ce
 DRAWING = "nbs/_static/frontier.svg"  # in the repository
@@ -313,31 +350,33 @@ DRAWING = "nbs/_static/frontier.svg"  # in the repository
 def show_frontier(
     runs: Iterable[Run] | None = None,  # None: all there are
 ) -> Rendered:
-    "The chart with its two sentences and the runs behind it."
-    runs = load_runs(hypothesis=None) if runs is None else list(runs)
+    "The chart, what it says in words, and the runs behind it."
+    runs = given_runs(runs, None)
     cells = frontier(runs)
-    said = frontier_sentences(cells, [run for run in runs if run.header["hypothesis"] == "h1"])
+    said = frontier_sentences(cells, runs)
     named = {name for names in cells["runs"] for name in names}
-    used = [run for run in runs if full_name(run) in named]
+    used = runs_of(named, runs)
     scales = sorted({run.header["scale"] for run in used})
     mark = attributes(dict(result="frontier", scale=scales, runs=sorted(named))) if named else ""
-    html = f'<div class="results frontier">{frontier_svg(cells)}</div><p{mark}>{escape(said)}</p>'
-    alt = ("Size by memory budget: tokens a second a GPU and dollars a million tokens for each way of training, "
-           "or whether it fits")
-    return Rendered(html, f"![{alt}]({DRAWING})\n\n{said}")
+    html = f'<div class="results frontier">{frontier_svg(cells)}</div><ul{mark}>'
+    html += "".join(f"<li><strong>{what}</strong>: {escape(words.replace('`', ''))}.</li>" for what, words in said.items()) + "</ul>"
+    listed = "\n".join(f"- **{what}**: {words}." for what, words in said.items())
+    alt = "What trains in how much memory, tokens a second a GPU, and dollars a million tokens"
+    return Rendered(html, f"![{alt}]({DRAWING})\n\n{listed}")
 
 def show_frontier_rows(
     runs: Iterable[Run] | None = None,
 ) -> Rendered:
     "The measured cells as a table: each dollar with the card it was measured on and the rate it is priced at."
-    runs = load_runs(hypothesis=None) if runs is None else list(runs)
+    runs = given_runs(runs, None)
     cells = frontier(runs)
     cells = cells[cells["state"] == MEASURED]
     if cells.empty: return show_rows(cells, {}, "frontier", runs, "No cell has a measured speed.")
-    cells = cells.assign(way=[WAYS[way].words.replace("…", WAYS["release"].words) for way in cells["way"]], peak=cells["peak"] / 1e9).drop_duplicates(
+    words = {name: way.words.replace("…", WAYS["release"].words) for name, way in WAYS.items()}
+    cells = cells.assign(way=cells["way"].map(words), peak=cells["peak"] / 1e9).drop_duplicates(
         ["size", "way", "gpus", "device", "tokens_per_s"])
-    heads = dict(size="size", way="trained by", gpus="GPUs", budget="fits from, GB", device="measured on",
-                 micro="micro-batch", peak="peak, GB", tokens_per_s="tokens/s a GPU",
+    heads = dict(size="size", way="trained by", gpus="GPUs", budget="fits a card of, GiB", device="measured on",
+                 micro="micro-batch", peak="peak, GB (1e9)", tokens_per_s="tokens/s a GPU",
                  dollars="USD per 1e6 tokens", rate="at USD a GPU-hour",
                  platform="rate of")
     forms = dict(peak=".1f", tokens_per_s=",.0f", dollars=".3g", rate=".2f")

@@ -195,8 +195,8 @@ def _dress_cell(cell: dict, chapter: bool, can: Mapping[str, bool]) -> dict | No
     elif _only_imports(source):
         tags, prompt = ["hide-input"], {"code_prompt_show": "Imports", "code_prompt_hide": "Imports"}
     elif chapter and directives.get("code-fold", "").strip() != "false":
-        tags, prompt = (["hide-input"],
-                        {"code_prompt_show": "How this is computed", "code_prompt_hide": "How this is computed"})
+        tags = ["hide-input"]
+        prompt = {"code_prompt_show": "How this is computed", "code_prompt_hide": "How this is computed"}
     elif {"export", "exporti"} & set(directives): tags = ["exported"]
     outputs = [o for o in map(dress_output, cell.get("outputs", [])) if o]
     reason = why_not_run(directives, can)

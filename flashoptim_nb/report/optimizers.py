@@ -20,8 +20,8 @@ from ..study.evidence import BEGAN, Sorted, short_reason
 from ..study.h1.quantities import OPTIMIZER_MARGIN_NATS, PILOT_NATS, per_token
 from ..study.statistics import joined, paired_interval, paired_ratio, seeds_needed, spread, tost
 from .charts import ROOM, round_numbers, titled
-from .rows import rows_of, show_rows
-from .render import Rendered, full_name, load_runs, sentence
+from .rows import named_runs, rows_of, show_rows
+from .render import Rendered, full_name, given_runs, load_runs, runs_of, sentence
 from ..train.optimizers import BASELINE_OF
 
 # %% ../../nbs/report/05_optimizers.ipynb #7c65f109
@@ -38,7 +38,7 @@ def step_rows(
 ) -> pd.DataFrame:
     "The measured steps over one set of tensors on one device, a row for each optimizer, without and with clipping."
     def age(run): return run.header.get("device_kind") == "cuda", run.header.get("started") or ""
-    runs = load_runs(hypothesis="bench") if runs is None else runs
+    runs = given_runs(runs, "bench")
     runs = sorted((run for run in runs if run.of("optimizer")), key=age)
     card = card or (runs[-1].header["device"] if runs else "")
     rows = rows_of("optimizer", [run for run in runs if card in run.header["device"]])
@@ -56,7 +56,7 @@ def show_steps(
     card: str = "",
 ) -> Rendered:
     "The steps over one set of tensors as a table; what could not be measured says why."
-    runs = load_runs(hypothesis="bench") if runs is None else list(runs)
+    runs = given_runs(runs, "bench")
     heads = dict(wholly="optimizer", version="version", ms="ms", wall_ms="ms, host included",
                  bytes_per_parameter="resident B/parameter", moved="moved B/parameter", gbps="GB/s",
                  of_floor="of the floor", reason="not measured")
@@ -83,8 +83,8 @@ def step_times(
     at = alt.X("ms:Q", title="ms a step (logarithmic)", axis=marked,
                scale=alt.Scale(type="log", nice=False, padding=ROOM))
     lost = base.mark_rule(strokeWidth=4, opacity=0.5).encode(x=at, x2="floor_ms:Q", tooltip=tips)
-    dots, floors = (base.mark_point(filled=True, size=70, opacity=1).encode(x="ms:Q", tooltip=tips),
-                    base.mark_tick(thickness=2, color="#222222").encode(x="floor_ms:Q", color=alt.value("#222222")))
+    dots = base.mark_point(filled=True, size=70, opacity=1).encode(x="ms:Q", tooltip=tips)
+    floors = base.mark_tick(thickness=2, color="#222222").encode(x="floor_ms:Q", color=alt.value("#222222"))
     return titled(lost + dots + floors, "Milliseconds of one step", rows,
                   "tick: the bytes that this optimizer must move, at the rate of a copy")
 
@@ -112,18 +112,18 @@ def goal_sentence(
              else f"{row[column]:.3f} ms ({row['of_floor']:.3f} of the floor)")
     return sentence(
         f"{what}: {wanted}, measured {found}: {met} ({row['device']}).",
-        [run for run in runs if full_name(run) == f"{row['study']}/{row['run']}"])
+        named_runs(rows.iloc[:1], runs))
 
 # %% ../../nbs/report/05_optimizers.ipynb #c0ffee11
-PEERS = ("FlashAdamW", "FlashAdamW (dithered)", "torch AdamW (fused)", "flashoptim AdamW", "bitsandbytes AdamW8bit",
-         "torchao AdamW8bit")
+PEERS = ("FlashAdamW", "FlashAdamW (dithered)", "torch AdamW (fused)", "torch AdamW (fused, bf16)", "flashoptim AdamW",
+         "bitsandbytes AdamW8bit", "torchao AdamW8bit")
 
 def show_peers(
     work: str = "1.3B",
     runs: Iterable[Run] | None = None,
 ) -> Rendered:
     "Time and bytes of AdamW's step: this package's, torch's, the public package's and those of 8-bit states."
-    runs = load_runs(hypothesis="bench") if runs is None else list(runs)
+    runs = given_runs(runs, "bench")
     rows = step_rows(work, runs)
     if not rows.empty: rows = rows[rows["optimizer"].isin(PEERS) & ~rows["clip"].astype(bool)]
     heads = dict(optimizer="optimizer", version="version", ms="ms a step", bytes_per_parameter="bytes a parameter")
@@ -138,7 +138,7 @@ def turns_sentence(
     runs: Iterable[Run] | None = None,
 ) -> Rendered:
     "By what an optimizer's step is shorter or longer than another's with which it took turns, in each record, the oldest first."
-    runs, what = load_runs(hypothesis="bench") if runs is None else list(runs), f"{optimizer} against {against}"
+    runs, what = given_runs(runs, "bench"), f"{optimizer} against {against}"
     said, used = [], []
     for run in sorted(runs, key=lambda run: str(run.header.get("started"))):
         for row in run.of("turns"):
@@ -160,7 +160,7 @@ def final_losses(
 ) -> pd.DataFrame:
     """The loss on a held-out set at the end of each run of the optimizers' comparison, in nats per token;
     NaN for a run that did not come to one, with what became of it in `ended`."""
-    runs = load_runs(hypothesis="quality") if runs is None else list(runs)
+    runs = given_runs(runs, "quality")
     rows = rows_of("eval", runs, arm="quality", role=role)
     if rows.empty or not (rows["set"] == held_out).any(): return pd.DataFrame()
     last = int(rows.loc[rows["set"] == held_out, "step"].max())
@@ -200,8 +200,8 @@ def format_gaps(
         if not both: continue
         pairs = Sorted.of(both, lambda *pair: [is_number(row["loss"]) for row in pair])
         d = [new["loss"] - old["loss"] for new, old in pairs.good]
-        e, test = (paired_interval(d, 0.90, lost=len(pairs.lost)),
-                   tost([*d, *[float("nan")] * (len(both) - len(d))], margin, pilot=PILOT_NATS))
+        e = paired_interval(d, 0.90, lost=len(pairs.lost))
+        test = tost([*d, *[float("nan")] * (len(both) - len(d))], margin, pilot=PILOT_NATS)
         s = spread(d)
         says = "equivalent" if test.equivalent else "not equivalent" if e.ends and (
             e.ends[0] > margin or e.ends[1] < -margin) else "inconclusive" if pairs.whole else "no result"
@@ -221,11 +221,11 @@ def gap_sentence(
     margin: float = OPTIMIZER_MARGIN_NATS,
 ) -> Rendered:
     "One comparison on each held-out text it was made on, in a sentence."
-    runs = load_runs(hypothesis="quality") if runs is None else list(runs)
+    runs = given_runs(runs, "quality")
     found = {text: rows.iloc[0] for text in HELD_OUT_TEXTS if len(rows := format_gaps(text, margin, runs, role))
                  and len(rows := rows[(rows["config"] == config) & (rows["against"] == against)])}
     if not found: return sentence(f"{config} against {against}: not measured.", [])
-    used = [run for run in runs if full_name(run) in {name for row in found.values() for name in row["runs"]}]
+    used = runs_of((name for row in found.values() for name in row["runs"]), runs)
     recipe, size = used[0].header["settings"]["recipe"], used[0].header["size"]
     def value(row): return f"{row['value']:+.4f}" if pd.notna(row["value"]) else "not measured"
     said = "; ".join(
@@ -241,18 +241,17 @@ def paired_paths(
     config: str,
     runs: Iterable[Run] | None = None,
     role: str = "optimizer",
-    window: int = 10,  # steps of a mean
     against: str = "adamw",
 ) -> pd.DataFrame:
-    """For each seed and window: how far the training loss is above that of the optimizer it is compared with,
+    """For each seed and ten steps: how far the training loss is above that of the optimizer it is compared with,
     and the largest ratio of the two gradient norms, whichever is larger."""
-    steps = rows_of("step", load_runs(hypothesis="quality") if runs is None else runs, arm="quality", role=role)
+    steps = rows_of("step", given_runs(runs, "quality"), arm="quality", role=role)
     if steps.empty: return steps
     both = steps[steps["config"] == config].merge(
         steps[steps["config"] == against], on=["seed", "step"], suffixes=("", "_old"))
     ratio = both["grad_norm"] / both["grad_norm_old"]
     both = both.assign(gap=both["loss"] - both["loss_old"], ratio=ratio.where(ratio > 1, 1 / ratio),
-                       step=(both["step"] - 1) // window * window + window)
+                       step=(both["step"] - 1) // 10 * 10 + 10)
     named = {(c, s): f"{study}/{run}"
              for c, s, study, run in zip(steps["config"], steps["seed"], steps["study"], steps["run"])}
     means = both.groupby(["seed", "step"], as_index=False).agg(
@@ -283,9 +282,8 @@ def paths_sentence(
     if rows.empty: return sentence("Not measured.", [])
     mean, worst = rows.groupby("step")["gap"].mean(), rows.loc[rows["ratio"].idxmax()]
     at = [mean.index[round(f * (len(mean) - 1))] for f in (0, 0.2, 0.4, 0.7, 1)]
-    names = {name for some in rows["runs"] for name in some}
     return sentence("Mean difference in training loss over the ten steps up to step "
                         + ", ".join(f"{n}: {mean[n]:+.4f}" for n in dict.fromkeys(at))
                         + f". The gradient norms of a pair differed most, {worst['ratio']:.1f} times, "
                           f"in the ten steps up to {worst['step']} of seed {worst['seed']}.",
-                    [run for run in runs if full_name(run) in names])
+                    named_runs(rows, runs))

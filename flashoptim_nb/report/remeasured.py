@@ -15,8 +15,8 @@ from ..study.h2.criteria import H2
 from ..study.h2.quantities import DOMAINS
 from ..study.verdict import side_text, value_text
 from .rows import rows_of, show_rows
-from .render import Rendered, full_name, load_runs, sentence
-from .surrogates import error_table, h2_runs
+from .render import Rendered, full_name, given_runs, runs_of, sentence
+from .surrogates import error_table
 from .tables import judged
 
 # %% ../../nbs/report/11_remeasured.ipynb #7b400006
@@ -43,7 +43,7 @@ def show_remeasured(
 ) -> Rendered:
     """Criteria and verdicts with another status, and quantities with another value,
     by the first attempts and by what is judged."""
-    runs = h2_runs(runs)
+    runs = given_runs(runs, "h2")
     now, then = judged(runs, H2), judged(first_attempts(runs), H2)
     before = {(e["side"], e["id"]): e for e in then}
     changed = [
@@ -60,11 +60,10 @@ def show_remeasured(
 # %% ../../nbs/report/11_remeasured.ipynb #7b40000a
 def capacity_sentence(
     runs: Iterable[Run] | None = None,
-    stacks: tuple[str, ...] = (H2.stack, *H2.others),
 ) -> Rendered:
     """In each domain the error of fp32 at twice the parameters over fp32's, and that of the reduced precisions over it,
     in sentences."""
-    runs, said, used = h2_runs(runs), [], set()
+    runs, said, used = given_runs(runs, "h2"), [], set()
     def ratios(domain, config, against):
         table = error_table(domain, runs, against=against)
         table = table[(table["config"] == config) & table["value"].notna()] if len(table) else table
@@ -74,12 +73,12 @@ def capacity_sentence(
                          for row in table.to_dict("records"))
     for domain in DOMAINS:
         parts = [f"{config} over {against}: {words}"
-                 for config, against in [("fp32_2x", "fp32"), *((f"{stack}_2x", "fp32_2x") for stack in stacks)]
+                 for config, against in [("fp32_2x", "fp32"), *((f"{stack}_2x", "fp32_2x") for stack in (H2.stack, *H2.others))]
                  if (words := ratios(domain, config, against))]
         said.append(f"{domain}: {'; '.join(parts)}." if parts
                     else f"{domain}: fp32_2x was not run, so the two cannot be told apart.")
     return sentence("Ratios of the held-out error, with 90 % intervals. " + " ".join(said),
-                    [run for run in runs if full_name(run) in used])
+                    runs_of(used, runs))
 
 # %% ../../nbs/report/11_remeasured.ipynb #7b40000d
 def bench_remeasured_sentence(
@@ -88,7 +87,7 @@ def bench_remeasured_sentence(
 ) -> Rendered:
     """By how much each optimizer's time differed between the first benchmark that is kept and the one that is shown,
     in a sentence."""
-    runs = [run for run in (load_runs(hypothesis="bench") if runs is None else runs)
+    runs = [run for run in given_runs(runs, "bench")
             if run.header.get("config") == "optimizers" and (run.folder is None or attempts(run.folder))]
     old, new = rows_of("optimizer", first_attempts(runs)), rows_of("optimizer", runs)
     if old.empty or new.empty or {run.header.get("started") for run in runs} == {

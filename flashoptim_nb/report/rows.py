@@ -21,7 +21,7 @@ from ..study.evidence import short_reason
 from ..study.expression import readable
 from ..study.h1.criteria import H1
 from ..study.hypotheses import hypothesis_of
-from .render import Rendered, cells, full_name, load_runs, provenance_note, table, sentence
+from .render import Rendered, cells, given_runs, provenance_note, runs_of, sentence, table
 
 # %% ../../nbs/report/01_rows.ipynb #1b59ae6e
 _BESIDE = ("run", "study", "scale", "device", "role", "size", "arm", "config", "seed")
@@ -35,7 +35,7 @@ def rows_of(
 ) -> pd.DataFrame:
     "Rows with their run's header beside them, from one scale and one device; empty where there are none."
     def fits(run): return all(run.header.get(k) in (v if isinstance(v, tuple) else (v,)) for k, v in where.items())
-    rows = frame([run for run in (load_runs() if runs is None else runs) if fits(run)], kind, _BESIDE)
+    rows = frame([run for run in given_runs(runs) if fits(run)], kind, _BESIDE)
     if every_scale or rows.empty: return rows
     scale = max(rows["scale"].unique(), key=SCALES.index)
     rows = rows[rows["scale"] == scale]
@@ -73,7 +73,7 @@ def named_runs(
     "The runs that the rows come from."
     if rows.empty: return []
     names = {name for _, row in rows.iterrows() for name in _names(row)}
-    return [run for run in (load_runs() if runs is None else runs) if full_name(run) in names]
+    return runs_of(names, runs)
 
 def show_rows(
     rows: pd.DataFrame,  # from `rows_of`
@@ -111,7 +111,7 @@ def show_decisions(
     """What the checkpoints decided at each scale, and why, and what the same rule says of another reference,
     where there is one; advice says `would`."""
     hypothesis = hypothesis_of(ids[0]) if ids else H1
-    runs = load_runs(hypothesis=hypothesis.id.lower()) if runs is None else list(runs)
+    runs = given_runs(runs, hypothesis.id.lower())
     rows = rows_of("decision", runs, every_scale=True)
     if not rows.empty and ids: rows = rows[rows["checkpoint"].isin(ids)]
     if not rows.empty:
@@ -155,7 +155,7 @@ def show_checks(
 ) -> Rendered:
     """A prerequisite's checks, the largest scale first: value, threshold and whether it passed;
     what could not be done says why."""
-    runs = [run for run in (load_runs() if runs is None else runs)
+    runs = [run for run in given_runs(runs)
             if run.header.get("arm") == "prereq" and run.header.get("config") == name]
     if not runs: return Rendered("<p>This prerequisite was not checked.</p>", "This prerequisite was not checked.")
     parts = []
@@ -180,7 +180,7 @@ def show_skips(
     runs: Iterable[Run] | None = None,
 ) -> Rendered:
     "What was left out at each scale and why: data that was not there, and stacks that the machine cannot run."
-    runs = load_runs() if runs is None else list(runs)
+    runs = given_runs(runs)
     rows = rows_of("skip", runs, every_scale=True)
     ended = [
         {key: run.header.get(key) for key in _BESIDE} | dict(what=f"{run.header['config']} at {run.header.get('role')}",
@@ -194,7 +194,7 @@ def show_runs(
     runs: Iterable[Run] | None = None,
 ) -> Rendered:
     "How many runs of each role and arm ended how, at each scale."
-    runs = load_runs() if runs is None else list(runs)
+    runs = given_runs(runs)
     rows = pd.DataFrame([{key: run.header.get(key) for key in _BESIDE} | dict(ended=run.status) for run in runs
                          if run.header.get("arm") in ("equal", "best", "stress")])
     told = lambda ended: ", ".join(f"{n} {how}" for how, n in ended.value_counts().items())

@@ -16,7 +16,7 @@ from ..lm.gpt import GPTConfig
 from ..lm.sizes import gpt_config
 from .charts import by_size, draw, scaling_lines
 from .frontier import CARD, TIMED_STEPS
-from .render import Rendered, full_name, load_runs, sentence
+from .render import Rendered, full_name, given_runs, sentence
 from .rows import show_rows
 from .tables import part_frame
 from ..study.evidence import gpus_of
@@ -64,7 +64,7 @@ def scaling(
     searched), seeds, micro_batch, checkpointing, tokens_per_s (of a GPU), kept (of that on the fewest GPUs, a share),
     numbers (of GPUs that are known), peak, predicted (before it ran) and today (by the planner as it is; GB), off and
     off_today (per cent), device, scale, runs."""
-    runs = [run for run in (load_runs() if runs is None else runs) if run.header["hypothesis"] == "h1"
+    runs = [run for run in given_runs(runs) if run.header["hypothesis"] == "h1"
             and run.header["device_kind"] == "cuda" and run.header["scale"] != REHEARSAL]
     def rows(of, kind):
         return [row | {key: run.header[key] for key in ("study", "device", "scale")}
@@ -149,6 +149,6 @@ def measured_at(
 
 def show_savings() -> Rendered:
     "The saving in cost of each size, with its interval, where it was measured."
-    found = measured_at(part_frame("H1-S1"), load_runs())
+    found = measured_at(part_frame("H1-S1"), given_runs(None))
     if found.empty: return sentence("No saving was measured at any size.", [])
     return draw(by_size, found, "Cost saving by the size that is stood for")

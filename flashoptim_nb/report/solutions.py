@@ -15,13 +15,13 @@ import numpy as np
 import pandas as pd
 
 from ..base.records import Run
-from ..surrogates.plans import METHODS
+from ..surrogates.plans import CONDITIONS, METHODS
 from ..study.statistics import paired_interval
-from .charts import ROOM, titled
+from .charts import ROOM, coloured, in_order, titled
 from .rows import named_runs, rows_of, show_rows
-from .render import Rendered, sentence
-from .surrogates import (CONDITIONS, METHOD_COLOURS, SURROGATE_COLOURS, at_scale, between, coloured,
-                                             h2_runs, known_configs, lost_pairs, ordered, surrogates_of, whole_axis)
+from .render import Rendered, given_runs, sentence
+from .surrogates import (
+    METHOD_COLOURS, SURROGATE_COLOURS, at_scale, between, lost_pairs, ordered, surrogates_of, whole_axis)
 
 # %% ../../nbs/report/08_solutions.ipynb #04b00019
 def _nth(run: Run) -> Run:
@@ -36,52 +36,48 @@ def solution_rows(
 ) -> pd.DataFrame:
     "What was found, a row for each run of a method."
     where = dict(arm="train") | (dict(role=domain) if domain else {}) | (dict(config=tuple(configs)) if configs else {})
-    rows = rows_of("solution", map(_nth, h2_runs(runs)), **where)
+    rows = rows_of("solution", map(_nth, given_runs(runs, "h2")), **where)
     return rows if rows.empty else ordered(
         rows.assign(verified=rows["objective"].notna(), objective=rows["objective"].fillna(0.0).astype(float),
                     predicted=rows["predicted"].astype(float), fooled=rows["fooled"].astype(float)))
 
 def best_so_far(
     rows: pd.DataFrame,  # from `solution_rows`
-    by: str = "method",  # or config: what is told apart by colour
-    panel: str = "problem",  # what each panel shows one of
     title: str = "Best true objective so far",
-):
-    "Mean over the runs against the number of true evaluations."
-    long = rows.assign(at=[np.linspace(1, max(n, 1), len(curve)) if len(curve) else []
-                           for n, curve in zip(rows["evaluations"], rows["curve"])])[
-        [by, *{panel, "problem"}, "at", "curve"]]
-    long = long.explode(["at", "curve"]).dropna(subset=["curve"]).astype(dict(at=float, curve=float)).round(dict(at=1))
-    mean = long.groupby([by, panel, "at"], sort=False)["curve"].agg(best="mean", runs="count").reset_index()
-    colour = coloured(mean[by], by, METHOD_COLOURS if by == "method" else SURROGATE_COLOURS)
-    names = list(METHODS if by == "method" else SURROGATE_COLOURS)
-    dashes = alt.StrokeDash(f"{by}:N", legend=None, scale=alt.Scale(
-                                domain=names, range=[([1, 0], [6, 3], [2, 2])[i % 3] for i in range(len(names))]))
+) -> alt.FacetChart:
+    "Mean over the runs against the number of true evaluations, by method, a panel for each problem."
+    at = [np.linspace(1, max(n, 1), len(curve)) if len(curve) else []
+          for n, curve in zip(rows["evaluations"], rows["curve"])]
+    long = rows.assign(at=at)[["method", "problem", "at", "curve"]].explode(["at", "curve"])
+    long = long.dropna(subset=["curve"]).astype(dict(at=float, curve=float)).round(dict(at=1))
+    mean = long.groupby(["method", "problem", "at"], sort=False)["curve"].agg(best="mean", runs="count").reset_index()
+    dashes = alt.Scale(domain=list(METHODS), range=[[1, 0], [6, 3], [2, 2]])
     chart = alt.Chart(mean).mark_line(point=True).encode(
-        strokeDash=dashes, x=alt.X("at:Q", title="true evaluations", axis=whole_axis(mean["at"]),
-                                   scale=alt.Scale(nice=False, padding=ROOM)),
-        y=alt.Y("best:Q", title="best so far, mean over the runs", scale=alt.Scale(zero=False)), color=colour,
-        tooltip=[by, panel, "at", "runs", alt.Tooltip("best", format=".3f")])
+        x=alt.X("at:Q", title="true evaluations", axis=whole_axis(mean["at"]),
+                scale=alt.Scale(nice=False, padding=ROOM)),
+        y=alt.Y("best:Q", title="best so far, mean over the runs", scale=alt.Scale(zero=False)),
+        color=coloured(mean["method"], "method", METHOD_COLOURS),
+        strokeDash=alt.StrokeDash("method:N", legend=None, scale=dashes),
+        tooltip=["method", "problem", "at", "runs", alt.Tooltip("best", format=".3f")])
     panels = chart.properties(width=200, height=200).facet(
-        facet=alt.Facet(f"{panel}:N", title=None), columns=2).resolve_scale(y="independent", x="independent")
+        facet=alt.Facet("problem:N", title=None), columns=2).resolve_scale(y="independent", x="independent")
     return titled(panels, title, rows)
 
 def predicted_true(
     rows: pd.DataFrame,  # from `solution_rows`
-    panel: str = "method",
+    panel: str = "method",  # or problem: what each panel shows one of
     title: str = "What the surrogate promised and what was true",
-    most: int = 1500,  # points drawn; more are thinned evenly
-):
-    "A point for each solution; on the line the surrogate was right, above it, it was fooled."
+) -> alt.FacetChart:
+    "A point for each solution, evenly thinned to 1,500; on the line the surrogate was right, above it, it was fooled."
     rows = rows.dropna(subset=["predicted", "objective"])
-    few = rows.iloc[:: max(1, -(-len(rows) // most))]
+    few = rows.iloc[:: max(1, -(-len(rows) // 1500))]
     low, high = (float(f(f(few["predicted"]), f(few["objective"]))) for f in (min, max))
     points = few[["config", "method", "problem", "instance", "seed", "objective", "predicted", "what"]]
     base = alt.Chart(points)
     dots = base.mark_circle(size=45, opacity=0.6).encode(
         x=alt.X("objective:Q", title="true objective", scale=alt.Scale(zero=False, nice=False, padding=ROOM)),
         y=alt.Y("predicted:Q", title="predicted", scale=alt.Scale(zero=False, nice=False, padding=ROOM)),
-        color=coloured(points["config"], legend=alt.Legend(symbolOpacity=1)),
+        color=coloured(points["config"], colours=SURROGATE_COLOURS),
         tooltip=["config", "method", "instance", "seed", alt.Tooltip("objective", format=".3f"),
                  alt.Tooltip("predicted", format=".3f"), "what"])
     line = base.mark_rule(color="#888888", strokeDash=[4, 3]).encode(
@@ -98,31 +94,30 @@ def solution_table(
     domain: str | None = None,
     runs: Iterable[Run] | None = None,
     configs: Iterable[str] | None = None,
-    against: str = "fp32",
 ) -> pd.DataFrame:
     """By problem, method and configuration: mean true objective, what was predicted, how far the surrogate was off on
     what was evaluated, and the loss against the fp32 surrogate's (paired by seed, 90 % interval)."""
-    runs = h2_runs(runs)
+    runs = given_runs(runs, "h2")
     rows, found = solution_rows(domain, runs, configs), []
     if rows.empty: return rows
     by = surrogates_of(domain, rows.iloc[0], runs)
     for (problem, method, config), mine in rows.groupby(["problem", "method", "config"], sort=False):
-        old = rows[(rows["problem"] == problem) & (rows["method"] == method) & (rows["config"] == against)]
+        old = rows[(rows["problem"] == problem) & (rows["method"] == method) & (rows["config"] == "fp32")]
         having = {*(mine["study"] + "/" + mine["run"]), *(old["study"] + "/" + old["run"])}
-        pairs = lost_pairs({key: row for key, row in by.items() if key[1][0] == mine["role"].iloc[0]}, config, against,
+        pairs = lost_pairs({key: row for key, row in by.items() if key[1][0] == mine["role"].iloc[0]}, config, "fp32",
                            lambda row: row["name"] in having)
         both = mine.merge(old[old["verified"]], on=["seed", "instance", "nth"], suffixes=("", "_old")).groupby(
             ["seed"])[["objective", "objective_old"]].mean()
         both = both[both["objective_old"] > 0]
         e = (paired_interval(list(1 - both["objective"] / both["objective_old"]), 0.90, lost=len(pairs.lost))
-             if len(both) and config != against else None)
+             if len(both) and config != "fp32" else None)
         off = paired_interval(list(_seeds(mine.dropna(subset=["fooled"]), "fooled")["fooled"]), 0.90)
         found.append(
             dict(domain=mine["role"].iloc[0], problem=problem, method=method, config=config, unit=mine["unit"].iloc[0],
                  objective=mine["objective"].mean(), best=mine["objective"].max(), predicted=mine["predicted"].mean(),
                  evaluations=mine["evaluations"].sum(), nothing=mine["infeasible"].sum(), solved=len(mine),
                  seeds=mine["seed"].nunique(), seconds=mine["seconds"].mean(), fooled=off.value, fooled_lo=off.lo,
-                 fooled_hi=off.hi, lost=pairs.note if config != against else "", value=e and e.value, lo=e and e.lo,
+                 fooled_hi=off.hi, lost=pairs.note if config != "fp32" else "", value=e and e.value, lo=e and e.lo,
                  hi=e and e.hi, scale=mine["scale"].iloc[0], runs=sorted(
                      {*(mine["study"] + "/" + mine["run"]), *([] if e is None else old["study"] + "/" + old["run"])})))
     return pd.DataFrame(found)
@@ -134,7 +129,7 @@ def show_solutions(
     methods: Iterable[str] = METHODS,
 ) -> Rendered:
     "The solutions as a table."
-    runs = h2_runs(runs)
+    runs = given_runs(runs, "h2")
     rows = solution_table(domain, runs, configs)
     if not rows.empty:
         rows = rows[rows["method"].isin(set(methods))]
@@ -152,16 +147,15 @@ def show_solutions(
 def solutions_sentence(
     domain: str,
     runs: Iterable[Run] | None = None,
-    method: str = METHODS[0],  # the one that decides
-    configs: Iterable[str] = CONDITIONS[1:],
 ) -> Rendered:
-    "What a method found over each condition's surrogate, in sentences."
-    runs = h2_runs(runs)
+    "What the method that decides found over each condition's surrogate, in sentences."
+    method, *_ = METHODS
+    runs = given_runs(runs, "h2")
     found = solution_table(domain, runs)
     if found.empty: return sentence("No solution of this domain is recorded, so nothing can be said of it.", [])
     found, said, used = found[found["method"] == method], [], []
     for problem, rows in found.groupby("problem", sort=False):
-        base, rest = rows[rows["config"] == "fp32"], rows[rows["config"].isin(set(configs))].dropna(subset=["value"])
+        base, rest = rows[rows["config"] == "fp32"], rows[rows["config"].isin(CONDITIONS[1:])].dropna(subset=["value"])
         if base.empty: continue
         one = base.iloc[0]
         said.append(
@@ -169,7 +163,7 @@ def solutions_sentence(
             f"({one['unit']}) on {problem}, over {one['solved']} runs of the method and {one['seeds']} surrogates; on what was "
             f"evaluated these promised {abs(one['fooled']):.3f} too {'much' if one['fooled'] > 0 else 'little'}. "
             + ". ".join(f"Over {r['config']} the loss against it is {r['value']:z.1%}" + (
-                            f" ({between(r['lo'], r['hi'], 'z.1%')})" if r["lo"] is not None and r["lo"] == r["lo"]
+                            f" ({between(r['lo'], r['hi'], 'z.1%')})" if pd.notna(r["lo"])
                             else " without an interval") + (f", and may be more, for {r['lost']}" if r["lost"] else "")
                         for _, r in rest.iterrows()) + ". Below 0 is better." * bool(len(rest)))
         used += [base, rest]
@@ -186,13 +180,13 @@ def fooled_by(
                              for domain, problem in zip(found["domain"], found["problem"])])[
         ["row", "method", "config", "fooled", "fooled_lo", "fooled_hi", "seeds"]].dropna(subset=["fooled"])
     base = alt.Chart(rows).encode(
-        y=alt.Y("config:N", title=None, sort=known_configs(rows["config"])),
+        y=alt.Y("config:N", title=None, sort=in_order(rows["config"], SURROGATE_COLOURS)),
         yOffset=alt.YOffset("method:N", sort=list(METHODS)), color=coloured(rows["method"], "method", METHOD_COLOURS),
         tooltip=["row", "method", "config", "seeds",
                  *(alt.Tooltip(name, format="+.3f") for name in ("fooled", "fooled_lo", "fooled_hi"))])
     x = dict(title="predicted - true; right: promised too much", scale=alt.Scale(nice=False, padding=ROOM))
-    bars, dots = (base.mark_rule(strokeWidth=2, opacity=0.55).encode(alt.X("fooled_lo:Q", **x), alt.X2("fooled_hi:Q")),
-                  base.mark_point(filled=True, size=50, opacity=1).encode(alt.X("fooled:Q", **x)))
+    bars = base.mark_rule(strokeWidth=2, opacity=0.55).encode(alt.X("fooled_lo:Q", **x), alt.X2("fooled_hi:Q"))
+    dots = base.mark_point(filled=True, size=50, opacity=1).encode(alt.X("fooled:Q", **x))
     zero = alt.Chart(rows).mark_rule(color="#888888").encode(x=alt.datum(0.0))
     panels = alt.layer(zero, bars, dots).properties(width=220, height=alt.Step(14)).facet(
         facet=alt.Facet("row:N", title=None), columns=2).resolve_scale(x="independent", y="independent")

@@ -21,8 +21,8 @@ from ..study.h2.rows import BATCHES, oom_by_others, recorded_largest
 from ..study.statistics import paired_ratio
 from .charts import byte_unit, titled
 from .rows import named_runs, rows_of, show_rows, summarize
-from .render import Rendered, load_runs, sentence
-from .surrogates import h2_runs, ordered
+from .render import Rendered, given_runs, sentence
+from .surrogates import ordered
 
 # %% ../../nbs/report/07_surrogate_costs.ipynb #7b100006
 def memory_rows(
@@ -32,7 +32,7 @@ def memory_rows(
     configs: tuple[str, ...] | None = None,  # only these
 ) -> pd.DataFrame:
     "Rows `memory` of a domain at a batch; what ran out of memory has no peak."
-    runs = h2_runs(runs)
+    runs = given_runs(runs, "h2")
     where = dict(role=domain, arm="speed") | (dict(config=configs) if configs else {})
     both = [rows for kind in ("memory", "oom") if not (rows := rows_of(kind, runs, every_scale=True, **where)).empty]
     if not both: return pd.DataFrame()
@@ -52,7 +52,7 @@ def show_memory(
     configs: tuple[str, ...] | None = None,
 ) -> Rendered:
     "Peaks as a table, averaged over the repeats, beside fp32's at the same batch where the model is the same."
-    runs = h2_runs(runs)
+    runs = given_runs(runs, "h2")
     rows = memory_rows(domain, batch, runs, configs)
     if not rows.empty:
         rows = rows.assign(fixed=rows[["weights", "gradients", "masters", "states"]].sum(axis=1) / rows["peak"],
@@ -78,7 +78,7 @@ def search_rows(
     runs: Iterable[Run] | None = None,
 ) -> pd.DataFrame:
     "Each width that was tried under the budget."
-    return ordered(rows_of("search", h2_runs(runs), role=domain, arm="largest"))
+    return ordered(rows_of("search", given_runs(runs, "h2"), role=domain, arm="largest"))
 
 OUTCOMES = ["fits", "does not fit", "not counted: others filled the device"]
 
@@ -118,7 +118,7 @@ def show_tries(
     runs: Iterable[Run] | None = None,
 ) -> Rendered:
     "The same as a table that unfolds."
-    runs = h2_runs(runs)
+    runs = given_runs(runs, "h2")
     rows = search_rows(domain, runs)
     if rows.empty: return Rendered("<p>No try is recorded.</p>", "No try is recorded.")
     rows = rows.assign(peak=rows["peak"].astype(float) / 2**20, outcome=outcomes(rows), reason=rows["reason"].map(_why))
@@ -133,7 +133,7 @@ def show_largest(
     runs: Iterable[Run] | None = None,
 ) -> Rendered:
     "The largest model of each configuration, and how many times larger than fp32's it is."
-    runs = h2_runs(runs)
+    runs = given_runs(runs, "h2")
     rows = ordered(rows_of("largest", runs, role=domain, arm="largest"))
     if not rows.empty:
         found = {run.header["config"]: recorded_largest(run) for run in named_runs(rows, runs)}
@@ -145,8 +145,8 @@ def show_largest(
                            tries=[(found[c] or {}).get("tried") for c in rows["config"]],
                            peak=rows["peak"].astype(float) / 2**20, budget=rows["budget"].astype(float) / 2**20)
         for name, times in FITS.items():
-            rows[name] = [None if t is None or t != t else "reached" if t >= times
-                              else "not reached" if b is not None and b == b and b < times else "open"
+            rows[name] = [None if pd.isna(t) else "reached" if t >= times
+                              else "not reached" if pd.notna(b) and b < times else "open"
                           for t, b in zip(rows["times"], rows["below"])]
     heads = dict(scale="scale", config="configuration", width="width", parameters="parameters", tries="tries",
                  peak="peak, MiB", budget="budget, MiB", times="times fp32's", below="next that did not")
@@ -187,7 +187,7 @@ def pace_rows(
 ) -> pd.DataFrame:
     """Rows of time: config, seed, batch, way (`launched` one by one, or replayed from a `graph`), ms,
     samples_per_s, reason."""
-    runs = h2_runs(runs)
+    runs = given_runs(runs, "h2")
     ways = [rows.assign(way=way) for kind, way in dict(throughput="launched", graphed="graph").items()
             if not (rows := rows_of(kind, runs, role=domain, arm="speed")).empty]
     if not ways: return pd.DataFrame()
@@ -226,7 +226,7 @@ def show_pace(
     runs: Iterable[Run] | None = None,
 ) -> Rendered:
     "Times as a table; configurations that no graph could be made of say why."
-    runs = h2_runs(runs)
+    runs = given_runs(runs, "h2")
     heads = dict(scale="scale", config="configuration", batch="batch", parameters="parameters", ms="ms",
                  speed="speed over fp32's", growth=f"times the ms at batch {BATCHES[0]}", graph="ms from a graph",
                  graph_speed="so, over fp32's", gain="gain", bound="bound by", why="no graph because")
@@ -257,7 +257,7 @@ def launches_sentence(
     runs: Iterable[Run] | None = None,
 ) -> Rendered:
     "Whether the steps of a domain wait for launches, at each batch."
-    runs = h2_runs(runs)
+    runs = given_runs(runs, "h2")
     rows = pace_rows(domain, runs)
     table, said = pace_table(rows), []
     for batch, part in table.groupby("batch") if not table.empty else ():
@@ -280,7 +280,7 @@ def replayed_sentence(
     configs: tuple[str, ...] = ("mixed_bf16", "flash"),
 ) -> Rendered:
     "Speed over fp32's at the protocol's batch in each domain, as launched and with both replayed from a graph."
-    runs, said, used = h2_runs(runs), {}, []
+    runs, said, used = given_runs(runs, "h2"), {}, []
     for domain in DOMAINS:
         if (rows := pace_rows(domain, runs)).empty: continue
         used += named_runs(rows, runs)
@@ -307,7 +307,7 @@ def triplet_rows(
     runs: Iterable[Run] | None = None,  # of the benchmarks
 ) -> pd.DataFrame:
     "The molecules' training steps at a batch, of the published network."
-    rows = rows_of("molecule_step", load_runs(hypothesis="bench") if runs is None else runs)
+    rows = rows_of("molecule_step", given_runs(runs, "bench"))
     if rows.empty: return rows
     rows = rows[(rows["batch"] == batch) & (rows["network"] == "published")]
     return rows.assign(
@@ -316,7 +316,7 @@ def triplet_rows(
 
 def show_triplets(batch: int, runs: Iterable[Run] | None = None) -> Rendered:
     "Those steps as a table."
-    runs = load_runs(hypothesis="bench") if runs is None else list(runs)
+    runs = given_runs(runs, "bench")
     rows = triplet_rows(batch, runs)
     if not rows.empty:
         ms, gb = GOALS[batch]
@@ -334,7 +334,7 @@ def triplets_sentence(
     runs: Iterable[Run] | None = None,
 ) -> Rendered:
     "The goal at a batch and whether any row of this package's meets it, in a sentence."
-    runs = load_runs(hypothesis="bench") if runs is None else list(runs)
+    runs = given_runs(runs, "bench")
     rows, (ms, peak) = triplet_rows(batch, runs), GOALS[batch]
     goal = f"Goal at batch {batch}: a step in at most {ms:g} ms at a peak of at most {peak / 1e9:g} GB, on one H200."
     measured = rows_of("molecule_step", runs)

@@ -19,9 +19,9 @@ from ..study.h2.quantities import DOMAINS, diverged
 from ..study.verdict import DECIDED, NOT_APPLICABLE, side_text, value_text
 from .charts import ROOM, estimates, thin, titled
 from .rows import named_runs, rows_of, show_rows, summarize
-from .render import Rendered, provenance_note, sentence
-from .surrogates import h2_runs, ordered
-from .tables import judged, part_frame, part_text, runs_of
+from .render import Rendered, given_runs, provenance_note, runs_of, sentence
+from .surrogates import ordered
+from .tables import judged, part_frame, part_text
 
 # %% ../../nbs/report/09_surrogate_verdicts.ipynb #7b200006
 def stability_rows(
@@ -49,7 +49,7 @@ def show_stability(
     **where,
 ) -> Rendered:
     "Training runs by domain and configuration: steps, skipped steps, loss scale, and how many diverged."
-    runs = h2_runs(runs)
+    runs = given_runs(runs, "h2")
     rows = stability_rows(runs, **where)
     table = summarize(
         rows, ["role", "config"], n=("run", "nunique"), steps=("steps", "sum"), skipped=("skipped", "sum"),
@@ -66,7 +66,7 @@ def scale_rows(
     runs: Iterable[Run] | None = None,
 ) -> pd.DataFrame:
     "Steps of the runs that have a loss scale."
-    rows = rows_of("step", h2_runs(runs), arm="train", role=domain, config=("mixed_fp16", "mixed_fp16_static"))
+    rows = rows_of("step", given_runs(runs, "h2"), arm="train", role=domain, config=("mixed_fp16", "mixed_fp16_static"))
     return rows if rows.empty else rows.dropna(subset=["loss_scale"])
 
 def scale_lines(
@@ -89,7 +89,7 @@ def scale_lines(
     return titled(line + one, title, rows, "one line a run; red: 1.0")
 
 # %% ../../nbs/report/09_surrogate_verdicts.ipynb #7b20000c
-# of several bounds of a domain, the first of these says what it is
+# a criterion has several bounds in a domain; its status there is the first of these that one of them has
 _HOLDS = ("met", "inconclusive", "not met", "no evidence at this scale", "not measured")
 
 def harm_row(
@@ -98,8 +98,8 @@ def harm_row(
 ) -> dict:
     "What was found of one failure criterion in one domain."
     parts = [part for part in entry["parts"] if f"[{domain}" in part["term"]]
-    known, status = ([part for part in parts if part["value"] is not None],
-                     min((part["status"] for part in parts), key=_HOLDS.index))
+    known = [part for part in parts if part["value"] is not None]
+    status = min((part["status"] for part in parts), key=_HOLDS.index)
     words = {"met": "holds", "inconclusive": "open", "not met": "does not hold"}.get(status, status)
     return {"id": entry["id"], "title": entry["title"], "domain": domain,
             entry["stack"]: words + (f": {'; '.join(map(value_text, known))}" if known else ""),
@@ -122,7 +122,7 @@ def harm_rows(
 
 def show_harms(runs: Iterable[Run] | None = None) -> Rendered:
     "The same as a table."
-    runs = h2_runs(runs)
+    runs = given_runs(runs, "h2")
     return show_rows(harm_rows(runs), dict(domain="domain", id="criterion", title="about")
                          | {stack: stack for stack in (H2.stack, *H2.others)}, "harm", runs, "Nothing is judged.")
 
@@ -136,7 +136,7 @@ def _why(entry: dict) -> str:
 
 def show_open(runs: Iterable[Run] | None = None) -> Rendered:
     "Criteria without a decision on each side, and why."
-    runs = h2_runs(runs)
+    runs = given_runs(runs, "h2")
     rows = [dict(side=side_text(e), id=e["id"], title=e["title"], status=e["status"],
                  why=why if len(why := _why(e) or "") <= 400 else why[:400].rsplit(" ", 1)[0] + " ...",
                  scale=e["scale"] or "", runs=e["records"]) for e in judged(runs, H2)
@@ -158,7 +158,7 @@ def _statements(entries: list[dict], kinds: tuple[str, ...], status: str) -> lis
 def verdict_sentence(runs: Iterable[Run] | None = None) -> Rendered:
     """Why the verdict on each side is what it is, and what would have to change, in a paragraph each;
     from the judge's entries alone."""
-    runs = h2_runs(runs)
+    runs = given_runs(runs, "h2")
     entries, said, used = judged(runs, H2), [], set()
     for whole in (e for e in entries if e["kind"] == "overall"):
         mine = [e for e in entries if e["side"] == whole["side"] and e["kind"] != "overall"]
@@ -168,8 +168,8 @@ def verdict_sentence(runs: Iterable[Run] | None = None) -> Rendered:
                 f"{side_text(whole)}: no criterion was decided by runs on a GPU, so there is nothing to explain.")
             continue
         used.update(name for e in proven for name in e["records"])
-        harms, misses = (_statements(mine, ("failure", "falsification"), "met"),
-                         _statements(mine, ("success",), "not met"))
+        harms = _statements(mine, ("failure", "falsification"), "met")
+        misses = _statements(mine, ("success",), "not met")
         met = [f"{e['id']} ({e['title']})" for e in mine if e["kind"] == "success" and e["status"] == "met"]
         said.append(f"{side_text(whole)}: {whole['status']}. " + (f"Against the claim: {'; '.join(harms)}. " if harms
                                                                   else "No failure or falsification criterion is met. ")
@@ -192,7 +192,7 @@ def side_rows(
 ) -> pd.DataFrame:
     """A row for each place at which a quantity was measured, on each side:
     as `part_frame`, named by the place, `against` being the precision."""
-    found = part_frame(*ids, runs=h2_runs(runs))
+    found = part_frame(*ids, runs=given_runs(runs, "h2"))
     if found.empty: return found
     found = found[found["what"].str.startswith(f"{name}[")]
     return found.assign(what=found["what"].str[len(name) + 1 : -1], against=found["stack"])

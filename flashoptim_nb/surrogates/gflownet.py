@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .problem import VERIFY, Outcome, Problem
-from .reinforce import clipped_step, propose_all, seeded
+from .reinforce import clipped_step, mean_loss, propose_all, seeded
 
 # %% ../../nbs/surrogates/06_gflownet.ipynb #e0000006
 def balance(
@@ -49,17 +49,13 @@ def train_gflownet(
     log_z = nn.Parameter(torch.full((problem.instances,), torch.nan, device=problem.device))
     optimizer = torch.optim.Adam([dict(params=policy.parameters(), lr=lr), dict(params=[log_z], lr=10 * lr)])
     spread, rows = min(spread, problem.instances), []
+    def loss_of(t, drawn, score):
+        _begin(log_z, t, drawn, score, beta)
+        return balance_loss(drawn.log_pf, drawn.log_pb, score, beta, log_z[t].nan_to_num())
     for n in range(1, steps + 1):
-        losses, scores, skipped = [], [], 0
-        for t in torch.randperm(problem.instances, generator=chooser)[:spread].tolist():
-            drawn = policy(t, batch // spread, generator)
-            score = problem.predicted(t, drawn.x).to(drawn.log_pf.device)
-            _begin(log_z, t, drawn, score, beta)
-            loss, bad = balance_loss(drawn.log_pf, drawn.log_pb, score, beta, log_z[t].nan_to_num())
-            losses.append(loss); scores.append(score[score.isfinite()]); skipped += bad
-        loss = torch.stack(losses).mean()
-        taken = clipped_step(optimizer, loss)
-        rows.append(dict(step=n, score=torch.cat(scores).mean().item(), loss=loss.item(), skipped=skipped, taken=taken))
+        chosen = torch.randperm(problem.instances, generator=chooser)[:spread].tolist()
+        loss, row = mean_loss(problem, policy, chosen, batch // spread, generator, loss_of)
+        rows.append(dict(step=n) | row | dict(loss=loss.item(), taken=clipped_step(optimizer, loss)))
     return policy, log_z.detach(), rows
 
 def _begin(log_z: nn.Parameter, t: int, drawn, score: Tensor, beta: float):

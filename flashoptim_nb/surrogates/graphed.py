@@ -12,12 +12,15 @@ from collections import Counter
 import torch
 
 from ..base.errors import UserError, is_vouched, vouched
-from .task import SurrogateTask, padded
+from .task import Domain, SurrogateTask, padded
+from ..train.config import TrainConfig
 
 # %% ../../nbs/surrogates/02_graphed.ipynb #6a90c005
 WARM = 3  # ordinary steps of a shape before it is captured: they create states and choose kernels
 
-def parts_of(batch) -> list[torch.Tensor]:
+def parts_of(
+    batch,  # of a domain: a tuple or a dataclass
+) -> list[torch.Tensor]:
     "The tensors of a batch, in order."
     return [t for t in _values(batch) if isinstance(t, torch.Tensor)]
 
@@ -28,7 +31,7 @@ def _cloned(batch):
     copy = type(batch)(*(t.clone() if isinstance(t, torch.Tensor) else t for t in _values(batch)))
     return copy if isinstance(batch, tuple) else vouched(copy, like=batch)
 
-def why_not(domain, config, device: torch.device | str) -> str:
+def why_not(domain: Domain, config: TrainConfig, device: torch.device | str) -> str:
     "Why steps cannot be replayed from a CUDA graph, in words; nothing where they can."
     if torch.device(device).type != "cuda":
         return f"a CUDA graph needs a CUDA device, not {device}; leave graphs out here"

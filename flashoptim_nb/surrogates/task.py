@@ -95,8 +95,8 @@ class SurrogateTask:
         # a throw-away network: drawn on the device, which is quicker where it is large, and never evaluated in fp32
         trial: bool = False,
     ):
-        self.domain, self.config, self.recipe, self.seed, self.device = (
-            domain, config, recipe, seed, torch.device(device))
+        self.domain, self.config, self.recipe, self.seed = domain, config, recipe, seed
+        self.device = torch.device(device)
         self.width = width or sized(domain, config.times)[0]
         with torch.random.fork_rng(), self.device if trial else nullcontext():
             torch.manual_seed(seed)
@@ -123,9 +123,9 @@ class SurrogateTask:
 @patch
 @torch.no_grad()
 def weights(self: SurrogateTask) -> list[torch.Tensor]:
-    "The weights in fp32, in the order of `model.parameters()`: narrow ones joined with their corrections."
+    "The weights in fp32, in the order of `model.parameters()`: narrow ones joined with their error bits."
     found = [(p.detach(), self.optimizer.state.get(p, {}).get("error_bits")) for p in self.model.parameters()]
-    return [decode(p, rho) if rho is not None else p.float() for p, rho in found]
+    return [p.float() if error_bits is None else decode(p, error_bits) for p, error_bits in found]
 
 @patch
 def batch_indices(self: SurrogateTask, n: int) -> np.ndarray:

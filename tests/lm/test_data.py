@@ -17,7 +17,7 @@ from flashoptim_nb.base.machine import Capability, data_root
 from flashoptim_nb.base import files
 from flashoptim_nb.lm import text as T
 from flashoptim_nb.lm import tokenize as K
-from flashoptim_nb.lm.batches import Windows, check_repeats, synthetic
+from flashoptim_nb.lm.batches import Synthetic, Windows, check_repeats
 from flashoptim_nb.lm.evalsets import load_evalset
 from flashoptim_nb.base.files import DataUnavailable
 from flashoptim_nb.lm.text import SETS, load_text
@@ -366,7 +366,7 @@ def test_an_epoch_predicts_each_token_once(rng_seed):
     assert w.epochs(15) == 3.0 and check_repeats(w, 20) == 4.0
     with pytest.raises(UserError, match="21 steps .* 4.2 times through the 1,001 tokens .* at most 20 steps"):
         check_repeats(w, 21)
-    assert check_repeats(synthetic(50, 10, 20, seed=0), 10**9) == 0
+    assert check_repeats(Synthetic(50, 10, 20, seed=0), 10**9) == 0
 
 
 def test_a_micro_batch_reads_its_own_windows_only(rng_seed):
@@ -386,7 +386,7 @@ def test_a_micro_batch_reads_its_own_windows_only(rng_seed):
 
 @pytest.mark.parametrize("seq", [4096, 8192, 16_384])
 def test_synthetic_lengths(seq):
-    x, y = synthetic(50_304, seq, 1, seed=0).batch(7)
+    x, y = Synthetic(50_304, seq, 1, seed=0).batch(7)
     assert x.shape == y.shape == (1, seq) and x.max() < 50_304 and torch.equal(x[:, 1:], y[:, :-1])
 
 

@@ -293,10 +293,12 @@ def test_while_averages_are_in_place_nothing_counts_on_the_weights():
     average = AveragedMasters(optimizer, model)
     x = torch.randn(4, 8).bfloat16()
     model(x).float().sum().backward(); optimizer.step(); optimizer.zero_grad(); average.update()
+    saved = optimizer.state_dict()
     whole, handle = optimizer.get_fp32_model_state_dict(model), enable_gradient_release(model, optimizer)
     with average.applied():
         for what in (lambda: optimizer.get_fp32_model_state_dict(model),
                      lambda: optimizer.set_fp32_model_state_dict(model, whole), average.update,
+                     optimizer.state_dict, lambda: optimizer.load_state_dict(saved),
                      lambda: average.applied().__enter__(), lambda: model(x).float().sum().backward()):
             with pytest.raises(UserError, match="leave applied"): what()
     handle.remove()
@@ -400,3 +402,67 @@ def test_what_the_cast_adds_lies_where_the_model_lies():
          "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")])])
 def test_what_the_cast_rounds_away_reaches_the_masters_of_shards(kind, tmp_path):
     ranks_agree(RANK, 2, kind, tmp_path)
+
+
+REPLICA = """
+import sys, warnings, torch, torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from flashoptim_nb.optim import FlashAdamW, cast_model
+
+kind = sys.argv[1]
+dist.init_process_group("gloo" if kind == "cpu" else "nccl")
+rank = dist.get_rank()
+if kind == "cuda": torch.cuda.set_device(rank)
+
+def spread(t):
+    other = t.clone()
+    dist.broadcast(other, 0)
+    return (t != other).sum().item()
+
+def trained(wrap, cast=cast_model):
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+    cast(model)
+    opt = FlashAdamW(wrap(model.to(kind)).parameters(), lr=1e-5)
+    whole = torch.cat([t.flatten() for t in opt.get_fp32_model_state_dict(model).values()])
+    for n in range(20):
+        for p in model.parameters(): p.grad = torch.full_like(p, 0.1 * (n % 3 - 1))
+        opt.step()
+    return sum(spread(t) for t in opt.get_fp32_model_state_dict(model).values()), whole
+
+apart, begun = trained(DistributedDataParallel)
+assert apart == 0 and (begun != begun.bfloat16()).any(), apart
+assert trained(DistributedDataParallel, lambda model: cast_model(model, masters=rank == 0))[0] == 0  # none has any
+
+def by_hand(model):
+    for p in model.parameters(): dist.broadcast(p.data, 0)
+    return model
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    trained(by_hand)
+assert any("drift apart" in str(w.message) for w in told) == (rank == 1)
+print("rank agrees")
+dist.destroy_process_group()
+"""
+
+@pytest.mark.parametrize(
+    "kind",
+    ["cpu", pytest.param(
+         "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")])])
+def test_replicas_of_ranks_that_were_seeded_otherwise_stay_alike(kind, tmp_path):
+    ranks_agree(REPLICA, 2, kind, tmp_path)
+
+
+def kept_bytes(model):
+    return sum(kept.error_bits.nbytes + kept.fold.nbytes for m in model.modules()
+               for kept in m.__dict__.get("_cast_error_bits", {}).values())
+
+
+def test_what_is_frozen_keeps_nothing_once_it_is_cast_again():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    cast_model(model)
+    model[0].requires_grad_(False)
+    whole = kept_bytes(model)
+    cast_model(model)
+    assert kept_bytes(model) == whole / 2 > 0

@@ -3,6 +3,8 @@ import copy
 import io
 import pickle
 import re
+import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -13,8 +15,8 @@ from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.optim.split import decode
 from flashoptim_nb.optim.split import INTERPRETED
 from every import CLASSES
-from flashoptim_nb.optim import (FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW, GradientError, NumericsError,
-                                 OptionError, StateError, cast_model, enable_gradient_release)
+from flashoptim_nb.optim import (AveragedMasters, FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW, GradientError,
+                                 NumericsError, OptionError, StateError, cast_model, enable_gradient_release)
 from flashoptim_nb.optim.checks import check_options
 from processes import pass_in_the_interpreter
 
@@ -670,3 +672,84 @@ def test_a_stale_handle_of_release_changes_nothing():
     for wrong in dict(grad_scaler=3), dict(pre_step=3):
         new.remove()
         with pytest.raises(UserError, match=next(iter(wrong))): enable_gradient_release(layer, opt, **wrong)
+
+
+@pytest.mark.parametrize("make", [
+    FlashAdamW, FlashLion, lambda p, **k: FlashSGD(p, lr=0.1, momentum=0.9, **k), lambda p, **k: FlashAdamW(p, max_norm=1.0, **k)])
+def test_a_step_under_autocast_is_the_same(make, rng_seed):
+    def stepped(around):
+        torch.manual_seed(rng_seed)
+        ps = [torch.nn.Parameter(torch.randn(n).bfloat16()) for n in (64, 33)]
+        opt = make(ps)
+        for _ in range(3):
+            for p in ps: p.grad = torch.randn_like(p)
+            with around(): opt.step()
+        return ps + [t for s in opt.state.values() for t in s.values()]
+    plain = stepped(nullcontext)
+    for dtype in torch.bfloat16, torch.float16:
+        assert all(torch.equal(a, b) for a, b in zip(plain, stepped(lambda: torch.autocast("cpu", dtype))))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(dtype, rng_seed):
+    def stepped():
+        torch.manual_seed(rng_seed)
+        p = torch.nn.Parameter(torch.randn(999, dtype=torch.float32).bfloat16())
+        opt = FlashAdamW([p], max_norm=1.0)
+        model = torch.nn.ParameterList([p])
+        average = AveragedMasters(opt, model)
+        for _ in range(3):
+            p.grad = torch.randn(999, dtype=torch.float32).bfloat16()
+            opt.step()
+            average.update()
+        return [p, *opt.state[p].values(), *average.average.values()]
+    plain, before = stepped(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try: other = stepped()
+    finally: torch.set_default_dtype(before)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(plain, other))
+
+
+@pytest.mark.parametrize("saves, loads", [
+    (torch.optim.AdamW, FlashAdam), (FlashAdamW, FlashAdam), (torch.optim.Adam, FlashAdamW), (FlashAdam, FlashAdamW),
+    (FlashSGDW, FlashSGD), (torch.optim.SGD, FlashSGDW)])
+def test_weight_decay_of_the_other_kind_is_refused(saves, loads):
+    p = torch.nn.Parameter(torch.ones(4))
+    one, two = (make([p], lr=0.1, weight_decay=0.5) for make in (saves, loads))
+    p.grad = torch.ones(4)
+    one.step()
+    before = copy.deepcopy(two.state_dict())
+    with pytest.raises(StateError, match="decoupled_weight_decay="): two.load_state_dict(one.state_dict())
+    assert two.state_dict() == before
+    for group in one.param_groups: group["weight_decay"] = 0.0
+    two.load_state_dict(one.state_dict())  # without decay they are one
+    with pytest.raises(OptionError, match="decoupled_weight_decay="):
+        loads([dict(params=[p], decoupled_weight_decay=not loads.decoupled)], lr=0.1)
+
+
+def test_a_new_optimizer_over_trained_weights_says_where_their_lower_bits_are():
+    p = torch.nn.Parameter(torch.ones(4).bfloat16())
+    def step(opt):
+        p.grad = torch.ones_like(p)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            opt.step()
+        return any("trained by another optimizer" in str(w.message) for w in told)
+    first, model = FlashAdamW([p], lr=1e-5), torch.nn.ParameterList([p])
+    assert not step(first) and not step(first)
+    assert step(FlashAdamW([p], lr=1e-5))
+    again, third = FlashAdamW([p], lr=1e-5), FlashAdamW([p], lr=1e-5)
+    again.load_state_dict(first.state_dict())
+    third.set_fp32_model_state_dict(model, again.get_fp32_model_state_dict(model))
+    assert not step(again) and not step(third)
+
+
+def test_no_norm_is_told_of_a_step_that_formed_none():
+    p = torch.nn.Parameter(torch.ones(4))
+    opt = FlashAdamW([p], max_norm=1.0)
+    p.grad = torch.ones(4)
+    opt.step()
+    assert opt.grad_norm == 2
+    p.grad = None
+    opt.step()
+    assert opt.grad_norm is None

@@ -49,9 +49,15 @@ def test_order_survives_the_split(theta, dtype, bits):
 
 @given(tensors(finite), narrow, widths)
 def test_encoding_what_was_decoded_changes_nothing(theta, dtype, bits):
-    once = encode(theta, dtype, bits)
+    "But for a value midway to a power of two, where the spacing doubles: it moves by half a code, once."
+    beside = 2.0 ** torch.arange(-10, 11) * (1 - torch.finfo(dtype).eps / 4)
+    once = encode(torch.cat([theta, beside, -beside * (1 - 2.0**-20)]), dtype, bits)
     twice = encode(decode(*once), dtype, bits)
-    assert torch.equal(decode(*twice), decode(*once))
+    moved = decode(*twice) != decode(*once)
+    assert (twice[0].float()[moved].frexp().mantissa.abs() == 0.5).all()
+    code = torch.finfo(dtype).eps / (4 * MAX_CODE[bits])
+    assert ((decode(*twice) - decode(*once)).abs() <= code * decode(*once).abs() * (1 + 2.0**-6))[moved].all()
+    assert torch.equal(decode(*encode(decode(*twice), dtype, bits)), decode(*twice))
 
 
 @given(tensors(finite), st.booleans())

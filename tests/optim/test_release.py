@@ -489,3 +489,23 @@ def test_the_caller_waits_for_every_stream_that_a_hook_stepped_on(monkeypatch):
     handle._streams.add(side)
     handle.optimizer.step()
     assert waited == [side] * 3, "and at a step"
+
+
+@pytest.mark.parametrize("steps", [True, False])
+def test_what_is_thawed_or_added_later_is_released_too(steps):
+    "In a loop that calls step(), and in one without."
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    start = [p.detach().clone() for p in model.parameters()]
+    model[0].requires_grad_(False), model[2].requires_grad_(False)
+    opt = FlashAdamW([*model[0].parameters(), *model[1].parameters()], lr=0.1)
+    enable_gradient_release(model, opt)
+    def moved(): return [not torch.equal(p, q) for p, q in zip(model.parameters(), start)]
+    for n, later in enumerate((lambda: None, lambda: model[0].requires_grad_(True),
+                               lambda: (model[2].requires_grad_(True), opt.add_param_group(dict(params=model[2].parameters()))))):
+        later()
+        for _ in range(2):
+            model(torch.ones(2, 4)).square().sum().backward()
+            assert all(p.grad is None for p in model.parameters())
+            if steps: opt.step()
+        assert moved() == [n > 0] * 2 + [True] * 2 + [n > 1] * 2

@@ -68,12 +68,12 @@ def test_places_are_counted_over_all_numbers_of_gpus():
     cells = frontier(RUNS)
     places = len(BUDGETS) * sum(map(len, FRONTIER_SIZES.values()))
     assert len(cells) == places * len(WAYS)
-    said = frontier_sentences(cells, [])
+    said = frontier_sentences(cells, [])["Room"]
     assert f"of the chart's {places} places" in said and "up to 30B on 4 GPUs of 80 GB" in said
     small = journal(search("flashoptim_release", 1, (1, 76e9, 76e9, 4_000.0), role="13B"),
                     search("flashoptim_full", 4, (1, 22e9, 22e9, 12_000.0), role="13B"))
     # one GPU of 80 GB is less memory than four of 24
-    assert "up to 13B on 1 GPU of 80 GB" in frontier_sentences(frontier([small]), [])
+    assert "up to 13B on 1 GPU of 80 GB" in frontier_sentences(frontier([small]), [])["Room"]
 
 
 def test_each_panel_lies_within_the_drawing():

@@ -20,8 +20,9 @@ class ResidualBlock(nn.Module):
     "x + W2 silu(W1 norm(x))."
     def __init__(self, width: int, depth: int):
         super().__init__()
-        self.norm, self.up, self.down = (nn.LayerNorm(width), nn.Linear(width, EXPAND * width),
-                                         nn.Linear(EXPAND * width, width))
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, EXPAND * width)
+        self.down = nn.Linear(EXPAND * width, width)
         with torch.no_grad(): self.down.weight.mul_(depth**-0.5)
 
     def forward(self, x_NW: Tensor) -> Tensor: return x_NW + self.down(F.silu(self.up(self.norm(x_NW))))

@@ -79,8 +79,10 @@ class LiftToDrag:
         components: int = 10,
         device="cpu",  # of the policy
     ):
-        self.data, self.predict, self.points, self.limits, self.device = (
-            data, predict, tuple(points), limits, torch.device(device))
+        self.data, self.predict = data, predict
+        self.points = tuple(points)
+        self.limits = limits
+        self.device = torch.device(device)
         self.solver = pick_solver() if solver is None else solver
         self.instances, self.space = len(self.points), Space(data.table.parameters[data.parts["train"]], components)
         self.references = [self._reference(Re, alpha) for Re, alpha in self.points]

@@ -106,8 +106,9 @@ class Xfoil:
         if self.executable is None:
             raise UserError(f"the solver {executable!r} was not found; on Debian and Ubuntu: apt install xfoil. "
                             "Without it: pick_solver('neuralfoil')")
-        self.timeout, self.n_crit, self.iterations, self.workers, self.stub = (
-            timeout, n_crit, iterations, n_workers(workers), trap_stub())
+        self.timeout, self.n_crit, self.iterations = timeout, n_crit, iterations
+        self.workers = n_workers(workers)
+        self.stub = trap_stub()
 
 # %% ../../../../nbs/surrogates/domains/aerodynamics/01_solvers.ipynb #a2f0000e
 @patch
@@ -183,8 +184,8 @@ class NeuralFoil:
         try: import neuralfoil
         except ImportError:
             raise missing_module("neuralfoil", what="this solver") from None
-        self.evaluate, self.model_size, self.n_crit, self.confidence = (
-            neuralfoil.get_aero_from_kulfan_parameters, model_size, n_crit, confidence)
+        self.evaluate = neuralfoil.get_aero_from_kulfan_parameters
+        self.model_size, self.n_crit, self.confidence = model_size, n_crit, confidence
 
     def of_parameters(
         self,

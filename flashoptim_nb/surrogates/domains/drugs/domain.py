@@ -39,8 +39,10 @@ class CountNet(nn.Module):
         checkpointing: bool = False,  # compute the hidden layers again in the backward pass
     ):
         super().__init__()
-        self.first, self.second, self.last, self.checkpointing = (nn.Linear(PLACES, width), nn.Linear(width, width),
-                                                                  nn.Linear(width, len(PROPERTIES)), checkpointing)
+        self.first = nn.Linear(PLACES, width)
+        self.second = nn.Linear(width, width)
+        self.last = nn.Linear(width, len(PROPERTIES))
+        self.checkpointing = checkpointing
 
     def hidden(self, x: Tensor) -> Tensor:
         "n x width"

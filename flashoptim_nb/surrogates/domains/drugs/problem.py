@@ -72,8 +72,10 @@ class DrugProblem:
     ):
         if drugs.parts is None: raise UserError("this domain was made without fragments; load it with load_drugs")
         self.drugs, self.predict, self.wanted, self.device = drugs, predict, wanted, torch.device(device)
-        self.instances, self.parts, self.fits, self.made = (len(wanted), drugs.parts,
-                                                            torch.from_numpy(drugs.parts.fits), {})
+        self.instances = len(wanted)
+        self.parts = drugs.parts
+        self.fits = torch.from_numpy(drugs.parts.fits)
+        self.made = {}
         self.core_facts, self.end_facts = _facts(self.parts.cores), _facts(self.parts.ends)
 
     def smiles(self, x: Tensor) -> list[str | None]:

@@ -43,6 +43,7 @@ class Prepared(NamedTuple):
             1, self.dst, marked[:, self.src].to(torch.int32)).to(torch.int16)
 
 def prepared(graph: Graph) -> Prepared:
+    "A graph with each edge in both directions."
     both = np.concatenate([graph.edges, graph.edges[:, ::-1]]).astype(np.int64)
     src, dst = torch.from_numpy(both[np.lexsort(both.T)].T.copy())
     return Prepared(torch.from_numpy(graph.degree).float(), src, dst)

@@ -92,8 +92,10 @@ class Layer(nn.Module):
     "One round of messages, by the formula above."
     def __init__(self, width: int, depth: int):
         super().__init__()
-        self.norm, self.own, self.near, self.out = Norm(width), nn.Linear(width, 2 * width), nn.Linear(
-            width, 2 * width, bias=False), nn.Linear(2 * width, width)
+        self.norm = Norm(width)
+        self.own = nn.Linear(width, 2 * width)
+        self.near = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(2 * width, width)
         with torch.no_grad(): self.out.weight.mul_(depth**-0.5)
 
     def forward(self, h_NC, src_E, dst_E, scale_N1):

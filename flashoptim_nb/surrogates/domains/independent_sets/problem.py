@@ -65,8 +65,8 @@ class SetPolicy(nn.Module):
         self.alone, self.query = nn.Linear(width, 1), nn.Linear(width, width)
 
     def forward(self, instance: int, n: int, generator: torch.Generator) -> Samples:
-        g, nothing = (self.graphs[instance], torch.zeros(
-                          1, len(self.graphs[instance]), dtype=torch.bool, device=self.adjacency[instance].device))
+        g = self.graphs[instance]
+        nothing = torch.zeros(1, len(self.graphs[instance]), dtype=torch.bool, device=self.adjacency[instance].device)
         h = self.encoder.nodes(node_inputs(g.degree, node_counts(g, nothing))[0], g.src, g.dst)  # (N, width)
         own = self.alone(h)[:, 0]
         def scores(chosen):
@@ -91,8 +91,9 @@ class PartialSets:
         solver: str = "auto",
         seconds: float = 20.0,  # the solver's, for one candidate
     ):
-        self.data, self.predict, self.device, self.solver, self.seconds = (
-            data, predict, torch.device(device or getattr(predict, "device", "cpu")), solver, seconds)
+        self.data, self.predict = data, predict
+        self.device = torch.device(device or getattr(predict, "device", "cpu"))
+        self.solver, self.seconds = solver, seconds
         self.which = [int(g) for g in data.split_graphs["test"][:instances]]
         self.instances, self.graphs = len(self.which), [data.graphs[g] for g in self.which]
         self.optimum = [int(data.labels.optimum[g]) for g in self.which]

@@ -109,7 +109,8 @@ def measure_molecule_step(
 ) -> dict:
     "One row: ms, peak, reserved (bytes; None on a CPU), loss; or why there is none."
     device = torch.device(device)
-    cuda, row = device.type == "cuda", dict(
+    cuda = device.type == "cuda"
+    row = dict(
         implementation=implementation, precision=precision, batch=len(batches[0]), graph=graph, oom=False, reason="")
     row |= dict(ms=None, molecules_per_s=None, peak=None, reserved=None,
                 edges=int(np.mean([len(b.source) for b in batches])), nodes=int(np.mean([len(b.z) for b in batches])))
@@ -163,10 +164,10 @@ def benchmark_molecules(
     for size in batches:
         which = [np.random.default_rng((size, n)).permutation(domain.size("train"))[:size] for n in range(different)]
         plain = [domain.batch("train", w) for w in which]
-        begin, n = time.perf_counter(), 0
-        while n < 5: plain[n % different] = domain.batch("train", which[n % different]); n += 1
+        begin = time.perf_counter()
+        for n in range(5): plain[n % different] = domain.batch("train", which[n % different])
         if device.type == "cuda": torch.cuda.synchronize(device)
-        add(dict(kind="collation", batch=size, ms=1000 * (time.perf_counter() - begin) / n))
+        add(dict(kind="collation", batch=size, ms=1000 * (time.perf_counter() - begin) / 5))
         listed = [b.with_triplets() for b in plain]
         triplets = int(np.mean([len(b.kj) for b in listed]))
         for implementation in implementations:

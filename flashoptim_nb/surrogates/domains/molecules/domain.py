@@ -40,13 +40,14 @@ class MoleculeDomain:
         for target in targets: choose("label", target, structures.labels)
         split = split_molecules(len(structures), limit, seed)
         used = np.concatenate(list(split.values()))
-        self.structures, self.targets, self.units = (structures.take(used), tuple(targets),
-                                                     tuple(UNITS.get(t, "1") for t in targets))
+        self.structures = structures.take(used)
+        self.targets = tuple(targets)
+        self.units = tuple(UNITS.get(t, "1") for t in targets)
         ends = np.cumsum([0, *(len(part) for part in split.values())])
         self.splits = {name: np.arange(a, b) for name, a, b in zip(split, ends, ends[1:])}
         self.config = config.replace(targets=len(targets))
-        self.options, self.data_hash = (dict(interaction=interaction, checkpointing=checkpointing),
-                                        self.structures.data_hash)
+        self.options = dict(interaction=interaction, checkpointing=checkpointing)
+        self.data_hash = self.structures.data_hash
         given = len(structures) + len(structures.skipped)
         self.counts = dict(given=given, used=len(used),
                            skipped={"beyond the limit": len(structures) - len(used),

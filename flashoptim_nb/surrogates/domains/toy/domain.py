@@ -36,8 +36,10 @@ class ToyNet(nn.Module):
     "Two layers over a row."
     def __init__(self, width: int, checkpointing: bool = False):
         super().__init__()
-        self.first, self.norm, self.last, self.checkpointing = (nn.Linear(8, width), nn.LayerNorm(width),
-                                                                nn.Linear(width, 2), checkpointing)
+        self.first = nn.Linear(8, width)
+        self.norm = nn.LayerNorm(width)
+        self.last = nn.Linear(width, 2)
+        self.checkpointing = checkpointing
 
     def inner(self, x): return torch.nn.functional.silu(self.norm(self.first(x)))
 

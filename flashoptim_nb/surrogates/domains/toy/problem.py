@@ -29,8 +29,9 @@ class ToyProblem:
         device: torch.device | str = "cpu",
     ):
         g = torch.Generator().manual_seed(11)
-        self.kind, self.name, self.instances, self.predict = (choose("kind", kind, ["pool", "box", "subset"]),
-                                                              f"toy-{kind}", instances, predict)
+        self.kind = choose("kind", kind, ["pool", "box", "subset"])
+        self.name = f"toy-{kind}"
+        self.instances, self.predict = instances, predict
         # features of the items
         self.table = torch.rand({"pool": 24, "box": 1, "subset": 8}[kind], self.dims, generator=g)
         self.sets = torch.zeros(56, 8, dtype=torch.bool).scatter(1, torch.tensor(list(combinations(range(8), 3))), True)
