@@ -307,6 +307,10 @@ def test_while_averages_are_in_place_nothing_counts_on_the_weights():
     average.update()
 
 
+on_two_ranks = pytest.mark.parametrize("kind", [
+    "cpu", pytest.param("cuda", marks=[
+        pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")])])
+
 RANK = """
 import sys, torch, torch.distributed as dist
 from torch import nn
@@ -396,10 +400,7 @@ def test_what_the_cast_adds_lies_where_the_model_lies():
     assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["cpu", pytest.param(
-         "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")])])
+@on_two_ranks
 def test_what_the_cast_rounds_away_reaches_the_masters_of_shards(kind, tmp_path):
     ranks_agree(RANK, 2, kind, tmp_path)
 
@@ -446,10 +447,7 @@ print("rank agrees")
 dist.destroy_process_group()
 """
 
-@pytest.mark.parametrize(
-    "kind",
-    ["cpu", pytest.param(
-         "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")])])
+@on_two_ranks
 def test_replicas_of_ranks_that_were_seeded_otherwise_stay_alike(kind, tmp_path):
     ranks_agree(REPLICA, 2, kind, tmp_path)
 
