@@ -78,6 +78,14 @@ def _ranks(source, n, words, timeout):
     return [rank.returncode for rank in ranks], "".join(told)
 
 
+def on_ranks(n):
+    "Marks a test of n ranks: with `kind` cpu, and cuda where there are as many GPUs."
+    import pytest  # here: each program that is forked imports this module
+    import torch
+    enough = pytest.mark.skipif(torch.cuda.device_count() < n, reason=f"needs {n} GPUs")
+    return pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, enough])])
+
+
 def ranks_agree(source, n, kind, where, timeout=300):
     "Each of n ranks, on GPUs under torchrun, ends well and says that it agrees; it is told the kind of device and a folder."
     if kind == "cpu": codes, told = _ranks(source, n, (kind, where), timeout)

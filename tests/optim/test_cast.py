@@ -7,7 +7,7 @@ from torch import nn
 
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.optim import AveragedMasters, FlashAdamW, FlashLion, FlashSGD, cast_model, enable_gradient_release
-from processes import ranks_agree
+from processes import on_ranks, ranks_agree
 
 HALF_FORMATS = [torch.bfloat16, torch.float16]
 
@@ -307,10 +307,6 @@ def test_while_averages_are_in_place_nothing_counts_on_the_weights():
     average.update()
 
 
-on_two_ranks = pytest.mark.parametrize("kind", [
-    "cpu", pytest.param("cuda", marks=[
-        pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")])])
-
 RANK = """
 import sys, torch, torch.distributed as dist
 from torch import nn
@@ -400,7 +396,7 @@ def test_what_the_cast_adds_lies_where_the_model_lies():
     assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
 
 
-@on_two_ranks
+@on_ranks(2)
 def test_what_the_cast_rounds_away_reaches_the_masters_of_shards(kind, tmp_path):
     ranks_agree(RANK, 2, kind, tmp_path)
 
@@ -447,7 +443,7 @@ print("rank agrees")
 dist.destroy_process_group()
 """
 
-@on_two_ranks
+@on_ranks(2)
 def test_replicas_of_ranks_that_were_seeded_otherwise_stay_alike(kind, tmp_path):
     ranks_agree(REPLICA, 2, kind, tmp_path)
 

@@ -10,7 +10,7 @@ import flashoptim_nb.optim.muon as muon
 from flashoptim_nb.optim import FlashMuon, NumericsError, OptionError, cast_model, enable_gradient_release, muon_groups
 from flashoptim_nb.optim.muon_kernel import newton_schulz, newton_schulz_stack, symmetric_reference
 from flashoptim_nb.optim.split import decode
-from processes import pass_in_the_interpreter, ranks_agree
+from processes import on_ranks, pass_in_the_interpreter, ranks_agree
 
 SHAPES = [(16, 16), (33, 7), (7, 33), (40, 24), (16, 16), (1, 5)]
 on_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -330,8 +330,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=[
-    pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")])])
+@on_ranks(2)
 def test_shards_are_stepped_as_the_whole(kind, tmp_path):
     "Uneven and empty shards; rows or columns; each matrix has an owner, and each rank owns some."
     ranks_agree(RANK, 2, kind, tmp_path)

@@ -3,7 +3,7 @@ two processes step shards, uneven and empty ones too, as one process steps the w
 import pytest
 import torch
 
-from processes import ranks_agree
+from processes import on_ranks, ranks_agree
 
 RANK = """
 import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
@@ -301,17 +301,12 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize(
-    "kind", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(
-                                                    torch.cuda.device_count() < 4, reason="needs four GPUs")])])
+@on_ranks(4)
 def test_rows_cut_by_tensor_parallelism_and_again_by_fsdp2(kind, tmp_path):
     "The norm counts the gradients of all ranks, and a checkpoint has the scales of all."
     ranks_agree(TENSOR_PARALLEL, 4, kind, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["cpu", pytest.param(
-         "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")])])
+@on_ranks(2)
 @pytest.mark.parametrize("ranks", [RANK, RELEASE, ZERO], ids=["step", "release", "zero"])
 def test_two_ranks_step_as_one(ranks, kind, tmp_path): ranks_agree(ranks, 2, kind, tmp_path)
