@@ -32,7 +32,7 @@ from .shards import local
 from .gradients import GradScaling, compute_grad_scaling
 from .host import HostStates, check_capture
 from .rounding import ROUNDING, ROUNDINGS, dithers
-from .state_dict import fp32_weights, load_state, saved_public_state, saved_state, set_fp32_weights
+from .state_dict import check_at_home, fp32_weights, load_state, saved_public_state, saved_state, set_fp32_weights
 
 # %% ../../nbs/optim/08_base.ipynb #ec9ee8b9
 class NumericsError(UserError, ArithmeticError, RuntimeError):
@@ -217,6 +217,7 @@ class FlashOptimizer(Optimizer):
         tensors = [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in params]
         check_parameters([*(known["params"] for known in self.param_groups), tensors])
         group["params"] = params
+        group.pop("decoupled_weight_decay", None)  # the class says it
         super().add_param_group(group)
         group = self.param_groups[-1]
         self._check_group(group)
@@ -225,7 +226,9 @@ class FlashOptimizer(Optimizer):
             raise OptionError(f"decouple_lr=True: {type(self).__name__} has its weight decay in the gradient; "
                               "use the class with a W")
         if self.decouple_lr: self._keep_lr(group)
-        if self.release is not None: self.release._watch(group["params"])
+        if self.release is not None:
+            self._check_release()
+            self.release._watch(group["params"])
 
     def _fill_group(self, group: dict):
         "Puts into a new group what its defaults depend on; subclasses that have such add theirs."
@@ -263,6 +266,7 @@ class FlashOptimizer(Optimizer):
 
     def __getstate__(self):
         "torch keeps only groups and states when an optimizer is copied or pickled; the options go with them."
+        check_at_home(self)
         kept = {k: v for k, v in self.__dict__.items()
                 if k in self.options or k in ("grad_norm", "skipped_steps", "_made_for", "_next_clip")}
         return super().__getstate__() | kept | {"release": None, "_largest": {}, "_cached": {}}

@@ -20,7 +20,7 @@ from .backend import HAS_TRITON, INTERPRETED
 from .checks import check_options, overlapping, overlaps_itself, placements_of
 from .multi_tensor import TYPES, GradPointers, TensorList, Operands
 from .shards import first_place, like, local
-from .states import keeps_master, new_state, state_kinds, state_operands
+from .states import new_state, state_kinds, state_operands
 # importable from here, as models pickled by earlier versions look it up
 from .checks import GradientError, OptionError, ParametersError
 from .states import CastError
@@ -71,9 +71,7 @@ def own_states(
             if step is None or uses[id(step)] or not _is_counter(step, p.device):
                 own["step"] = counters.setdefault(
                     (n if step is None else id(step), p.device), _counter(0.0 if step is None else step, p.device))
-            missing = kinds.keys() - own.keys()
-            if "error_bits" in kinds: keeps_master(opt, p, "error_bits" in missing)
-            if missing:
+            if missing := kinds.keys() - own.keys():
                 own |= {k: t for k, t in new_state(opt, group, p, step).items() if k in missing}
             if state is not opt.state.get(p) or uses[id(state)] > 1: opt.state[p] = state = dict(state)
             if any(state.get(k) is not t for k, t in own.items()): state.update(own)

@@ -10,10 +10,12 @@ import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from itertools import chain
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -28,7 +30,8 @@ from ..base.errors import UserError
 from .split import HALF_FORMATS, decode
 from .base import explained
 from .checks import extent
-from .states import cast_error_of, first_error_bits, share_cast_errors, stash_cast_error
+from .buckets import LIVE_OPTIMIZERS
+from .states import cast_error_of, first_error_bits, stash_cast_error
 from .shards import like, local
 
 # %% ../../nbs/optim/13_cast.ipynb #125f2b2c
@@ -233,18 +236,46 @@ def _cast(
     for name, g in grads.items(): named[name].grad = g.to(dtype)
 
 # %% ../../nbs/optim/13_cast.ipynb #b8a67643
-_TOLD = []  # the hook that `cast_model` sets once in a process
+def _beside(p):
+    "What is known of a parameter's lower bits before its first step: kept by a cast, or in a state that a state dict began."
+    if (kept := cast_error_of(p)) is not None: return [kept.error_bits, kept.fold]
+    return [state["error_bits"] for opt in LIVE_OPTIMIZERS
+            if (state := opt.state.get(p)) and "error_bits" in state and not state["step"]]
 
+
+@torch.no_grad()
+def _share(model, group, ignored):
+    """Gives each rank what is known of the first one's lower bits, as DistributedDataParallel gives it that one's weights;
+    none keeps any where the ranks do not know the same. What it ignores is each rank's own."""
+    params = {name: p for name, p in model.named_parameters() if name not in ignored and not isinstance(p, DTensor)}
+    narrow = [p for p in params.values() if p.dtype in HALF_FORMATS]
+    if not narrow or dist.get_world_size(group) == 1: return  # ranks that have others' models alone ask for nothing
+    beside = {name: tensors for name, p in params.items() if (tensors := _beside(p))}
+    known = [(name, len(tensors)) for name, tensors in beside.items()]
+    with torch.cuda.device(narrow[0].device) if narrow[0].is_cuda else nullcontext():  # where NCCL sends objects from
+        dist.all_gather_object(every := [None] * dist.get_world_size(group), known, group)
+    if any(other != every[0] for other in every):
+        for name in beside:
+            if (kept := cast_error_of(params[name])) is not None: kept.drop()
+            else: [t.zero_() for t in beside[name]]
+        return warnings.warn("the ranks did not cast the same parameters: all begin at their 16-bit weights")
+    first = dist.get_global_rank(group, 0)
+    for name, t in ((name, t) for name, tensors in beside.items() for t in tensors):
+        there = t.to(params[name].device)  # where the group's backend finds it
+        dist.broadcast(there, first, group)
+        t.copy_(there)
 
 def _tell(module, name, child):
     """Where DistributedDataParallel takes a model: has the ranks begin alike.
     Where torch's AveragedModel takes its copy of one in 16 bits: warns that it will stand still."""
-    if isinstance(module, DistributedDataParallel): share_cast_errors(child, module.process_group)
+    if isinstance(module, DistributedDataParallel): _share(child, module.process_group, module.parameters_to_ignore)
     if isinstance(module, AveragedModel) and any(p.dtype in HALF_FORMATS for p in child.parameters()):
         warnings.warn("an AveragedModel of a model in 16 bits adds increments that are smaller than half the spacing "
                       "of its numbers, and stands still: "
                       "average the masters with flashoptim_nb.optim.AveragedMasters(optimizer, model), or call "
                       ".float() on the AveragedModel", stacklevel=3)
+
+nn.modules.module.register_module_module_registration_hook(_tell)  # on each rank, whether or not it casts a model
 
 # %% ../../nbs/optim/13_cast.ipynb #b8a67642
 @explained
@@ -294,7 +325,6 @@ def cast_model(
     _cast(model, named, groups, dtype, masters)
     for p in model.parameters():
         if not p.requires_grad and (kept := cast_error_of(p)) is not None: kept.drop()
-    if not _TOLD: _TOLD.append(nn.modules.module.register_module_module_registration_hook(_tell))
     for m in dict.fromkeys((*keep, *recast, *norms)): _hook(m, m in keep, dtype)
     for m in model.modules():
         if "_cast_to" in m._buffers: _hook(m, m._keeps_output, dtype)  # of an earlier cast, too

@@ -263,7 +263,8 @@ def wrong_decay(
     "Says that an optimizer's weight decay is not the kind that is asked for, and whose is."
     name = type(opt).__name__
     return (f"decoupled_weight_decay={not opt.decoupled}: weight decay "
-            + (f"shrinks the weights in {name}, and is not part of the gradient; use {name.removesuffix('W')}"
+            + (f"shrinks the weights in {name}, and is not part of the gradient"
+               + f"; use {name.removesuffix('W')}" * name.endswith("W")
                if opt.decoupled else
                f"is part of the gradient in {name}, and does not shrink the weights; use {name}W"))
 
@@ -273,7 +274,9 @@ def check_group_names(
     group: dict,  # that is to be added
 ):
     "Raises `OptionError` for a key that is nearly an option's name; others are the user's own, as in torch.optim."
-    if group.get("decoupled_weight_decay") not in (None, opt.decoupled): raise OptionError(wrong_decay(opt))
+    other = group.get("decoupled_weight_decay") not in (None, opt.decoupled)
+    # without decay the two are one
+    if other and group.get("weight_decay", opt.defaults.get("weight_decay")): raise OptionError(wrong_decay(opt))
     known = ("params", *opt.defaults, *opt.options)
     for key in (key for key in group if isinstance(key, str) and key not in known):
         if near := [name for name in known if key.casefold() == name or one_slip(key.casefold(), name)]:

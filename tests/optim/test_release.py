@@ -509,3 +509,30 @@ def test_what_is_thawed_or_added_later_is_released_too(steps):
             assert all(p.grad is None for p in model.parameters())
             if steps: opt.step()
         assert moved() == [n > 0] * 2 + [True] * 2 + [n > 1] * 2
+
+
+def test_a_parameter_in_a_group_of_its_own_is_released_once():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    opt = FlashAdamW(model.parameters(), lr=1e-3)
+    handle, group, own = enable_gradient_release(model, opt), opt.param_groups[0], list(model[1].parameters())
+    group["params"] = [p for p in group["params"] if all(p is not q for q in own)]
+    with pytest.raises(UserError): opt.add_param_group(dict(params=[*own, torch.ones(2)[0]], lr=-1.0))
+    opt.add_param_group(dict(params=own, lr=1e-4))
+    model(torch.ones(2, 4)).square().sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+    other = FlashAdamW(nn.Linear(4, 4).parameters())
+    enable_gradient_release(nn.ModuleList([nn.Module()]).append(nn.ParameterList(other.param_groups[0]["params"])), other)
+    with pytest.raises(ReleaseError, match="to another optimizer already"): other.add_param_group(dict(params=own))
+    assert len(other.param_groups) == 1
+    handle.remove()
+
+
+def test_two_optimizers_may_share_what_is_frozen():
+    shared, heads = nn.Linear(4, 4).requires_grad_(False), [nn.Linear(4, 1) for _ in range(2)]
+    for head in heads:
+        model = nn.Sequential(shared, head)
+        enable_gradient_release(model, opt := FlashAdamW(model.parameters(), lr=0.1))
+        before = head.weight.detach().clone()
+        model(torch.ones(2, 4)).square().sum().backward()
+        opt.step()
+        assert head.weight.grad is None and not torch.equal(head.weight, before)
