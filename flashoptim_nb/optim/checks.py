@@ -58,7 +58,8 @@ def check_parameter(
                           "(torch.distributed.fsdp.fully_shard)")
     if p.dtype not in (torch.float32, *HALF_FORMATS) and not p.is_floating_point():
         raise OptionError(f"a parameter of dtype {p.dtype}: bf16, fp16 and fp32 can be optimized; leave out what is "
-                          "not trained (p for p in model.parameters() if p.requires_grad)")
+                          "not trained (p for p in model.parameters() if p.requires_grad), and step complex ones by "
+                          "torch.optim")
     if p.dtype not in (torch.float32, *HALF_FORMATS):
         raise OptionError(f"a parameter of dtype {p.dtype}: bf16, fp16 and fp32 can be optimized; convert the model "
                           "with cast_model(model) or model.float()")
