@@ -565,7 +565,7 @@ def _run_parser(command):
     run = command("run", _run, help="run a hypothesis' protocol and record it",
         description="Runs the protocol and appends to its records.\nStopped in any way (Ctrl-C, SIGTERM, kill -9), "
                     "the same command goes on; on the CPU the result is the same bit for bit.",
-        epilog="examples:\n  flashoptim-nb run h1 --preset laptop            about an hour on two CPU cores; never evidence\n"
+        epilog="examples:\n  flashoptim-nb run h1 --preset laptop            about five minutes on two CPU cores; never evidence\n"
                "  flashoptim-nb run h1 --preset gpu --dry-run     what it would run, how long, for how much\n"
                "  FLASHOPTIM_DATA=/data flashoptim-nb run h1 --preset gpu --sizes 124M\n"
                "  flashoptim-nb run h1 --preset gpu --piece cost-1B --minutes 28\n"
@@ -575,7 +575,7 @@ def _run_parser(command):
     run.add_argument(
         "hypothesis", help="h1: the cost of training language models; h2: larger surrogates in reduced precision")
     _preset(
-        run, "an hour on a CPU; hours on a GPU, which may come in pieces; the protocol itself",
+        run, "minutes on a CPU; hours on a GPU, which may come in pieces; the protocol itself",
         required=True, metavar="{laptop,gpu,full}")
     run.add_argument("--sizes", nargs="+", metavar="SIZE",
                      help="h1: only these sizes of the protocol (default: all of the preset's)")
