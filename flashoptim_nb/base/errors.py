@@ -32,8 +32,9 @@ def choose(
     if given not in names:
         folded = {name.casefold(): name for name in names}
         wrong = str(given).casefold()
-        near = sorted(get_close_matches(wrong, folded), key=lambda name: sorted(name) != sorted(wrong))  # same letters first
-        hint = f" (did you mean {folded[near[0]]!r}?)" if near else ""
+        # the nearest, or one of the same letters
+        near = min(get_close_matches(wrong, folded), key=lambda name: sorted(name) != sorted(wrong), default=None)
+        hint = f" (did you mean {folded[near]!r}?)" if near else ""
         raise UserError(f"unknown {kind} {given!r}{hint}; choose one of: {', '.join(names)}")
     return allowed[given] if isinstance(allowed, Mapping) else given
 

@@ -98,12 +98,10 @@ class AveragedMasters:
                               f"{made_for[self.params[changed[0]]]}: take the average before such a change, make "
                               "optimizer and average anew after it")
         weight = 1 / (self.updates + 1) if self.decay is None or not self.updates else 1 - self.decay
-        with outside_autocast(): self._take_in(weight)
+        with outside_autocast():
+            for chunk, flat in self.chunks:
+                flat.lerp_(_masters(self.optimizer, [self.params[name] for name in chunk]), weight)
         self.updates += 1
-
-    def _take_in(self, weight):
-        for chunk, flat in self.chunks:
-            flat.lerp_(_masters(self.optimizer, [self.params[name] for name in chunk]), weight)
 
     def state_dict(self) -> dict:
         """The number of updates and the averages by their parameters' names;

@@ -397,16 +397,13 @@ class FlashOptimizer(Optimizer):
         scaling: GradScaling,  # multiplier and skip flag, on the bucket's device
     ):
         "One step of a bucket, in place."
-        with outside_autocast(): self._apply_scaled(bucket, group, scaling)
-
-    def _apply_scaled(self, bucket: ParamBucket, group: dict, scaling: GradScaling):
-        "The same, where operations keep the dtypes of their tensors."
-        if self._host is not None: self._host.step(self, bucket, group, scaling)
-        elif bucket.tensors is not None: self._update_fused(bucket, group, scaling)
-        elif scaling.skip is None or not scaling.skip > 0:
-            bucket.step.add_(1.0)
-            self._update(bucket, group, float(bucket.step), scaling.multiplier)
-        bucket.write_back()
+        with outside_autocast():
+            if self._host is not None: self._host.step(self, bucket, group, scaling)
+            elif bucket.tensors is not None: self._update_fused(bucket, group, scaling)
+            elif scaling.skip is None or not scaling.skip > 0:
+                bucket.step.add_(1.0)
+                self._update(bucket, group, float(bucket.step), scaling.multiplier)
+            bucket.write_back()
         bucket.drop()
 
     def _update(

@@ -10,7 +10,6 @@ import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from itertools import chain
 
@@ -31,6 +30,7 @@ from .split import HALF_FORMATS, decode
 from .base import explained
 from .checks import extent
 from .buckets import LIVE_OPTIMIZERS
+from .multi_tensor import device_guard
 from .states import cast_error_of, first_error_bits, stash_cast_error
 from .shards import like, local
 
@@ -252,7 +252,7 @@ def _share(model, group, ignored):
     if not narrow or dist.get_world_size(group) == 1: return  # ranks that have others' models alone ask for nothing
     beside = {name: tensors for name, p in params.items() if (tensors := _beside(p))}
     known = [(name, len(tensors)) for name, tensors in beside.items()]
-    with torch.cuda.device(narrow[0].device) if narrow[0].is_cuda else nullcontext():  # where NCCL sends objects from
+    with device_guard(narrow[0].device):  # NCCL sends objects from the current one
         dist.all_gather_object(every := [None] * dist.get_world_size(group), known, group)
     if any(other != every[0] for other in every):
         for name in beside:
@@ -260,10 +260,11 @@ def _share(model, group, ignored):
             else: [t.zero_() for t in beside[name]]
         return warnings.warn("the ranks did not cast the same parameters: all begin at their 16-bit weights")
     first = dist.get_global_rank(group, 0)
-    for name, t in ((name, t) for name, tensors in beside.items() for t in tensors):
-        there = t.to(params[name].device)  # where the group's backend finds it
-        dist.broadcast(there, first, group)
-        t.copy_(there)
+    for name, tensors in beside.items():
+        for t in tensors:
+            there = t.to(params[name].device)  # where the group's backend finds it
+            dist.broadcast(there, first, group)
+            t.copy_(there)
 
 def _tell(module, name, child):
     """Where DistributedDataParallel takes a model: has the ranks begin alike.

@@ -100,11 +100,11 @@ class GradientReleaseHandle:
         params = [p for p in params if _releaser(p) is not self]
         check_free(p for p in params if p.requires_grad)
         for p in params:
-            if p.requires_grad: self._hooks.append(p.register_post_accumulate_grad_hook(_Arrival(self)))
-            elif _releaser(p) is None and not p.is_inference():
+            if frozen := not p.requires_grad:
+                if _releaser(p) is not None or p.is_inference(): continue
                 p.requires_grad_(True)  # torch hooks no others
-                self._hooks.append(p.register_post_accumulate_grad_hook(_Arrival(self)))
-                p.requires_grad_(False)
+            self._hooks.append(p.register_post_accumulate_grad_hook(_Arrival(self)))
+            if frozen: p.requires_grad_(False)
 
     @property
     def clip(self) -> torch.Tensor | None:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CONFIG_COLOURS', 'MEMORY_CLASSES', 'ROOM', 'DASHES', 'in_order', 'config_dash', 'coloured', 'titled', 'draw', 'thin',
            'seed_band', 'ended_early', 'loss_curves', 'paired_difference', 'run_lines', 'byte_unit', 'memory_bars',
-           'throughput_points', 'round_numbers', 'known_side', 'estimates', 'as_cost', 'equivalence', 'by_size',
-           'scaling_lines']
+           'throughput_points', 'round_numbers', 'known_side', 'points', 'estimates', 'as_cost', 'equivalence',
+           'by_size', 'scaling_lines']
 
 # %% ../../nbs/report/03_charts.ipynb #872ced40
 from collections.abc import Callable, Iterable, Mapping
@@ -260,6 +260,13 @@ def known_side(
         open_: found["value"].where(bound.str.startswith(words) & found[open_].notna(), found[open_])
         for words, open_ in sides})
 
+def points(
+    base: alt.Chart,  # of rows with a column `bound`, as `known_side` leaves it
+) -> list[alt.Chart]:
+    "A point for each row, hollow where its value is only a bound."
+    return [base.transform_filter(which).mark_point(filled=full, size=80, opacity=1)
+            for which, full in (("!datum.bound", True), ("datum.bound", False))]
+
 def estimates(
     found: pd.DataFrame,  # what (name of the row), value, lo, hi, scale; optional: threshold, against, n, bound
     title: str,
@@ -287,8 +294,7 @@ def estimates(
     x = alt.X("value:Q", title=axis, axis=alt.Axis(format="%" if percent else "~g", **marked), scale=scale)
     bars = base.mark_rule(strokeWidth=3, opacity=0.55).encode(
         alt.X("lo:Q", title=axis, scale=scale), alt.X2("hi:Q"), **offset)
-    dots = [base.transform_filter(which).mark_point(filled=full, size=80, opacity=1).encode(x, **offset)
-            for which, full in (("!datum.bound", True), ("datum.bound", False))]
+    dots = points(base.encode(x, **offset))
     lines = alt.Chart(found.dropna(subset=["threshold"])[["what", "threshold"]]).mark_tick(thickness=2, size=26).encode(
         alt.X("threshold:Q", title=axis, scale=scale), alt.Y("what:N", sort=list(dict.fromkeys(found["what"]))),
         color=alt.value("#d6274a"), tooltip=[alt.Tooltip("threshold", format=form)])
@@ -358,8 +364,7 @@ def by_size(
         tooltip=["size", "gpus", alt.Tooltip("tokens", title="tokens a step", format=","), "against", "bound",
                  *(alt.Tooltip(name, format=".1%") for name in ("value", "lo", "hi"))])
     bars = base.mark_rule(strokeWidth=3, opacity=0.55).encode(alt.Y("lo:Q", title="saving"), alt.Y2("hi:Q"))
-    dots = [base.transform_filter(which).mark_point(filled=full, size=80, opacity=1)
-            for which, full in (("!datum.bound", True), ("datum.bound", False))]
+    dots = points(base)
     # one size on several numbers of GPUs, with one batch; of one point it is no line
     lines = base.mark_line(strokeWidth=1.5).encode(detail=["size:N", "tokens:Q"])
     return titled(alt.layer(lines, bars, *dots), title, found, "bar: the interval; hollow: only a bound")

@@ -230,7 +230,8 @@ def frontier_svg(
             x += wide(gpus)
         y += tall + _GAP
     x = 12
-    for state, words in ((state, words) for state, words in _KEYS.items() if (cells["state"] == state).any()):
+    shown = {state: words for state, words in _KEYS.items() if (cells["state"] == state).any()}
+    for state, words in shown.items():
         if x + 30 + 6 * len(words) > width: x, y = 12, y + 20
         dash = ' stroke="#c9ced6" stroke-dasharray="2 2"' if state in (MAY, NOT) else ""
         out += [f'<rect x="{x}" y="{y}" width="14" height="14" fill="{_FILL[state]}"{dash}/>',
@@ -254,12 +255,17 @@ def established_saving(
     found = measured_saving(size, runs)
     return found if found and not found["bound"] and found["lo"] is not None and found["lo"] > 0 else None
 
-def _made(names: Iterable[str], runs: Iterable[Run]) -> str:
-    "Over how many GPUs runs of these names were divided, and how long they were."
-    found = runs_of(names, runs)
-    gpus, steps = ({of(run) for run in found} for of in (gpus_of, lambda run: run.header["settings"]["recipe"]["steps"]))
-    def listed(numbers): return " and ".join(map(str, sorted(numbers)))
-    return f" over {listed(gpus)} GPUs" * (max(gpus, default=1) > 1) + f" ({listed(steps)} steps)" * bool(steps)
+def _listed(numbers: Iterable[int]) -> str: return " and ".join(map(str, sorted({*numbers})))
+
+def _over(runs: list[Run]) -> str:
+    "Over how many GPUs runs were divided, where it was more than one."
+    gpus = {gpus_of(run) for run in runs}
+    return f" over {_listed(gpus)} GPUs" * (max(gpus, default=1) > 1)
+
+def _made(runs: list[Run]) -> str:
+    "Over how many GPUs runs were divided, and how long they were."
+    steps = [run.header["settings"]["recipe"]["steps"] for run in runs]
+    return _over(runs) + f" ({_listed(steps)} steps)" * bool(steps)
 
 def _cost_words(runs: list[Run]) -> str:
     known = {size: found for size in _SIZES if (found := measured_saving(size, runs))}
@@ -267,7 +273,7 @@ def _cost_words(runs: list[Run]) -> str:
         found = known[size]
         ends = [found["lo"], found["hi"]] if pd.notna(found["lo"]) else None
         return (value_text(dict(value=found["value"], interval=ends, bound=found["bound"], unit="share"))
-                + f" at {size}{_made(found['runs'], runs)}")
+                + f" at {size}{_made(runs_of(found['runs'], runs))}")
     sure = [size for size in known if established_saving(size, runs)]
     open_ = ", ".join(said(size) for size in known if size not in sure)
     if not sure: return f"that the stack lowers it is not established at any size ({open_ or 'no saving is measured'})"
@@ -281,8 +287,7 @@ def _memory_words(runs: list[Run]) -> str:
         e = here.estimate(Q("memory_saving", size))
         if e.value is None: continue
         said = value_text(dict(value=e.value, interval=None, bound=e.bound, unit="share"))
-        gpus = max((gpus_of(run) for run in runs_of(e.records, runs)), default=1)
-        found.append(f"{said} at {size}" + f" over {gpus} GPUs" * (gpus > 1))
+        found.append(f"{said} at {size}{_over(runs_of(e.records, runs))}")
     if not found: return "not measured at an equal micro-batch"
     return ("the stack (FlashAdamW, bf16 weights, a fused loss) peaks lower than compiled PyTorch with fused AdamW "
             f"(`baseline_strong`) at an equal micro-batch, by {', '.join(found)}")
@@ -322,9 +327,8 @@ def _short_words(runs: list[Run]) -> str:
             f"FlashAdamW ends {found['lo'].min():+.3f} to {found['hi'].max():+.3f} nats from AdamW and is shown equal, within "
             f"{OPTIMIZER_MARGIN_NATS}, in {(found['says'] == 'equivalent').sum()} of {len(found)} comparisons")
 
-def _quality_words(runs: list[Run]) -> str:
-    ours, short = ([run for run in runs if run.header["hypothesis"] == name] for name in ("h1", "quality"))
-    found = next((e for e in judged(ours) if e["id"] == "H1-S3" and e["headline"]), None)
+def _quality_words(runs: list[Run], short: list[Run]) -> str:
+    found = next((e for e in judged(runs) if e["id"] == "H1-S3" and e["headline"]), None)
     parts = found["parts"] if found else []
     part = next((part for part in parts if part["value"] is not None and part["at"].startswith("1B")), None)
     if not part or found["scale"] == REHEARSAL or found["status"] not in ("met", "not met", "inconclusive"):
@@ -341,8 +345,9 @@ def frontier_sentences(
 ) -> dict[str, str]:
     "What it saves of memory and of cost, where it makes room, and what that costs in quality."
     runs = given_runs(runs, None)
-    ours = [run for run in runs if run.header["hypothesis"] == "h1"]
-    return dict(Memory=_memory_words(ours), Cost=_cost_words(ours), Room=_room_words(cells), Quality=_quality_words(runs))
+    ours, short = ([run for run in runs if run.header["hypothesis"] == name] for name in ("h1", "quality"))
+    return dict(Memory=_memory_words(ours), Cost=_cost_words(ours), Room=_room_words(cells),
+                Quality=_quality_words(ours, short))
 
 # %% ../../nbs/report/16_frontier.ipynb #f47408ce
 DRAWING = "nbs/_static/frontier.svg"  # in the repository

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 import pandas as pd
 
 from ..base.records import REHEARSAL, Run
-from ..lm.fit import predict
 from ..lm.gpt import GPTConfig
 from ..lm.sizes import gpt_config
 from .charts import by_size, draw, scaling_lines
+from .fits import peak_today
 from .frontier import CARD, TIMED_STEPS
 from .render import Rendered, full_name, given_runs, sentence
 from .rows import show_rows
@@ -37,8 +37,7 @@ def _today(run: Run, row: dict) -> float | None:
         recipe, stack = part["recipe"], LM_CONFIGS[row["config"]]
         model = gpt_config(part["size"], part["style"], max_seq=recipe["seq"])
     if stack.attention == "best": stack = stack.replace(attention="flash")  # or cuDNN's, of the same bytes
-    return predict(model, stack, row["micro_batch"], recipe["seq"], checkpointing=row["checkpointing"],
-                   gpus=row["gpus"], accumulate=recipe["batch"] > row["micro_batch"] * row["gpus"])["peak"]
+    return peak_today(model, stack, recipe["batch"], row["micro_batch"], recipe["seq"], row["checkpointing"], row["gpus"])
 
 def _chosen(run: Run) -> Iterator[dict]:
     "The candidates that the searches of a run or a journal chose, with their size, configuration and GPUs."
