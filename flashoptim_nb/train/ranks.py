@@ -199,7 +199,7 @@ _KEPT: SimpleNamespace | None = None  # what `kept_ranks` keeps
 
 @contextmanager
 def kept_ranks(
-    # a function of a module, which each rank calls with its device after each work: it gives back what the work took,
+    # a function of a module, which each rank calls with its own device after each work: it gives back what the work took,
     # and says whether the rank is as good as new; if one is not, all end
     renew: Callable[[torch.device], bool] | None = None,
 ):
@@ -261,12 +261,13 @@ def sign_of_life(
     if _FOLDER is not None and world()[0] == 0: _put(_FOLDER / "sign", pickle.dumps(sign))
 
 # %% ../../nbs/train/02_ranks.ipynb #8911f376
-def _join(device: torch.device, timeout: float):
-    "Takes this rank's GPU, and joins the others; a rank that is alone has none to join."
-    on_gpu = device.type == "cuda"
-    if on_gpu: torch.cuda.set_device((device.index or 0) + int(os.environ["LOCAL_RANK"]))
+def _join(first: torch.device, timeout: float) -> torch.device:
+    "Takes this rank's device, and joins the others; a rank that is alone has none to join."
+    on_gpu, device = first.type == "cuda", first
+    if on_gpu: torch.cuda.set_device(device := torch.device("cuda", (first.index or 0) + int(os.environ["LOCAL_RANK"])))
     if int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
+    return device
 
 # %% ../../nbs/train/02_ranks.ipynb #41f0a8d3
 def _do(folder: Path, rank: int) -> bool:
@@ -282,8 +283,8 @@ def _do_all(folder: Path, rank: int):
     "Joins, and does one work after another."
     global _FOLDER
     _FOLDER = folder / "0"
-    device, timeout, renew = pickle.loads((folder / "how").read_bytes())
-    _join(device, timeout)
+    first, timeout, renew = pickle.loads((folder / "how").read_bytes())
+    device = _join(first, timeout)
     for n in count():
         _FOLDER = folder / str(n)
         if not _do(_FOLDER, rank): break
