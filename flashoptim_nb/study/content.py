@@ -8,6 +8,7 @@ __all__ = ['PACE', 'SHARE', 'CHANGES', 'EXCEPTIONS', 'RULES', 'odd_name', 'odd_s
            'odd_commit', 'copies', 'content_problems']
 
 # %% ../../nbs/study/16_content.ipynb #a7536faf
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from itertools import chain
@@ -138,7 +139,7 @@ def _fastest(row: dict) -> list[tuple]:
     return [_candidate(one) for one in fits if (one.get("tokens_per_s") or 0.0) == top]
 
 def odd_search(run: Run, journal: Run | None = None) -> Iterator[str]:
-    "A search whose choice is not that of its candidates, that is there twice, or is where none belongs."
+    "A search whose choice is not that of its candidates, whose candidates share a peak, that is there twice, or stray."
     rows, known = run.of("search"), set()
     if rows and run.header.get("hypothesis") == "h1" and not (run.is_journal or run.header.get("arm") == "frontier"):
         yield "it has a row `search`, which stands in a journal or in a run of the frontier only"
@@ -151,6 +152,9 @@ def odd_search(run: Run, journal: Run | None = None) -> Iterator[str]:
         if "tried" not in row: continue
         if _about(row) in known: yield f"it has two searches for {row.get('config')} of {row.get('role')}"
         known.add(_about(row))
+        peaks = Counter(one.get("peak") for one in row["tried"] if not one.get("oom"))
+        for peak, many in peaks.items():
+            if peak and many > 1: yield f"{many} candidates of its search for {row.get('config')} have one peak, {peak} bytes"
         if _whole(journal).get("micro_rank") == "largest" or not row["tried"]: continue
         best = _fastest(row)
         if _chosen(row) not in best if best else row.get("micro") is not None:
