@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['repo_root', 'data_root', 'work_root', 'find_program', 'safe_path', 'commit', 'has_history', 'committed',
-           'repository_file', 'repository_tar', 'pick_device', 'provenance', 'Capability', 'capabilities',
-           'skip_without']
+           'repository_file', 'repository_tar', 'pick_device', 'make_current', 'provenance', 'Capability',
+           'capabilities', 'skip_without']
 
 # %% ../../nbs/base/02_machine.ipynb #3a8218b5
 import ast
@@ -170,6 +170,10 @@ def pick_device(
         raise UserError(f"{name!r} was asked for, and torch {torch.__version__} sees no CUDA device here; "
                         "use --device cpu, or run `flashoptim-nb doctor` to see what this machine can do")
     return torch.device(name)
+
+def make_current(device: torch.device):
+    "From here on what names no GPU, a kernel's launch or a peak of memory, means this one."
+    if device.index is not None: torch.cuda.set_device(device)
 
 def provenance(
     device: torch.device | str = "cpu",  # where the run takes place

@@ -18,7 +18,7 @@ import torch
 
 from ..base.config import content_hash
 from ..base.errors import UserError, choose, is_number
-from ..base.machine import pick_device, provenance
+from ..base.machine import make_current, pick_device, provenance
 from ..base.records import REHEARSAL, RunWriter, only_writer, study_name
 from ..study.h2.run import keep_search
 from ..study.h1.criteria import CRITERIA_HASH
@@ -47,6 +47,7 @@ def _recorded(
     arm: str = "bench",
 ) -> Iterator[RunWriter]:
     "A benchmark's record, ended when all was measured; one made before is set aside, not lost."
+    make_current(device)
     origin, scale = provenance(device), "gpu" if device.type == "cuda" else REHEARSAL
     study = study_name("bench", scale, origin["device"], origin["device_kind"])
     header = dict(run=run, hypothesis="bench", study=study, scale=scale, role=role, size="all", arm=arm, config=config,

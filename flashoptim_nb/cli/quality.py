@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..base.errors import UserError, choose
-from ..base.machine import data_root, pick_device, provenance
+from ..base.machine import data_root, make_current, pick_device, provenance
 from ..base.records import Run, only_writer, read_run, read_study, study_name
 from ..study.h1.corpus import load_corpus
 from ..study.h1.callbacks import EvaluationCallback, ThroughputCallback
@@ -133,6 +133,7 @@ def quality(
                         f"steps are 1 or more, minutes above 0, seeds from 0 to {2**32 - 1}")
     for config in (configs := [*configs]): choose("configuration", config, OPTIMIZER_CONFIGS)
     where, whole, part = pick_device(device), _texts(preset), QUALITY_PLANS[preset]
+    make_current(where)
     origin = provenance(where)
     folder = Path(out) / study_name("quality", whole.name, origin["device"], origin["device_kind"])
     def specs(vocab):

@@ -97,7 +97,8 @@ def attention_seconds(
     times = []
     for _ in range(10):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.enable_grad():
+        # events are of the current GPU's stream, which need not be this one's
+        with torch.cuda.device(q.device), torch.enable_grad():
             start.record()
             attend(q, k, v, name).sum().backward()
             stop.record()

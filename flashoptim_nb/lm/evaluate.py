@@ -58,16 +58,22 @@ def score(
     return nll, hit
 
 # %% ../../nbs/lm/12_evaluate.ipynb #6366eafe
-def _batches(pairs, batch, device):
-    """This rank's batches, of equal shape on the device and as many as any rank's: of a divided model all go on
-    together. They are filled up with windows that do not count."""
+_WIDTH = 32  # columns, in multiples of which a batch is cut: few shapes, and such as kernels like
+
+def _width(targets): return 1 + np.flatnonzero((targets != IGNORE).reshape(-1, targets.shape[-1]).any(0)).max(initial=0)
+
+def _batches(pairs, batch, device, cut=False):
+    """This rank's batches, on the device, and as many as any rank's: of a divided model all go on together.
+    They are filled up with windows that do not count, and of equal shape unless what follows the last target is cut."""
     pairs, (rank, ranks) = list(pairs), world()
     filling = [(np.zeros_like(inputs), np.full_like(targets, IGNORE)) for inputs, targets in pairs[:1]]
     mine = (pairs + filling * (-len(pairs) % ranks))[rank::ranks]
     for at in range(0, len(mine), batch):
         part = mine[at:at + batch]
         part += filling * (min(batch, len(mine)) - len(part))
-        yield tuple(torch.from_numpy(np.stack(side)).to(device) for side in zip(*part, strict=True))
+        sides = [np.stack(side) for side in zip(*part, strict=True)]
+        width = -(-_width(sides[1]) // _WIDTH) * _WIDTH if cut else None
+        yield tuple(torch.from_numpy(side[:, :width]).to(device) for side in sides)
 
 def _exp(nats): return math.inf if nats >= 709 else math.exp(nats)  # NaN stays NaN
 
@@ -151,9 +157,10 @@ def lambada(
     context, batch = min(context, longest), batch * max(1, context // longest)
     pairs = [_target_window(before, target, context) for before, target in lambada_set.examples]
     if not pairs: raise UserError(f"the set {lambada_set.name!r} has no example")
+    pairs.sort(key=lambda pair: _width(pair[1]))  # so that a batch is cut where the longest of its passages ends
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, passages whose last word was found
     with scoring(model, device, autocast):
-        for inputs_BT, targets_BT in _batches(pairs, batch, device):
+        for inputs_BT, targets_BT in _batches(pairs, batch, device, cut=True):
             nll_BT, hit_BT = score(model, inputs_BT, targets_BT)
             counts_BT = targets_BT != IGNORE
             found = (hit_BT | ~counts_BT).all(1) & counts_BT.any(1)

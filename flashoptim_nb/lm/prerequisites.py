@@ -19,7 +19,7 @@ from .attention import attend, attention_backends
 from ..optim.split import reconstruct_fp32_param
 from .gpt import GPT, GPTConfig
 from ..optim.adam import FlashAdamW
-from ..train.ranks import launch_ranks, world
+from ..train.ranks import check_ranks, launch_ranks, world
 from .sizes import gpt_config
 from .task import LMTask
 from ..train.config import Recipe, TrainConfig
@@ -142,11 +142,10 @@ def distributed_checks(
 ) -> Iterator[dict]:
     """Largest distance (nats) between the losses of one rank and of two, and what the second rank adds to throughput;
     needs two GPUs, or the CPU."""
-    kind = torch.device(device).type
-    if kind == "cuda" and torch.cuda.device_count() < 2:
-        raise UserError(f"the distributed baseline needs two GPUs; there is {torch.cuda.device_count()} here")
-    how = BENCHMARKS[kind]
-    one, two = (launch_ranks(ranks, train_synthetic, kind, *how.values(), device=kind, timeout=300) for ranks in (1, 2))
+    check_ranks(2, device := torch.device(device))
+    how = BENCHMARKS[kind := device.type]
+    one, two = (launch_ranks(ranks, train_synthetic, kind, *how.values(), device=device, timeout=300)
+                for ranks in (1, 2))
     apart = max(abs(a - b) for a, b in zip(one["losses"], two["losses"]))
     yield _row("losses of two ranks against one", apart, 1e-2,
                f"{how['steps']} steps of {how['size']}, FSDP2, {'NCCL' if kind == 'cuda' else 'gloo'}, nats")

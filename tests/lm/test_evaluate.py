@@ -143,6 +143,22 @@ def test_lambada_is_greedy_decoding(gpt, rng_seed):
     assert row["word_ppl"] == pytest.approx(math.exp(total / 9), rel=1e-4)
 
 
+@torch.no_grad()
+def test_short_passages_are_not_padded_to_the_longest(gpt, rng_seed, monkeypatch):
+    "One long passage among short ones costs a batch of its own; each counts as it does alone."
+    rng = np.random.default_rng(rng_seed)
+    config = GPTConfig(n_layer=1, d_model=32, n_head=2, vocab_size=V, max_seq=256)
+    model, seen = GPT(config).init_weights(rng_seed), []
+    examples = [(rng.integers(0, V, n), rng.integers(0, V, 2)) for n in (200, *rng.integers(1, 60, 40))]
+    alone = [evaluate(model, passages([one]), batch=1, device="cpu", context=256) for one in examples]
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda inputs: (seen.append(inputs.numel()), hidden(inputs))[1])
+    row = evaluate(model, passages(examples), batch=5, device="cpu", context=256)
+    assert row["nll"] == pytest.approx(sum(one["nll"] for one in alone), rel=1e-6)
+    assert (row["correct"], row["context"]) == (sum(one["correct"] for one in alone), 201)
+    assert sum(seen) < 40 * 64 + 10 * 224
+
+
 def test_long_passages_keep_their_end(gpt, rng_seed):
     passage = np.random.default_rng(rng_seed).integers(0, V, 50)
     rows = [evaluate(gpt, passages([(before, passage[-2:])]), batch=1, device="cpu", context=C)

@@ -9,6 +9,7 @@ __all__ = ['Corpus', 'load_corpus']
 from dataclasses import dataclass
 
 import numpy as np
+import torch.distributed as dist
 
 from ...base.config import content_hash
 from ...base.errors import UserError
@@ -58,7 +59,15 @@ def _train(preset: LMPreset, tokenizer: Tokenizer):
 def load_corpus(
     preset: LMPreset,
 ) -> Corpus:
-    "Loads the preset's sets; raises `UserError` if nothing is there to train on."
+    """The preset's sets; raises `UserError` if nothing is there to train on.
+    One of several ranks loads them once, for it is kept from run to run."""
+    if not dist.is_initialized(): return _load(preset)
+    if not (_LOADED and _LOADED[0][0] == preset): _LOADED[:] = [(preset, _load(preset))]
+    return _LOADED[0][1]
+
+_LOADED: list[tuple[LMPreset, Corpus]] = []  # what this rank has loaded
+
+def _load(preset: LMPreset) -> Corpus:
     tokenizer = load_tokenizer(preset.tokenizer)
     train, sources, overlaps, skipped = _train(preset, tokenizer)
     skipped += [
