@@ -39,6 +39,52 @@ def _studies(given: list[Path]) -> list[Path]:
     return (list(study_folders(given, overlaid=False).values()) if given
             else list(study_folders(record_folders()).values()))
 
+# %% ../../nbs/cli/02_main.ipynb #5c6d2f83
+def _folder(text: str) -> Path:
+    if not text.strip(): raise argparse.ArgumentTypeError("an empty name; leave it out, or name a folder")
+    return Path(text)
+
+# %% ../../nbs/cli/02_main.ipynb #705a7cae
+_NAMES = Path(flashoptim_nb.__file__).with_name("cli") / "names.json"  # command -> the names that its help lists
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose help ends with names from tables, as `write_names` kept them:
+    the modules that hold the tables take seconds to load."""
+    def __init__(self, *args, **words):
+        super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **words)
+
+    def format_help(self) -> str:
+        told, names = self.epilog, json.loads(_NAMES.read_text()).get(self.prog.partition(" ")[2])
+        self.epilog = "\n\n".join(filter(None, (told, names)))
+        try: return super().format_help()
+        finally: self.epilog = told
+
+# %% ../../nbs/cli/02_main.ipynb #ded4f56f
+def _listed(title: str, lines: dict[str, str]) -> str:
+    "Names with what they stand for, under a title."
+    return "\n".join([f"{title}:", *(f"  {name:{max(map(len, lines))}}  {line}" for name, line in lines.items())])
+
+# %% ../../nbs/cli/02_main.ipynb #f01a416d
+def _where(parser, device: str | None = "auto", default=None, what="studies"):
+    "The options of a command that measures: on which device, and where its records go."
+    said = "auto" if device else "what the preset says"
+    parser.add_argument("--device", default=default or device, help=f"auto, cpu, cuda or cuda:N (default: {said})")
+    parser.add_argument(
+        "--out", type=_folder, default=default, help=f"where {what} are kept (default: runs/ of the clone, or here)")
+
+def _rates(parser):
+    "Prices of one's own."
+    parser.add_argument("--rate", action="append", default=[], metavar="NAME=DOLLARS",
+                        help="your price of a GPU-hour, for a GPU's name or A100, H100, H200; may be repeated")
+
+_PRICES = """
+prices: list prices of A100, H100 and H200 come with the package, each with source and date. More of your own in a file:
+  FLASHOPTIM_PLATFORMS=rates.json, an object of platforms by a short name of yours:
+  {"rack": {"name": "ours", "instance": "rack 3", "price_per_hour": 14.0, "gpus": 4, "gpu": "NVIDIA H200",
+            "source": "electricity and depreciation", "date": "2026-11-01"}}"""
+
+def _preset(parser, help: str, **words): parser.add_argument("--preset", "--scale", dest="scale", help=help, **words)
+
 # %% ../../nbs/cli/02_main.ipynb #ba429dc0
 _STUDY = EXTRAS["study"]
 _PLAIN = tuple(name for name in _STUDY if name != "z3")  # z3 solves the second study's instances alone
@@ -55,6 +101,7 @@ def _check_packages(args):
         repo_root()  # the notebooks
     if lacks := absent(_NEEDS.get(name, _PLAIN)): raise missing_module(*lacks, what=f"`flashoptim-nb {name}`")
 
+# %% ../../nbs/cli/02_main.ipynb #d683b4f2
 def _check_surroundings(args):
     """Raises `UserError` for a place that cannot be written to and for a variable of this package that does not hold
     what it names, before anything is begun."""
@@ -72,6 +119,7 @@ def _check_surroundings(args):
             raise UserError(f"FLASHOPTIM_CACHE: {error}".replace("with --out", "in FLASHOPTIM_CACHE")) from None
     if hasattr(args, "out"): check_place(args.out or work_root() / ("_book" if args.command == "book" else "runs"))
 
+# %% ../../nbs/cli/02_main.ipynb #f1516602
 def _tell_rates(given: list[str], priced: list[str], why: str):
     "Says which rates of GPUs are not used where these are priced, and why; of a name that nobody has the nearest."
     from difflib import get_close_matches
@@ -84,6 +132,7 @@ def _tell_rates(given: list[str], priced: list[str], why: str):
         hint = f" (did you mean {names[near[0]]}?)" if near else ""
         print(visible(f"--rate {text} is not used{hint}: {why}"), file=sys.stderr)
 
+# %% ../../nbs/cli/02_main.ipynb #057b68f2
 class _Stop:
     "Remembers that a signal asked the study to stop."
     def __init__(self):
@@ -96,6 +145,60 @@ class _Stop:
         print("\nstopping after this step; the same command goes on from there (once more stops at once)",
               file=sys.stderr)
 
+# %% ../../nbs/cli/02_main.ipynb #6e2a35b5
+_OTHERS = {
+    # options of the other hypothesis, and why they are none here
+    "h1": (("domains", "graphs"), "its runs are chosen by --sizes, --experiments, --configs and --seeds"),
+    "h2": (("sizes", "gpus", "timeout", "piece", "steps", "style"),
+           "its runs are chosen by --domains, --configs and --arms, each on one device; "
+           "1x and 2x are part of a configuration's name"),
+}
+
+def _refuse_others(args):
+    "Raises `UserError` for an option that this hypothesis does not have."
+    names, why = _OTHERS[args.hypothesis]
+    for name in names:
+        if getattr(args, name) is not None: raise UserError(f"--{name} is not an option of {args.hypothesis}: {why}")
+
+# %% ../../nbs/cli/02_main.ipynb #dd3395bd
+def _h1_preset(preset, args):
+    "The preset as the options change it; raises `UserError` for what cannot be had."
+    from flashoptim_nb.study.h1.presets import PIECES, as_piece, in_style
+    from flashoptim_nb.study.runner import device_for
+    from flashoptim_nb.train.ranks import check_ranks, launched
+    if args.steps is not None:
+        if args.steps < 1: raise UserError(f"--steps is {args.steps}; at least 1 is needed")
+        preset = preset.replace(plans={size: plan.replace(recipe=plan.recipe.replace(steps=args.steps))
+                                       for size, plan in preset.plans.items()})
+    if args.piece is not None:
+        piece = choose("piece", args.piece, PIECES)
+        if args.gpus not in (None, piece.gpus):
+            raise UserError(f"--gpus is {args.gpus}, and piece {args.piece} divides its runs over {piece.gpus}; "
+                            "leave --gpus out")
+        preset, gpus = as_piece(preset, piece), piece.gpus
+    else: gpus = args.gpus
+    if gpus is None and (ranks := launched()[1]) > 1: gpus = ranks
+    if args.style is not None:
+        preset = in_style(preset, args.style)
+        args.sizes = args.sizes and [f"{size}-{args.style}" for size in args.sizes]
+    if gpus is not None:
+        if gpus < 1: raise UserError(f"--gpus is {gpus}; at least 1 is needed")
+        preset = preset.replace(plans={size: plan.replace(gpus=gpus) for size, plan in preset.plans.items()})
+    if not args.dry_run: check_ranks((args.workers or 1) * (gpus or 1), device_for(preset, args.device or preset.device))
+    return preset
+
+# %% ../../nbs/cli/02_main.ipynb #e8b26ab2
+def _tell_gpus(preset, workers: int, args):
+    "Says where a plan, which may be made anywhere, asks for more GPUs than are here."
+    import torch
+    if args.hypothesis != "h1" or (args.device or preset.device) == "cpu": return
+    one = max((plan.gpus for plan in preset.plans.values()), default=1)
+    needed, here = workers * one, torch.cuda.device_count()
+    if needed > max(here, 1):
+        print(f"the plan takes {needed} GPUs ({workers} run{'s' * (workers > 1)} at a time, each over {one}); "
+              f"{here} {'is' if here == 1 else 'are'} here", file=sys.stderr)
+
+# %% ../../nbs/cli/02_main.ipynb #0762717b
 def _run(args) -> int:
     from flashoptim_nb.train.ranks import launched
     if launched()[0]: return 0  # the first of those that were launched starts the ranks of each run
@@ -135,432 +238,12 @@ def _run(args) -> int:
         **(dict(rank_timeout=args.timeout) if args.timeout else {}), **chosen)
     return study.run(args.confirm)
 
-def _h1_preset(preset, args):
-    "The preset as the options change it; raises `UserError` for what cannot be had."
-    from flashoptim_nb.study.h1.presets import PIECES, as_piece, in_style
-    from flashoptim_nb.study.runner import device_for
-    from flashoptim_nb.train.ranks import check_ranks, launched
-    if args.steps is not None:
-        if args.steps < 1: raise UserError(f"--steps is {args.steps}; at least 1 is needed")
-        preset = preset.replace(plans={size: plan.replace(recipe=plan.recipe.replace(steps=args.steps))
-                                       for size, plan in preset.plans.items()})
-    if args.piece is not None:
-        piece = choose("piece", args.piece, PIECES)
-        if args.gpus not in (None, piece.gpus):
-            raise UserError(f"--gpus is {args.gpus}, and piece {args.piece} divides its runs over {piece.gpus}; "
-                            "leave --gpus out")
-        preset, gpus = as_piece(preset, piece), piece.gpus
-    else: gpus = args.gpus
-    if gpus is None and (ranks := launched()[1]) > 1: gpus = ranks
-    if args.style is not None:
-        preset = in_style(preset, args.style)
-        args.sizes = args.sizes and [f"{size}-{args.style}" for size in args.sizes]
-    if gpus is not None:
-        if gpus < 1: raise UserError(f"--gpus is {gpus}; at least 1 is needed")
-        preset = preset.replace(plans={size: plan.replace(gpus=gpus) for size, plan in preset.plans.items()})
-    if not args.dry_run: check_ranks((args.workers or 1) * (gpus or 1), device_for(preset, args.device or preset.device))
-    return preset
-
-def _tell_gpus(preset, workers: int, args):
-    "Says where a plan, which may be made anywhere, asks for more GPUs than are here."
-    import torch
-    if args.hypothesis != "h1" or (args.device or preset.device) == "cpu": return
-    one = max((plan.gpus for plan in preset.plans.values()), default=1)
-    needed, here = workers * one, torch.cuda.device_count()
-    if needed > max(here, 1):
-        print(f"the plan takes {needed} GPUs ({workers} run{'s' * (workers > 1)} at a time, each over {one}); "
-              f"{here} {'is' if here == 1 else 'are'} here", file=sys.stderr)
-
-_OTHERS = {
-    # options of the other hypothesis, and why they are none here
-    "h1": (("domains", "graphs"), "its runs are chosen by --sizes, --experiments, --configs and --seeds"),
-    "h2": (("sizes", "gpus", "timeout", "piece", "steps", "style"),
-           "its runs are chosen by --domains, --configs and --arms, each on one device; "
-           "1x and 2x are part of a configuration's name"),
-}
-
-def _refuse_others(args):
-    "Raises `UserError` for an option that this hypothesis does not have."
-    names, why = _OTHERS[args.hypothesis]
-    for name in names:
-        if getattr(args, name) is not None: raise UserError(f"--{name} is not an option of {args.hypothesis}: {why}")
-
-# %% ../../nbs/cli/02_main.ipynb #37c569ae
-def _tell_hidden(studies: list[Path]):
-    "Says which shipped studies stand back behind the user's own of the same name."
-    from flashoptim_nb.base.machine import data_root
-    for study in studies:
-        shipped = data_root() / "records" / study.name
-        if shipped.is_dir() and study.resolve() != shipped.resolve():
-            print(f"{study} stands in for the shipped study {shipped}, whole; name that one with --records to judge it, "
-                  "or copy it to runs/ before you go on with it",
-                  file=sys.stderr)
-
-def _tell_unfinished(studies: list[Path]):
-    "Says which runs are left out because they did not end."
-    from flashoptim_nb.report.render import by_study, load_runs
-    for study, runs in by_study(load_runs(studies, None, unfinished=True)).items():
-        ids = [run.id for run in runs]
-        print(visible(f"{study}: {len(ids)} of its runs did not end and are left out "
-                      f"({', '.join(ids[:3])}{', ...' * (len(ids) > 3)}); "
-                      "`flashoptim-nb check` says how to finish them"), file=sys.stderr)
-
-def _as_registered(runs: list, hypothesis: str, hash: str, studies: list[Path]) -> list[dict]:
-    "The verdict by the code that the runs were registered with; where it cannot be had, none, and why is said."
-    from flashoptim_nb.study.registration import verdict_at
-    commit = next(run.header["commit"] for run in runs if run.header.get("registration") == hash)
-    mine = [study for study in studies if any(run.folder.resolve().parent == study for run in runs)]
-    try: return [entry | dict(given="registered", registration=hash) for entry in verdict_at(commit, hypothesis, mine)]
-    except UserError as error:
-        print(visible(f"the verdict as registered is not to be had: {error}"), file=sys.stderr)
-        return []
-
-def _checkpoints(runs: list, hypothesis: str) -> list[dict]:
-    "The checkpoints' entries; what the whole protocol would cost comes from its plan."
-    from flashoptim_nb.lm.plan import plan_protocol
-    from flashoptim_nb.study.checkpoint_verdicts import checkpoint_verdicts
-    from flashoptim_nb.study.hypotheses import HYPOTHESES
-    supplied = dict(projected_cost=float(plan_protocol().dollars.sum())) if hypothesis == "h1" else {}
-    return checkpoint_verdicts(runs, HYPOTHESES[hypothesis], supplied)
-
-_PATIENCE = 1.0  # seconds before a bar is shown: loading the modules took some already
-
-@contextmanager
-def _bar(what: str, total: int | None = None, quiet: bool = False):
-    "A bar on the terminal where something takes long; yields what counts one further. A pipe or a log has none."
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-    console = Console(stderr=True)
-    hidden = quiet or not (console.is_terminal and sys.stdout.isatty())
-    bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(),
-                   console=console, transient=True, disable=hidden)
-    task, start = bar.add_task(what, total=total), threading.Timer(_PATIENCE, bar.start)
-    start.start()
-    try: yield lambda: bar.advance(task)
-    finally:
-        start.cancel(), start.join()
-        bar.stop()
-
-def _verdict(args) -> int:
-    with _bar("reading and judging the records", quiet=args.json): said = _judged(args)
-    print(visible(said, keep="\n"))
-    return 0
-
-def _judged(args) -> str:
-    "The verdict, for people or for programs."
-    from flashoptim_nb.study.hypotheses import HYPOTHESES
-    from flashoptim_nb.study.protocols import PROTOCOLS
-    from flashoptim_nb.study.registration import registration_status
-    from flashoptim_nb.study.verdict import verdict
-    from flashoptim_nb.report.render import load_runs
-    from flashoptim_nb.report.tables import altered_note, verdict_text
-    if args.scale is not None: choose("scale", args.scale, PROTOCOLS[args.hypothesis].presets)
-    studies = _studies(args.records)
-    if not args.records: _tell_hidden(studies)
-    _tell_unfinished(studies)
-    runs = [run for run in load_runs(studies, args.hypothesis) if args.scale in (None, run.header["scale"])]
-    if not runs:
-        raise UserError(f"there are no records of {args.hypothesis}{f' at scale {args.scale}' if args.scale else ''} "
-                        "to judge; name others with --records, "
-                        f"or make some with `flashoptim-nb run {args.hypothesis} --preset {args.scale or 'laptop'}`")
-    stands, entries = registration_status(runs, PROTOCOLS[args.hypothesis]), verdict(runs, HYPOTHESES[args.hypothesis])
-    listed = entries + _checkpoints(runs, args.hypothesis) if args.json else entries
-    altered = altered_note(runs)
-    for entry in listed: entry |= dict(given=stands["status"], registration=stands["hash"], altered=altered)
-    said = [f"Registration: {stands['words']}." + f" {altered}" * bool(altered), verdict_text(entries, args.statements)]
-    if stands["status"] == "post hoc":
-        before = _as_registered(runs, args.hypothesis, stands["hash"], studies)
-        listed = [*before, *listed]
-        said = ["As registered:", verdict_text(before, args.statements), *said] if before else said
-    return json.dumps(listed, indent=1, allow_nan=False) if args.json else "\n\n".join(said)
-
-def _book(args) -> int:
-    from flashoptim_nb.base.machine import repo_root
-    from flashoptim_nb.report.book import build_book, check_port, serve
-    port = 8000 if args.port is None else args.port
-    if args.serve: check_port(port)
-    elif args.port is not None: raise UserError("--port is where --serve serves the book; give both, or neither")
-    studies = _studies(args.records)
-    _tell_unfinished(studies)
-    from flashoptim_nb.report.render import load_runs
-    from flashoptim_nb.report.tables import altered_note
-    if altered := altered_note(load_runs(studies, None)): print(visible(altered), file=sys.stderr)
-    if args.rate:
-        measured = sorted({run.header["device"] for run in load_runs(studies, None) if run.header["device_kind"] == "cuda"})
-        _tell_rates(args.rate, measured, f"the records are of {', '.join(measured) or 'no GPU'}")
-    # children are ended, and what is half made is removed
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try: out = build_book(args.out or repo_root() / "_book", studies if args.records else None)
-    finally: signal.signal(signal.SIGTERM, before)
-    print(f"the book is at {out / 'index.html'}")
-    return serve(out, port) if args.serve else 0
-
-# %% ../../nbs/cli/02_main.ipynb #df423cf7
-def _benchmark(args) -> str:
-    """Which benchmark is asked for, by its name or by the option that stood for it before;
-    raises `UserError` for options of another."""
-    asked = dict.fromkeys(filter(None, (args.benchmark, args.molecules and "dimenet", args.largest and "capacity")))
-    if len(asked) > 1: raise UserError(f"{' and '.join(asked)} are two benchmarks; ask for one at a time")
-    name = next(iter(asked), "optimizers")
-    for (flag, *_), (of, words) in _BENCH_OPTIONS.items():
-        given = getattr(args, words.get("dest", flag[2:].replace("-", "_")))
-        if given is not None and name not in of.split():
-            raise UserError(f"{flag} belongs to `bench {'` and `bench '.join(of.split())}`; leave it out with {name}")
-    return name
-
-def _show_cells(cells: list) -> int:
-    "What would be measured."
-    from flashoptim_nb.lm.cells import cell_words, predicted
-    for cell in cells: print(cell_words(cell.row(predicted(cell)) | dict(reason="not run")))
-    print(f"{len(cells)} trainings of three steps; nothing was run")
-    return 0
-
-def _show_parts(names: list) -> int:
-    "What would be compared, and with what."
-    from flashoptim_nb.measure.compatibility import find_package
-    public = find_package()
-    print(f"{public.name} {public.version or '(' + public.reason + ')'}, in {len(names)} processes: {', '.join(names)}")
-    print("nothing was run")
-    return 0
-
-def _bench(args) -> int:
-    from flashoptim_nb.base.machine import work_root
-    from flashoptim_nb.cli import bench
-    name, out = _benchmark(args), args.out or work_root() / "runs"
-    gpus, times = (default if n is None else n for n, default in ((args.gpus, 1), (args.times, 20)))
-    def given(**options): return {key: value for key, value in options.items() if value is not None}
-    if name == "memory":
-        cells = bench.memory_cells(gpus, args.cells)
-        if args.dry_run: return _show_cells(cells)
-        folder = bench.bench_memory(out, device=args.device, cells=cells)
-    elif name == "host":
-        folder = bench.bench_host(out, device=args.device,
-                                  **given(size=args.size, budget=args.budget, micros=args.micro))
-    elif name == "compat":
-        if args.dry_run: return _show_parts(bench.parts(gpus))
-        folder = bench.bench_compat(out, device=args.device, gpus=gpus)
-    elif name == "dimenet":
-        folder = bench.bench_domain("molecules", out, device=args.device, steps=times,
-                                    **given(implementations=args.blocks and tuple(args.blocks),
-                                            precisions=args.precisions and tuple(args.precisions)))
-    elif name == "capacity": folder = bench.bench_largest(out, device=args.device, **given(configs=args.precisions))
-    else: folder = bench.bench(out, device=args.device, times=times, **given(works=args.tensors, names=args.optimizers))
-    print(f"recorded in {folder}")
-    return 0
-
-def _fit(args) -> int:
-    from flashoptim_nb.lm.fit import FIT_HELP, find_model, fit_words, what_fits
-    model = find_model(args.params, args.config, args.build, args.style, args.seq)
-    found = what_fits(
-        model, args.gpu, args.gpus, args.seq, configs=args.configs or tuple(FIT_HELP), loss=args.loss, micro=args.micro)
-    print(json.dumps(found, indent=1) if args.json else visible(fit_words(found), keep="\n"))
-    return 0
-
-def _tell_gaps(runs: list, role: str):
-    "Prints how far the formats end from what they stand for, on each held-out text."
-    from flashoptim_nb.study.h1.quantities import OPTIMIZER_MARGIN_NATS
-    from flashoptim_nb.report.optimizers import format_gaps
-    for text in sorted({row["set"] for run in runs for row in run.of("eval") if "tracked" not in row["set"]}):
-        for _, gap in format_gaps(text, OPTIMIZER_MARGIN_NATS, runs, role).iterrows():
-            print(f"  {gap['what']}, {text}: {gap['value']:+.4f} nats a token over {gap['n']} "
-                  f"pair{'s' * (gap['n'] != 1)}, {gap['says']} at a margin of {OPTIMIZER_MARGIN_NATS}")
-
-def _quality(args) -> int:
-    from flashoptim_nb.base.machine import work_root
-    from flashoptim_nb.base.records import read_study
-    from flashoptim_nb.cli.quality import quality, quality_role
-    chosen = dict(configs=args.configs) if args.configs else {}
-    folder = quality(args.out or work_root() / "runs", preset=args.scale, device=args.device, seeds=args.seeds,
-                     schedule=args.schedule, steps=args.steps, minutes=args.minutes, dry_run=args.dry_run, **chosen)
-    if args.dry_run: return 0
-    runs = read_study(folder)
-    if lacks := absent(("altair", "IPython")): print(missing_module(*lacks, what="  the table of differences"))
-    else: _tell_gaps(runs, quality_role(args.scale, args.schedule))
-    print(f"recorded in {folder}; next: flashoptim-nb book --records {folder.parent}")
-    return 0
-
-def _deciding(runs: list, wanted) -> list:
-    "The runs with only those decisions that are wanted: a function of the row."
-    from dataclasses import replace
-    return [replace(run, rows=[row for row in run.rows if row["kind"] != "decision" or wanted(row)]) for run in runs]
-
-def _standing(run) -> object:
-    "The run with the decisions that stand: in a journal, of each checkpoint the last."
-    if not run.is_journal: return run
-    last = {row["checkpoint"]: row for row in run.of("decision")}
-    return _deciding([run], lambda row: row is last[row["checkpoint"]])[0]
-
-def _replayed(study: Path, runs_of) -> list[str]:
-    "What does not replay in a study of good records, in words; `runs_of` reads a study."
-    from flashoptim_nb.base.records import study_origin
-    from flashoptim_nb.study.decisions import replay
-    from flashoptim_nb.study.hypotheses import hypothesis_of
-    runs, origin = [_standing(run) for run in runs_of(study)], study_origin(study)
-    if not any(run.of("decision") for run in runs): return []
-    scale, hypothesis = origin.get("scale"), hypothesis_of(origin.get("hypothesis", "h1"))
-    between = _deciding(runs, lambda row: row["checkpoint"] == "H1-CF")
-    beside = [folder for folder in sorted(study.parent.iterdir())
-              if folder != study and scale and study_origin(folder).get("scale") == scale]
-    others = _deciding([run for folder in beside for run in runs_of(folder)], lambda row: False)
-    taken = (replay(_deciding(runs, lambda row: row["checkpoint"] != "H1-CF"), hypothesis)
-             + replay(between + others, hypothesis))
-    return [f"{study / one['run']}: {one['checkpoint']} does not replay: {one['difference']}" for one in taken
-            if not one["agrees"]]
-
-def _without_journal(study: Path, runs: list) -> list[str]:
-    """Says that runs of a hypothesis lie in a study without the journal that each such study begins with:
-    its decisions are lost, and what was cut."""
-    judged = [run for run in runs if run.header.get("hypothesis") in ("h1", "h2")]
-    if not judged or (study / "protocol").exists(): return []
-    return [f"{study}: {len(judged)} runs of {judged[0].header['hypothesis']} and no protocol record, where "
-            "the study's decisions stand; restore the folder protocol from a copy, or give the study's command again, with "
-            f"--out {study.resolve().parent}: {judged[0].header.get('command')}"]
-
-def _checked(study: Path, looked: list[tuple], runs_of, key: Path | None) -> tuple[list[str], list[str]]:
-    "What is wrong with a study whose records were looked at, and what else there is to say of it."
-    from flashoptim_nb.base.records import complete
-    from flashoptim_nb.study.content import content_problems
-    from flashoptim_nb.study.manifest import manifest_problems, own_plan, under_way
-    from flashoptim_nb.study.protocols import PROTOCOLS
-    from flashoptim_nb.study.registration import registration_problems
-    from flashoptim_nb.study.signature import sign, signature_problems
-    runs = [run for run, _ in looked if run]
-    bad = ([line for _, lines in looked for line in lines] + _without_journal(study, runs)
-           + content_problems([run for run, lines in looked if run and not lines])
-           + registration_problems(runs, PROTOCOLS) + manifest_problems(study, runs, PROTOCOLS))
-    try:
-        for run in runs: complete(run)
-        if len(runs) == len(looked): bad += _replayed(study, lambda folder: runs if folder == study else runs_of(folder))
-    except UserError as error:
-        if not bad: bad = [f"{study}: its decisions cannot be taken again: {error}"]
-    if key and not bad: sign(study, key)
-    (wrong, said), far = signature_problems(study), under_way(study, runs)
-    return bad + wrong * (not key), [line for line in (own_plan(study), far and f"{study}: {far}", said) if line]
-
-def _check(args) -> int:
-    from flashoptim_nb.base.records import ROWS, examine, read_study
-    found, told, runs_of = [], [], lru_cache(maxsize=None)(read_study)
-    records = {study: sorted(study.glob(f"*/{ROWS}")) for study in _studies(args.folders)}
-    n = sum(map(len, records.values()))
-    with _bar("checking the records", n, quiet=bool(args.sign)) as counted:  # ssh-keygen asks for a passphrase
-        for study, paths in records.items():
-            looked = [(examine(path.parent), counted())[0] for path in paths]
-            wrong, said = _checked(study, looked, runs_of, args.sign)
-            found, told = found + wrong, told + said
-    for line in told: print(visible(line))
-    for line in found: print(visible(line), file=sys.stderr)
-    print(f"{n} records, {len(found)} problem{'s' * (len(found) != 1)}"
-          + ("" if found else "; every decision replays from its records"))
-    return 1 if found else 0
-
-# %% ../../nbs/cli/02_main.ipynb #867a14f3
-def _data() -> dict[str, dict]:
-    "Whether each split of each set can be had, and from where or why not."
-    from flashoptim_nb.lm.text import SETS, find_text
-    def found(name, split):
-        try: return dict(ok=True, why=find_text(name, split)[0])
-        except UserError as error:
-            return dict(ok=False, why=str(error).split(". Set")[0].partition(" is not available: ")[2] or str(error))
-    return {f"{name} {split}": found(name, split) for name, splits in SETS.items() for split in splits}
-
-def _grouped(found: dict[str, dict]) -> list[tuple[bool, str, str]]:
-    "Whether, why (not), and the names of all of which that is so; a reason of several parts counts for each."
-    groups = defaultdict(list)
-    for name, can in found.items():
-        for part in can["why"].split("; "): groups[can["ok"], part].append(name)
-    return [
-        (ok, why, ", ".join(names)) for (ok, why), names in sorted(groups.items(), key=lambda group: not group[0][0])]
-
-def _without() -> list[tuple[str, list[str]]]:
-    "Commands by what keeps them from working here; first those that nothing keeps."
-    from flashoptim_nb.base.machine import repo_root
-    groups = defaultdict(list, {"": []})
-    for name in _NEEDS:
-        lacks = absent(_NEEDS[name])
-        why = str(missing_module(*lacks, what="it")) if lacks else ""
-        if name == "book":
-            try: repo_root()
-            except UserError as error: why = str(error)
-        groups[why].append(name)
-    return list(groups.items())
-
-def _doctor(args) -> int:
-    import torch
-    from flashoptim_nb.base.machine import capabilities, pick_device, provenance
-    from flashoptim_nb.lm.attention import attention_backends
-    device = pick_device("auto")
-    origin, data = provenance(device), _data()
-    able = (capabilities()
-            | {f"attention {name}": one for name, one in attention_backends(device, torch.bfloat16, 64).items()})
-    found = {name: dict(ok=one.ok, why=one.why) for name, one in able.items()}
-    if args.json:
-        print(json.dumps(origin | {"can": found | {f"data {name}": can for name, can in data.items()}}, indent=1))
-        return 0
-    print(f"flashoptim_nb {origin['package_version']}, commit {origin['commit'][:12]}\n"
-          f"{origin['device']} ({'driver ' if device.type == 'cuda' else ''}{origin['driver']})")
-    print("  ".join(f"{name} {version}" for name, version in origin["libraries"].items()) + "\n")
-    for name, can in found.items():
-        print(f"  {'yes' if can['ok'] else 'no':4} {name:{max(map(len, found))}}  {can['why']}")
-    print("\ncommands")
-    for why, names in _without():
-        print(f"  {'no' if why else 'yes':4} {', '.join(names)}" + f"\n       {why}" * bool(why))
-    print("\ndata")
-    for ok, why, names in _grouped(data): print(f"  {'yes' if ok else 'no':4} {names}\n       {why}")
-    if absent(_NEEDS["run h1"]):
-        print(f"\nNext: flashoptim-nb fit --params 7B   or, for hypothesis 1: {install_line('lm')}")
-        return 0
-    print("\nNext: flashoptim-nb run h1 --preset laptop"
-          + ("   or, on this GPU: flashoptim-nb run h1 --preset gpu --dry-run" if device.type == "cuda" else ""))
-    return 0
-
-# %% ../../nbs/cli/02_main.ipynb #5c6d2f83
-def _folder(text: str) -> Path:
-    if not text.strip(): raise argparse.ArgumentTypeError("an empty name; leave it out, or name a folder")
-    return Path(text)
-
-_NAMES = Path(flashoptim_nb.__file__).with_name("cli") / "names.json"  # command -> the names that its help lists
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose help ends with names from tables, as `write_names` kept them:
-    the modules that hold the tables take seconds to load."""
-    def __init__(self, *args, **words):
-        super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **words)
-
-    def format_help(self) -> str:
-        told, names = self.epilog, json.loads(_NAMES.read_text()).get(self.prog.partition(" ")[2])
-        self.epilog = "\n\n".join(filter(None, (told, names)))
-        try: return super().format_help()
-        finally: self.epilog = told
-
-def _listed(title: str, lines: dict[str, str]) -> str:
-    "Names with what they stand for, under a title."
-    return "\n".join([f"{title}:", *(f"  {name:{max(map(len, lines))}}  {line}" for name, line in lines.items())])
-
-def _where(parser, device: str | None = "auto", default=None, what="studies"):
-    "The options of a command that measures: on which device, and where its records go."
-    said = "auto" if device else "what the preset says"
-    parser.add_argument("--device", default=default or device, help=f"auto, cpu, cuda or cuda:N (default: {said})")
-    parser.add_argument(
-        "--out", type=_folder, default=default, help=f"where {what} are kept (default: runs/ of the clone, or here)")
-
-def _rates(parser):
-    "Prices of one's own."
-    parser.add_argument("--rate", action="append", default=[], metavar="NAME=DOLLARS",
-                        help="your price of a GPU-hour, for a GPU's name or A100, H100, H200; may be repeated")
-
-_PRICES = """
-prices: list prices of A100, H100 and H200 come with the package, each with source and date. More of your own in a file:
-  FLASHOPTIM_PLATFORMS=rates.json, an object of platforms by a short name of yours:
-  {"rack": {"name": "ours", "instance": "rack 3", "price_per_hour": 14.0, "gpus": 4, "gpu": "NVIDIA H200",
-            "source": "electricity and depreciation", "date": "2026-11-01"}}"""
-
-def _preset(parser, help: str, **words): parser.add_argument("--preset", "--scale", dest="scale", help=help, **words)
-
 # %% ../../nbs/cli/02_main.ipynb #5c6d2f91
 def _piece_names() -> str:
     from flashoptim_nb.study.h1.presets import PIECES
     return _listed("pieces of h1 at preset gpu", {name: piece.what for name, piece in PIECES.items()})
 
+# %% ../../nbs/cli/02_main.ipynb #46637830
 def _run_parser(command):
     run = command("run", _run, help="run a hypothesis' protocol and record it",
         description="Runs the protocol and appends to its records.\nStopped in any way (Ctrl-C, SIGTERM, kill -9), "
@@ -615,10 +298,104 @@ def _run_parser(command):
         "--json", action="store_true",
         help="with --dry-run, an object: preset, the whole configuration; plan, a row for each line of the table")
 
-# %% ../../nbs/cli/02_main.ipynb #5c6d2f92
+# %% ../../nbs/cli/02_main.ipynb #37c569ae
 _RECORDS = dict(nargs="+", default=[], type=_folder, metavar="FOLDER",
                 help="folders of studies, or studies (default: data/records, overlaid by runs/)")
 
+def _tell_hidden(studies: list[Path]):
+    "Says which shipped studies stand back behind the user's own of the same name."
+    from flashoptim_nb.base.machine import data_root
+    for study in studies:
+        shipped = data_root() / "records" / study.name
+        if shipped.is_dir() and study.resolve() != shipped.resolve():
+            print(f"{study} stands in for the shipped study {shipped}, whole; name that one with --records to judge it, "
+                  "or copy it to runs/ before you go on with it",
+                  file=sys.stderr)
+
+# %% ../../nbs/cli/02_main.ipynb #4169a631
+def _tell_unfinished(studies: list[Path]):
+    "Says which runs are left out because they did not end."
+    from flashoptim_nb.report.render import by_study, load_runs
+    for study, runs in by_study(load_runs(studies, None, unfinished=True)).items():
+        ids = [run.id for run in runs]
+        print(visible(f"{study}: {len(ids)} of its runs did not end and are left out "
+                      f"({', '.join(ids[:3])}{', ...' * (len(ids) > 3)}); "
+                      "`flashoptim-nb check` says how to finish them"), file=sys.stderr)
+
+# %% ../../nbs/cli/02_main.ipynb #38571ec1
+def _as_registered(runs: list, hypothesis: str, hash: str, studies: list[Path]) -> list[dict]:
+    "The verdict by the code that the runs were registered with; where it cannot be had, none, and why is said."
+    from flashoptim_nb.study.registration import verdict_at
+    commit = next(run.header["commit"] for run in runs if run.header.get("registration") == hash)
+    mine = [study for study in studies if any(run.folder.resolve().parent == study for run in runs)]
+    try: return [entry | dict(given="registered", registration=hash) for entry in verdict_at(commit, hypothesis, mine)]
+    except UserError as error:
+        print(visible(f"the verdict as registered is not to be had: {error}"), file=sys.stderr)
+        return []
+
+# %% ../../nbs/cli/02_main.ipynb #8f19815d
+def _checkpoints(runs: list, hypothesis: str) -> list[dict]:
+    "The checkpoints' entries; what the whole protocol would cost comes from its plan."
+    from flashoptim_nb.lm.plan import plan_protocol
+    from flashoptim_nb.study.checkpoint_verdicts import checkpoint_verdicts
+    from flashoptim_nb.study.hypotheses import HYPOTHESES
+    supplied = dict(projected_cost=float(plan_protocol().dollars.sum())) if hypothesis == "h1" else {}
+    return checkpoint_verdicts(runs, HYPOTHESES[hypothesis], supplied)
+
+# %% ../../nbs/cli/02_main.ipynb #fe560f84
+_PATIENCE = 1.0  # seconds before a bar is shown: loading the modules took some already
+
+@contextmanager
+def _bar(what: str, total: int | None = None, quiet: bool = False):
+    "A bar on the terminal where something takes long; yields what counts one further. A pipe or a log has none."
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    console = Console(stderr=True)
+    hidden = quiet or not (console.is_terminal and sys.stdout.isatty())
+    bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(),
+                   console=console, transient=True, disable=hidden)
+    task, start = bar.add_task(what, total=total), threading.Timer(_PATIENCE, bar.start)
+    start.start()
+    try: yield lambda: bar.advance(task)
+    finally:
+        start.cancel(), start.join()
+        bar.stop()
+
+# %% ../../nbs/cli/02_main.ipynb #e15265c7
+def _judged(args) -> str:
+    "The verdict, for people or for programs."
+    from flashoptim_nb.study.hypotheses import HYPOTHESES
+    from flashoptim_nb.study.protocols import PROTOCOLS
+    from flashoptim_nb.study.registration import registration_status
+    from flashoptim_nb.study.verdict import verdict
+    from flashoptim_nb.report.render import load_runs
+    from flashoptim_nb.report.tables import altered_note, verdict_text
+    if args.scale is not None: choose("scale", args.scale, PROTOCOLS[args.hypothesis].presets)
+    studies = _studies(args.records)
+    if not args.records: _tell_hidden(studies)
+    _tell_unfinished(studies)
+    runs = [run for run in load_runs(studies, args.hypothesis) if args.scale in (None, run.header["scale"])]
+    if not runs:
+        raise UserError(f"there are no records of {args.hypothesis}{f' at scale {args.scale}' if args.scale else ''} "
+                        "to judge; name others with --records, "
+                        f"or make some with `flashoptim-nb run {args.hypothesis} --preset {args.scale or 'laptop'}`")
+    stands, entries = registration_status(runs, PROTOCOLS[args.hypothesis]), verdict(runs, HYPOTHESES[args.hypothesis])
+    listed = entries + _checkpoints(runs, args.hypothesis) if args.json else entries
+    altered = altered_note(runs)
+    for entry in listed: entry |= dict(given=stands["status"], registration=stands["hash"], altered=altered)
+    said = [f"Registration: {stands['words']}." + f" {altered}" * bool(altered), verdict_text(entries, args.statements)]
+    if stands["status"] == "post hoc":
+        before = _as_registered(runs, args.hypothesis, stands["hash"], studies)
+        listed = [*before, *listed]
+        said = ["As registered:", verdict_text(before, args.statements), *said] if before else said
+    return json.dumps(listed, indent=1, allow_nan=False) if args.json else "\n\n".join(said)
+
+def _verdict(args) -> int:
+    with _bar("reading and judging the records", quiet=args.json): said = _judged(args)
+    print(visible(said, keep="\n"))
+    return 0
+
+# %% ../../nbs/cli/02_main.ipynb #5c6d2f92
 def _verdict_parser(command):
     verdict = command("verdict", _verdict, help="judge the records",
                       description="Judges every criterion from the records: h1 against `baseline` and "
@@ -631,6 +408,29 @@ def _verdict_parser(command):
     _preset(verdict, "judge the records of one preset only (default: each criterion from the largest that measured it)")
     verdict.add_argument("--records", **_RECORDS)
 
+# %% ../../nbs/cli/02_main.ipynb #338785e8
+def _book(args) -> int:
+    from flashoptim_nb.base.machine import repo_root
+    from flashoptim_nb.report.book import build_book, check_port, serve
+    port = 8000 if args.port is None else args.port
+    if args.serve: check_port(port)
+    elif args.port is not None: raise UserError("--port is where --serve serves the book; give both, or neither")
+    studies = _studies(args.records)
+    _tell_unfinished(studies)
+    from flashoptim_nb.report.render import load_runs
+    from flashoptim_nb.report.tables import altered_note
+    if altered := altered_note(load_runs(studies, None)): print(visible(altered), file=sys.stderr)
+    if args.rate:
+        measured = sorted({run.header["device"] for run in load_runs(studies, None) if run.header["device_kind"] == "cuda"})
+        _tell_rates(args.rate, measured, f"the records are of {', '.join(measured) or 'no GPU'}")
+    # children are ended, and what is half made is removed
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try: out = build_book(args.out or repo_root() / "_book", studies if args.records else None)
+    finally: signal.signal(signal.SIGTERM, before)
+    print(f"the book is at {out / 'index.html'}")
+    return serve(out, port) if args.serve else 0
+
+# %% ../../nbs/cli/02_main.ipynb #e2732add
 def _book_parser(command):
     book = command("book", _book, help="build the book from the records",
                    description="Executes the chapters over the records and builds the site; offline.",
@@ -641,6 +441,86 @@ def _book_parser(command):
     book.add_argument("--out", type=_folder, help="where the site goes (default: _book/ of the clone)")
     book.add_argument("--records", **_RECORDS)
 
+# %% ../../nbs/cli/02_main.ipynb #df423cf7
+def _deciding(runs: list, wanted) -> list:
+    "The runs with only those decisions that are wanted: a function of the row."
+    from dataclasses import replace
+    return [replace(run, rows=[row for row in run.rows if row["kind"] != "decision" or wanted(row)]) for run in runs]
+
+def _standing(run) -> object:
+    "The run with the decisions that stand: in a journal, of each checkpoint the last."
+    if not run.is_journal: return run
+    last = {row["checkpoint"]: row for row in run.of("decision")}
+    return _deciding([run], lambda row: row is last[row["checkpoint"]])[0]
+
+# %% ../../nbs/cli/02_main.ipynb #07ceb139
+def _replayed(study: Path, runs_of) -> list[str]:
+    "What does not replay in a study of good records, in words; `runs_of` reads a study."
+    from flashoptim_nb.base.records import study_origin
+    from flashoptim_nb.study.decisions import replay
+    from flashoptim_nb.study.hypotheses import hypothesis_of
+    runs, origin = [_standing(run) for run in runs_of(study)], study_origin(study)
+    if not any(run.of("decision") for run in runs): return []
+    scale, hypothesis = origin.get("scale"), hypothesis_of(origin.get("hypothesis", "h1"))
+    between = _deciding(runs, lambda row: row["checkpoint"] == "H1-CF")
+    beside = [folder for folder in sorted(study.parent.iterdir())
+              if folder != study and scale and study_origin(folder).get("scale") == scale]
+    others = _deciding([run for folder in beside for run in runs_of(folder)], lambda row: False)
+    taken = (replay(_deciding(runs, lambda row: row["checkpoint"] != "H1-CF"), hypothesis)
+             + replay(between + others, hypothesis))
+    return [f"{study / one['run']}: {one['checkpoint']} does not replay: {one['difference']}" for one in taken
+            if not one["agrees"]]
+
+# %% ../../nbs/cli/02_main.ipynb #c408bbfe
+def _without_journal(study: Path, runs: list) -> list[str]:
+    """Says that runs of a hypothesis lie in a study without the journal that each such study begins with:
+    its decisions are lost, and what was cut."""
+    judged = [run for run in runs if run.header.get("hypothesis") in ("h1", "h2")]
+    if not judged or (study / "protocol").exists(): return []
+    return [f"{study}: {len(judged)} runs of {judged[0].header['hypothesis']} and no protocol record, where "
+            "the study's decisions stand; restore the folder protocol from a copy, or give the study's command again, with "
+            f"--out {study.resolve().parent}: {judged[0].header.get('command')}"]
+
+# %% ../../nbs/cli/02_main.ipynb #09f1a2ed
+def _checked(study: Path, looked: list[tuple], runs_of, key: Path | None) -> tuple[list[str], list[str]]:
+    "What is wrong with a study whose records were looked at, and what else there is to say of it."
+    from flashoptim_nb.base.records import complete
+    from flashoptim_nb.study.content import content_problems
+    from flashoptim_nb.study.manifest import manifest_problems, own_plan, under_way
+    from flashoptim_nb.study.protocols import PROTOCOLS
+    from flashoptim_nb.study.registration import registration_problems
+    from flashoptim_nb.study.signature import sign, signature_problems
+    runs = [run for run, _ in looked if run]
+    bad = ([line for _, lines in looked for line in lines] + _without_journal(study, runs)
+           + content_problems([run for run, lines in looked if run and not lines])
+           + registration_problems(runs, PROTOCOLS) + manifest_problems(study, runs, PROTOCOLS))
+    try:
+        for run in runs: complete(run)
+        if len(runs) == len(looked): bad += _replayed(study, lambda folder: runs if folder == study else runs_of(folder))
+    except UserError as error:
+        if not bad: bad = [f"{study}: its decisions cannot be taken again: {error}"]
+    if key and not bad: sign(study, key)
+    (wrong, said), far = signature_problems(study), under_way(study, runs)
+    return bad + wrong * (not key), [line for line in (own_plan(study), far and f"{study}: {far}", said) if line]
+
+# %% ../../nbs/cli/02_main.ipynb #c6ac0c36
+def _check(args) -> int:
+    from flashoptim_nb.base.records import ROWS, examine, read_study
+    found, told, runs_of = [], [], lru_cache(maxsize=None)(read_study)
+    records = {study: sorted(study.glob(f"*/{ROWS}")) for study in _studies(args.folders)}
+    n = sum(map(len, records.values()))
+    with _bar("checking the records", n, quiet=bool(args.sign)) as counted:  # ssh-keygen asks for a passphrase
+        for study, paths in records.items():
+            looked = [(examine(path.parent), counted())[0] for path in paths]
+            wrong, said = _checked(study, looked, runs_of, args.sign)
+            found, told = found + wrong, told + said
+    for line in told: print(visible(line))
+    for line in found: print(visible(line), file=sys.stderr)
+    print(f"{n} records, {len(found)} problem{'s' * (len(found) != 1)}"
+          + ("" if found else "; every decision replays from its records"))
+    return 1 if found else 0
+
+# %% ../../nbs/cli/02_main.ipynb #cc894cb7
 def _check_parser(command):
     check = command(
         "check", _check, help="verify records",
@@ -650,43 +530,6 @@ def _check_parser(command):
         help="folders of studies or runs (default: data/records and runs/)")
     check.add_argument("--sign", type=_folder, metavar="KEY",
                        help="sign the manifests of studies without problems with this SSH key (default: sign none)")
-
-def _doctor_parser(command):
-    doctor = command(
-        "doctor", _doctor, help="what this machine can do", description="What this machine can do, and why (not).")
-    doctor.add_argument("--json", action="store_true")
-
-# %% ../../nbs/cli/02_main.ipynb #5c6d2f93
-def _timed_names() -> str:
-    from flashoptim_nb.cli.bench import TENSOR_SETS
-    from flashoptim_nb.train.optimizers import TIMED
-    sets = {name: f"{sum(map(math.prod, shapes)):,} parameters in {len(shapes)} tensors"
-            for name, shapes in TENSOR_SETS.items()}
-    return (_listed("tensor sets", sets) + "\n\n"
-            + _listed("optimizers", {name: row.path for name, row in TIMED.items()}))
-
-def _dimenet_names() -> str:
-    from flashoptim_nb.surrogates.registry import find_domain
-    known = find_domain("molecules").benchmark.choices
-    return f"blocks: {', '.join(known['implementations'])}\nprecisions: {', '.join(known['precisions'])}"
-
-def _memory_names() -> str:
-    from flashoptim_nb.lm.cells import CELLS, CELLS_TWO
-    return "\n".join(["cells, on one GPU:", *(f"  {cell.name}" for cell in CELLS), "", "with --gpus 2:",
-                      *(f"  {cell.name}" for cell in CELLS_TWO)])
-
-def _compat_names() -> str:
-    from flashoptim_nb.measure.compatibility import CASES, CLASSES
-    return f"classes: {', '.join(CLASSES)}\nweights: {', '.join(CASES)}"
-
-def _host_names() -> str:
-    from flashoptim_nb.lm.sizes import SIZES
-    return f"sizes: {', '.join(SIZES)}, or any number of parameters between them"
-
-def _capacity_names() -> str:
-    from flashoptim_nb.cli.bench import LARGEST
-    from flashoptim_nb.train.config import SURROGATE_CONFIGS
-    return f"configurations: {', '.join(SURROGATE_CONFIGS)}\nby default: {', '.join(LARGEST)}"
 
 # %% ../../nbs/cli/02_main.ipynb #5c6d2f94
 _BENCHMARKS = {
@@ -722,6 +565,63 @@ _BENCH_OPTIONS = {
         "optimizers dimenet", dict(type=int, metavar="N", help="timed steps behind each median (default: 20)")),
 }
 
+# %% ../../nbs/cli/02_main.ipynb #fc944e11
+def _show_cells(cells: list) -> int:
+    "What would be measured."
+    from flashoptim_nb.lm.cells import cell_words, predicted
+    for cell in cells: print(cell_words(cell.row(predicted(cell)) | dict(reason="not run")))
+    print(f"{len(cells)} trainings of three steps; nothing was run")
+    return 0
+
+# %% ../../nbs/cli/02_main.ipynb #02eeeddb
+def _show_parts(names: list) -> int:
+    "What would be compared, and with what."
+    from flashoptim_nb.measure.compatibility import find_package
+    public = find_package()
+    print(f"{public.name} {public.version or '(' + public.reason + ')'}, in {len(names)} processes: {', '.join(names)}")
+    print("nothing was run")
+    return 0
+
+# %% ../../nbs/cli/02_main.ipynb #0410f76a
+def _benchmark(args) -> str:
+    """Which benchmark is asked for, by its name or by the option that stood for it before;
+    raises `UserError` for options of another."""
+    asked = dict.fromkeys(filter(None, (args.benchmark, args.molecules and "dimenet", args.largest and "capacity")))
+    if len(asked) > 1: raise UserError(f"{' and '.join(asked)} are two benchmarks; ask for one at a time")
+    name = next(iter(asked), "optimizers")
+    for (flag, *_), (of, words) in _BENCH_OPTIONS.items():
+        given = getattr(args, words.get("dest", flag[2:].replace("-", "_")))
+        if given is not None and name not in of.split():
+            raise UserError(f"{flag} belongs to `bench {'` and `bench '.join(of.split())}`; leave it out with {name}")
+    return name
+
+# %% ../../nbs/cli/02_main.ipynb #f2c9d09c
+def _bench(args) -> int:
+    from flashoptim_nb.base.machine import work_root
+    from flashoptim_nb.cli import bench
+    name, out = _benchmark(args), args.out or work_root() / "runs"
+    gpus, times = (default if n is None else n for n, default in ((args.gpus, 1), (args.times, 20)))
+    def given(**options): return {key: value for key, value in options.items() if value is not None}
+    if name == "memory":
+        cells = bench.memory_cells(gpus, args.cells)
+        if args.dry_run: return _show_cells(cells)
+        folder = bench.bench_memory(out, device=args.device, cells=cells)
+    elif name == "host":
+        folder = bench.bench_host(out, device=args.device,
+                                  **given(size=args.size, budget=args.budget, micros=args.micro))
+    elif name == "compat":
+        if args.dry_run: return _show_parts(bench.parts(gpus))
+        folder = bench.bench_compat(out, device=args.device, gpus=gpus)
+    elif name == "dimenet":
+        folder = bench.bench_domain("molecules", out, device=args.device, steps=times,
+                                    **given(implementations=args.blocks and tuple(args.blocks),
+                                            precisions=args.precisions and tuple(args.precisions)))
+    elif name == "capacity": folder = bench.bench_largest(out, device=args.device, **given(configs=args.precisions))
+    else: folder = bench.bench(out, device=args.device, times=times, **given(works=args.tensors, names=args.optimizers))
+    print(f"recorded in {folder}")
+    return 0
+
+# %% ../../nbs/cli/02_main.ipynb #f8372117
 def _bench_parser(command):
     bench = command(
         "bench", _bench, help="time the optimizers' steps",
@@ -749,6 +649,48 @@ def _bench_parser(command):
             if name in of.split(): one.add_argument(*names, **words, default=argparse.SUPPRESS)
         _where(one, what="records", default=argparse.SUPPRESS)
 
+# %% ../../nbs/cli/02_main.ipynb #5c6d2f93
+def _timed_names() -> str:
+    from flashoptim_nb.cli.bench import TENSOR_SETS
+    from flashoptim_nb.train.optimizers import TIMED
+    sets = {name: f"{sum(map(math.prod, shapes)):,} parameters in {len(shapes)} tensors"
+            for name, shapes in TENSOR_SETS.items()}
+    return (_listed("tensor sets", sets) + "\n\n"
+            + _listed("optimizers", {name: row.path for name, row in TIMED.items()}))
+
+def _dimenet_names() -> str:
+    from flashoptim_nb.surrogates.registry import find_domain
+    known = find_domain("molecules").benchmark.choices
+    return f"blocks: {', '.join(known['implementations'])}\nprecisions: {', '.join(known['precisions'])}"
+
+# %% ../../nbs/cli/02_main.ipynb #c4a7d61b
+def _memory_names() -> str:
+    from flashoptim_nb.lm.cells import CELLS, CELLS_TWO
+    return "\n".join(["cells, on one GPU:", *(f"  {cell.name}" for cell in CELLS), "", "with --gpus 2:",
+                      *(f"  {cell.name}" for cell in CELLS_TWO)])
+
+def _compat_names() -> str:
+    from flashoptim_nb.measure.compatibility import CASES, CLASSES
+    return f"classes: {', '.join(CLASSES)}\nweights: {', '.join(CASES)}"
+
+def _host_names() -> str:
+    from flashoptim_nb.lm.sizes import SIZES
+    return f"sizes: {', '.join(SIZES)}, or any number of parameters between them"
+
+def _capacity_names() -> str:
+    from flashoptim_nb.cli.bench import LARGEST
+    from flashoptim_nb.train.config import SURROGATE_CONFIGS
+    return f"configurations: {', '.join(SURROGATE_CONFIGS)}\nby default: {', '.join(LARGEST)}"
+
+# %% ../../nbs/cli/02_main.ipynb #dc3341d1
+def _fit(args) -> int:
+    from flashoptim_nb.lm.fit import FIT_HELP, find_model, fit_words, what_fits
+    model = find_model(args.params, args.config, args.build, args.style, args.seq)
+    found = what_fits(
+        model, args.gpu, args.gpus, args.seq, configs=args.configs or tuple(FIT_HELP), loss=args.loss, micro=args.micro)
+    print(json.dumps(found, indent=1) if args.json else visible(fit_words(found), keep="\n"))
+    return 0
+
 # %% ../../nbs/cli/02_main.ipynb #5c6d2f95
 def _fit_names() -> str:
     from flashoptim_nb.lm.fit import FAMILIES, FIT_HELP, GPUS
@@ -762,6 +704,7 @@ def _gpu_count(text: str) -> int:
     try: return int(text)
     except ValueError: raise argparse.ArgumentTypeError(f"{text!r} is no number of GPUs; which GPU goes with --gpu") from None
 
+# %% ../../nbs/cli/02_main.ipynb #183bd221
 def _fit_parser(command):
     fit = command(
         "fit", _fit, help="will it fit: memory by class, and the largest micro-batch",
@@ -800,6 +743,32 @@ def _fit_parser(command):
     fit.add_argument("--style", metavar="NAME", help="with --params: gpt2 or llama2 (default: gpt2)")
     fit.add_argument("--json", action="store_true", help="an object: model, gpu, seq, loss, micro, most, rows, instead; bytes")
 
+# %% ../../nbs/cli/02_main.ipynb #77e1b620
+def _tell_gaps(runs: list, role: str):
+    "Prints how far the formats end from what they stand for, on each held-out text."
+    from flashoptim_nb.study.h1.quantities import OPTIMIZER_MARGIN_NATS
+    from flashoptim_nb.report.optimizers import format_gaps
+    for text in sorted({row["set"] for run in runs for row in run.of("eval") if "tracked" not in row["set"]}):
+        for _, gap in format_gaps(text, OPTIMIZER_MARGIN_NATS, runs, role).iterrows():
+            print(f"  {gap['what']}, {text}: {gap['value']:+.4f} nats a token over {gap['n']} "
+                  f"pair{'s' * (gap['n'] != 1)}, {gap['says']} at a margin of {OPTIMIZER_MARGIN_NATS}")
+
+# %% ../../nbs/cli/02_main.ipynb #30d38c4f
+def _quality(args) -> int:
+    from flashoptim_nb.base.machine import work_root
+    from flashoptim_nb.base.records import read_study
+    from flashoptim_nb.cli.quality import quality, quality_role
+    chosen = dict(configs=args.configs) if args.configs else {}
+    folder = quality(args.out or work_root() / "runs", preset=args.scale, device=args.device, seeds=args.seeds,
+                     schedule=args.schedule, steps=args.steps, minutes=args.minutes, dry_run=args.dry_run, **chosen)
+    if args.dry_run: return 0
+    runs = read_study(folder)
+    if lacks := absent(("altair", "IPython")): print(missing_module(*lacks, what="  the table of differences"))
+    else: _tell_gaps(runs, quality_role(args.scale, args.schedule))
+    print(f"recorded in {folder}; next: flashoptim-nb book --records {folder.parent}")
+    return 0
+
+# %% ../../nbs/cli/02_main.ipynb #fe101737
 def _quality_names() -> str:
     from flashoptim_nb.cli.quality import QUALITY_PLANS, SCHEDULES
     from flashoptim_nb.train.optimizers import OPTIMIZER_CONFIGS, OPTIMIZERS
@@ -809,6 +778,7 @@ def _quality_names() -> str:
         (_listed("presets", presets), _listed("schedules", {name: one["help"] for name, one in SCHEDULES.items()}),
          _listed("configurations", {name: OPTIMIZERS[name].help for name in OPTIMIZER_CONFIGS})))
 
+# %% ../../nbs/cli/02_main.ipynb #886932b2
 def _quality_parser(command):
     quality = command("quality", _quality, help="compare optimizers on whole training runs",
                       description="Trains GPTs with the same data in the same order by AdamW and Lion, "
@@ -827,6 +797,74 @@ def _quality_parser(command):
     quality.add_argument(
         "--dry-run", action="store_true", help="print which runs would be made and how long they may take; run nothing")
     _where(quality)
+
+# %% ../../nbs/cli/02_main.ipynb #867a14f3
+def _grouped(found: dict[str, dict]) -> list[tuple[bool, str, str]]:
+    "Whether, why (not), and the names of all of which that is so; a reason of several parts counts for each."
+    groups = defaultdict(list)
+    for name, can in found.items():
+        for part in can["why"].split("; "): groups[can["ok"], part].append(name)
+    return [
+        (ok, why, ", ".join(names)) for (ok, why), names in sorted(groups.items(), key=lambda group: not group[0][0])]
+
+# %% ../../nbs/cli/02_main.ipynb #4afe8875
+def _data() -> dict[str, dict]:
+    "Whether each split of each set can be had, and from where or why not."
+    from flashoptim_nb.lm.text import SETS, find_text
+    def found(name, split):
+        try: return dict(ok=True, why=find_text(name, split)[0])
+        except UserError as error:
+            return dict(ok=False, why=str(error).split(". Set")[0].partition(" is not available: ")[2] or str(error))
+    return {f"{name} {split}": found(name, split) for name, splits in SETS.items() for split in splits}
+
+# %% ../../nbs/cli/02_main.ipynb #35a3cdb2
+def _without() -> list[tuple[str, list[str]]]:
+    "Commands by what keeps them from working here; first those that nothing keeps."
+    from flashoptim_nb.base.machine import repo_root
+    groups = defaultdict(list, {"": []})
+    for name in _NEEDS:
+        lacks = absent(_NEEDS[name])
+        why = str(missing_module(*lacks, what="it")) if lacks else ""
+        if name == "book":
+            try: repo_root()
+            except UserError as error: why = str(error)
+        groups[why].append(name)
+    return list(groups.items())
+
+# %% ../../nbs/cli/02_main.ipynb #ea091040
+def _doctor(args) -> int:
+    import torch
+    from flashoptim_nb.base.machine import capabilities, pick_device, provenance
+    from flashoptim_nb.lm.attention import attention_backends
+    device = pick_device("auto")
+    origin, data = provenance(device), _data()
+    able = (capabilities()
+            | {f"attention {name}": one for name, one in attention_backends(device, torch.bfloat16, 64).items()})
+    found = {name: dict(ok=one.ok, why=one.why) for name, one in able.items()}
+    if args.json:
+        print(json.dumps(origin | {"can": found | {f"data {name}": can for name, can in data.items()}}, indent=1))
+        return 0
+    print(f"flashoptim_nb {origin['package_version']}, commit {origin['commit'][:12]}\n"
+          f"{origin['device']} ({'driver ' if device.type == 'cuda' else ''}{origin['driver']})")
+    print("  ".join(f"{name} {version}" for name, version in origin["libraries"].items()) + "\n")
+    for name, can in found.items():
+        print(f"  {'yes' if can['ok'] else 'no':4} {name:{max(map(len, found))}}  {can['why']}")
+    print("\ncommands")
+    for why, names in _without():
+        print(f"  {'no' if why else 'yes':4} {', '.join(names)}" + f"\n       {why}" * bool(why))
+    print("\ndata")
+    for ok, why, names in _grouped(data): print(f"  {'yes' if ok else 'no':4} {names}\n       {why}")
+    if absent(_NEEDS["run h1"]):
+        print(f"\nNext: flashoptim-nb fit --params 7B   or, for hypothesis 1: {install_line('lm')}")
+        return 0
+    print("\nNext: flashoptim-nb run h1 --preset laptop"
+          + ("   or, on this GPU: flashoptim-nb run h1 --preset gpu --dry-run" if device.type == "cuda" else ""))
+    return 0
+
+def _doctor_parser(command):
+    doctor = command(
+        "doctor", _doctor, help="what this machine can do", description="What this machine can do, and why (not).")
+    doctor.add_argument("--json", action="store_true")
 
 # %% ../../nbs/cli/02_main.ipynb #5c6d2f9a
 _TABLES = {  # command -> what reads the names that its help lists

@@ -34,6 +34,7 @@ FRONTIER_SIZES = {  # number of GPUs -> the sizes that are shown on so many
 _SIZES = tuple(dict.fromkeys(size for sizes in FRONTIER_SIZES.values() for size in sizes))  # each, ascending
 BUDGETS = (24, 40, 80)  # GB of a GPU, of which a plan fills 90 %
 
+# %% ../../nbs/report/16_frontier.ipynb #faba7694
 @dataclass(frozen=True)
 class Way:
     "A way of training, and what records and planner call it."
@@ -51,18 +52,18 @@ WAYS = {
 }
 _WAY_OF = {config: name for name, way in WAYS.items() for config in way.configs}
 
+# %% ../../nbs/report/16_frontier.ipynb #98fb6d14
 def sequence_of(size: str) -> int:
     "Tokens of a sequence: the model's own length, at most 2,048."
     return min(2048, gpt_of(size, max_seq=1024 if size == "124M" else 2048).max_seq)
 
 # %% ../../nbs/report/16_frontier.ipynb #b2cfad1f
-TIMED_STEPS = 5  # steps at least
-
 def _room(run: Run) -> float:
     "Bytes of a run's card; 0 for one that is not in the table, whose out-of-memory errors then count for no budget."
     try: return gpu_memory(run.header["device"])[1]
     except UserError: return 0.0
 
+# %% ../../nbs/report/16_frontier.ipynb #f4b45166
 def _candidates(search: dict, about: dict) -> Iterator[dict]:
     "What a search tried."
     choice = search.get("micro"), search.get("checkpointing")
@@ -72,6 +73,9 @@ def _candidates(search: dict, about: dict) -> Iterator[dict]:
                            peak=None if row["oom"] else row["peak"],
                            tokens_per_s=None if row.get("given_up") else row.get("tokens_per_s"),
                            lost=row["oom"] and row["checkpointing"] == "full" and row["micro_batch"] == 1)
+
+# %% ../../nbs/report/16_frontier.ipynb #63ecb9e8
+TIMED_STEPS = 5  # steps at least
 
 def _seen(run: Run) -> Iterator[dict]:
     "What a run tells of cells: size, seq, way, gpus, micro, peak, tokens_per_s of all GPUs, lost."
@@ -102,6 +106,7 @@ def _seen(run: Run) -> Iterator[dict]:
                        tokens_per_s=speed.get("tokens_per_s") if timed else None,
                        lost=run.status == "oom" and any(row["checkpointing"] == "full" for row in run.of("oom")))
 
+# %% ../../nbs/report/16_frontier.ipynb #7adbd153
 def seen_trainings(
     runs: Iterable[Run] | None = None,  # None: all there are
 ) -> pd.DataFrame:
@@ -149,6 +154,7 @@ def _cell(mine: pd.DataFrame, size: str, way: str, gpus: int, budget: int) -> di
     fits = largest_that_fits(gpt_of(size, max_seq=seq), WAYS[way].fit, limit, seq, most=1, checkpointing="full", gpus=gpus)
     return dict(state=MAY if fits else NOT, runs=[])
 
+# %% ../../nbs/report/16_frontier.ipynb #bff87163
 def frontier(
     runs: Iterable[Run] | None = None,  # None: all there are
 ) -> pd.DataFrame:
@@ -179,6 +185,7 @@ _W, _H, _LEFT, _GAP = 60, 28, 166, 14  # of a cell, of the names, between panels
 _ROWS = [*([(gpus, budget) for gpus in (1, 2)] for budget in BUDGETS),
          *([(gpus, budget) for budget in BUDGETS] for gpus in (4, 8))]  # of panels
 
+# %% ../../nbs/report/16_frontier.ipynb #f531433b
 def _words(x, y, text: str, size: int = 11, ink: str = _INK, anchor: str = "middle", more: str = "") -> str:
     return (f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{ink}" text-anchor="{anchor}"{more}>'
             f'{escape(text)}</text>')
@@ -186,6 +193,7 @@ def _words(x, y, text: str, size: int = 11, ink: str = _INK, anchor: str = "midd
 def _short(n: float) -> str:
     return f"{n / 1000:.0f}k" if n >= 99_950 else f"{n / 1000:.1f}k" if n >= 1000 else f"{n:.0f}"
 
+# %% ../../nbs/report/16_frontier.ipynb #9825eea8
 def _drawn(cell: dict, x: float, y: float, best: bool) -> list[str]:
     "One cell: a ground that tells its state, and what it says."
     line = ' stroke="#c9ced6" stroke-dasharray="2 2"' if cell["state"] in (MAY, NOT) else ' stroke="#ffffff"'
@@ -202,6 +210,7 @@ def _drawn(cell: dict, x: float, y: float, best: bool) -> list[str]:
     return out + [_words(middle, y + 12, _short(cell["tokens_per_s"]), 12, more=' font-weight="bold"' if best else ""),
                   _words(middle, y + 23, said, 9, _FAINT)]
 
+# %% ../../nbs/report/16_frontier.ipynb #d2ef4ce0
 def _panel(cells: pd.DataFrame, x: float, y: float, title: str, sizes: tuple[str, ...]) -> list[str]:
     "The cells of a budget and a number of GPUs."
     out = [_words(x, y + 12, title, 12, anchor="start", more=' font-weight="bold"')]
@@ -213,6 +222,7 @@ def _panel(cells: pd.DataFrame, x: float, y: float, title: str, sizes: tuple[str
         out += _drawn(cell, x + i * _W, y + 34 + j * _H, best)
     return out
 
+# %% ../../nbs/report/16_frontier.ipynb #ea271824
 def frontier_svg(
     cells: pd.DataFrame,  # of `frontier`
 ) -> str:
@@ -255,6 +265,7 @@ def established_saving(
     found = measured_saving(size, runs)
     return found if found and not found["bound"] and found["lo"] is not None and found["lo"] > 0 else None
 
+# %% ../../nbs/report/16_frontier.ipynb #d11e39fb
 def _listed(numbers: Iterable[int]) -> str: return " and ".join(map(str, sorted({*numbers})))
 
 def _over(runs: list[Run]) -> str:
@@ -267,6 +278,7 @@ def _made(runs: list[Run]) -> str:
     steps = [run.header["settings"]["recipe"]["steps"] for run in runs]
     return _over(runs) + f" ({_listed(steps)} steps)" * bool(steps)
 
+# %% ../../nbs/report/16_frontier.ipynb #e8156f6f
 def _cost_words(runs: list[Run]) -> str:
     known = {size: found for size in _SIZES if (found := measured_saving(size, runs))}
     def said(size):
@@ -327,6 +339,7 @@ def _short_words(runs: list[Run]) -> str:
             f"FlashAdamW ends {found['lo'].min():+.3f} to {found['hi'].max():+.3f} nats from AdamW and is shown equal, within "
             f"{OPTIMIZER_MARGIN_NATS}, in {(found['says'] == 'equivalent').sum()} of {len(found)} comparisons")
 
+# %% ../../nbs/report/16_frontier.ipynb #c3d9fbf6
 def _quality_words(runs: list[Run], short: list[Run]) -> str:
     found = next((e for e in judged(runs) if e["id"] == "H1-S3" and e["headline"]), None)
     parts = found["parts"] if found else []
@@ -369,6 +382,7 @@ def show_frontier(
     alt = "What trains in how much memory, tokens a second a GPU, and dollars a million tokens"
     return Rendered(html, f"![{alt}]({DRAWING})\n\n{listed}")
 
+# %% ../../nbs/report/16_frontier.ipynb #2ac51b66
 def show_frontier_rows(
     runs: Iterable[Run] | None = None,
 ) -> Rendered:

@@ -35,6 +35,7 @@ METHOD_COLOURS = dict(zip(METHODS, ("#d55e00", "#0072b2", "#009e73")))
 
 def _unit(unit: str) -> str: return "" if unit == "1" else unit
 
+# %% ../../nbs/report/06_surrogates.ipynb #e041d370
 def ordered(rows: pd.DataFrame) -> pd.DataFrame:
     "The rows in the order in which configurations are listed everywhere."
     if rows.empty: return rows
@@ -64,6 +65,7 @@ def sources(
                   for name, part in kinds.items()]
     return pd.DataFrame(found)
 
+# %% ../../nbs/report/06_surrogates.ipynb #ae1bce65
 def show_sources(
     domain: str,
     runs: Iterable[Run] | None = None,
@@ -99,6 +101,7 @@ def networks(
     one = rows.loc[rows["config"] == "fp32", "parameters"]
     return rows.assign(times=rows["parameters"] / one.iloc[0] if len(one) else None)
 
+# %% ../../nbs/report/06_surrogates.ipynb #58fb2b4a
 def show_networks(
     domain: str,
     runs: Iterable[Run] | None = None,
@@ -117,6 +120,7 @@ def _key(run: Run) -> tuple:
     return (run.header.get("seed"), run.header.get("data_hash"),
             content_hash({key: value for key, value in recipe.items() if key != "micro"}))
 
+# %% ../../nbs/report/06_surrogates.ipynb #33d40859
 def held_out(
     domain: str,
     runs: Iterable[Run] | None = None,
@@ -132,6 +136,7 @@ def held_out(
     rows = rows.sort_values(["epoch", "ema"], kind="stable").drop_duplicates(["study", "run", "target"], keep="last")
     return ordered(rows.assign(key=[keys[name] for name in rows["study"] + "/" + rows["run"]])).reset_index(drop=True)
 
+# %% ../../nbs/report/06_surrogates.ipynb #d519c128
 def surrogates_of(
     domain: str | None,  # None: of all
     place: pd.Series | dict,  # scale and device
@@ -158,6 +163,7 @@ def lost_pairs(
     both = [(row, by[against, key]) for (name, key), row in by.items() if name == config and (against, key) in by]
     return Sorted.of(both, lambda *pair: [row["status"] == "finished" and known(row) for row in pair], "surrogates")
 
+# %% ../../nbs/report/06_surrogates.ipynb #5af6f32d
 def error_table(
     domain: str,
     runs: Iterable[Run] | None = None,
@@ -189,6 +195,7 @@ def error_table(
                               {*(mine["study"] + "/" + mine["run"]), *(pairs.records if config != against else ())})))
     return pd.DataFrame(found)
 
+# %% ../../nbs/report/06_surrogates.ipynb #352d54b8
 def between(lo: float | None, hi: float | None, form: str = "z.3f") -> str:
     "An interval in words; nothing where there is none."
     return "" if pd.isna(lo) else f"{lo:{form}} to {hi:{form}}"
@@ -236,6 +243,7 @@ def error_ratios(
 def at_scale(scale: str) -> str:
     return "At laptop scale, which is no evidence" if scale == "laptop" else f"At {scale} scale"
 
+# %% ../../nbs/report/06_surrogates.ipynb #5dfc1144
 def errors_sentence(
     domain: str,
     runs: Iterable[Run] | None = None,
@@ -270,14 +278,12 @@ def errors_sentence(
         f"{rest}{'.' * bool(rest)}", named_runs(pd.concat([base, here, gone]), runs))
 
 # %% ../../nbs/report/06_surrogates.ipynb #04b00016
-# lines that coincide are told apart by their gaps
-_DASHES = {"mixed_bf16": [6, 3], "flash": [2, 2], "flash_2x": [3, 3]}
-
 def whole_axis(values: Iterable[float]) -> alt.Axis:
     "An axis that is marked at whole numbers only."
     last = int(max(values))
     return alt.Axis(values=list(range(0, last + 1, max(1, -(-last // 10)))), format="d")
 
+# %% ../../nbs/report/06_surrogates.ipynb #a72728f2
 def curve_rows(
     domain: str,
     runs: Iterable[Run] | None = None,
@@ -286,6 +292,10 @@ def curve_rows(
     "Errors on the validation split after each epoch."
     rows = rows_of("eval", given_runs(runs, "h2"), role=domain, arm="train", config=tuple(configs))
     return rows if rows.empty else rows[(rows["set"] == "val") & (rows["precision"] == "own") & rows["mae"].notna()]
+
+# %% ../../nbs/report/06_surrogates.ipynb #5a16ee36
+# lines that coincide are told apart by their gaps
+_DASHES = {"mixed_bf16": [6, 3], "flash": [2, 2], "flash_2x": [3, 3]}
 
 def learning_curves(
     rows: pd.DataFrame,  # from `curve_rows`
@@ -336,6 +346,7 @@ def label_table(
                      scale=some["scale"].iloc[0], runs=sorted(set(some["study"] + "/" + some["run"]))))
     return pd.DataFrame(found)
 
+# %% ../../nbs/report/06_surrogates.ipynb #770ee182
 def show_labels(
     domain: str,
     runs: Iterable[Run] | None = None,
