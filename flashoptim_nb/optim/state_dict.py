@@ -54,13 +54,26 @@ def _decoded(code, scales, companded):
     return like(code, x.contiguous())
 
 # %% ../../nbs/optim/09_state_dict.ipynb #704f9be4
+def _exported(
+    opt,  # a FlashOptimizer
+    state: dict,  # of one parameter, as it is kept
+) -> dict:  # as it is written
+    "A parameter's state for a state dict."
+    state = state | {"step": torch.as_tensor(state["step"]).detach().cpu().clone()}
+    if opt.compress_state_dict or not opt.quantize: return state
+    for key in opt.moments:
+        if f"{key}::quantized" not in state: continue
+        state[key] = _decoded(state.pop(f"{key}::quantized"), state.pop(f"{key}::scales"), opt.companded)
+    return state
+
+# %% ../../nbs/optim/09_state_dict.ipynb #787611d0
 def _begins(opt, group, p):
     """Whether a parameter's state begins when it is saved: something was taken out of it,
     or there is none yet and the cast kept what it rounded away, which only a state can carry."""
     if state := opt.state.get(p): return bool({"step", *state_kinds(opt, group, p)} - {"error_bits"} - state.keys())
     return first_error_bits(p, error_bit_width(p.dtype, opt.master_weight_bits), keep=True) is not None
 
-
+# %% ../../nbs/optim/09_state_dict.ipynb #630405cc
 def _stated(opt):
     "Options that the steps go by and no tensor shows, as a mark has them; the rounding has its place in the format."
     return dict(rounding=repr(opt.rounding), max_norm=repr(opt.max_norm and float(opt.max_norm)),
@@ -87,19 +100,6 @@ def saved_state(opt) -> dict:
                                       *(f"{name}={x}" for name, x in _stated(opt).items() if name != "rounding")])
     return out
 
-
-def _exported(
-    opt,  # a FlashOptimizer
-    state: dict,  # of one parameter, as it is kept
-) -> dict:  # as it is written
-    "A parameter's state for a state dict."
-    state = state | {"step": torch.as_tensor(state["step"]).detach().cpu().clone()}
-    if opt.compress_state_dict or not opt.quantize: return state
-    for key in opt.moments:
-        if f"{key}::quantized" not in state: continue
-        state[key] = _decoded(state.pop(f"{key}::quantized"), state.pop(f"{key}::scales"), opt.companded)
-    return state
-
 # %% ../../nbs/optim/09_state_dict.ipynb #c5d1e0a5
 def _viewed(t, dtype):
     "The same bits under another dtype of their width, sharded as before."
@@ -115,7 +115,7 @@ def _public(state, p):
         if key == "error_bits": out[key] = t.to(p.dtype) if t.dtype == torch.int8 else _viewed(t, p.dtype)
     return out
 
-
+# %% ../../nbs/optim/09_state_dict.ipynb #8047bcf3
 def saved_public_state(opt) -> dict:
     "A state dict that the public package loads bit for bit; raises `StateError` for what that package lacks."
     if not opt.companded or any(g.get("maximize") for g in opt.param_groups):
@@ -172,57 +172,6 @@ def _origin(group, where):
     return _Origin(True, "foreach" in group, {3: 8, 4: 16}.get(width), True)
 
 # %% ../../nbs/optim/09_state_dict.ipynb #c5d1e0a9
-def _whole(t, dtype, where):
-    "Whole numbers that were cast to another type, as the integers that they are."
-    whole = t.to(dtype)
-    if t.dtype != dtype and not (local(whole).to(t.dtype) == local(t)).all():
-        raise StateError(f"{where} is {t.dtype} with values that {dtype} has not: the checkpoint is damaged")
-    return whole
-
-
-def _quantized(p, saved, key, code, origin, where, home):
-    "Codes and scales of a saved moment in their own types."
-    if origin.through_torch:
-        raise StateError(f"{where}: {key} holds the public package's 8-bit codes as torch.optim cast them: "
-                         "load the public checkpoint itself, or one saved with compress_state_dict=False")
-    q, s = saved[f"{key}::quantized"], saved.get(f"{key}::scales")
-    if isinstance(q, torch.Tensor) and q.is_floating_point(): q = _whole(q, code, f"{where}: {key}::quantized")
-    _check_saved(q, p, p.shape, code, f"{where}: {key}::quantized")
-    if origin.public and isinstance(s, torch.Tensor) and s.dtype == torch.bfloat16: s = _viewed(s, torch.float16)
-    _check_saved(s, p, scale_shape(p), None, f"{where}: {key}::scales")
-    s = s.clamp(max=SCALE_MAX)  # bf16's nearest to the largest is above it
-    half = s.half()
-    if not (local(half).to(s.dtype) == local(s)).all():
-        raise StateError(f"{where}: {key}::scales is {s.dtype} with values that fp16 lacks: the checkpoint is damaged")
-    _nonnegative(half, f"{where}: {key}::scales")
-    return q.detach().to(home, copy=True), half.detach().to(home, copy=True)
-
-
-def _moment(opt, p, saved, key, origin, where):
-    "One moment of one parameter in the form this optimizer keeps: a dict of one or two tensors."
-    code, home = opt.moments[key], state_device(opt, p)
-    if f"{key}::quantized" in saved and saved.get(key) is None:  # torch's SGD writes its own momentum beside old codes
-        q, s = _quantized(p, saved, key, code, origin, where, home)
-        companded = opt.companded if origin.companded is None else origin.companded
-        if opt.quantize and companded == opt.companded and local(q).is_contiguous():
-            return {f"{key}::quantized": q, f"{key}::scales": s}
-        x = _decoded(q, s, companded)
-    else:
-        x = saved.get(key)
-        _check_saved(x, p, p.shape, None, f"{where}: {key}")
-        if code == torch.uint8: _nonnegative(x, f"{where}: {key}")
-        x = x.detach().to(home, torch.float32, copy=True).contiguous()
-    if not opt.quantize: return {key: x}
-    codes, scales = codec_of(code)[0](local(x), opt.companded)
-    return {f"{key}::quantized": like(p, codes), f"{key}::scales": scales_like(p, scales)}
-
-
-def _nonnegative(t, where):
-    if (local(t) < 0).any():
-        raise StateError(f"{where} has values below 0, which squares and scales never have: the checkpoint is "
-                         "damaged")
-
-
 def _lies(t, how=True):
     "Whether a tensor is whole or sharded, and how."
     if not isinstance(t, DTensor): return "whole"
@@ -246,7 +195,61 @@ def _check_saved(t, p, shape, dtype, where):
     if t.is_floating_point() and not local(t).isfinite().all():
         raise StateError(f"{where} has values that are not finite: the checkpoint is damaged")
 
+# %% ../../nbs/optim/09_state_dict.ipynb #faa185a4
+def _whole(t, dtype, where):
+    "Whole numbers that were cast to another type, as the integers that they are."
+    whole = t.to(dtype)
+    if t.dtype != dtype and not (local(whole).to(t.dtype) == local(t)).all():
+        raise StateError(f"{where} is {t.dtype} with values that {dtype} has not: the checkpoint is damaged")
+    return whole
+
+# %% ../../nbs/optim/09_state_dict.ipynb #4750b884
+def _nonnegative(t, where):
+    if (local(t) < 0).any():
+        raise StateError(f"{where} has values below 0, which squares and scales never have: the checkpoint is "
+                         "damaged")
+
+
+def _quantized(p, saved, key, code, origin, where, home):
+    "Codes and scales of a saved moment in their own types."
+    if origin.through_torch:
+        raise StateError(f"{where}: {key} holds the public package's 8-bit codes as torch.optim cast them: "
+                         "load the public checkpoint itself, or one saved with compress_state_dict=False")
+    q, s = saved[f"{key}::quantized"], saved.get(f"{key}::scales")
+    if isinstance(q, torch.Tensor) and q.is_floating_point(): q = _whole(q, code, f"{where}: {key}::quantized")
+    _check_saved(q, p, p.shape, code, f"{where}: {key}::quantized")
+    if origin.public and isinstance(s, torch.Tensor) and s.dtype == torch.bfloat16: s = _viewed(s, torch.float16)
+    _check_saved(s, p, scale_shape(p), None, f"{where}: {key}::scales")
+    s = s.clamp(max=SCALE_MAX)  # bf16's nearest to the largest is above it
+    half = s.half()
+    if not (local(half).to(s.dtype) == local(s)).all():
+        raise StateError(f"{where}: {key}::scales is {s.dtype} with values that fp16 lacks: the checkpoint is damaged")
+    _nonnegative(half, f"{where}: {key}::scales")
+    return q.detach().to(home, copy=True), half.detach().to(home, copy=True)
+
+# %% ../../nbs/optim/09_state_dict.ipynb #97e57bc9
+def _moment(opt, p, saved, key, origin, where):
+    "One moment of one parameter in the form this optimizer keeps: a dict of one or two tensors."
+    code, home = opt.moments[key], state_device(opt, p)
+    if f"{key}::quantized" in saved and saved.get(key) is None:  # torch's SGD writes its own momentum beside old codes
+        q, s = _quantized(p, saved, key, code, origin, where, home)
+        companded = opt.companded if origin.companded is None else origin.companded
+        if opt.quantize and companded == opt.companded and local(q).is_contiguous():
+            return {f"{key}::quantized": q, f"{key}::scales": s}
+        x = _decoded(q, s, companded)
+    else:
+        x = saved.get(key)
+        _check_saved(x, p, p.shape, None, f"{where}: {key}")
+        if code == torch.uint8: _nonnegative(x, f"{where}: {key}")
+        x = x.detach().to(home, torch.float32, copy=True).contiguous()
+    if not opt.quantize: return {key: x}
+    codes, scales = codec_of(code)[0](local(x), opt.companded)
+    return {f"{key}::quantized": like(p, codes), f"{key}::scales": scales_like(p, scales)}
+
 # %% ../../nbs/optim/09_state_dict.ipynb #53d658f9
+def _name(dtype): return str(dtype).removeprefix("torch.")
+
+
 def _saved_error_bits(p, saved, origin, where):
     "Saved error bits as int8 or int16; None where there are none that belong to these weights."
     error_bits, bits = saved.get("error_bits"), origin.bits
@@ -271,11 +274,8 @@ def _saved_error_bits(p, saved, origin, where):
     if not origin.public and error_bits.dtype != CODE_DTYPE[bits]: raise refused(f"where its group says {bits} bits")
     return _whole(error_bits, CODE_DTYPE[bits], f"{where}: error_bits")
 
-
+# %% ../../nbs/optim/09_state_dict.ipynb #18308654
 def _no_error_bits(p, bits): return like(p, torch.zeros(local(p).shape, dtype=CODE_DTYPE[bits], device=p.device))
-
-
-def _name(dtype): return str(dtype).removeprefix("torch.")
 
 
 def _error_bits(opt, p, saved, origin, where):
@@ -292,7 +292,7 @@ def _error_bits(opt, p, saved, origin, where):
         error_bits = like(p, compute_ecc_bits(decode(narrow, local(error_bits)), narrow, 2 + bits // 8))
     return {"error_bits": error_bits.contiguous()}
 
-
+# %% ../../nbs/optim/09_state_dict.ipynb #e0dafa95
 def _steps(saved, where):
     "Steps that a parameter has taken; torch's SGD counts none, and what has a state took one."
     try: t = float(saved.get("step", 1))
@@ -303,16 +303,6 @@ def _steps(saved, where):
     return t
 
 # %% ../../nbs/optim/09_state_dict.ipynb #a17c9e54
-_KINDS = {frozenset(tells): kind for kind, tells in {
-              "Adam or AdamW": ("betas", "eps"), "Lion": ("betas",), "SGD": ("momentum",),
-              "NAdam": ("betas", "eps", "momentum_decay", "decoupled_weight_decay"),
-              "RAdam": ("betas", "eps", "decoupled_weight_decay"), "RMSprop": ("alpha", "eps", "momentum"),
-              "Adagrad": ("eps", "lr_decay"), "Adadelta": ("eps", "rho"),
-              "Rprop": ("etas",), "ASGD": ("alpha", "lambd"), "LBFGS": ("history_size",),
-              "Muon": ("eps", "momentum", "ns_steps"), "Muon with AdamW": ("betas", "eps", "momentum", "ns_steps"),
-          }.items()}
-
-
 def _check_decay(opt, group, kind, where):
     "Raises `StateError` for a saved group whose weight decay is of the other kind; the public package does not say."
     decoupled, key = _origin(group, where).options.get("decoupled"), group.get("decoupled_weight_decay")
@@ -321,6 +311,16 @@ def _check_decay(opt, group, kind, where):
     if kind == {"momentum"} and {"state_format", "master_bytewidth"}.isdisjoint(group): decoupled = False  # torch's SGD
     if decoupled not in (None, opt.decoupled, repr(opt.decoupled)) and group.get("weight_decay"):
         raise StateError(f"{where} was saved under {wrong_decay(opt)}")
+
+# %% ../../nbs/optim/09_state_dict.ipynb #50638f64
+_KINDS = {frozenset(tells): kind for kind, tells in {
+              "Adam or AdamW": ("betas", "eps"), "Lion": ("betas",), "SGD": ("momentum",),
+              "NAdam": ("betas", "eps", "momentum_decay", "decoupled_weight_decay"),
+              "RAdam": ("betas", "eps", "decoupled_weight_decay"), "RMSprop": ("alpha", "eps", "momentum"),
+              "Adagrad": ("eps", "lr_decay"), "Adadelta": ("eps", "rho"),
+              "Rprop": ("etas",), "ASGD": ("alpha", "lambd"), "LBFGS": ("history_size",),
+              "Muon": ("eps", "momentum", "ns_steps"), "Muon with AdamW": ("betas", "eps", "momentum", "ns_steps"),
+          }.items()}
 
 
 def _check_kind(opt, group, where):
@@ -372,11 +372,7 @@ def _check_names(groups, own):
                              "go by these numbers: "
                              "give the optimizer the parameters in the order in which they were saved")
 
-
-# in groups, no options
-_MARKS = ("params", "param_names", "state_format", "master_bytewidth", "quantize", "decoupled_weight_decay")
-
-
+# %% ../../nbs/optim/09_state_dict.ipynb #f9a13cea
 def _states(opt, groups, saved, options):
     "The states of a state dict as this optimizer keeps them; raises `StateError` for what does not fit."
     counters, states = {}, {}  # a counter belongs to one group: each group that steps advances its own
@@ -396,7 +392,7 @@ def _states(opt, groups, saved, options):
                     state_device(opt, p), torch.float32, copy=True).contiguous()
     return states
 
-
+# %% ../../nbs/optim/09_state_dict.ipynb #05f7f888
 def _have_codes(states):
     "Whether any of these states is rounded in a way that there is a choice of."
     return any(t.dtype in (torch.int8, torch.uint8) for state in states.values() for t in state.values())
@@ -411,7 +407,7 @@ def _warn_of_options(before, own, states):
     warnings.warn(f"the state dict was saved under {was}, and this optimizer goes on with {goes}: "
                   f"make it with {was} to go on as before")
 
-
+# %% ../../nbs/optim/09_state_dict.ipynb #86e05282
 def _has_16_bits(p):
     "Whether the weights are as if they had been rounded to 16 bits."
     p = local(p.detach())
@@ -428,6 +424,10 @@ def _warn_of_lost_bits(opt, groups, saved, states):
                       "make it with master_weight_bits as it was saved, over weights in 16 bits, "
                       "or load the weights that get_fp32_model_state_dict gave")
         return
+
+# %% ../../nbs/optim/09_state_dict.ipynb #088764a0
+# in groups, no options
+_MARKS = ("params", "param_names", "state_format", "master_bytewidth", "quantize", "decoupled_weight_decay")
 
 
 @torch.no_grad()
@@ -485,7 +485,7 @@ def dealt(
     if isinstance(t, DTensor) and (shard := held(p, t)) is None: t = t.full_tensor()
     return like(p, held(p, t))
 
-
+# %% ../../nbs/optim/09_state_dict.ipynb #48d996bd
 def _regrouped(p, code, scales, ranks, companded):
     "Codes and scales of a moment that was kept on so many ranks, as this rank keeps them."
     code, scales = (t.full_tensor() if isinstance(t, DTensor) else t for t in (code, scales))
@@ -495,7 +495,7 @@ def _regrouped(p, code, scales, ranks, companded):
     code, scales = encode(held(p, x), companded)
     return like(p, code), scales_like(p, scales)
 
-
+# %% ../../nbs/optim/09_state_dict.ipynb #f97fc012
 @torch.no_grad()
 def deal_anew(
     opt: Optimizer,  # of this package or of torch
@@ -524,7 +524,7 @@ def _memory(t):
     if not shard.numel() or shard.is_meta: return id(t)
     return shard.device, shard.dtype, shard.data_ptr(), shard.shape, shard.stride()
 
-
+# %% ../../nbs/optim/09_state_dict.ipynb #0fcf4c85
 def _first(opt, t):
     "The error bits that an entry without a state begins with, and its dtype; None where nothing is known."
     if not isinstance(t, torch.Tensor) or opt.state.get(t): return None
@@ -546,7 +546,7 @@ def _in_fp32(t, known, name):
                          "anew after it")
     return like(t, decode(local(narrow), local(error_bits).to(t.device)))
 
-
+# %% ../../nbs/optim/09_state_dict.ipynb #a896d0e3
 @torch.no_grad()
 def fp32_weights(
     opt,  # a FlashOptimizer
@@ -586,7 +586,7 @@ def _taken(t, new, name):
     if not lost.any(): return wide, taken
     raise StateError(f"{said}: {int(lost.sum())} values that {t.dtype} cannot hold, such as {given[lost][0].item()}")
 
-
+# %% ../../nbs/optim/09_state_dict.ipynb #7580936e
 def _split(opt, t, wide, taken, name):
     "The error bits to go beside an entry; None where none are kept."
     error_bits, made_for = (opt.state.get(t) or {}).get("error_bits"), opt._made_for.get(t, t.dtype)
@@ -617,7 +617,7 @@ def _tied_alike(entries, given):
         if not ((a == b) | (a != a) & (b != b)).all():
             raise StateError(f"{other} and {name} are one tensor in the model and differ in the state dict")
 
-
+# %% ../../nbs/optim/09_state_dict.ipynb #b716d9de
 @torch.no_grad()
 def set_fp32_weights(
     opt,  # a FlashOptimizer
