@@ -11,6 +11,7 @@ __all__ = ['HELD', 'study_folder', 'device_for', 'check_request', 'Missing', 'St
 # %% ../../nbs/study/13_runner.ipynb #c2a14e0e
 import json
 import multiprocessing
+import os
 import shlex
 import signal
 import time
@@ -21,6 +22,7 @@ from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from queue import Empty
+from threading import Thread
 from typing import NamedTuple
 
 import torch
@@ -28,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..base.errors import UserError, choose
-from ..base.machine import pick_device, provenance, safe_path, work_root
+from ..base.machine import make_current, pick_device, provenance, safe_path, work_root
 from ..base.records import (RecordError, RowError, RunWriter, finite, only_writer, read_study, study_name,
                                         study_origin)
 from ..measure.memory import free
@@ -114,7 +116,8 @@ class Study:
         self.console, self.journal, self.loaded = console or Console(stderr=True), Journal(self.folder), {}
         self.rank_timeout = rank_timeout
         self.options = dict(out=str(out), device=device, workloads=workloads, configs=configs, experiments=experiments,
-                            seeds=seeds, graphs=graphs, workers=workers)  # what a worker process makes the same study of
+                            seeds=seeds, graphs=graphs, workers=workers,
+                            rank_timeout=rank_timeout)  # what a worker process makes the same study of
 
     @property
     def made(self) -> tuple:
@@ -309,11 +312,6 @@ def renew_rank(device: torch.device) -> bool:
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device) <= HELD
 
-# %% ../../nbs/study/13_runner.ipynb #6b1f9e07
-def _make_current(device: torch.device):
-    "What names no GPU, a kernel's launch or a peak of memory, means this one."
-    if device.index is not None: torch.cuda.set_device(device)
-
 # %% ../../nbs/study/13_runner.ipynb #ab098bb8
 def _is_shared(study: Study, spec: RunSpec) -> bool:
     "Whether it may go on beside others: what trains, and, where each worker has a GPU of its own, what is measured."
@@ -354,11 +352,14 @@ class _Relayed(Journal):
 
 # %% ../../nbs/study/13_runner.ipynb #bdceaa14
 def _prepare(study: Study, specs: list[RunSpec], done):
-    "Finds out what the runs need; what went wrong is told in words."
+    """Finds out what the runs need; what the user has to mend is told in words.
+    What broke, or ranks that were lost, a run that is attempted meets again: it is recorded there, as by one worker."""
     words = ""
     try: study.protocol.prepare(study, specs)
     except Interrupted: raise
-    except Exception as error: words = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    except (RanksFailed, RowError) as error: study.say(f"  {specs[0].id}: {error}")
+    except UserError as error: words = str(error)
+    except Exception as error: study.say(f"  {specs[0].id}: {type(error).__name__}: {error}")
     done.put(("prepared", words))
 
 def _attempt(study: Study, specs: list[RunSpec], done):
@@ -385,10 +386,12 @@ def _work(made, device, tasks, done, stop):
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)  # the parent says when
     torch.set_num_threads(1)
     parent, console = multiprocessing.parent_process(), Console(stderr=True, force_terminal=False)
+    # a search of minutes asks nobody whether it should go on
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     protocol, whole, options = made
     study = Study.again(protocol, whole, options | dict(device=device), console=console,
                         stopped=lambda: stop.is_set() or not parent.is_alive())
-    _make_current(study.device)
+    make_current(study.device)
     study.journal = _Relayed(study.folder, lambda row: done.put(("noted", row)))
     try:
         with kept_ranks(renew_rank):
@@ -418,6 +421,10 @@ def _parts(specs: list[RunSpec], key: Callable[[RunSpec], Hashable]) -> list[lis
     parts = defaultdict(list)
     for spec in specs: parts[key(spec)].append(spec)
     return [*parts.values()]
+
+def _searching(study: Study, specs: list[RunSpec]) -> list[RunSpec]:
+    "The runs that train: what is measured has its batch given, and a search over that would be taken for theirs."
+    return [spec for spec in specs if study.protocol.experiments[spec.experiment].trains]
 
 def _together(study: Study, spec: RunSpec) -> Hashable:
     "What a run shares with those that one worker makes one after another: two cards are never as fast as each other."
@@ -453,7 +460,7 @@ def run_parallel(
     failed = ended = 0
     try:
         if study.protocol.in_stages:
-            ask(_prepare, parts := _parts(specs, lambda spec: (spec.workload, spec.config)))
+            ask(_prepare, parts := _parts(_searching(study, specs), lambda spec: (spec.workload, spec.config)))
             told = [*islice(_told(study, workers, done, stop, n), len(parts))]
             study.check_stop()
             if len(told) < len(parts): raise UserError("a worker process died while it searched; the same command goes on")
@@ -590,7 +597,7 @@ def run_study(
     "Runs what is left of the protocol; returns 0, or 1 if a run failed or a decision ended or holds the study."
     journal, known = study.journal, study.protocol.hypothesis.checkpoints
     refuse_unregistered(study.protocol, study.whole)
-    _make_current(study.device)
+    make_current(study.device)
     study.open_journal()  # only reads
     journal.waiting(confirm, known)
     with only_writer(study.folder), kept_ranks(renew_rank):

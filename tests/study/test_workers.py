@@ -2,7 +2,12 @@
 
 import io
 import os
+import subprocess
+import sys
+import time
+from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
 
@@ -18,7 +23,7 @@ from flashoptim_nb.study.h1.criteria import H1
 from flashoptim_nb.study.presets import Preset
 from flashoptim_nb.study.run import RunSpec
 from flashoptim_nb.study.runner import Study, _prepare
-from flashoptim_nb.train.ranks import launch_ranks
+from flashoptim_nb.train.ranks import RanksFailed, launch_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +56,12 @@ class Counting(StudyProtocol):
 
     def prepare(self, study, specs):
         for spec in specs:
+            if spec.config == "wrong": raise UserError("give it another way")
             if spec.config == "broken": raise RuntimeError("the search broke")
+            if spec.config == "lost": raise RanksFailed("rank 1 of 2 was killed")
+            if spec.config.startswith("slow"):
+                Path(study.folder.parent, "searching").write_text(str(os.getpid()))
+                time.sleep(60)
             if spec.config == "killed": os._exit(9)
             if not study.journal.last_event("skip", what=spec.config):
                 study.journal.note("skip", what=spec.config, reason=f"{spec.config} was searched")
@@ -75,10 +85,30 @@ class Divided(Counting):
     def spec(self, *run): return super().spec(*run).replace(gpus=2)
 
 
-def counting(out, *configs, protocol=Counting):
+class Measuring(Counting):
+    experiments = {name: Experiment(name=name, perform=record_process, trains=name == "count", seed_by_seed=True)
+                   for name in ("measure", "count")}
+
+    def stages(self, preset, experiments=None):
+        return [Stage("1B", tuple((name, preset.plans["1B"].configs) for name in self.experiments))]
+
+    def prepare(self, study, specs):
+        for spec in specs: study.journal.note_once("skip", what=spec.config, reason=f"searched for {spec.experiment}")
+
+    def worker_devices(self, device, n): return ["cpu"] * n
+
+
+def counting(out, *configs, protocol=Counting, timeout=1800.0):
     preset = Preset(name="laptop", purpose="", enforced=False, device="cpu", seeds=(0, 1, 2),
                     plans={"1B": Runs(configs=configs or ("one", "two", "three"))}, accelerator=A100_40)
-    return Study(protocol(), preset, out, workers=2, console=Console(file=io.StringIO()))
+    return Study(protocol(), preset, out, workers=2, rank_timeout=timeout,
+                 console=Console(file=io.StringIO()))
+
+
+def await_that(true, seconds=50):
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end: time.sleep(0.05)
+    assert true()
 
 
 def test_each_search_is_noted_once_and_a_seed_stays_with_one_worker(tmp_path):
@@ -101,6 +131,43 @@ def test_each_worker_keeps_ranks_of_its_own(tmp_path):
 
 def test_a_search_that_breaks_ends_the_study_in_words(tmp_path):
     with pytest.raises(UserError, match="a worker process died"): counting(tmp_path, "one", "killed").run()
-    study, told = counting(tmp_path, "broken"), SimpleQueue()
-    _prepare(study, [study.spec("1B", "count", "broken", 0)], told)
-    assert told.get() == ("prepared", "RuntimeError: the search broke")
+    told = SimpleQueue()
+    for config, words in dict(wrong="give it another way", broken="", lost="").items():
+        study = counting(tmp_path, config)
+        _prepare(study, [study.spec("1B", "count", config, 0)], told)
+        assert told.get() == ("prepared", words)
+    with pytest.raises(UserError, match="give it another way"): counting(tmp_path / "another", "one", "wrong").run()
+
+
+def test_a_search_that_loses_its_ranks_costs_its_own_runs_alone(tmp_path):
+    "As with one worker: others go on, and the same command tries it again."
+    assert counting(tmp_path, "one", "lost", "broken").run() == 1
+    runs = [run for run in read_study(tmp_path / "h1-laptop") if not run.is_journal]
+    assert Counter((run.header["config"], run.status) for run in runs) == {
+        ("one", "finished"): 3, ("lost", "failed"): 3, ("broken", "failed"): 3}
+
+
+def test_a_search_is_over_what_trains(tmp_path):
+    "What is measured has a smaller batch of its own, and the journal keeps one search for both."
+    study = counting(tmp_path, "one", protocol=Measuring)
+    assert study.run() == 0
+    assert [row["reason"] for row in study.journal.rows if row["kind"] == "skip"] == ["searched for count"]
+
+
+def test_a_worker_has_all_that_the_study_was_asked_for(tmp_path):
+    protocol, preset, options = counting(tmp_path, timeout=120.0).made
+    assert Study.again(protocol, preset, options).rank_timeout == 120.0
+
+
+def test_a_worker_that_searches_ends_with_whoever_started_it(tmp_path):
+    "kill -9 of the study alone; what it started would hold its GPUs to the search's end."
+    code = f"import test_workers; test_workers.counting({str(tmp_path)!r}, 'slow').run()"
+    (script := tmp_path / "study.py").write_text(f"if __name__ == '__main__':\n    {code}\n")
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    started = subprocess.Popen([sys.executable, script], env=os.environ | dict(PYTHONPATH=path))
+    try: await_that((tmp_path / "searching").exists)
+    finally:
+        started.kill()
+        started.wait()
+    worker = Path("/proc", (tmp_path / "searching").read_text())
+    await_that(lambda: not worker.exists())
