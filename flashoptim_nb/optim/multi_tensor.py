@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BLOCK', 'WARPS', 'TYPES', 'COLUMNS', 'ROW', 'WIDTH', 'STEP_SCALARS', 'FEW', 'PROGRAMS', 'Operands', 'new_operands',
            'in_chunks', 'read_weights', 'write_weights', 'Launch', 'GradPointers', 'TensorList', 'jit_for_constants',
-           'launch', 'device_guard', 'block_range', 'block_offsets', 'block_turn', 'block_dithers', 'bounds_mask',
-           'address', 'load', 'store', 'load_weights', 'store_weights', 'squares_kernel', 'grad_scaling_kernel',
+           'launch', 'device_guard', 'block_range', 'block_offsets', 'bounds_mask', 'address', 'load', 'store',
+           'block_turn', 'block_dithers', 'load_weights', 'store_weights', 'squares_kernel', 'grad_scaling_kernel',
            'grad_scaling_fused', 'step_scalars_kernel']
 
 # %% ../../nbs/optim/02_multi_tensor.ipynb #2cb7953d
@@ -151,13 +151,6 @@ def _kinds(
     return {kind: blocks for kind, blocks in kinds.items() if blocks}
 
 # %% ../../nbs/optim/02_multi_tensor.ipynb #c4c80d45
-class GradPointers(NamedTuple):
-    "Gradients as a kernel finds them."
-    addresses: torch.Tensor  # int64 (tensors,), on the device
-    launches: list[Launch]
-    dtype: tl.dtype  # of all of them
-
-
 def _base(t, name, first):
     "Where value 0 of an operand would lie, of which the states begin at value `first`; 0 for what is not kept."
     if t is None or name == "param": return 0 if t is None else t.data_ptr()
@@ -168,6 +161,13 @@ def _placed(place, size):
     "The end of a row."
     if not isinstance(place, Place): place = Place(place, near := max(1, min(size, 2**31 - 1)), near)
     return [place.near, place.far, place.first, size]
+
+# %% ../../nbs/optim/02_multi_tensor.ipynb #1f2c5cfd
+class GradPointers(NamedTuple):
+    "Gradients as a kernel finds them."
+    addresses: torch.Tensor  # int64 (tensors,), on the device
+    launches: list[Launch]
+    dtype: tl.dtype  # of all of them
 
 
 class TensorList:
@@ -293,30 +293,7 @@ def block_offsets(BLOCK: tl.constexpr):
     group = tl.arange(0, BLOCK // 32)
     return group[:, None] * 32 + tl.arange(0, 32)[None, :], group
 
-
-@triton.jit
-def block_turn(step_scalars, row, first, SHIFTED: tl.constexpr):
-    """What `block_dithers` of a block begin from. To be asked for before the values are loaded: kept back by a load that
-    comes late, or by the registers of a long address, the second moments' own loads begin when the first are there."""
-    turn, place = tl.load(step_scalars + 7).to(tl.uint32, bitcast=True), tl.load(row + (WIDTH - 2))
-    if SHIFTED == 2: return turn, place
-    return run_turn(turn, place + first), ((place + first) & 15).to(tl.int32)
-
-
-@triton.jit
-def block_dithers(turn, place, row, first, at, SHIFTED: tl.constexpr):
-    """The dithers of a block's values: of weights, first and second moments.
-    SHIFTED: 1 where its place is no multiple of 16, 2 where each row of values has a place of its own."""
-    if SHIFTED == 2:
-        near, far = tl.load(row + (WIDTH - 4)), tl.load(row + (WIDTH - 3))
-        column, width = (first % near).to(tl.int32) + at, near.to(tl.int32)
-        down = column // width
-        at = place + (first // near + down) * far + (column - down * width)
-    elif SHIFTED:
-        at = at + place
-    return dither_tile(turn, at)
-
-
+# %% ../../nbs/optim/02_multi_tensor.ipynb #1ab8107f
 @triton.jit
 def bounds_mask(at, left, MASK: tl.constexpr):
     "Which places are in the tensor; by whole runs of MASK values, so that wide accesses stay wide."
@@ -341,6 +318,29 @@ def store(pointer, value, mask, MASK: tl.constexpr):
     "Stores; whole blocks without a mask."
     if MASK: tl.store(pointer, value, mask=mask)
     else: tl.store(pointer, value)
+
+# %% ../../nbs/optim/02_multi_tensor.ipynb #8df20c40
+@triton.jit
+def block_turn(step_scalars, row, first, SHIFTED: tl.constexpr):
+    """What `block_dithers` of a block begin from. To be asked for before the values are loaded: kept back by a load that
+    comes late, or by the registers of a long address, the second moments' own loads begin when the first are there."""
+    turn, place = tl.load(step_scalars + 7).to(tl.uint32, bitcast=True), tl.load(row + (WIDTH - 2))
+    if SHIFTED == 2: return turn, place
+    return run_turn(turn, place + first), ((place + first) & 15).to(tl.int32)
+
+
+@triton.jit
+def block_dithers(turn, place, row, first, at, SHIFTED: tl.constexpr):
+    """The dithers of a block's values: of weights, first and second moments.
+    SHIFTED: 1 where its place is no multiple of 16, 2 where each row of values has a place of its own."""
+    if SHIFTED == 2:
+        near, far = tl.load(row + (WIDTH - 4)), tl.load(row + (WIDTH - 3))
+        column, width = (first % near).to(tl.int32) + at, near.to(tl.int32)
+        down = column // width
+        at = place + (first // near + down) * far + (column - down * width)
+    elif SHIFTED:
+        at = at + place
+    return dither_tile(turn, at)
 
 # %% ../../nbs/optim/02_multi_tensor.ipynb #5442db38
 @triton.jit
