@@ -130,7 +130,21 @@ class Span(NamedTuple):
     a: int  # whole blocks
     b: int
 
+# %% ../../nbs/optim/19_host.ipynb #40570113
+def _spans(sizes, value_bytes, most, whole):
+    "Cuts tensors into parts of at most so many bytes: lists of spans. One that is stepped whole is not cut."
+    out, pack, room = [], [], most
+    for i, (n, each) in enumerate(zip(sizes, value_bytes)):
+        step = max(int(most / each) // BLOCK * BLOCK, BLOCK) if each else n
+        cuts = [(0, n)] if whole or n <= step else [(a, min(a + step, n)) for a in range(0, n, step)]
+        for a, b in cuts:
+            # a parameter comes once in a part
+            if pack and (pack[-1].index == i or (b - a) * each > room): out.append(pack); pack, room = [], most
+            pack.append(Span(i, a, b))
+            room -= (b - a) * each
+    return [*out, pack]
 
+# %% ../../nbs/optim/19_host.ipynb #f71df47b
 class Slice(NamedTuple):
     "The bytes of one state's tensor that belong to a span."
     key: str
@@ -229,20 +243,6 @@ class Part:
         "The operands for the reference."
         return [x._replace(grad=g.detach().view(-1)[span.a:span.b])
                 for x, g, span in zip(self.operands, self.grads, self.spans)]
-
-# %% ../../nbs/optim/19_host.ipynb #40570113
-def _spans(sizes, value_bytes, most, whole):
-    "Cuts tensors into parts of at most so many bytes: lists of spans. One that is stepped whole is not cut."
-    out, pack, room = [], [], most
-    for i, (n, each) in enumerate(zip(sizes, value_bytes)):
-        step = max(int(most / each) // BLOCK * BLOCK, BLOCK) if each else n
-        cuts = [(0, n)] if whole or n <= step else [(a, min(a + step, n)) for a in range(0, n, step)]
-        for a, b in cuts:
-            # a parameter comes once in a part
-            if pack and (pack[-1].index == i or (b - a) * each > room): out.append(pack); pack, room = [], most
-            pack.append(Span(i, a, b))
-            room -= (b - a) * each
-    return [*out, pack]
 
 # %% ../../nbs/optim/19_host.ipynb #40570116
 class Load(NamedTuple):
