@@ -124,7 +124,7 @@ def _fits(t, p, dtype, scales, shape=None, homes=None):
     if scales: return local(t).ndim == 1 and local(t).numel() == scale_count(p)
     return t.shape == p.shape and local(t).shape == local(p).shape
 
-
+# %% ../../nbs/optim/18_checks.ipynb #58697f61
 def _counts(x):
     "Whether something can be a number of steps; what lies on a GPU is not read."
     if not isinstance(x, torch.Tensor): return is_number(x, 0)
@@ -183,7 +183,7 @@ def _places(t):
     if t.device.type == "meta" or type(t).__name__ == "FakeTensor" or not t.numel() or not t.data_ptr(): return None
     return t.data_ptr(), t.data_ptr() + (t.numel() if t.is_contiguous() else extent(t)) * t.element_size()
 
-
+# %% ../../nbs/optim/18_checks.ipynb #648b6dd7
 def overlapping(
     tensors: Sequence[torch.Tensor],  # none of which overlaps itself
 ) -> list[int]:
@@ -245,7 +245,7 @@ def check_group_form(
         raise ParametersError(f"a group without params (it has {', '.join(map(str, group)) or 'nothing'}): "
                               "add them, dict(params=model.parameters(), lr=...)")
 
-
+# %% ../../nbs/optim/18_checks.ipynb #b39dc136
 def one_slip(
     a: str,
     b: str,
@@ -257,7 +257,7 @@ def one_slip(
     off = [i for i in range(len(a)) if a[i] != b[i]]
     return len(off) == 1 and len(a) > 3 or len(off) == 2 and sorted(a) == sorted(b) and off[1] == off[0] + 1
 
-
+# %% ../../nbs/optim/18_checks.ipynb #2099a949
 def wrong_decay(
     opt,  # a FlashOptimizer
 ) -> str:
@@ -283,7 +283,7 @@ def check_group_names(
         if near := [name for name in known if key.casefold() == name or one_slip(key.casefold(), name)]:
             raise OptionError(f"{key!r} in a group: did you mean {near[0]!r}?")
 
-
+# %% ../../nbs/optim/18_checks.ipynb #b6b77203
 def check_shared(
     opt,  # a FlashOptimizer
     group: dict,  # as it was given
