@@ -32,7 +32,6 @@ from ..train.config import TrainConfig, bytes_per_parameter
 # %% ../../nbs/lm/09_fit.ipynb #d4b3f6e8
 _UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
-
 def parameter_count(
     text: str,  # 7B, 1.3b, 350M, 7000000000
 ) -> float:
@@ -53,7 +52,6 @@ def _nearest_width(n: float, n_layer: int, style: str, max_seq: int) -> GPTConfi
 
 # %% ../../nbs/lm/09_fit.ipynb #71642bc4
 _LADDER = ("124M", "1B", "7B", "13B", "70B")
-
 
 def gpt_of(
     params: str,  # a rung of the ladder, or a number of parameters: 3B
@@ -130,7 +128,6 @@ class Architecture(Config):
 # %% ../../nbs/lm/09_fit.ipynb #f94f3bbe
 LARGEST_SIZE = 2**24  # of anything that a model or a plan counts one by one: layers, widths, tokens, GPUs
 
-
 def _field(config: dict, *names, default=None) -> int:
     "A size that a config.json states under one of these names."
     found = next((config[name] for name in names if config.get(name) is not None), default)
@@ -138,7 +135,6 @@ def _field(config: dict, *names, default=None) -> int:
         raise UserError(f"this config.json has no {names[0]!r} that is a whole number from 1 to {LARGEST_SIZE:,} (it is "
                         f"{str(found)[:40]!r}); give the file that lies beside the model's weights")
     return found
-
 
 def _flag(config: dict, name: str, default: bool = False) -> bool:
     "A choice that a config.json states; null is none."
@@ -153,7 +149,6 @@ def _divided(n: int, what: str, parts: int, of: str) -> int:
         raise UserError(f"this config.json divides {n:,} {what} into {parts:,} {of}, which does not go evenly; "
                         "give the file that lies beside the model's weights")
     return n // parts
-
 
 def _common(config: dict, tied: bool) -> dict:
     "What most architectures say in the same words."
@@ -174,11 +169,9 @@ def _llama(config: dict) -> dict:
     return (c | dict(vectors=2 * c["d_model"] + biases + 2 * c["head_dim"] * (family == "qwen3")
                      + (2 * c["ffn_width"] + c["d_model"]) * _flag(config, "mlp_bias")))
 
-
 def _neox(config: dict) -> dict:
     c = _common(config, False)
     return c | dict(vectors=4 * c["d_model"] + 5 * c["d_model"] + c["ffn_width"])
-
 
 def _gpt2(config: dict) -> dict:
     d, heads = _field(config, "n_embd"), _field(config, "n_head")
@@ -197,7 +190,6 @@ FAMILIES = {
     "GemmaForCausalLM": ("gemma", _llama), "GPTNeoXForCausalLM": ("gpt_neox", _neox),
     "GPT2LMHeadModel": ("gpt2", _gpt2),
 }
-
 
 def architecture_of(
     config: dict,  # a config.json of transformers
@@ -225,7 +217,6 @@ def _norm_bytes(a: Architecture, wide: bool) -> int:
     again = 6 * (a.q + a.k) + 4 * (a.n_head + a.n_kv_head) if a.family == "qwen3" else 0
     return (2 * 8 + 5 * 2) * d + 8 + again if wide else (20 if a.family == "gemma" else 16) * d + 8 + again
 
-
 def _architecture_layer(a: Architecture, wide: bool) -> int:
     "Bytes that a layer keeps for each token."
     d, H, F = a.d_model, a.n_head, a.ffn_width
@@ -251,7 +242,6 @@ def _moment(c: GPTConfig, N: int, loss: str, weights: str, compiled: bool) -> fl
         return 2 * V * chunk_rows_for(N, V, True) + (0 if weights.startswith("fp32") else 4 * V * d)
     return 2 * (V + N) * d if compiled else 8 * N * V
 
-
 def _copied(matrices: int, head: int, checkpointing: str, loss: str) -> int:
     """Parameters of which the graph keeps autocast's copy:
     checkpointed layers make theirs again, the fused loss needs none."""
@@ -260,10 +250,8 @@ def _copied(matrices: int, head: int, checkpointing: str, loss: str) -> int:
 # %% ../../nbs/lm/09_fit.ipynb #ee981870
 Model = GPTConfig | Architecture
 
-
 def _count(model: Model) -> dict[str, int]:
     return model.count() if isinstance(model, Architecture) else count_parameters(model)
-
 
 def _kept(model: Model, config: TrainConfig, micro: int, seq: int, checkpointing: str) -> float:
     "Bytes that the forward pass leaves for the backward pass."
@@ -271,7 +259,6 @@ def _kept(model: Model, config: TrainConfig, micro: int, seq: int, checkpointing
         return _architecture_activations(model, micro * seq, checkpointing, config.loss, not config.narrow)
     return activation_bytes(
         model, micro, seq, config.attention, checkpointing, config.loss, config.weights, compiled=config.compile)
-
 
 def _logits(model: Model, config: TrainConfig, N: int) -> float:
     "Bytes of what the plain loss keeps, which is gone when the layers go backward."
@@ -287,7 +274,6 @@ def _run_again(model: Model, config: TrainConfig, micro: int, seq: int, stored: 
 # %% ../../nbs/lm/09_fit.ipynb #04445d89
 # bytes that cuBLAS holds, on Hopper: torch's default of CUBLAS_WORKSPACE_CONFIG, for two threads
 WORKSPACE = 2 * 32 * 2**20
-
 
 def predict(
     model: Model,  # a GPT of this package, or an architecture of transformers
@@ -342,7 +328,6 @@ GPUS = {
 _ALIASES = {"A100": "A100-80GB", "V100": "V100-32GB", "H100-80GB": "H100", "NVIDIA H100 80GB HBM3": "H100",
             "NVIDIA H200": "H200"}
 
-
 def gpu_memory(
     name: str,  # of `GPUS`, in any case, with or without spaces; or a number of GB: 80GB
 ) -> tuple[str, float]:  # its name, and bytes
@@ -377,7 +362,6 @@ class Counted(Config):
 
     @property
     def trained(self) -> int: return self.total - self.frozen - self.others
-
 
 def _counted(name: str, model: torch.nn.Module) -> Counted:
     "Counts a model's parameters; raises `UserError` for those that cannot be counted, or where none is trained."
@@ -421,7 +405,6 @@ def _check_size(what: str, n: int):
     if not 1 <= n <= LARGEST_SIZE:
         raise UserError(f"{what} is {str(n)[:40]}; it has to be at least 1 and at most {LARGEST_SIZE:,}")
 
-
 def find_model(
     params: str | None = None,  # 7B
     config: str | Path | None = None,  # a config.json of transformers
@@ -454,7 +437,6 @@ FIT_HELP = FIT_HELP | {
     "flash_adamw_on_host": "FlashAdamW(offload_states=True): states and masters in the host's memory",
     "flash_adamw_release_on_host": "the same, each gradient used and freed in the backward pass"}
 
-
 def _peak(model: Model, name: str, loss: str, micro: int, seq: int, **how) -> dict[str, float]:
     "What `predict` says of a way of training by its name."
     found = predict(model, FIT_CONFIGS[ON_HOST.get(name, name)].replace(loss=loss), micro, seq, **how)
@@ -465,7 +447,6 @@ def _peak(model: Model, name: str, loss: str, micro: int, seq: int, **how) -> di
 
 # %% ../../nbs/lm/09_fit.ipynb #5ddd7659
 LARGEST_MICRO = 4096  # sequences: the largest micro-batch that is tried
-
 
 def largest_that_fits(
     model: Model,
@@ -515,7 +496,6 @@ def _cost(row: dict) -> tuple:
 
 # %% ../../nbs/lm/09_fit.ipynb #1070b0e9
 _MORE_GPUS = [2**n for n in range(1, 11)]
-
 
 def _found(rows_of, configs: list[str], gpus: int, micro: int | None) -> dict:
     "The rows; where none fits, what would instead: fewer sequences, another way of training, more GPUs."
@@ -578,7 +558,6 @@ def _row_words(row: dict) -> str:
         row["checkpointing"], f" with {row['checkpointing']} checkpointing")
     return row["config"] + kind
 
-
 def _refusal(found: dict) -> str:
     "What of all that was asked for does not fit, by which ways and on what; and what would."
     g, least = found["gpu"], min(found["rows"], key=lambda row: row["peak"])
@@ -598,7 +577,6 @@ _GIVEN_UP = {  # what `_cost` compares, in its order, in words
     "host": {False: "states on the GPU", True: "states over the link to the host at each step"},
     "again": {0: "no layer run again", 1: "a part of each layer run again", 2: "each layer run again"},
 }
-
 
 def _given_up(row: dict) -> str:
     "What a way of training gives up and what it does not; of checkpointing only where it is known."
@@ -620,7 +598,6 @@ def _answer(found: dict) -> str:
 # %% ../../nbs/lm/09_fit.ipynb #b71c40e2
 _LOSS_WORDS = {"fused_linear": "the logits in pieces, this package's way and the default of its GPTs",
                "plain": "all logits at once, transformers' way and the default of a config.json"}
-
 
 def _head_words(found: dict) -> list[str]:
     "What was asked about: the model, its loss, the GPU."
@@ -648,7 +625,6 @@ def _notes(found: dict) -> list[str]:
 
 # %% ../../nbs/lm/09_fit.ipynb #b71c40e3
 _HEADS = ("weights", "gradients", "masters", "states", "copies", "activations", "peak", "host")
-
 
 def _table_row(row: dict, most: int) -> str:
     c = row["classes"] | dict(peak=row["peak"])

@@ -47,9 +47,6 @@ def link_rates(
     return {name: times * nbytes / seconds(*ways_) for name, ways_ in chosen.items()}
 
 # %% ../../nbs/lm/16_host.ipynb #40580109
-ASIDE = 10**9  # bytes of the budget that are left to CUDA's context and libraries
-
-
 def _narrow_gpt(size, seq, device):
     "A GPT with bf16 weights."
     shape, before = gpt_of(size, max_seq=seq), torch.get_default_dtype()
@@ -59,7 +56,7 @@ def _narrow_gpt(size, seq, device):
     finally: torch.set_default_dtype(before)
     return model.init_weights(0), shape.vocab_size
 
-
+# %% ../../nbs/lm/16_host.ipynb #d95fa626
 def host_bytes(opt: FlashAdamW) -> int:
     "Bytes of the states that go to the device and back in a step."
     kept = [t for state in opt.state.values() for key, t in state.items() if key != "step"]
@@ -74,6 +71,9 @@ def _timed(step, device, times, warmup=2):
     for _ in range(times): step()
     _wait(device)
     return (time.perf_counter() - begin) / times
+
+# %% ../../nbs/lm/16_host.ipynb #b898ac67
+ASIDE = 10**9  # bytes of the budget that are left to CUDA's context and libraries
 
 
 def train_on_host(

@@ -55,6 +55,7 @@ def parameters(
         made[-1].grad = (1e-3 * draw()).to(dtype)
     return made
 
+# %% ../../nbs/measure/04_optimizers.ipynb #ca0ddcae
 def _tensors(value) -> Iterator[torch.Tensor]:
     "The tensors in an optimizer's state, those of other packages' wrappers included."
     if isinstance(value, dict): value = value.values()
@@ -87,6 +88,7 @@ def copy_rate(
         with watch: b.copy_(a)
     return 2 * nbytes / median(watch.seconds())
 
+# %% ../../nbs/measure/04_optimizers.ipynb #38c48d52
 def _wait(device):
     if torch.device(device).type == "cuda": torch.cuda.synchronize(device)
 
@@ -112,6 +114,7 @@ def timed(
         wall.append(time.perf_counter() - begin)
     return dict(ms=1e3 * ms, wall_ms=1e3 * median(wall), host_ms=1e3 * median(host))
 
+# %% ../../nbs/measure/04_optimizers.ipynb #6cfa00e0
 def _hidden(step, device) -> int | None:
     "Bytes that a step held at its peak beyond what is there before and after; None where the device does not count."
     if torch.device(device).type != "cuda": return None
@@ -122,6 +125,7 @@ def _hidden(step, device) -> int | None:
     _wait(device)
     return torch.cuda.max_memory_allocated(device) - before
 
+# %% ../../nbs/measure/04_optimizers.ipynb #45a0f3b4
 def _prepared(peer, work, device, clip=False):
     "A step of an optimizer over tensors of its own; the optimizer and the tensors."
     params = parameters(work, peer.dtype, device)
@@ -131,12 +135,14 @@ def _prepared(peer, work, device, clip=False):
         opt.step()
     return step, opt, params
 
+# %% ../../nbs/measure/04_optimizers.ipynb #938803d5
 def _why_not(error: Exception) -> str:
     "Why a row has no figures; another package's own failure by its name."
     if isinstance(error, (ImportError, UserError)): return f"not available: {error}"
     head = "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
     return f"{head}: {(str(error).splitlines() or [''])[0]}"
 
+# %% ../../nbs/measure/04_optimizers.ipynb #002e20e7
 def measure_peer(
     name: str,  # of `TIMED`
     work: str,  # of `TENSOR_SETS`
@@ -209,6 +215,9 @@ def released_peak(
         peak=None if hidden is None else (held + hidden) / n, largest_gradient=max(p.nbytes for p in params) / n)
 
 # %% ../../nbs/measure/04_optimizers.ipynb #6aac683c
+def _tidy(device):
+    if torch.device(device).type == "cuda": torch.cuda.empty_cache()
+
 def benchmark(
     device: torch.device | str,
     works: Iterable[str],  # of `TENSOR_SETS`
@@ -228,9 +237,7 @@ def benchmark(
                 yield in_turns(name, against, work, device, times)
                 _tidy(device)
 
-def _tidy(device):
-    if torch.device(device).type == "cuda": torch.cuda.empty_cache()
-
+# %% ../../nbs/measure/04_optimizers.ipynb #99096ca9
 def row_text(row: dict) -> str:
     "A row as a line of a terminal."
     if row["optimizer"] == "copy": return f"copy: {row['gbps']:,.0f} GB/s"

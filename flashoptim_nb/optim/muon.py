@@ -64,9 +64,6 @@ def muon_groups(
     return [group for group in (dict(params=matrices, algorithm="muon"), dict(params=rest) | adamw) if group["params"]]
 
 # %% ../../nbs/optim/21_muon.ipynb #92d948f8
-STACK = 1 << 25  # values of the matrices that are orthogonalized together, or one matrix
-
-
 @dataclass(frozen=True)
 class MatrixSharding:
     "Over which ranks matrices are dealt out, and along which of their dimensions."
@@ -117,6 +114,9 @@ def owners_of(
         owner[i] = load.index(min(load))
         load[owner[i]] += work(i)
     return owner
+
+# %% ../../nbs/optim/21_muon.ipynb #4a241203
+STACK = 1 << 25  # values of the matrices that are orthogonalized together, or one matrix
 
 
 def rounds_of(
@@ -213,6 +213,27 @@ class MuonPlan:
         return sent, [len(own) * prod(part) for part in parts] if own else [0] * cut.world, parts
 
 # %% ../../nbs/optim/21_muon.ipynb #8e16dbe4
+def _check_betas(betas):
+    if (not isinstance(betas, (tuple, list)) or len(betas) != 2
+            or not all(is_number(b, 0, 1) and b < 1 for b in betas)):
+        raise OptionError(f"betas={betas!r}: two numbers in [0, 1) are needed")
+
+
+def _check_muon(group):
+    "Raises `OptionError` for options of Muon that cannot work."
+    if not is_number(group["momentum"], 0):
+        raise OptionError(f"momentum={group['momentum']!r}: a finite number, 0 or more, is needed")
+    if not isinstance(group["nesterov"], bool):
+        raise OptionError(f"nesterov={group['nesterov']!r}: True or False is needed")
+    abc, steps = group["ns_coefficients"], group["ns_steps"]
+    if not isinstance(abc, (tuple, list)) or len(abc) != 3 or not all(map(is_number, abc)):
+        raise OptionError(f"ns_coefficients={abc!r}: three finite numbers are needed")
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps < 100:
+        raise OptionError(f"ns_steps={steps!r}: a whole number from 0 to 99 is needed")
+    if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
+        raise OptionError(f"adjust_lr_fn={group['adjust_lr_fn']!r}: \"original\", \"match_rms_adamw\" or None")
+
+# %% ../../nbs/optim/21_muon.ipynb #30c621a3
 class FlashMuon(FlashOptimizer):
     """Muon (as `torch.optim.Muon`) for groups of matrices, AdamW for groups with `algorithm="adamw"`, on split weights
     and companded 8-bit states (arXiv 2602.23349); raises `OptionError` for arguments that cannot work.
@@ -365,24 +386,3 @@ class FlashMuon(FlashOptimizer):
     def public_state_dict(self) -> dict:
         "Raises `StateError`: the public package has no Muon."
         raise StateError("the public package has no Muon: save state_dict()")
-
-
-def _check_betas(betas):
-    if (not isinstance(betas, (tuple, list)) or len(betas) != 2
-            or not all(is_number(b, 0, 1) and b < 1 for b in betas)):
-        raise OptionError(f"betas={betas!r}: two numbers in [0, 1) are needed")
-
-
-def _check_muon(group):
-    "Raises `OptionError` for options of Muon that cannot work."
-    if not is_number(group["momentum"], 0):
-        raise OptionError(f"momentum={group['momentum']!r}: a finite number, 0 or more, is needed")
-    if not isinstance(group["nesterov"], bool):
-        raise OptionError(f"nesterov={group['nesterov']!r}: True or False is needed")
-    abc, steps = group["ns_coefficients"], group["ns_steps"]
-    if not isinstance(abc, (tuple, list)) or len(abc) != 3 or not all(map(is_number, abc)):
-        raise OptionError(f"ns_coefficients={abc!r}: three finite numbers are needed")
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps < 100:
-        raise OptionError(f"ns_steps={steps!r}: a whole number from 0 to 99 is needed")
-    if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
-        raise OptionError(f"adjust_lr_fn={group['adjust_lr_fn']!r}: \"original\", \"match_rms_adamw\" or None")

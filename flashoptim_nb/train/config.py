@@ -109,6 +109,7 @@ class TrainConfig(Config):
         found = {name: getattr(self, name) for name in _SURROGATE_SETTINGS}
         return found | dict(checkpointing=self.checkpointing != "none", fused=self.fused_messages)
 
+# %% ../../nbs/train/00_config.ipynb #323be6eb
 _LM_SETTINGS = ("attention", "checkpointing", "compile", "optimizer", "fused", "weights", "states", "loss", "release")
 _SURROGATE_SETTINGS = (
     "name", "autocast", "tf32", "optimizer", "scaling", "scale", "accumulate", "release", "pyg", "times")
@@ -208,6 +209,7 @@ class Recipe(Config):
         "As it stands in records: the fields of a recipe in steps, or in epochs."
         return {name: getattr(self, name) for name in (*(_EPOCHS if self.epochs else _STEPS), *_EITHER)}
 
+# %% ../../nbs/train/00_config.ipynb #ac68013f
 _EITHER = ("batch", "lr", "betas", "eps", "weight_decay", "clip", "warmup", "floor")
 _STEPS, _EPOCHS = ("steps", "micro", "seq"), ("epochs", "schedule", "ema", "ema_every")
 

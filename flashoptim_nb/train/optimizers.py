@@ -21,6 +21,13 @@ from ..optim.muon import muon_groups
 from .config import Recipe, TrainConfig
 
 # %% ../../nbs/train/01_optimizers.ipynb #7dda6e1c
+def _by_shape(params):
+    "Groups of a benchmark's parameters for Muon: matrices, and for AdamW vectors and a GPT's two tables of embeddings."
+    tables = params[:2] if params[0].ndim == 2 and len(params[0]) > 8 * params[0].shape[1] else []
+    rest = [*tables, *(p for p in params[len(tables):] if p.ndim != 2)]
+    return [dict(params=[p for p in params[len(tables):] if p.ndim == 2]), dict(params=rest, algorithm="adamw")]
+
+# %% ../../nbs/train/01_optimizers.ipynb #da0595a1
 @dataclass(frozen=True, kw_only=True)
 class OptimizerRow:
     "An optimizer in one set of formats."
@@ -67,13 +74,6 @@ class OptimizerRow:
         return recipe.replace(lr=self.lr_factor * recipe.lr, weight_decay=self.decay_factor * recipe.weight_decay,
                               betas=self.betas or recipe.betas)
 
-
-def _by_shape(params):
-    "Groups of a benchmark's parameters for Muon: matrices, and for AdamW vectors and a GPT's two tables of embeddings."
-    tables = params[:2] if params[0].ndim == 2 and len(params[0]) > 8 * params[0].shape[1] else []
-    rest = [*tables, *(p for p in params[len(tables):] if p.ndim != 2)]
-    return [dict(params=[p for p in params[len(tables):] if p.ndim == 2]), dict(params=rest, algorithm="adamw")]
-
 # %% ../../nbs/train/01_optimizers.ipynb #a7c0de02
 class MuonAdamW(torch.optim.Optimizer):
     "`torch.optim.Muon` for matrices and `torch.optim.AdamW` for groups with `algorithm=\"adamw\"`, as one optimizer."
@@ -113,14 +113,16 @@ _MUON = dict(rule="muon", rates=dict(
     lr=1e-4, momentum=0.95, weight_decay=0.1, betas=(0.9, 0.95), adjust_lr_fn="match_rms_adamw"))
 _SPLIT = dict(weights="split24", states="int8")
 _DITHERED = dict(weights="split24", states="int8_dithered")
+
+
 # the published format; rows that say nothing of rounding have it, in every record
 _NEAREST = dict(rounding="nearest")
 _flash_adamw = partial(OptimizerRow, path="flashoptim_nb.optim.FlashAdamW", options=_NEAREST, **_ADAMW)
 _torch_adamw = partial(OptimizerRow, path="torch.optim.AdamW", dtype=torch.float32, **_ADAMW)
 _flash_lion = partial(OptimizerRow, path="flashoptim_nb.optim.FlashLion", options=_NEAREST, **_LION)
-
 def _formats(optimizer, **changes): return dict(optimizer=optimizer) | changes  # of a row that bears another name
 
+# %% ../../nbs/train/01_optimizers.ipynb #2784c018
 OPTIMIZERS = {row.name: row for row in (
     # AdamW in this package's formats
     _flash_adamw(name="flash_adamw", label="FlashAdamW", formats=_SPLIT,
@@ -202,6 +204,7 @@ def cast_weights(
              else None)
     cast_model(model, masters=config.weights != "bf16", full_precision_recast_layers=norms)
 
+# %% ../../nbs/train/01_optimizers.ipynb #977825ff
 def _own_options(config: TrainConfig, recipe: Recipe) -> dict:
     "What this package's classes are asked for."
     return dict(fused=config.fused, max_norm=recipe.clip, quantize=config.states.startswith("int8"),
