@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROWS', 'LONGEST_ROW', 'JOURNAL', 'REHEARSAL', 'DISK_FULL', 'RECORDS', 'REQUIRED', 'PLACEHOLDER', 'NO_SIZE',
            'RecordError', 'RowError', 'finite', 'Run', 'read_run', 'incomplete', 'complete', 'read_study', 'frame',
-           'study_name', 'study_origin', 'find_studies', 'attempts', 'RunWriter', 'disk_error', 'record_folders',
+           'study_name', 'study_origin', 'find_studies', 'attempts', 'disk_error', 'RunWriter', 'record_folders',
            'only_writer', 'check_place', 'examine', 'problems']
 
 # %% ../../nbs/base/05_records.ipynb #d55de7ee
@@ -51,6 +51,7 @@ def finite(
     if not isinstance(value, float) or value == 0 or NUMBERS[0] <= abs(value) <= NUMBERS[1]: return value
     return 0.0 if abs(value) < NUMBERS[0] else None
 
+# %% ../../nbs/base/05_records.ipynb #1d714419
 def _seal(previous: str, row: dict) -> str:
     return hashlib.sha256((previous + canonical_json(row)).encode()).hexdigest()[:16]
 
@@ -108,6 +109,7 @@ def _parse(line: bytes, seal: str) -> tuple[dict, str]:
     if odd := misfits(row["kind"], row): raise ValueError(f"is no row of kind {row['kind']!r}: {'; '.join(odd[:3])}")
     return row, fitting
 
+# %% ../../nbs/base/05_records.ipynb #d2fb32f7
 def _was_whole(tail: bytes, seal: str) -> bool:
     "Whether a last line without a newline is a row with something else in its newline's place."
     row = tail[: tail.rfind(b"}") + 1]
@@ -155,6 +157,7 @@ def complete(
             + "; restore the file from a copy, or delete the directory and run again")
     return run
 
+# %% ../../nbs/base/05_records.ipynb #61e42345
 def read_study(
     folder: str | Path,  # a directory of runs
 ) -> list[Run]:
@@ -184,6 +187,7 @@ def study_name(
     on_gpu = scale != REHEARSAL and device_kind == "cuda"
     return "-".join([hypothesis, scale, *re.findall(r"[a-z0-9]+", device.lower() if on_gpu else "")])
 
+# %% ../../nbs/base/05_records.ipynb #059327ed
 def study_origin(
     study: str | Path,  # a study's directory
 ) -> dict:
@@ -217,12 +221,14 @@ def attempts(
     "What earlier attempts at the run left, in order; raises `RecordError` for a damaged one."
     return [read_run(folder, f"rows.{n}.jsonl") for n in _kept(Path(folder))]
 
+# %% ../../nbs/base/05_records.ipynb #43075e1e
 def _set_aside(record: Path) -> Path:
     "Keeps a copy of a record under the next free name."
     kept = record.with_name(f"rows.{max(_kept(record.parent), default=0) + 1}.jsonl")
     shutil.copyfile(record, kept.with_suffix(".new"))
     return kept.with_suffix(".new").replace(kept)
 
+# %% ../../nbs/base/05_records.ipynb #a48fc81f
 _BEGINS = b'{"kind": "'  # every row
 
 def _keep_tail(record: Path, size: int):
@@ -233,6 +239,7 @@ def _keep_tail(record: Path, size: int):
         print(f"{record}: what stands behind its last whole row is no beginning of a row; "
               f"it is cut off, and the file as it was is kept as {_set_aside(record).name}", file=sys.stderr)
 
+# %% ../../nbs/base/05_records.ipynb #4eee4a87
 def _stood_at(record: Path, size: int, seal: str) -> bool:
     "Whether a record, all of whose rows are good, was once `size` bytes long and its last row bore that seal."
     if size == 0: return True
@@ -240,6 +247,21 @@ def _stood_at(record: Path, size: int, seal: str) -> bool:
         lines = (file.seek(max(0, size - LONGEST_ROW)), file.read(min(size, LONGEST_ROW)))[1].split(b"\n")
     try: return len(lines) > 1 and not lines[-1] and read_json(lines[-2])["seal"] == seal
     except ValueError: return False
+
+# %% ../../nbs/base/05_records.ipynb #fe97269d
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+def disk_error(error: Exception, where: Path) -> Exception:
+    "What a failed write is told as; the record before it is untouched."
+    code = getattr(error, "errno", None)
+    if code in DISK_FULL or any(word in str(error) for word in ("No space left", "File too large", "quota")):
+        return UserError(
+            f"cannot write to {where}: {os.strerror(code) if code else error}; nothing that was recorded before "
+            "is lost. Free some space, or name another folder with --out, and give the same command again")
+    if isinstance(error, OSError) and code:
+        return UserError(f"cannot write to {where}: {os.strerror(code)} ({error.filename or where}); "
+                         "name a folder that can be written to with --out")
+    return error
 
 # %% ../../nbs/base/05_records.ipynb #f0c1d861
 class RunWriter:
@@ -312,21 +334,6 @@ class RunWriter:
         os.close(self._file)
         self._file = None
 
-# %% ../../nbs/base/05_records.ipynb #fe97269d
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-def disk_error(error: Exception, where: Path) -> Exception:
-    "What a failed write is told as; the record before it is untouched."
-    code = getattr(error, "errno", None)
-    if code in DISK_FULL or any(word in str(error) for word in ("No space left", "File too large", "quota")):
-        return UserError(
-            f"cannot write to {where}: {os.strerror(code) if code else error}; nothing that was recorded before "
-            "is lost. Free some space, or name another folder with --out, and give the same command again")
-    if isinstance(error, OSError) and code:
-        return UserError(f"cannot write to {where}: {os.strerror(code)} ({error.filename or where}); "
-                         "name a folder that can be written to with --out")
-    return error
-
 # %% ../../nbs/base/05_records.ipynb #65e36e5b
 RECORDS = "FLASHOPTIM_RECORDS"
 
@@ -392,6 +399,7 @@ REQUIRED = dict(
 PLACEHOLDER = re.compile(r"unknown\b|not reported\b", re.I)  # what is written where the machine could not tell
 NO_SIZE = ("role", "size")  # a study's journal belongs to none
 
+# %% ../../nbs/base/05_records.ipynb #a1c78d6b
 def _origin_problems(header: dict) -> list[str]:
     "What a header does not say, or says twice and differently."
     wanted = [key for key in REQUIRED if header.get("arm") != JOURNAL or key not in NO_SIZE]
@@ -404,6 +412,7 @@ def _origin_problems(header: dict) -> list[str]:
             + [f"its header says {key} {header[key]!r}, its settings {settings[key]!r}" for key in wanted
                if key in settings and key in header and settings[key] != header[key]])
 
+# %% ../../nbs/base/05_records.ipynb #51517600
 def examine(
     folder: str | Path,  # a run's directory
 ) -> tuple[Run | None, list[str]]:

@@ -100,11 +100,13 @@ TABLES = {
 # %% ../../nbs/base/04_schema.ipynb #16eabda9
 _FIELD = re.compile(r"(\w+)(!?)(\w*):(\.?\w+)(\??)(\[\]|\{\})?(\??)")
 
+# %% ../../nbs/base/04_schema.ipynb #c49c6ec1
 def _nullable(test): return lambda v: v is None or test(v)
 def _list(test): return lambda v: isinstance(v, list) and all(map(test, v))
 def _values(test): return lambda v: isinstance(v, dict) and all(map(test, v.values()))
 def _part(name): return lambda v: isinstance(v, dict) and not misfits(name, v) and not lacking(name, v)
 
+# %% ../../nbs/base/04_schema.ipynb #8625a0e0
 def _form(form: str, null: str, many: str, null_all: str) -> tuple[Callable[[object], bool], str]:
     "What decides whether a value has a form, and the form in words."
     test, words = ((_part(form), f"an object of this form: {' '.join(TABLES[form].split())}") if form[0] == "."
@@ -124,6 +126,7 @@ def _compiled(table: str) -> tuple[dict, list]:
 
 _COMPILED = {kind: _compiled(table) for kind, table in TABLES.items()}
 
+# %% ../../nbs/base/04_schema.ipynb #a0be6a85
 def _told(value) -> str:
     "A value in a few words."
     if isinstance(value, (list, dict)): return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
@@ -146,6 +149,7 @@ def misfits(
     forms = table[0]
     return [_misfit(kind, name, value) for name, value in row.items() if name in forms and not forms[name][0](value)]
 
+# %% ../../nbs/base/04_schema.ipynb #9f5aae59
 def lacking(
     kind: str,
     row: dict,

@@ -96,6 +96,7 @@ def difference(
     moved = (b - _flat(start[name] for name in mine)).square().mean().sqrt()
     return found | dict(relative=float(off.square().mean().sqrt() / moved) if moved else None)
 
+# %% ../../nbs/measure/05_compatibility.ipynb #4b9ade55
 def compared_row(
     topic: str,
     what: str,  # class or function
@@ -156,6 +157,7 @@ CASES = {
 SHAPES = ((256, 96), (96,), (33, 7), (64, 64))
 STEPS = 20
 
+# %% ../../nbs/measure/05_compatibility.ipynb #bc28bcd8
 def make(
     module: ModuleType,
     name: str,  # of `CLASSES`
@@ -167,6 +169,7 @@ def make(
     nearest = dict(rounding="nearest") if "rounding" in inspect.signature(cls).parameters else {}
     return cls(params, **CLASSES[name] | nearest | options)
 
+# %% ../../nbs/measure/05_compatibility.ipynb #6e84ddd3
 def begin(
     module: ModuleType,
     name: str,  # of `CLASSES`
@@ -179,6 +182,7 @@ def begin(
     model = nn.ParameterList([(0.02 * torch.randn(shape, generator=random)).to(device, dtype) for shape in SHAPES])
     return model, make(module, name, model.parameters(), **options)
 
+# %% ../../nbs/measure/05_compatibility.ipynb #d4f51629
 def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int):
     "Steps on gradients that depend on nothing but the step's number."
     for n in range(first, last):
@@ -194,6 +198,7 @@ def masters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tor
     local = {name: t.to_local() if hasattr(t, "to_local") else t for name, t in weights.items()}
     return {name: t.detach().float().cpu().clone() for name, t in local.items()}  # what steps later stays
 
+# %% ../../nbs/measure/05_compatibility.ipynb #bdf525fb
 def public_layout(optimizer: torch.optim.Optimizer) -> dict:
     "A state dict as the public package lays it out."
     return getattr(optimizer, "public_state_dict", optimizer.state_dict)()
@@ -205,6 +210,7 @@ def moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {name: (t.view(torch.float16) if "::scales" in name and t.element_size() == 2 else t).cpu().clone()
             for name, t in found.items()}
 
+# %% ../../nbs/measure/05_compatibility.ipynb #979390fd
 def _after(module: ModuleType, name: str, device: torch.device, steps: Iterable[int], **options) -> list[tuple]:
     "Masters and moments after so many steps, the first before any."
     (model, optimizer), at = begin(module, name, device, **options), 0
@@ -214,6 +220,14 @@ def _after(module: ModuleType, name: str, device: torch.device, steps: Iterable[
         found.append((masters(model, optimizer), moments(optimizer)))
         at = n
     return found
+
+# %% ../../nbs/measure/05_compatibility.ipynb #b3e623af
+def _both(mine: tuple, other: tuple, start: dict) -> dict:
+    found = difference(mine[0], other[0], start)
+    try: inside = difference(mine[1], other[1])
+    except ValueError as error: return found | dict(same=False, reason=str(error))
+    return found | dict(same=found["same"] and inside["same"], codes=inside["values"],
+                        codes_differing=inside["differing"])
 
 def compare_steps(
     name: str,  # of `CLASSES`
@@ -227,13 +241,6 @@ def compare_steps(
             at = [(found and found[k], words) for found, words in (mine, other)]
             yield compared_row("steps", name, case, *at, lambda x, y: _both(x, y, mine[0][0][0]), steps=n)
 
-def _both(mine: tuple, other: tuple, start: dict) -> dict:
-    found = difference(mine[0], other[0], start)
-    try: inside = difference(mine[1], other[1])
-    except ValueError as error: return found | dict(same=False, reason=str(error))
-    return found | dict(same=found["same"] and inside["same"], codes=inside["values"],
-                        codes_differing=inside["differing"])
-
 # %% ../../nbs/measure/05_compatibility.ipynb #b50341ac
 def through_a_file(state_dict: dict) -> dict:
     "As it comes back from a disk."
@@ -242,6 +249,7 @@ def through_a_file(state_dict: dict) -> dict:
     file.seek(0)
     return torch.load(file, weights_only=True)
 
+# %% ../../nbs/measure/05_compatibility.ipynb #228a5100
 def carry(
     giver: ModuleType,
     taker: ModuleType,
@@ -265,12 +273,14 @@ def carry(
     return after | dict(loaded=at_once["differing"] + at_once.get("codes_differing", 0), steps=steps,
                         reason=at_once.get("reason", ""))
 
+# %% ../../nbs/measure/05_compatibility.ipynb #8be54bcd
 def _one_way(topic: str, name: str, case: str, theirs: Package, action: Callable) -> dict:
     "A row of what both packages do together."
     found, words = ask(theirs, action)
     unlike = {} if words.startswith("absent") else dict(same=False)
     return dict(topic=topic, what=name, case=case, outcome=words) | (unlike if found is None else found)
 
+# %% ../../nbs/measure/05_compatibility.ipynb #aa560c63
 def compare_checkpoints(name: str, theirs: Package, device: torch.device) -> Iterator[dict]:
     "Checkpoints both ways, moments compressed and not."
     for bits in (24, 32):
@@ -302,6 +312,7 @@ def hand_over(
         found.append(masters(copy, taking))
     return difference(*found)
 
+# %% ../../nbs/measure/05_compatibility.ipynb #8e5cb662
 def compare_weights(name: str, theirs: Package, device: torch.device) -> Iterator[dict]:
     "get_fp32_model_state_dict of one into set_fp32_model_state_dict of the other."
     for bits in (24, 32):
@@ -335,6 +346,7 @@ def take_batches(
         optimizer.zero_grad()
     return kept
 
+# %% ../../nbs/measure/05_compatibility.ipynb #7ccb338b
 def released(
     module: ModuleType,
     name: str,  # of `CLASSES`
@@ -354,6 +366,7 @@ def released(
         found.append(masters(model, optimizer))
     return difference(found[1], found[0], start) | dict(kept=kept)
 
+# %% ../../nbs/measure/05_compatibility.ipynb #142d38e1
 def _apiece(topic: str, name: str, case: str, theirs: Package, action: Callable, **more) -> Iterator[dict]:
     "A row for each package, of what it does by itself."
     for package in (HERE, theirs):
@@ -393,12 +406,14 @@ def cast_types(module: ModuleType, device: torch.device, **options) -> dict[str,
     kinds = {name: str(t.dtype) for name, t in tensors if t.is_floating_point() and t.numel()}
     return kinds | {"the output": str(model(torch.arange(16, device=device)).dtype)}
 
+# %% ../../nbs/measure/05_compatibility.ipynb #5f1965ee
 def _types_apart(mine: dict, other: dict) -> dict:
     apart = [name for name in dict.fromkeys((*mine, *other)) if mine.get(name) != other.get(name)]
     def told(kinds): return ", ".join(f"{name} {kinds.get(name, 'not there')}" for name in apart).replace("torch.", "")
     found = dict(same=not apart, values=len(mine), differing=len(apart))
     return found | (dict(ours=told(mine), theirs=told(other)) if apart else {})
 
+# %% ../../nbs/measure/05_compatibility.ipynb #35420237
 def _cast_masters(module: ModuleType, device: torch.device) -> dict:
     "How far masters are from the fp32 weights that a model was cast from."
     torch.manual_seed(0)
@@ -408,6 +423,7 @@ def _cast_masters(module: ModuleType, device: torch.device) -> dict:
     optimizer = module.FlashAdamW(model.parameters())
     return difference(masters(model, optimizer), before, {name: torch.zeros_like(t) for name, t in before.items()})
 
+# %% ../../nbs/measure/05_compatibility.ipynb #fdef0f82
 def compare_casts(theirs: Package, device: torch.device) -> Iterator[dict]:
     "Types after cast_model, and where masters begin."
     for case, options in CASTS.items():
@@ -423,6 +439,7 @@ def error_bits(module: ModuleType, device: torch.device, dtype: torch.dtype, wid
     bits = module.compute_ecc_bits(x, x.to(dtype), master_bytewidth=width)
     return dict(bits=bits, numbers=module.reconstruct_fp32_param(x.to(dtype), bits))
 
+# %% ../../nbs/measure/05_compatibility.ipynb #891b50d0
 def compare_formats(theirs: Package, device: torch.device) -> Iterator[dict]:
     "compute_ecc_bits and reconstruct_fp32_param of both."
     for dtype in (torch.bfloat16, torch.float16):
@@ -441,6 +458,7 @@ def _shard(model: nn.Module, device: torch.device) -> nn.Module:
 
 def _wrap(model: nn.Module) -> nn.Module: return nn.parallel.DistributedDataParallel(model)
 
+# %% ../../nbs/measure/05_compatibility.ipynb #dfb22d54
 def _over_ranks(found: dict) -> dict:
     "Counts added up and the largest distance over all ranks."
     every = [None] * dist.get_world_size()
@@ -449,6 +467,7 @@ def _over_ranks(found: dict) -> dict:
     most = {key: max(each[key] or 0 for each in every) for key in ("largest", "relative", "kept") if key in found}
     return found | total | most | dict(same=all(each["same"] for each in every))
 
+# %% ../../nbs/measure/05_compatibility.ipynb #e5ad127c
 def _plain(module: ModuleType, device: torch.device, prepare: Callable, rank: int, out: int = 32) -> tuple:
     "A model that was trained on all ranks, its optimizer, and where it began."
     model = prepare(two_layers(device, out))
@@ -457,6 +476,7 @@ def _plain(module: ModuleType, device: torch.device, prepare: Callable, rank: in
     take_batches(model, optimizer, device, rank=rank)
     return model, optimizer, start
 
+# %% ../../nbs/measure/05_compatibility.ipynb #c7148c11
 def _resumed(module: ModuleType, device: torch.device, folder: str, rank: int, out: int) -> dict:
     "Saved by torch.distributed.checkpoint and loaded into a new model: masters and moments beside the first's."
     import torch.distributed.checkpoint as dcp
@@ -516,6 +536,7 @@ def part_rows(
         yield from compare_arguments(theirs)
         for compare in (compare_casts, compare_formats): yield from compare(theirs, device)
 
+# %% ../../nbs/measure/05_compatibility.ipynb #978eb00c
 def parts(
     gpus: int = 1,  # ranks of the largest process group
 ) -> list[str]:
@@ -523,6 +544,7 @@ def parts(
     if gpus not in (1, 2): raise UserError(f"{gpus} GPUs were asked for; both packages are compared on 1 and on 2")
     return ["functions", *CLASSES, *(f"ranks-{n}" for n in range(1, gpus + 1))]
 
+# %% ../../nbs/measure/05_compatibility.ipynb #869d3ccb
 def run_part(
     part: str,  # of `parts`
     device: str = "auto",
@@ -546,6 +568,7 @@ def run_part(
     rows = [json.loads(line)["compat"] for line in lines if line.startswith('{"compat"')]
     return rows + ([dict(topic="stopped", what=part, case="process", reason=ended)] if ended else [])
 
+# %% ../../nbs/measure/05_compatibility.ipynb #9936ea9d
 def compare(
     device: torch.device,
     gpus: int = 1,
@@ -584,6 +607,13 @@ def main():
 if __name__ == "__main__" and "__file__" in globals(): main()
 
 # %% ../../nbs/measure/05_compatibility.ipynb #a0d12328
+def _apart(row: dict) -> str:
+    if "values" not in row: return ""
+    if row["same"]: return f": the same, {row['values']:,} values"
+    by = f", by {row['largest']:.2g} at most" if row.get("largest") is not None else ""
+    return f": {row['differing']:,} of {row['values']:,} values differ{by}" + (
+        f", {row['relative']:.1g} of the way" if row.get("relative") is not None else "")
+
 def compared_words(
     row: dict,
 ) -> str:
@@ -594,10 +624,3 @@ def compared_words(
     if row.get("same") and row.get("ours") == row.get("theirs") != DONE: return f"{head}: {row['ours']} in both"
     if row.get("ours") == row.get("theirs") == DONE: return head + _apart(row)
     return f"{head}: here {row.get('ours', '-')}; {PUBLIC} {row.get('theirs', '-')}"
-
-def _apart(row: dict) -> str:
-    if "values" not in row: return ""
-    if row["same"]: return f": the same, {row['values']:,} values"
-    by = f", by {row['largest']:.2g} at most" if row.get("largest") is not None else ""
-    return f": {row['differing']:,} of {row['values']:,} values differ{by}" + (
-        f", {row['relative']:.1g} of the way" if row.get("relative") is not None else "")

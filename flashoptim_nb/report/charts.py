@@ -37,6 +37,7 @@ ROOM = 8  # pixels between the edge of a plot and the marks nearest to it, so th
 # lines that coincide are told apart by their gaps
 DASHES = {"baseline": [1, 0], "baseline_strong": [6, 3], "flashoptim_full": [2, 2]}
 
+# %% ../../nbs/report/03_charts.ipynb #aae045ee
 def in_order(
     names: Iterable[str],
     table: Iterable[str],
@@ -45,6 +46,7 @@ def in_order(
     names = set(names)
     return [name for name in table if name in names]
 
+# %% ../../nbs/report/03_charts.ipynb #3cd7f2df
 def config_dash(
     names: Iterable[str],  # the configurations that are shown
     order: Iterable[str] = CONFIG_COLOURS,  # all configurations, in the order in which they are listed
@@ -55,6 +57,7 @@ def config_dash(
     return alt.StrokeDash("config:N", title=None, legend=None,
                           scale=alt.Scale(domain=known, range=[dashes.get(name, [1, 0]) for name in known]))
 
+# %% ../../nbs/report/03_charts.ipynb #2246b083
 def coloured(
     names: Iterable[str],  # the values that are shown
     field: str = "config",  # the column that they stand in
@@ -111,6 +114,7 @@ def thin(
     kept = steps[:: max(1, -(-len(steps) // points))]
     return data[data["step"].isin({*kept.tolist(), int(steps[-1])})]
 
+# %% ../../nbs/report/03_charts.ipynb #24c20446
 def seed_band(
     data: pd.DataFrame,  # rows of runs: config, seed, step and the value
     value: str,  # the column to summarize
@@ -131,6 +135,7 @@ def ended_early(
     return ", ".join(f"{config}, seed {seed} after step {int(ends.get((config, seed), 0))}" for config, seed in every
                      if ends.get((config, seed), 0) < last)
 
+# %% ../../nbs/report/03_charts.ipynb #0619fc2e
 def loss_curves(
     steps: pd.DataFrame,  # rows of kind "step": config, seed, step, scale and the value
     value: str = "loss",  # the column to draw
@@ -195,6 +200,7 @@ def byte_unit(
     power = min(len(names) - 1, int(np.log2(max(largest, 1)) // 10))
     return names[power], float(2 ** (10 * power))
 
+# %% ../../nbs/report/03_charts.ipynb #c7e3bbea
 def memory_bars(
     memory: pd.DataFrame,  # rows of kind "memory", bytes: config, scale, peak and the six classes
     title: str = "Peak memory by class",
@@ -250,6 +256,7 @@ def round_numbers(
     widest = max(step for e in range(-9, 10) for m in (1, 2, 5) if (step := m * 10.0**e) <= (high - low) / 4)
     return [round(n * widest, 9) for n in range(int(np.ceil(low / widest)), int(high / widest) + 1)]
 
+# %% ../../nbs/report/03_charts.ipynb #8e6bb576
 def known_side(
     found: pd.DataFrame,  # value, lo, hi, bound ("at most", "at least" or empty)
 ) -> pd.DataFrame:
@@ -260,6 +267,7 @@ def known_side(
         open_: found["value"].where(bound.str.startswith(words) & found[open_].notna(), found[open_])
         for words, open_ in sides})
 
+# %% ../../nbs/report/03_charts.ipynb #806ea9b3
 def points(
     base: alt.Chart,  # of rows with a column `bound`, as `known_side` leaves it
 ) -> list[alt.Chart]:
@@ -267,6 +275,7 @@ def points(
     return [base.transform_filter(which).mark_point(filled=full, size=80, opacity=1)
             for which, full in (("!datum.bound", True), ("datum.bound", False))]
 
+# %% ../../nbs/report/03_charts.ipynb #12cc0947
 def estimates(
     found: pd.DataFrame,  # what (name of the row), value, lo, hi, scale; optional: threshold, against, n, bound
     title: str,
@@ -319,6 +328,7 @@ def _against_margin(row: dict, margin: float) -> str:
     return ("inside the margin" if -margin < lo and hi < margin else "outside" if lo > margin or hi < -margin
             else "straddles it")
 
+# %% ../../nbs/report/03_charts.ipynb #8c5e82d0
 def equivalence(
     # config, value, lo, hi (nats per token against the baseline), scale; optional: what (name of the row), against
     gaps: pd.DataFrame,

@@ -26,6 +26,25 @@ from ..train.config import LM_CONFIGS, TrainConfig
 # %% ../../nbs/report/17_scaling.ipynb #872662e8
 SCALED_SIZES = ("1B", "7B", "13B", "30B")
 
+def _chosen(run: Run) -> Iterator[dict]:
+    "The candidates that the searches of a run or a journal chose, with their size, configuration and GPUs."
+    for search in run.of("search"):
+        choice = search.get("micro"), search.get("checkpointing")
+        about = dict(size=search.get("role") or run.header["role"], gpus=search.get("gpus") or 1,
+                     config=search.get("config") or run.header["config"])
+        yield from (about | row for row in search["tried"]
+                    if row["fits"] and (row["micro_batch"], row["checkpointing"]) == choice)
+
+# %% ../../nbs/report/17_scaling.ipynb #ea265a07
+def _trained(run: Run) -> Iterator[dict]:
+    "The training of a run at the best micro-batch, where enough steps were timed."
+    speed = next(iter(run.of("throughput")[-1:]), {})
+    if run.header.get("arm") != "best" or (speed.get("steps") or 0) < TIMED_STEPS: return
+    yield dict(size=run.header["role"], config=run.header["config"], gpus=gpus_of(run),
+               micro_batch=speed["micro_batch"], tokens_per_s=speed["tokens_per_s"],
+               peak=max(row["peak"] for row in run.of("step")))
+
+# %% ../../nbs/report/17_scaling.ipynb #138d7395
 def _today(run: Run, row: dict) -> float | None:
     "Bytes that today's planner predicts the peak at; None where the record does not say what was trained."
     said = run.header["settings"]
@@ -39,23 +58,23 @@ def _today(run: Run, row: dict) -> float | None:
     if stack.attention == "best": stack = stack.replace(attention="flash")  # or cuDNN's, of the same bytes
     return peak_today(model, stack, recipe["batch"], row["micro_batch"], recipe["seq"], row["checkpointing"], row["gpus"])
 
-def _chosen(run: Run) -> Iterator[dict]:
-    "The candidates that the searches of a run or a journal chose, with their size, configuration and GPUs."
-    for search in run.of("search"):
-        choice = search.get("micro"), search.get("checkpointing")
-        about = dict(size=search.get("role") or run.header["role"], gpus=search.get("gpus") or 1,
-                     config=search.get("config") or run.header["config"])
-        yield from (about | row for row in search["tried"]
-                    if row["fits"] and (row["micro_batch"], row["checkpointing"]) == choice)
+# %% ../../nbs/report/17_scaling.ipynb #f387cb6b
+def _place(row: dict) -> tuple:
+    "Where a row stands in the table; what is on one place is one point."
+    return SCALED_SIZES.index(row["size"]), STACKS.index(row["config"]), row["study"], row["gpus"]
 
-def _trained(run: Run) -> Iterator[dict]:
-    "The training of a run at the best micro-batch, where enough steps were timed."
-    speed = next(iter(run.of("throughput")[-1:]), {})
-    if run.header.get("arm") != "best" or (speed.get("steps") or 0) < TIMED_STEPS: return
-    yield dict(size=run.header["role"], config=run.header["config"], gpus=gpus_of(run),
-               micro_batch=speed["micro_batch"], tokens_per_s=speed["tokens_per_s"],
-               peak=max(row["peak"] for row in run.of("step")))
+def _point(rows: list[dict]) -> dict:
+    "Trainings that differ in their seed, or what a search chose, as one row."
+    mean = sum(row["tokens_per_s"] for row in rows) / len(rows) / rows[0]["gpus"]
+    peak = max(row["peak"] for row in rows) / 1e9
+    predicted, today = (n and n / 1e9 for n in (rows[0].get("predicted"), _today(rows[0].pop("of"), rows[0])))
+    return rows[0] | dict(
+        tokens_per_s=mean, peak=peak, predicted=predicted, today=today,
+        off=predicted and 100 * (predicted / peak - 1), off_today=today and 100 * (today / peak - 1),
+        runs=sorted(set().union(*(row["runs"] for row in rows))),
+        seeds=len(rows) if rows[0]["from"] == "trained" else None)
 
+# %% ../../nbs/report/17_scaling.ipynb #f6d8b2cd
 def scaling(
     runs: Iterable[Run] | None = None,  # of hypothesis 1; None: all there are
 ) -> pd.DataFrame:
@@ -84,21 +103,6 @@ def scaling(
     speed = found.groupby(["size", "config", "study"])["tokens_per_s"]
     return found.assign(numbers=speed.transform("size"), kept=found["tokens_per_s"] / speed.transform("first"))
 
-def _place(row: dict) -> tuple:
-    "Where a row stands in the table; what is on one place is one point."
-    return SCALED_SIZES.index(row["size"]), STACKS.index(row["config"]), row["study"], row["gpus"]
-
-def _point(rows: list[dict]) -> dict:
-    "Trainings that differ in their seed, or what a search chose, as one row."
-    mean = sum(row["tokens_per_s"] for row in rows) / len(rows) / rows[0]["gpus"]
-    peak = max(row["peak"] for row in rows) / 1e9
-    predicted, today = (n and n / 1e9 for n in (rows[0].get("predicted"), _today(rows[0].pop("of"), rows[0])))
-    return rows[0] | dict(
-        tokens_per_s=mean, peak=peak, predicted=predicted, today=today,
-        off=predicted and 100 * (predicted / peak - 1), off_today=today and 100 * (today / peak - 1),
-        runs=sorted(set().union(*(row["runs"] for row in rows))),
-        seeds=len(rows) if rows[0]["from"] == "trained" else None)
-
 # %% ../../nbs/report/17_scaling.ipynb #f691d7c2
 def show_scaling_curve(
     runs: Iterable[Run] | None = None,  # of hypothesis 1; None: all there are
@@ -109,6 +113,14 @@ def show_scaling_curve(
     lines = found[found["numbers"] > 1]
     if lines.empty: return sentence("No configuration is measured on two numbers of GPUs at one size: no curve.", [])
     return draw(scaling_lines, lines)
+
+# %% ../../nbs/report/17_scaling.ipynb #4e0d9549
+def _off(peaks: pd.Series, off: pd.Series) -> list[str]:
+    return ["" if pd.isna(peak) else f"{peak:.1f} ({by:+.1f} %)" for peak, by in zip(peaks, off)]
+
+def _how(row) -> str: return f"{row['micro_batch']}" + (f", {row['checkpointing']}" if row["checkpointing"] else "")
+
+def _origin(row) -> str: return f"{row['from']}, {row['seeds']:.0f} seeds" if row["from"] == "trained" else row["from"]
 
 def show_scaling(
     runs: Iterable[Run] | None = None,  # of hypothesis 1; None: all there are
@@ -126,13 +138,6 @@ def show_scaling(
         if not (found["numbers"] > 1).any(): del heads["kept"]
     return show_rows(found, heads, "scaling", runs, "Not measured.", forms)
 
-def _off(peaks: pd.Series, off: pd.Series) -> list[str]:
-    return ["" if pd.isna(peak) else f"{peak:.1f} ({by:+.1f} %)" for peak, by in zip(peaks, off)]
-
-def _how(row) -> str: return f"{row['micro_batch']}" + (f", {row['checkpointing']}" if row["checkpointing"] else "")
-
-def _origin(row) -> str: return f"{row['from']}, {row['seeds']:.0f} seeds" if row["from"] == "trained" else row["from"]
-
 # %% ../../nbs/report/17_scaling.ipynb #a8e76c93
 def measured_at(
     found: pd.DataFrame,  # from `part_frame`
@@ -146,6 +151,7 @@ def measured_at(
     return found.assign(size=found["at"], gpus=[gpus_of(run) for run in behind],
                         tokens=[recipe["batch"] * recipe["seq"] for recipe in recipes])
 
+# %% ../../nbs/report/17_scaling.ipynb #0fdfb230
 def show_savings() -> Rendered:
     "The saving in cost of each size, with its interval, where it was measured."
     found = measured_at(part_frame("H1-S1"), given_runs(None))

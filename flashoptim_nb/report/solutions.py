@@ -29,6 +29,7 @@ def _nth(run: Run) -> Run:
     return replace(run, rows=[{"nth" if key == "run" else key: value for key, value in row.items()}
                                   if row["kind"] == "solution" else row for row in run.rows])
 
+# %% ../../nbs/report/08_solutions.ipynb #54b64860
 def solution_rows(
     domain: str | None = None,  # None: of all domains
     runs: Iterable[Run] | None = None,
@@ -41,6 +42,7 @@ def solution_rows(
         rows.assign(verified=rows["objective"].notna(), objective=rows["objective"].fillna(0.0).astype(float),
                     predicted=rows["predicted"].astype(float), fooled=rows["fooled"].astype(float)))
 
+# %% ../../nbs/report/08_solutions.ipynb #86e80c35
 def best_so_far(
     rows: pd.DataFrame,  # from `solution_rows`
     title: str = "Best true objective so far",
@@ -63,6 +65,7 @@ def best_so_far(
         facet=alt.Facet("problem:N", title=None), columns=2).resolve_scale(y="independent", x="independent")
     return titled(panels, title, rows)
 
+# %% ../../nbs/report/08_solutions.ipynb #3d44c8bd
 def predicted_true(
     rows: pd.DataFrame,  # from `solution_rows`
     panel: str = "method",  # or problem: what each panel shows one of
@@ -90,6 +93,7 @@ def _seeds(rows: pd.DataFrame, value: str) -> pd.DataFrame:
     "The mean over the runs within each surrogate."
     return rows.groupby(["config", "problem", "method", "seed"], sort=False)[value].mean().reset_index()
 
+# %% ../../nbs/report/08_solutions.ipynb #5e3bc5a9
 def solution_table(
     domain: str | None = None,
     runs: Iterable[Run] | None = None,
@@ -122,6 +126,7 @@ def solution_table(
                      {*(mine["study"] + "/" + mine["run"]), *([] if e is None else old["study"] + "/" + old["run"])})))
     return pd.DataFrame(found)
 
+# %% ../../nbs/report/08_solutions.ipynb #0013ba7e
 def show_solutions(
     domain: str | None = None,
     runs: Iterable[Run] | None = None,

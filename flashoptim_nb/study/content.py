@@ -45,12 +45,14 @@ def _recipe(run: Run) -> dict: return (run.header.get("settings") or {}).get("re
 def _whole(journal: Run | None) -> dict:
     return ((journal.header.get("settings") or {}).get("whole") or {}) if journal else {}
 
+# %% ../../nbs/study/16_content.ipynb #9371627b
 def _kept(total: int, keep) -> tuple[Iterator[int], int]:
     "The steps that are rows of a record, of so many: the first two, and every so many; and their number."
     keep = keep if type(keep) is int and keep > 0 else 1
     first, every = range(1, min(2, total) + 1), range(keep * (2 // keep + 1), total + 1, keep)
     return chain(first, every), len(first) + len(every)
 
+# %% ../../nbs/study/16_content.ipynb #aeeac775
 def odd_steps(run: Run, journal: Run | None = None) -> Iterator[str]:
     "Steps that are missing, doubled or out of order, and a finished run with fewer or more than its recipe's."
     steps, epochs = [row["step"] for row in run.of("step")], run.of("epoch")
@@ -68,14 +70,15 @@ def odd_steps(run: Run, journal: Run | None = None) -> Iterator[str]:
         yield f"it finished after {done} {what}, where its recipe asks {asked}"
 
 # %% ../../nbs/study/16_content.ipynb #89d0f195
-def _alike(a: float, b: float) -> bool: return isclose(a, b, rel_tol=1e-9)
-
 def odd_tokens(run: Run, journal: Run | None = None) -> Iterator[str]:
     "Steps that train on another number of tokens than the recipe's batch has."
     recipe = _recipe(run)
     tokens = recipe["batch"] * recipe["seq"] if {"batch", "seq"} <= recipe.keys() else None
     odd = [row for row in run.of("step") if tokens and row.get("tokens") not in (None, tokens)]
     if odd: yield f"step {odd[0]['step']} has {odd[0]['tokens']} tokens, its recipe's batch {tokens}"
+
+# %% ../../nbs/study/16_content.ipynb #d3190a08
+def _alike(a: float, b: float) -> bool: return isclose(a, b, rel_tol=1e-9)
 
 def _pace(row: dict, recipe: dict) -> tuple[float | None, float | None, float | None]:
     "Of a row `throughput`: units a second, seconds a step, units of a step."
@@ -115,6 +118,7 @@ def _search(run: Run, journal: Run | None) -> dict:
     rows = journal.of("search") if journal and run.header.get("arm") == "best" else []
     return next((row for row in reversed(rows) if _about(row) == (role, run.header.get("config"), gpus_of(run))), {})
 
+# %% ../../nbs/study/16_content.ipynb #dda6b1d0
 def odd_micro(run: Run, journal: Run | None = None) -> Iterator[str]:
     "Rows taken at another micro-batch or sequence than the header's, or than the journal's search found."
     recipe, found = _recipe(run), _search(run, journal)
@@ -138,6 +142,7 @@ def _fastest(row: dict) -> list[tuple]:
     top = max((one.get("tokens_per_s") or 0.0 for one in fits), default=0.0)
     return [_candidate(one) for one in fits if (one.get("tokens_per_s") or 0.0) == top]
 
+# %% ../../nbs/study/16_content.ipynb #ea1ce1e4
 def odd_search(run: Run, journal: Run | None = None) -> Iterator[str]:
     "A search whose choice is not that of its candidates, whose candidates share a peak, that is there twice, or stray."
     rows, known = run.of("search"), set()
@@ -234,18 +239,21 @@ def odd_commit(run: Run, journal: Run | None = None) -> Iterator[str]:
 
 # %% ../../nbs/study/16_content.ipynb #44cc8184
 _TIMES = 8  # steps; whose times agree to all digits are one run's
-_FEW = 4  # steps; fewer can be in proportion by chance
 
 def _finger(run: Run) -> tuple:
     "What no second run has: the times of its first steps, or of what was timed."
     rows = [row for row in run.of("step") if row.get("seconds")][:_TIMES] or run.of("throughput")
     return tuple(row.get("seconds") or row.get("seconds_per_step") or row.get("ms") for row in rows)
 
+# %% ../../nbs/study/16_content.ipynb #eeb9fcf4
+_FEW = 4  # steps; fewer can be in proportion by chance
+
 def _in_proportion(times: tuple, others: tuple) -> bool:
     "Whether each time is the same multiple of the other run's."
     pairs = [*zip(times, others)]
     return len(pairs) >= _FEW and all(isclose(a * others[0], b * times[0], rel_tol=1e-6) for a, b in pairs)
 
+# %% ../../nbs/study/16_content.ipynb #bb72680c
 def copies(
     runs: Iterable[Run],  # of one study
 ) -> Iterator[tuple[Run, str]]:

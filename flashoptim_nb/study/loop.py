@@ -26,6 +26,7 @@ class Task(Protocol):
     def state_dict(self) -> dict: "All that later steps depend on."
     def load_state_dict(self, state: dict): "Puts the task where `state_dict` was taken."
 
+# %% ../../nbs/study/08_loop.ipynb #554820bc
 class Callback:
     "Looks at a run; the methods that a callback does not define do nothing."
     def around(self, n: int, take: Callable[[], dict]) -> dict:
@@ -43,6 +44,7 @@ class Callback:
         return {}
     def load_state_dict(self, state: dict): pass
 
+# %% ../../nbs/study/08_loop.ipynb #a87d5ccc
 class Interrupted(UserError):
     "The run was told to stop, and did, with its checkpoint written."
 
@@ -82,6 +84,15 @@ class _NoWriter:
 def _writer(*args, **how) -> RunWriter:
     return RunWriter(*args, **how) if world()[0] == 0 else _NoWriter()
 
+# %% ../../nbs/study/08_loop.ipynb #c37d1954
+def _take(task: Task, n: int, callbacks: Sequence[Callback]) -> dict:
+    take = lambda: task.step(n)
+    for callback in callbacks: take = (lambda inner, c: lambda: c.around(n, inner))(take, callback)
+    begin = time.perf_counter()
+    row = take()
+    return row | {"seconds": time.perf_counter() - begin}
+
+# %% ../../nbs/study/08_loop.ipynb #da6a2f3f
 def _resume(path: Path, task: Task, header: dict, callbacks: Sequence[Callback]) -> tuple[RunWriter, int]:
     saved = load_checkpoint(path)
     begun = on_first(lambda: read_run(path.parent).header)
@@ -89,13 +100,6 @@ def _resume(path: Path, task: Task, header: dict, callbacks: Sequence[Callback])
     task.load_state_dict(saved["task"])
     for callback, state in zip(callbacks, saved["callbacks"], strict=True): callback.load_state_dict(state)
     return _writer(path.parent, mark=tuple(saved["mark"])), saved["step"]
-
-def _take(task: Task, n: int, callbacks: Sequence[Callback]) -> dict:
-    take = lambda: task.step(n)
-    for callback in callbacks: take = (lambda inner, c: lambda: c.around(n, inner))(take, callback)
-    begin = time.perf_counter()
-    row = take()
-    return row | {"seconds": time.perf_counter() - begin}
 
 # %% ../../nbs/study/08_loop.ipynb #ec5986e7
 def fit(

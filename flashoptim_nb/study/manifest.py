@@ -29,6 +29,7 @@ def digests(
                                for file in sorted(path.parent.glob("rows*.jsonl"))}
             for path in sorted(study.glob(f"*/{ROWS}"))}
 
+# %% ../../nbs/study/18_manifest.ipynb #63e90ecc
 def write_manifest(
     study: Path,
     protocol: StudyProtocol,
@@ -53,6 +54,7 @@ def _read(study: Path) -> dict | None:
                                            dict(planned=list, absent=list, runs=dict).items())
     return found if fine else {}
 
+# %% ../../nbs/study/18_manifest.ipynb #bde2fbbe
 def _plans(protocol: StudyProtocol, scale: str, hashes: set[str]) -> list[list[str]]:
     "The plans that a study of a scale may have followed: of what extends each registration that its runs carry; any, if none."
     rows = registered(protocol.name)
@@ -63,6 +65,7 @@ def _plans(protocol: StudyProtocol, scale: str, hashes: set[str]) -> list[list[s
     found = [one["plan"].get(scale, {}).get("runs", []) for one in fits]
     return found + [planned_runs(protocol, protocol.presets[scale])] * (not hashes and scale in protocol.presets)
 
+# %% ../../nbs/study/18_manifest.ipynb #5d06827e
 def own_plan(
     study: Path,
 ) -> str:
@@ -70,6 +73,7 @@ def own_plan(
     own = (_read(study) or {}).get("plan") == "one's own"
     return f"{study}: followed a plan of its own, which is registered nowhere" if own else ""
 
+# %% ../../nbs/study/18_manifest.ipynb #c8d0fe29
 def _plan_problems(study: Path, kept: dict, runs: list[Run], shipped: bool, protocols) -> list[str]:
     "A plan that is called the protocol's, or is carried as registered, and is neither."
     hashes = {hash for run in runs if (hash := run.header.get("registration"))}
@@ -81,6 +85,7 @@ def _plan_problems(study: Path, kept: dict, runs: list[Run], shipped: bool, prot
     return [] if fits or not asked else [f"{study / MANIFEST}: names other runs than "
                                          f"{'its registration' if hashes else 'the protocol'} planned"]
 
+# %% ../../nbs/study/18_manifest.ipynb #c170f09a
 def under_way(
     study: Path,
     runs: Iterable[Run],  # its records
@@ -91,6 +96,7 @@ def under_way(
     there = sum((study / run / ROWS).is_file() for run in planned)
     return f"has not ended; {there} of {len(planned)} planned runs are there"
 
+# %% ../../nbs/study/18_manifest.ipynb #4e26ab85
 def manifest_problems(
     study: Path,
     runs: Iterable[Run],  # those of its records that can be read

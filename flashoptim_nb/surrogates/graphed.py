@@ -16,7 +16,8 @@ from .task import Domain, SurrogateTask, padded
 from ..train.config import TrainConfig
 
 # %% ../../nbs/surrogates/02_graphed.ipynb #6a90c005
-WARM = 3  # ordinary steps of a shape before it is captured: they create states and choose kernels
+def _values(batch):
+    return batch if isinstance(batch, tuple) else [getattr(batch, f.name) for f in dataclasses.fields(batch)]
 
 def parts_of(
     batch,  # of a domain: a tuple or a dataclass
@@ -24,13 +25,12 @@ def parts_of(
     "The tensors of a batch, in order."
     return [t for t in _values(batch) if isinstance(t, torch.Tensor)]
 
-def _values(batch):
-    return batch if isinstance(batch, tuple) else [getattr(batch, f.name) for f in dataclasses.fields(batch)]
-
+# %% ../../nbs/surrogates/02_graphed.ipynb #cb0ca0d1
 def _cloned(batch):
     copy = type(batch)(*(t.clone() if isinstance(t, torch.Tensor) else t for t in _values(batch)))
     return copy if isinstance(batch, tuple) else vouched(copy, like=batch)
 
+# %% ../../nbs/surrogates/02_graphed.ipynb #bb1378f7
 def why_not(domain: Domain, config: TrainConfig, device: torch.device | str) -> str:
     "Why steps cannot be replayed from a CUDA graph, in words; nothing where they can."
     if torch.device(device).type != "cuda":
@@ -40,6 +40,9 @@ def why_not(domain: Domain, config: TrainConfig, device: torch.device | str) -> 
     if config.release:
         return "gradient release steps parameters as their gradients come, from hooks; leave it or graphs out"
     return ""
+
+# %% ../../nbs/surrogates/02_graphed.ipynb #a5569f35
+WARM = 3  # ordinary steps of a shape before it is captured: they create states and choose kernels
 
 class GraphedTask(SurrogateTask):
     "A surrogate task whose steps are replayed from a CUDA graph; raises `UserError` where that cannot be."

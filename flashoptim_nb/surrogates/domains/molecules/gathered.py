@@ -81,6 +81,7 @@ def _blocks(x, e):
     return dict(H=H, R=R, BLOCK_H=min(128, max(16, triton.next_power_of_2(H))),
                 BLOCK_R=max(16, triton.next_power_of_2(R)), TYPE=TYPES[x.dtype], DOT=_dot(x))
 
+# %% ../../../../nbs/surrogates/domains/molecules/03_gathered.ipynb #6cfebdf1
 def _backward(grad, x, e, w, target):
     "The three gradients by the kernel."
     sizes, E = _blocks(x, e), len(x)
@@ -93,6 +94,7 @@ def _backward(grad, x, e, w, target):
                 grad, x, e, w, target, dx, de, dw, E, **sizes, TILE=16, num_warps=8 if x.dtype == torch.float32 else 4)
     return dx, de[0] if blocks == 1 else de.sum(0), dw.sum(0).T.to(w.dtype)
 
+# %% ../../../../nbs/surrogates/domains/molecules/03_gathered.ipynb #a74fa681
 class _GatedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, e, w, target, incoming):
@@ -115,6 +117,7 @@ class _GatedSum(torch.autograd.Function):
         dgate_EH = g_EH * x
         return g_EH.mul_(F.linear(e, w)), dgate_EH @ w, dgate_EH.T @ e, None, None
 
+# %% ../../../../nbs/surrogates/domains/molecules/03_gathered.ipynb #ec7841b7
 def gated_sum(
     x_EH: torch.Tensor,  # messages: any floating type
     e_ER: torch.Tensor,  # radial basis, same type
