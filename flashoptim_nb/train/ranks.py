@@ -187,6 +187,14 @@ class _Ranks:
         self.place.cleanup()
 
 # %% ../../nbs/train/02_ranks.ipynb #7137a6e5
+# NCCL, cuBLAS and the driver take memory beside torch's allocator, and say so in words of their own
+_FULL = re.compile(r"out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED", re.IGNORECASE)
+
+def _out_of_memory(error: BaseException) -> torch.OutOfMemoryError | None:
+    "The error as one of a GPU's memory, if it is that."
+    if isinstance(error, torch.OutOfMemoryError): return error
+    return torch.OutOfMemoryError(str(error)) if isinstance(error, RuntimeError) and _FULL.search(str(error)) else None
+
 def _answer(status: int | None, folder: Path, ranks: int):
     "What the first rank returned to the work of a folder; or raises the reason why it did not."
     if (answer := _read(folder / "answer")) and not status: return pickle.loads(answer)
@@ -195,7 +203,7 @@ def _answer(status: int | None, folder: Path, ranks: int):
     said = (folder.parent / "said").read_text(errors="replace")
     ends = re.findall(r"rank +: (\d+) .*\n.*exitcode +: (-?\d+)", said)
     # the others only lose their connection to one that runs out of memory or is killed
-    if full := [error for error in errors if isinstance(error, torch.OutOfMemoryError)]: raise full[0]
+    if full := [full for error in errors if (full := _out_of_memory(error))]: raise full[0]
     for rank, code in ends:
         if int(code) < 0 and -int(code) != signal.SIGTERM:
             raise RanksFailed(f"rank {rank} of {ranks} was killed (signal {-int(code)})")
@@ -294,7 +302,9 @@ def _do_all(folder: Path, rank: int):
     for n in count():
         _FOLDER = folder / str(n)
         if not _do(_FOLDER, rank): break
-        _put(_FOLDER / f"done-{rank}", pickle.dumps(renew is None or renew(device)))
+        try: good = renew is None or renew(device)
+        except Exception: good = False  # the work is done, whatever came after it
+        _put(_FOLDER / f"done-{rank}", pickle.dumps(good))
     if dist.is_initialized(): dist.destroy_process_group()
 
 # %% ../../nbs/train/02_ranks.ipynb #d95c7be2

@@ -50,6 +50,7 @@ RENEWED = []
 
 def renewed(device):
     RENEWED.append(device)
+    if len(RENEWED) == 2: raise RuntimeError("the device is lost")
     return True
 
 
@@ -66,6 +67,8 @@ def test_a_rank_renews_its_own_gpu_and_not_the_first_ranks(tmp_path, monkeypatch
     (tmp_path / "how").write_bytes(pickle.dumps((torch.device("cuda", 2), 1.0, renewed)))
     ranks._do_all(tmp_path, 1)
     assert taken == [torch.device("cuda", 3)] and RENEWED == 2 * taken
+    good = [pickle.loads((tmp_path / str(n) / "done-1").read_bytes()) for n in range(2)]
+    assert good == [True, False], "the work was done; the rank is not kept"
 
 
 def peaks(size):
