@@ -596,7 +596,8 @@ def main():
     choose("part", asked.part, parts(2))
     first = int(os.environ.get("RANK", 0)) == 0
     if ranked := asked.part.startswith("ranks"):
-        if device.type == "cuda": torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+        if device.type == "cuda": torch.cuda.set_device(
+            device := torch.device("cuda", (device.index or 0) + int(os.environ["LOCAL_RANK"])))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     elif device.index is not None: torch.cuda.set_device(device)
     for row in compare_ranks(theirs, device, asked.folder) if ranked else part_rows(asked.part, theirs, device):

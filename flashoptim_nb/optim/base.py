@@ -30,7 +30,7 @@ from .states import error_bit_width, read_state, write_state
 from .codec import SCALE_MAX
 from .shards import local
 from .gradients import GradScaling, compute_grad_scaling
-from .host import HostStates, check_capture
+from .host import HostStates, check_capture, ranks_here
 from .rounding import ROUNDING, ROUNDINGS, dithers
 from .state_dict import check_at_home, fp32_weights, load_state, saved_public_state, saved_state, set_fp32_weights
 
@@ -182,7 +182,7 @@ class FlashOptimizer(Optimizer):
         LIVE_OPTIMIZERS.add(self)
         self.skipped_steps = self.skipped_steps.to(
             next((p.device for group in self.param_groups for p in group["params"]), "cpu"))
-        if self._host is not None: self._host.check_room(self)
+        if self._host is not None: self._host.check_room(self, ranks_here())
 
     def __setattr__(self, name: str, x: object):
         """Options of the whole optimizer are checked when they are set, and hold from the next step on;

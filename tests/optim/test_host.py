@@ -3,6 +3,7 @@ import copy
 import inspect
 import io
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -280,6 +281,16 @@ def test_too_little_memory_is_said_before_anything_changes(monkeypatch):
         assert not ob.state
     ob.zero_grad(); train(b, ob, 1)
     assert_same(a, oa, b, ob)
+
+
+def test_room_is_needed_for_all_ranks_of_a_host(monkeypatch):
+    "Each finds the same memory free, for none has taken its share yet."
+    a, *_ = pair()
+    monkeypatch.setattr(host, "free_host_memory", lambda: 10**6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    FlashAdamW(a.parameters(), offload_states=True)  # launched, and not joined: it trains for itself
+    monkeypatch.setattr(host, "dist", SimpleNamespace(is_initialized=lambda: True))
+    with pytest.raises(OptionError, match="on each of 1000 ranks"): FlashAdamW(a.parameters(), offload_states=True)
 
 
 def test_options_are_checked():
