@@ -35,7 +35,7 @@ from torch import nn
 
 from .. import __version__, optim
 from ..base.errors import UserError, choose
-from ..base.machine import pick_device
+from ..base.machine import make_current, pick_device
 
 # %% ../../nbs/measure/05_compatibility.ipynb #056fe27c
 @dataclass(frozen=True)
@@ -595,11 +595,10 @@ def main():
     torch.set_num_threads(1)
     choose("part", asked.part, parts(2))
     first = int(os.environ.get("RANK", 0)) == 0
-    if ranked := asked.part.startswith("ranks"):
-        if device.type == "cuda": torch.cuda.set_device(
-            device := torch.device("cuda", (device.index or 0) + int(os.environ["LOCAL_RANK"])))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    elif device.index is not None: torch.cuda.set_device(device)
+    if (ranked := asked.part.startswith("ranks")) and device.type == "cuda":
+        device = torch.device("cuda", (device.index or 0) + int(os.environ["LOCAL_RANK"]))
+    make_current(device)
+    if ranked: dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     for row in compare_ranks(theirs, device, asked.folder) if ranked else part_rows(asked.part, theirs, device):
         if first: print(json.dumps(dict(compat=row)), flush=True)
     if ranked: dist.destroy_process_group()

@@ -62,9 +62,9 @@ def check_room(
     each = f" on each of {ranks} ranks" * (ranks > 1)
     raise HostMemoryError(
         f"offload_states=True: states and error bits of {values:,} values take {needed:,} bytes of the host's "
-        f"memory{each}, and {int(free):,} are free, of which {SHARE:.0%} may be taken. Nothing has been changed. Free some, share "
-        "the states out among ranks with FSDP2, keep fewer bytes a value (quantize=True, master_weight_bits=24), or "
-        "leave them on the GPU with offload_states=False")
+        f"memory{each}, and {int(free):,} are free, of which {SHARE:.0%} may be taken. Nothing has been changed. Free "
+        "some, share the states out among ranks with FSDP2, keep fewer bytes a value (quantize=True, "
+        "master_weight_bits=24), or leave them on the GPU with offload_states=False")
 
 
 def ranks_here() -> int:
