@@ -23,7 +23,7 @@ from .render import Rendered, attributes, given_runs, runs_of
 from .rows import show_rows
 from .optimizers import HELD_OUT_TEXTS, format_gaps
 from .tables import best_evidence_of, in_nats, judged, measured_saving
-from ..study.evidence import gpus_of
+from ..study.evidence import Estimate, gpus_of
 from ..study.expression import Q
 from ..study.h1.quantities import OPTIMIZER_MARGIN_NATS
 from ..study.verdict import value_text
@@ -273,10 +273,10 @@ def _over(runs: list[Run]) -> str:
     gpus = {gpus_of(run) for run in runs}
     return f" over {_listed(gpus)} GPUs" * (max(gpus, default=1) > 1)
 
-def _made(runs: list[Run]) -> str:
-    "Over how many GPUs runs were divided, and how long they were."
+def _long(runs: list[Run]) -> str:
+    "How many steps runs took."
     steps = [run.header["settings"]["recipe"]["steps"] for run in runs]
-    return _over(runs) + f" ({_listed(steps)} steps)" * bool(steps)
+    return f" ({_listed(steps)} steps)" * bool(steps)
 
 # %% ../../nbs/report/16_frontier.ipynb #e8156f6f
 def _cost_words(runs: list[Run]) -> str:
@@ -285,7 +285,7 @@ def _cost_words(runs: list[Run]) -> str:
         found = known[size]
         ends = [found["lo"], found["hi"]] if pd.notna(found["lo"]) else None
         return (value_text(dict(value=found["value"], interval=ends, bound=found["bound"], unit="share"))
-                + f" at {size}{_made(runs_of(found['runs'], runs))}")
+                + f" at {size}{_long(runs_of(found['runs'], runs))}")
     sure = [size for size in known if established_saving(size, runs)]
     open_ = ", ".join(said(size) for size in known if size not in sure)
     if not sure: return f"that the stack lowers it is not established at any size ({open_ or 'no saving is measured'})"
@@ -293,16 +293,23 @@ def _cost_words(runs: list[Run]) -> str:
             + f"; not established: {open_}" * bool(open_))
 
 # %% ../../nbs/report/16_frontier.ipynb #f5971aa6
-def _memory_words(runs: list[Run]) -> str:
-    here, found = best_evidence_of(runs=runs), []
+def _known(quantity: str, runs: list[Run]) -> Iterator[tuple[str, Estimate]]:
+    "What is known of a quantity at each size, beyond a rehearsal."
+    here = best_evidence_of(runs=runs)
     for size in _SIZES if here and here.scale != REHEARSAL else ():
-        e = here.estimate(Q("memory_saving", size))
-        if e.value is None: continue
-        said = value_text(dict(value=e.value, interval=None, bound=e.bound, unit="share"))
-        found.append(f"{said} at {size}{_over(runs_of(e.records, runs))}")
+        if (e := here.estimate(Q(quantity, size))).value is not None: yield size, e
+
+def _memory_words(runs: list[Run]) -> str:
+    found = [value_text(dict(value=e.value, interval=None, bound=e.bound, unit="share"))
+             + f" at {size}{_over(runs_of(e.records, runs))}" for size, e in _known("memory_saving", runs)]
     if not found: return "not measured at an equal micro-batch"
     return ("the stack (FlashAdamW, bf16 weights, a fused loss) peaks lower than compiled PyTorch with fused AdamW "
             f"(`baseline_strong`) at an equal micro-batch, by {', '.join(found)}")
+
+def _speed_words(runs: list[Run]) -> str:
+    found = [value_text(dict(value=e.value, interval=[e.lo, e.hi], bound=e.bound, unit="x")) + f" at {size}"
+             for size, e in _known("throughput_ratio", runs)]
+    return f"tokens a second over AdamW's: {', '.join(found)}" if found else "not measured"
 
 # %% ../../nbs/report/16_frontier.ipynb #5d00ff4e
 def _room_words(cells: pd.DataFrame) -> str:
@@ -322,10 +329,9 @@ def _room_words(cells: pd.DataFrame) -> str:
     where = "".join(f", up to {one['size']} on {one['gpus']} GPU{'s' * (one['gpus'] > 1)} of {one['budget']} GB"
                     for one in seen[-1:])
     def count(key): return sum(one[key] for one in won)
-    return (f"in {len(won)} of the chart's {len(places)} places FlashOptim fits and AdamW at 16 bytes does not. FlashOptim was "
-            f"trained in {len(seen)} of them{where}, AdamW was tried in {count('refused') or 'none'}; the rest is predicted. "
-            f"AdamW over bf16 weights would fit in {count('bf16')}, and {count('host')} take "
-            "states on the host")
+    return (f"in {len(won)} of the chart's {len(places)} places it fits and AdamW at 16 bytes does not. It was trained in "
+            f"{len(seen)} of them{where}, AdamW tried in {count('refused') or 'none'}; the rest is predicted. "
+            f"bf16 AdamW would fit in {count('bf16')}; {count('host')} take states on the host")
 
 # %% ../../nbs/report/16_frontier.ipynb #d4218569
 def _short_words(runs: list[Run]) -> str:
@@ -345,7 +351,7 @@ def _quality_words(runs: list[Run], short: list[Run]) -> str:
     parts = found["parts"] if found else []
     part = next((part for part in parts if part["value"] is not None and part["at"].startswith("1B")), None)
     if not part or found["scale"] == REHEARSAL or found["status"] not in ("met", "not met", "inconclusive"):
-        return "these runs are too short to tell what it costs" + _short_words(short)
+        return "these runs are too short to tell" + _short_words(short)
     said = (f"at 1B the held-out loss less AdamW's is {value_text(*in_nats(part, found['scale']))}; "
             "below nought is better")
     return {"met": "it costs nothing that these runs can see", "not met": "it costs some",
@@ -356,10 +362,10 @@ def frontier_sentences(
     cells: pd.DataFrame,  # of `frontier`
     runs: Iterable[Run] | None = None,  # None: all there are
 ) -> dict[str, str]:
-    "What it saves of memory and of cost, where it makes room, and what that costs in quality."
+    "What it saves of memory, time and cost, where it makes room, and what that costs in quality."
     runs = given_runs(runs, None)
     ours, short = ([run for run in runs if run.header["hypothesis"] == name] for name in ("h1", "quality"))
-    return dict(Memory=_memory_words(ours), Cost=_cost_words(ours), Room=_room_words(cells),
+    return dict(Memory=_memory_words(ours), Speed=_speed_words(ours), Cost=_cost_words(ours), Room=_room_words(cells),
                 Quality=_quality_words(ours, short))
 
 # %% ../../nbs/report/16_frontier.ipynb #f47408ce
