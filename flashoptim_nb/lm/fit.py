@@ -267,9 +267,11 @@ def _logits(model: Model, config: TrainConfig, N: int) -> float:
 
 # %% ../../nbs/lm/09_fit.ipynb #93a23092
 def _run_again(model: Model, config: TrainConfig, micro: int, seq: int, stored: str) -> float:
-    "Bytes of a layer that is there whole beyond what is stored of it, and of the two widest gradients in it."
+    """Bytes of a layer that is there whole beyond what is stored of it, and of the widest gradients in it:
+    two, and two of the stream; compiled, one takes the place of the other and of the stream's."""
     every, kept = (_kept(model, config, micro, seq, kind) for kind in ("none", stored))
-    return (every - kept) / model.n_layer + 2 * micro * seq * (2 * model.ffn_width + 2 * model.d_model)
+    wide = model.ffn_width if config.compile else 2 * model.ffn_width + 2 * model.d_model
+    return (every - kept) / model.n_layer + 2 * micro * seq * wide
 
 # %% ../../nbs/lm/09_fit.ipynb #04445d89
 # bytes that cuBLAS holds, on Hopper: torch's default of CUBLAS_WORKSPACE_CONFIG, for two threads
@@ -312,7 +314,9 @@ def predict(
     later = (n["layers"] / model.n_layer + head * (not model.tied)) / n["total"]
     first = coming * (1 - later) + root + _run_again(model, c, micro, seq, "full") + 3 * layer
     end = coming + root + 2 * layer
-    peak = standing + max(loss, again + held["copies"] + 4 * layer, first, end)
+    # a layer that is run again was found to hold one less, but for its shard of fp32 gradients
+    layers = (3 + (config.weights == "fp32") * 2 / gpus if checkpointing == "full" else 4) * layer
+    peak = standing + max(loss, again + held["copies"] + layers, first, end)
     return held | dict(other=max(0.0, peak - sum(held.values())), peak=peak)
 
 # %% ../../nbs/lm/09_fit.ipynb #dbabbd6d
