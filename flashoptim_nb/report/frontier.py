@@ -70,7 +70,7 @@ def _candidates(search: dict, about: dict) -> Iterator[dict]:
     for row in search["tried"]:
         yield about | dict(micro=row["micro_batch"], checkpointing=row["checkpointing"],
                            chosen=(row["micro_batch"], row["checkpointing"]) == choice,
-                           peak=None if row["oom"] else row["peak"],
+                           peak=None if row["oom"] else row["peak"], allowed=row.get("budget"),
                            tokens_per_s=None if row.get("given_up") else row.get("tokens_per_s"),
                            lost=row["oom"] and row["checkpointing"] == "full" and row["micro_batch"] == 1)
 
@@ -112,7 +112,7 @@ def seen_trainings(
 ) -> pd.DataFrame:
     """A row for each training on a GPU that says something of a cell: size, way, gpus, micro, peak (bytes),
     tokens_per_s (a GPU), lost (one sequence with full checkpointing ran out of memory), room (bytes of the card),
-    device, study, run, scale."""
+    allowed (bytes of a peak that the search allowed on its card), device, study, run, scale."""
     runs = given_runs(runs, None)
     runs = [run for run in runs if run.header["device_kind"] == "cuda" and run.header["scale"] != REHEARSAL]
     rows = [row | dict(device=run.header["device"], study=run.header["study"], run=run.id, scale=run.header["scale"],
@@ -122,7 +122,7 @@ def seen_trainings(
     # what a search chose was trained after it, with every seed: that counts
     rows = [row for row in rows if not (row.pop("chosen", False) and place(row) in trained)]
     def each(row): return row | dict(tokens_per_s=row["tokens_per_s"] and row["tokens_per_s"] / row["gpus"])
-    return pd.DataFrame([each(row) for row in rows if row["way"] and row["size"] in _SIZES
+    return pd.DataFrame([dict(allowed=None) | each(row) for row in rows if row["way"] and row["size"] in _SIZES
                          and row["seq"] == sequence_of(row["size"])])
 
 # %% ../../nbs/report/16_frontier.ipynb #50fd34f6
@@ -131,7 +131,10 @@ MEASURED, FITS, LOST, MAY, NOT = "measured", "fits", "out of memory", "predicted
 def _cell(mine: pd.DataFrame, size: str, way: str, gpus: int, budget: int) -> dict:
     "What is known of one cell."
     limit, origin = HEADROOM * budget * 2**30, ["device", "micro", "checkpointing", "study"]
-    inside = mine[mine["peak"].astype(float) <= limit] if len(mine) else mine
+    # a card that is sold as 80 GB has less, and what its search refused does not fit it
+    inside = mine
+    if len(mine):
+        inside = mine[mine["peak"].astype(float) <= mine["allowed"].astype(float).fillna(limit).clip(upper=limit)]
     timed = inside[inside["tokens_per_s"].notna()] if len(inside) else inside
     if len(timed):
         groups = [group for _, group in timed.groupby(origin, dropna=False)]
@@ -175,7 +178,7 @@ _KEYS = {MEASURED: "measured: tokens a second a GPU, dollars a million", FITS: "
          LOST: "out of memory", MAY: "not measured, predicted to fit", NOT: "not measured, predicted not to fit"}
 _NOTES = (
     "A speed is that of the card it names, in a training whose peak stays within 90 % of the budget (40 GB are 40 x 2^30 "
-    "bytes); bold: the fastest of a size, to 1 %.",
+    "bytes) and of its card; bold: the fastest of a size, to 1 %.",
     "FlashAdamW's rows take the loss by a fused kernel, AdamW's does not. Release frees gradients where a batch is one "
     "micro-batch; over several, as in the study's batches at 1B,",
     "they add up, and a parameter takes 7 bytes.")
@@ -281,16 +284,14 @@ def _long(runs: list[Run]) -> str:
 # %% ../../nbs/report/16_frontier.ipynb #e8156f6f
 def _cost_words(runs: list[Run]) -> str:
     known = {size: found for size in _SIZES if (found := measured_saving(size, runs))}
+    def at(size): return f" at {size}{_long(runs_of(known[size]['runs'], runs))}"
     def said(size):
         found = known[size]
-        ends = [found["lo"], found["hi"]] if pd.notna(found["lo"]) else None
-        return (value_text(dict(value=found["value"], interval=ends, bound=found["bound"], unit="share"))
-                + f" at {size}{_long(runs_of(found['runs'], runs))}")
+        return value_text(dict(value=found["value"], interval=[found["lo"], found["hi"]], bound="", unit="share")) + at(size)
     sure = [size for size in known if established_saving(size, runs)]
-    open_ = ", ".join(said(size) for size in known if size not in sure)
-    if not sure: return f"that the stack lowers it is not established at any size ({open_ or 'no saving is measured'})"
-    return (f"to equal loss it costs less by {', '.join(map(said, sure))}"
-            + f"; not established: {open_}" * bool(open_))
+    open_ = ",".join(at(size) for size in known if size not in sure)
+    if not sure: return f"that the stack lowers it is not established{open_ or ' at any size: no saving is measured'}"
+    return f"to equal loss it costs less by {', '.join(map(said, sure))}" + f"; not established{open_}" * bool(open_)
 
 # %% ../../nbs/report/16_frontier.ipynb #f5971aa6
 def _known(quantity: str, runs: list[Run]) -> Iterator[tuple[str, Estimate]]:
@@ -309,7 +310,7 @@ def _memory_words(runs: list[Run]) -> str:
 def _speed_words(runs: list[Run]) -> str:
     found = [value_text(dict(value=e.value, interval=[e.lo, e.hi], bound=e.bound, unit="x")) + f" at {size}"
              for size, e in _known("throughput_ratio", runs)]
-    return f"tokens a second over AdamW's: {', '.join(found)}" if found else "not measured"
+    return f"tokens a second over the same reference's: {', '.join(found)}" if found else "not measured"
 
 # %% ../../nbs/report/16_frontier.ipynb #5d00ff4e
 def _room_words(cells: pd.DataFrame) -> str:
@@ -329,21 +330,25 @@ def _room_words(cells: pd.DataFrame) -> str:
     where = "".join(f", up to {one['size']} on {one['gpus']} GPU{'s' * (one['gpus'] > 1)} of {one['budget']} GB"
                     for one in seen[-1:])
     def count(key): return sum(one[key] for one in won)
-    return (f"in {len(won)} of the chart's {len(places)} places it fits and AdamW at 16 bytes does not. It was trained in "
+    return (f"in {len(won)} of the chart's {len(places)} places it fits and AdamW at 16 bytes does not. It ran in "
             f"{len(seen)} of them{where}, AdamW tried in {count('refused') or 'none'}; the rest is predicted. "
             f"bf16 AdamW would fit in {count('bf16')}; {count('host')} take states on the host")
 
 # %% ../../nbs/report/16_frontier.ipynb #d4218569
+_ROUNDED = dict(flash_adamw="to the nearest, as here", flash_adamw_dithered="dithered")
+
 def _short_words(runs: list[Run]) -> str:
-    "What the optimizers' own comparison found, in all its long runs and on all texts."
-    rows = [gaps[(gaps["config"] == "flash_adamw_dithered") & (gaps["against"] == "adamw")]
+    "What the optimizers' own comparison found by each rounding, in all its long runs and on all texts."
+    rows = [gaps[gaps["config"].isin(_ROUNDED) & (gaps["against"] == "adamw")]
             for role in ("optimizer_long", "optimizer_long_low") for text in HELD_OUT_TEXTS
             if len(gaps := format_gaps(text, OPTIMIZER_MARGIN_NATS, runs, role))]
     found = pd.concat(rows).dropna(subset=["lo"]) if rows else pd.DataFrame()
     if found.empty or set(found["scale"]) == {REHEARSAL}: return ""
+    by = {_ROUNDED[config]: of for config, of in found.groupby("config")}
+    ends = ", ".join(f"{of['lo'].min():+.3f} to {of['hi'].max():+.3f} ({how})" for how, of in by.items())
+    equal = " and ".join(f"{(of['says'] == 'equivalent').sum()} of {len(of)}" for of in by.values())
     return (f"; in longer runs of {' and '.join(sorted({run.header['size'] for run in runs_of(found['runs'].sum(), runs)}))} "
-            f"FlashAdamW ends {found['lo'].min():+.3f} to {found['hi'].max():+.3f} nats from AdamW and is shown equal, within "
-            f"{OPTIMIZER_MARGIN_NATS}, in {(found['says'] == 'equivalent').sum()} of {len(found)} comparisons")
+            f"FlashAdamW ends {ends} nats from AdamW: shown equal, within {OPTIMIZER_MARGIN_NATS}, in {equal}")
 
 # %% ../../nbs/report/16_frontier.ipynb #c3d9fbf6
 def _quality_words(runs: list[Run], short: list[Run]) -> str:
