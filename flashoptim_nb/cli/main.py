@@ -506,7 +506,8 @@ def _checked(study: Path, looked: list[tuple], runs_of, key: Path | None) -> tup
 # %% ../../nbs/cli/02_main.ipynb #c6ac0c36
 def _check(args) -> int:
     from flashoptim_nb.base.records import ROWS, examine, read_study
-    found, told, runs_of = [], [], lru_cache(maxsize=None)(read_study)
+    from flashoptim_nb.study.content import twins
+    found, told, whole, runs_of = [], [], [], lru_cache(maxsize=None)(read_study)
     records = {study: sorted(study.glob(f"*/{ROWS}")) for study in _studies(args.folders)}
     n = sum(map(len, records.values()))
     with _bar("checking the records", n, quiet=bool(args.sign)) as counted:  # ssh-keygen asks for a passphrase
@@ -514,6 +515,8 @@ def _check(args) -> int:
             looked = [(examine(path.parent), counted())[0] for path in paths]
             wrong, said = _checked(study, looked, runs_of, args.sign)
             found, told = found + wrong, told + said
+            whole.append([run for run, _ in looked if run])
+    found += twins(whole)
     for line in told: print(visible(line))
     for line in found: print(visible(line), file=sys.stderr)
     print(f"{n} records, {len(found)} problem{'s' * (len(found) != 1)}"

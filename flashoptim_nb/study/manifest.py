@@ -91,7 +91,8 @@ def under_way(
     runs: Iterable[Run],  # its records
 ) -> str:
     "Says that a study has not ended, and how far it is; empty where it has, or keeps no journal."
-    if not any(run.is_journal and run.status == "unfinished" for run in runs) or not (kept := _read(study)): return ""
+    journal, kept = next((run for run in runs if run.is_journal), None), _read(study)
+    if not (journal and kept) or journal.status != "unfinished" and not kept["absent"]: return ""
     planned = kept["planned"]
     there = sum((study / run / ROWS).is_file() for run in planned)
     return f"has not ended; {there} of {len(planned)} planned runs are there"
