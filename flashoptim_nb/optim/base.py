@@ -15,6 +15,7 @@ from inspect import cleandoc, getsource, signature
 from typing import TypeVar
 
 import torch
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -22,7 +23,7 @@ from ..base.errors import UserError, choose, is_number
 from .backend import HAS_TRITON, outside_autocast, warn_without_triton
 from .split import HALF_FORMATS, MAX_CODE
 from .multi_tensor import read_weights, write_weights
-from .buckets import LIVE_OPTIMIZERS, ParamBucket, build_buckets, cached_buckets
+from .buckets import LIVE_OPTIMIZERS, ParamBucket, build_buckets, cached_buckets, next_step
 from .checks import (
     OptionError, ParametersError, as_param_list, check_gradient, check_group_form, check_group_names, check_options,
     check_parameters, check_shared, check_states)
@@ -354,6 +355,7 @@ class FlashOptimizer(Optimizer):
     ):
         "Takes one step of a single parameter (what gradient release does); `max_norm` does not apply."
         if p.grad is None: return
+        check_at_home(self)
         if group is None: group = next((g for g in self.param_groups if any(q is p for q in g["params"])), None)
         if group is None:
             raise OptionError(f"a parameter of shape {tuple(p.shape)} that this optimizer does not step: add "
@@ -401,9 +403,10 @@ class FlashOptimizer(Optimizer):
             if self._host is not None: self._host.step(self, bucket, group, scaling)
             elif bucket.tensors is not None: self._update_fused(bucket, group, scaling)
             elif scaling.skip is None or not scaling.skip > 0:
-                bucket.step.add_(1.0)
-                self._update(bucket, group, float(bucket.step), scaling.multiplier)
+                self._update(bucket, group, next_step(bucket.step), scaling.multiplier)
             bucket.write_back()
+        # kernels write unnoticed, and what is still to be differentiated may have kept the old values
+        if bucket.tensors is not None and not bucket.sharded: increment_version(bucket.params)
         bucket.drop()
 
     def _update(

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from .buckets import next_step
 from .checks import OptionError
 from .codec import GROUP
 from .multi_tensor import BLOCK, Operands, TensorList, _cut
@@ -472,8 +473,7 @@ class HostStates:
         t, fused = None, bucket.tensors is not None
         if not fused:
             if scaling.skip is not None and scaling.skip > 0: return
-            bucket.step.add_(1.0)
-            t = float(bucket.step)
+            t = next_step(bucket.step)
         (pipe := self.pipe(bucket)).coming.extendleft(reversed(bucket.parts))
         for part in bucket.parts:
             with pipe.staged(part) as memory:

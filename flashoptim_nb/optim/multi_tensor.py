@@ -449,7 +449,9 @@ def step_scalars_kernel(
     "What is the same for every value of a step and is known on the device only."
     one = tl.full((), 1.0, tl.float64)
     skipped = tl.load(skip) if SKIPS else tl.full((), 0.0, tl.float32)
-    taken = tl.load(step) + tl.where(skipped != 0.0, 0.0, 1.0)
+    counted = tl.load(step)
+    # as `next_step`
+    taken = counted + tl.where(skipped != 0.0, 0.0, tl.maximum(1.0, tl.floor(counted * 2.0**-23)))
     tl.store(step, taken)
     t, rate = one * taken, one * (tl.load(lr) if LR_TENSOR else lr)
     tl.store(step_scalars, (rate / (1.0 - tl.exp(t * log1 + t * log1_low))).to(tl.float32))

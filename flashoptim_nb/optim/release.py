@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import _engine_run_backward, increment_version
+from torch.autograd.graph import _engine_run_backward
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -216,8 +216,6 @@ class GradientReleaseHandle:
             c.multiplier = clip if c.multiplier is None else c.multiplier * clip
         for bucket in opt._collect_one(p, group): opt._apply(bucket, group, c)
         if p.device.type == "cuda": self._stepped_on(torch.cuda.current_stream(p.device), grad)
-        # kernels write unnoticed, and what is still to be differentiated may have kept the old values
-        if not isinstance(p, DTensor): increment_version(p)
         p.grad = None
 
     def _stepped_on(self, stream: torch.cuda.Stream, grad: torch.Tensor):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
 
 from ..base.errors import UserError, is_number
@@ -80,6 +80,22 @@ def _stated(opt):
                 decouple_lr=repr(opt.decouple_lr), decoupled=repr(opt.decoupled))
 
 
+def _ranks_of(group):
+    "Over how many ranks a group's parameters are divided along their first dimension; None where none is, or otherwise."
+    ranks = None
+    for p in (p for p in group["params"] if isinstance(p, DTensor)):
+        cut = [(n, how) for n, how in zip(p.device_mesh.shape, p.placements) if not how.is_replicate()]
+        if len(cut) > 1 or any(type(how) is not Shard or how.dim for _, how in cut): return None
+        ranks = max([ranks or 1, *(n for n, _ in cut)])
+    return ranks
+
+
+def _marked(mark, group):
+    "The mark of a saved group with the ranks that its parameters are divided over now: groups of codes go by them."
+    ranks = _ranks_of(group)
+    return " ".join([part for part in mark.split(" ") if not part.startswith("ranks=")] + [f"ranks={ranks}"] * bool(ranks))
+
+
 def saved_state(opt) -> dict:
     """As in torch.optim; waits for the device, since step counters leave it.
     Tensors are the live ones, not copies, but for the counters.
@@ -96,8 +112,8 @@ def saved_state(opt) -> dict:
     clip = opt._next_clip if opt.release is None else opt.release._coming()
     for g, own in zip(out["param_groups"], opt.param_groups):
         # in a mark that was always there: tools refuse a key that an older file lacks
-        g["state_format"] = " ".join([opt._state_format(own) + ("" if clip is None else f"-{clip.item()!r}"),
-                                      *(f"{name}={x}" for name, x in _stated(opt).items() if name != "rounding")])
+        g["state_format"] = _marked(" ".join([opt._state_format(own) + ("" if clip is None else f"-{clip.item()!r}"), *(
+            f"{name}={x}" for name, x in _stated(opt).items() if name != "rounding")]), own)
     return out
 
 # %% ../../nbs/optim/09_state_dict.ipynb #c5d1e0a5
@@ -148,6 +164,7 @@ class _Origin(NamedTuple):
     companded: bool | None = None  # how moments are coded; None: as the optimizer codes them
     weights: str = ""  # dtype of the weights that error bits belong to; several, or none: not known
     clip: float | None = None  # by which gradient release clips the next step
+    ranks: int | None = None  # over which the parameters were divided; None: they were whole, or that is not said
     options: Mapping[str, str] = {}  # of the steps before, as `_stated` has them; what is not said is not there
 
 
@@ -158,14 +175,15 @@ def _origin(group, where):
         coding, bits, weights, clip = (form.split("-", 3) + 3 * [""])[:4]
         coding, _, rounding = coding.partition("+")
         options = dict(rounding=repr(rounding or "nearest")) | dict(option.partition("=")[::2] for option in options)
+        ranks = options.pop("ranks", None)
         try: clip = float(clip) if clip else None
         except ValueError: clip = -1.0
         if (coding not in ("companded", "linear") or bits not in ("24", "32", "None")
-                or rounding not in ("", *ROUNDINGS) or not is_number(clip or 0.0, 0, 1)
+                or not (ranks or "1").isdecimal() or rounding not in ("", *ROUNDINGS) or not is_number(clip or 0.0, 0, 1)
                 or not options.keys() <= {"rounding", "max_norm", "decouple_lr", "decoupled"}):
             raise StateError(f"{where}: state_format is {mark!r}, not known here: was it saved by a newer version?")
         return _Origin(bits={"24": 8, "32": 16}.get(bits), companded=coding == "companded", weights=weights, clip=clip,
-                       options=options)
+                       ranks=ranks and int(ranks), options=options)
     if (width := group.get("master_bytewidth")) is None: return _Origin()
     if width not in (0, 3, 4):
         raise StateError(f"{where}: master_bytewidth is {width!r}; 0, 3 or 4 is needed: the checkpoint is damaged")
@@ -297,8 +315,8 @@ def _steps(saved, where):
     "Steps that a parameter has taken; torch's SGD counts none, and what has a state took one."
     try: t = float(saved.get("step", 1))
     except (TypeError, ValueError, RuntimeError): t = float("nan")
-    if not 0 <= t < float("inf"):
-        raise StateError(f"{where}: step is {saved['step']!r}; a number of steps, 0 or more, is needed: the "
+    if not 0 <= t < 2**31:
+        raise StateError(f"{where}: step is {saved['step']!r}; a number of steps, 0 to 2^31, is needed: the "
                          "checkpoint is damaged")
     return t
 
@@ -327,6 +345,8 @@ def _check_kind(opt, group, where):
     """Raises `StateError` for a saved group of another kind of optimizer;
     one without any telling option keeps the optimizer's own."""
     saved, own = (frozenset().union(*_KINDS).intersection(options) for options in (group, opt.defaults))
+    if "state_format" in group and own <= saved:  # what no class of this package has is a user's own
+        saved -= frozenset().union(*_KINDS) - {"betas", "eps", "ns_steps"} - own
     if "amsgrad" in group: saved -= {"decoupled_weight_decay"}  # torch's Adam has both, its RAdam the second alone
     if not saved or saved == own or "ns_steps" in saved & own:  # torch's Muon is one of matrices alone
         return _check_decay(opt, group, saved, where)
@@ -373,11 +393,26 @@ def _check_names(groups, own):
                              "give the optimizer the parameters in the order in which they were saved")
 
 # %% ../../nbs/optim/09_state_dict.ipynb #f9a13cea
+def _check_ranks(origin, own, saved, where):
+    "Raises `StateError` for eight-bit moments whose groups of 32 another number of ranks cuts elsewhere."
+    ranks = origin.ranks, _ranks_of(own)
+    if None in ranks or ranks[0] == ranks[1]: return
+    for state, p in saved:
+        if not p.dim() or not p.numel() or not any(key.endswith("::scales") for key in state): continue
+        shards = [-(-len(p) // n) * (p.numel() // len(p)) for n in ranks]
+        if any(n % GROUP and n < p.numel() for n in shards):
+            raise StateError(f"{where} was saved over {ranks[0]} ranks and is loaded over {ranks[1]}, and a parameter of "
+                             f"shape {tuple(p.shape)} has its moments in groups of 32 within a shard: save with "
+                             "compress_state_dict=False for another number of ranks, or load over as many")
+
+
 def _states(opt, groups, saved, options):
     "The states of a state dict as this optimizer keeps them; raises `StateError` for what does not fit."
     counters, states = {}, {}  # a counter belongs to one group: each group that steps advances its own
     for n, (g, own) in enumerate(zip(groups, opt.param_groups)):
         origin = _origin(g, f"group {n} of the state dict")
+        _check_ranks(origin, own, [(saved[i], p) for i, p in zip(g["params"], own["params"]) if saved.get(i)],
+                     f"group {n} of the state dict")
         for i, p in ((i, p) for i, p in zip(g["params"], own["params"]) if saved.get(i)):
             if any(key.startswith("exp_avg_sq") for key in saved[i]) and "exp_avg_sq" not in opt.moments:
                 raise StateError(f"parameter {i} has a second moment, which {type(opt).__name__} does not keep: "
@@ -385,7 +420,11 @@ def _states(opt, groups, saved, options):
             t = _steps(saved[i], where := f"parameter {i}")
             step = counters.setdefault((n, p.device, t), torch.full((), t, dtype=torch.float32, device=p.device))
             states[p] = {"step": step} | _error_bits(opt, p, saved[i], origin, where)
-            for key in opt._moments_of(own | options[n]): states[p] |= _moment(opt, p, saved[i], key, origin, where)
+            # a group whose momentum is 0 for now may take its own up again
+            moments = opt._moments_of(own | options[n]) or [
+                key for key in opt.moments if any(name.partition("::")[0] == key and saved[i][name] is not None
+                                                  for name in saved[i])]
+            for key in moments: states[p] |= _moment(opt, p, saved[i], key, origin, where)
             for key, shape in opt._state_shapes(p).items():
                 _check_saved(saved[i].get(key), p, shape, None, f"{where}: {key}")
                 states[p][key] = saved[i][key].detach().to(
@@ -514,7 +553,9 @@ def deal_anew(
                     kept[key], kept[f"{name}::scales"] = _regrouped(p, t, kept[f"{name}::scales"], ranks, companded)
                 elif isinstance(t, torch.Tensor) and t.shape == p.shape and t.dim(): kept[key] = dealt(p, t)
             state[i] = kept
-    return state_dict | dict(state=state)
+    groups = [group | ({"state_format": _marked(group["state_format"], own)} if "state_format" in group else {})
+              for group, own in zip(state_dict["param_groups"], opt.param_groups)]
+    return state_dict | dict(state=state, param_groups=groups)
 
 # %% ../../nbs/optim/09_state_dict.ipynb #2025f3d0
 def _memory(t):

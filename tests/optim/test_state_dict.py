@@ -15,7 +15,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from flashoptim_nb.optim.codec import dequantize_m, dequantize_v
 from flashoptim_nb.optim.split import decode
 from every import OPTIONS
-from flashoptim_nb.optim import FlashAdamW, FlashLion, FlashSGD, StateError, cast_model, enable_gradient_release
+from flashoptim_nb.optim import (
+    AveragedMasters, FlashAdamW, FlashLion, FlashSGD, StateError, cast_model, enable_gradient_release, state_dict)
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 KINDS = ({cls.__name__.removeprefix("Flash"): (cls, options) for cls, options in OPTIONS.items()}
@@ -795,3 +796,78 @@ def test_a_state_dict_says_how_its_codes_are_to_be_read(wrote, reads):
     for p, q in zip(*([p for p in one.param_groups[0]["params"]] for one in (wide, again))):
         m, n = wide.state[p]["exp_avg"], again.state[q]["exp_avg"]
         assert m.abs().max() > 0 and (m - n).abs().max() < 0.02 * m.abs().max()
+
+
+def ones_stepped(opt, p, times):
+    for _ in range(times):
+        p.grad = torch.ones_like(p)
+        opt.step()
+
+
+def test_momentum_that_rests_is_saved_and_loaded():
+    p = torch.nn.Parameter(torch.ones(64))
+    opt = FlashSGD([p], lr=0.1, momentum=0.9)
+    ones_stepped(opt, p, 5)
+    opt.param_groups[0]["momentum"] = 0.0
+    ones_stepped(opt, p, 1)
+    q = torch.nn.Parameter(p.detach().clone())
+    other = FlashSGD([q], lr=0.1, momentum=0.9)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for one, x in ((opt, p), (other, q)):
+        one.param_groups[0]["momentum"] = 0.9
+        ones_stepped(one, x, 2)
+    assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("key", ["alpha", "rho", "momentum", "history_size"])
+def test_a_group_may_have_keys_of_its_user(key):
+    p = torch.nn.Parameter(torch.ones(64))
+    opt = FlashAdamW([{"params": [p], key: 3}])
+    ones_stepped(opt, p, 2)
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert opt.param_groups[0][key] == 3
+    with pytest.raises(StateError, match="another kind"): FlashSGD([p], lr=0.1).load_state_dict(opt.state_dict())
+
+
+def test_a_step_number_that_nobody_reaches_is_damage():
+    p = torch.nn.Parameter(torch.ones(64))
+    opt = FlashAdamW([p])
+    ones_stepped(opt, p, 1)
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][0]["step"] = torch.tensor(1e30)
+    with pytest.raises(StateError, match="damaged"): opt.load_state_dict(saved)
+
+
+def test_averages_in_the_weights_place_are_not_stepped():
+    model = torch.nn.Linear(8, 8)
+    opt = FlashAdamW(model.parameters())
+    averages = AveragedMasters(opt, model)
+    model.weight.grad = torch.ones_like(model.weight)
+    opt.step()
+    averages.update()
+    with averages.applied(), pytest.raises(StateError, match="averages"):
+        model.weight.grad = torch.ones_like(model.weight)
+        opt.step_param(model.weight)
+
+
+@pytest.mark.parametrize("rows, fits", [(96, False), (128, True), (24, True)])
+def test_groups_of_codes_that_another_number_of_ranks_cuts_are_refused(monkeypatch, rows, fits):
+    p = torch.nn.Parameter(torch.ones(rows, 1 if rows > 24 else 64))
+    opt = FlashAdamW([p])
+    ones_stepped(opt, p, 1)
+    monkeypatch.setattr(state_dict, "_ranks_of", lambda group: 2)
+    saved = copy.deepcopy(opt.state_dict())
+    assert saved["param_groups"][0]["state_format"].endswith("ranks=2")
+    monkeypatch.setattr(state_dict, "_ranks_of", lambda group: 4)
+    if fits: opt.load_state_dict(saved)
+    else:
+        with pytest.raises(StateError, match="saved over 2 ranks and is loaded over 4"): opt.load_state_dict(saved)
+
+
+def test_a_graph_that_kept_a_stepped_weight_says_so():
+    weight = torch.nn.Parameter(torch.randn(16, 16, device="cuda" if torch.cuda.is_available() else "cpu"))
+    opt = FlashAdamW([weight])
+    loss = (torch.randn(4, 16, device="cuda" if torch.cuda.is_available() else "cpu") @ weight @ weight).sum()
+    loss.backward(retain_graph=True)
+    opt.step()
+    with pytest.raises(RuntimeError, match="inplace"): loss.backward()
