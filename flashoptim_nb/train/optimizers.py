@@ -178,6 +178,9 @@ OPTIMIZERS = {row.name: row for row in (
                  help="torch's, over fp32 weights, AdamW for what is no matrix"),
     OptimizerRow(name="flash_muon", path="flashoptim_nb.optim.FlashMuon", **_MUON, label="FlashMuon", formats=_SPLIT,
                  options=_NEAREST, baselines=("muon",), colour="#e377c2", help="split weights, 8-bit states"),
+    OptimizerRow(name="flash_muon_dithered", path="flashoptim_nb.optim.FlashMuon", **_MUON, options=dict(rounding="dithered"),
+                 formats=_formats("flash_muon", **_DITHERED), baselines=("muon", "flash_muon"), colour="#6a3d9a",
+                 help="the same, codes rounded with a dither"),
     OptimizerRow(name="flashoptim_lion", path="flashoptim.FlashLion", **_LION, label="flashoptim Lion"),
     OptimizerRow(name="bitsandbytes_lion", path="bitsandbytes.optim.Lion8bit", **_LION, label="bitsandbytes Lion8bit"),
 )}
