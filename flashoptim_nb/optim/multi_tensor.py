@@ -325,8 +325,8 @@ def block_turn(step_scalars, row, first, SHIFTED: tl.constexpr):
     """What `block_dithers` of a block begin from. To be asked for before the values are loaded: kept back by a load that
     comes late, or by the registers of a long address, the second moments' own loads begin when the first are there."""
     turn, place = tl.load(step_scalars + 7).to(tl.uint32, bitcast=True), tl.load(row + (WIDTH - 2))
-    if SHIFTED == 2: return turn, place
-    return run_turn(turn, place + first), ((place + first) & 15).to(tl.int32)
+    if SHIFTED != 2: turn, place = run_turn(turn, place + first), ((place + first) & 15).to(tl.int32)
+    return turn, place
 
 
 @triton.jit
