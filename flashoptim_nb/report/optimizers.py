@@ -9,7 +9,8 @@ __all__ = ['HELD_OUT_TEXTS', 'TENSOR_SET_NAMES', 'PEERS', 'step_rows', 'show_ste
 
 # %% ../../nbs/report/05_optimizers.ipynb #4f32c8d6
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, reduce
+from operator import add
 
 import altair as alt
 import pandas as pd
@@ -164,7 +165,7 @@ def final_losses(
     rows = rows_of("eval", runs, arm="quality", role=role)
     if rows.empty or not (rows["set"] == held_out).any(): return pd.DataFrame()
     last = int(rows.loc[rows["set"] == held_out, "step"].max())
-    place = dict(arm="quality", role=role, scale=rows["scale"].iloc[0], device=rows["device"].iloc[0])
+    place = dict(arm="quality", role=role, scale=rows["scale"].iloc[0])
     found = {}
     # of runs that were repeated the last counts
     for run in sorted(runs, key=lambda run: str(run.header.get("started"))):
@@ -172,7 +173,7 @@ def final_losses(
         row = next(
             (row for row in reversed(run.of("eval")) if row.get("set") == held_out and row.get("step") == last), {})
         loss = per_token(row) if run.status == "finished" else float("nan")
-        found[run.header.get("config"), run.header.get("seed")] = {
+        found[tuple(run.header.get(key) for key in ("device", "config", "seed"))] = {
             key: run.header.get(key) for key in ("run", "study", "scale", "device", "config", "seed")} | dict(
             set=held_out, step=last, loss=loss, name=full_name(run), status=run.status, reason=short_reason(run.reason),
             ended="" if is_number(loss) else "no number" if run.status == "finished"
@@ -189,14 +190,15 @@ def format_gaps(
     runs: Iterable[Run] | None = None,
     role: str = "optimizer",
 ) -> pd.DataFrame:
-    """Each format against the optimizer it stands for, paired by seed: mean difference with its 90 % interval, TOST,
-    effect size, power, the seeds that would be needed, and what was lost."""
+    """Each format against the optimizer it stands for, paired by seed on each card: mean difference with its 90 %
+    interval, TOST, effect size, power, the seeds that would be needed, and what was lost."""
     losses = final_losses(held_out, runs, role)
     if losses.empty: return losses
-    by, found = {(row["config"], row["seed"]): row for row in losses.to_dict("records")}, []
-    for config, against in ((config, against) for config, others in BASELINE_OF.items() for against in others):
-        both = [
-            (row, by[against, seed]) for (name, seed), row in by.items() if name == config and (against, seed) in by]
+    by, found = {(row["device"], row["config"], row["seed"]): row for row in losses.to_dict("records")}, []
+    for config, against, card in ((config, against, card) for config, others in BASELINE_OF.items() for against in others
+                                  for card in losses["device"].unique()):
+        both = [(row, by[card, against, seed]) for (device, name, seed), row in by.items()
+                if (device, name) == (card, config) and (card, against, seed) in by]
         if not both: continue
         pairs = Sorted.of(both, lambda *pair: [is_number(row["loss"]) for row in pair])
         d = [new["loss"] - old["loss"] for new, old in pairs.good]
@@ -209,7 +211,7 @@ def format_gaps(
             dict(config=config, against=against, what=f"{config} against {against}",
                  value=float("nan") if e.value is None else e.value, lo=e.lo, hi=e.hi, n=len(d), p=test.p, spread=s,
                  effect=test.effect, power=test.power, needed=None if s is None else _seeds(s, margin), says=says,
-                 lost=pairs.note, scale=both[0][0]["scale"], runs=sorted(pairs.records)))
+                 lost=pairs.note, scale=both[0][0]["scale"], device=card, runs=sorted(pairs.records)))
     return pd.DataFrame(found)
 
 # %% ../../nbs/report/05_optimizers.ipynb #d2cb5767
@@ -220,21 +222,24 @@ def gap_sentence(
     against: str = "adamw",
     margin: float = OPTIMIZER_MARGIN_NATS,
 ) -> Rendered:
-    "One comparison on each held-out text it was made on, in a sentence."
+    "One comparison on each held-out text it was made on, in a sentence for each card."
     runs = given_runs(runs, "quality")
-    found = {text: rows.iloc[0] for text in HELD_OUT_TEXTS if len(rows := format_gaps(text, margin, runs, role))
-                 and len(rows := rows[(rows["config"] == config) & (rows["against"] == against)])}
-    if not found: return sentence(f"{config} against {against}: not measured.", [])
-    used = runs_of((name for row in found.values() for name in row["runs"]), runs)
-    recipe, size = used[0].header["settings"]["recipe"], used[0].header["size"]
+    rows = [(text, row) for text in HELD_OUT_TEXTS for _, row in format_gaps(text, margin, runs, role).iterrows()
+            if (row["config"], row["against"]) == (config, against)]
+    if not rows: return sentence(f"{config} against {against}: not measured.", [])
     def value(row): return f"{row['value']:+.4f}" if pd.notna(row["value"]) else "not measured"
-    said = "; ".join(
-        f"{text} {value(row)}" + (f" [{row['lo']:+.4f}, {row['hi']:+.4f}]" if pd.notna(row["lo"]) else "")
-            + f", {row['says']}" + (f" ({row['lost']})" if row["lost"] else "") for text, row in found.items())
-    pairs = int(max(row["n"] for row in found.values()))
-    return sentence(
-        f"{config} against {against}, GPT of {size}, {pairs} pair{'s' * (pairs > 1)} of {recipe['steps']} steps "
-        f"at a peak rate of {recipe['lr']:g}; held-out loss, nats a token, margin {margin:g}: {said}.", used)
+    def on(card):
+        found = [(text, row) for text, row in rows if row["device"] == card]
+        used = runs_of((name for _, row in found for name in row["runs"]), runs)
+        recipe, size = used[0].header["settings"]["recipe"], used[0].header["size"]
+        said = "; ".join(
+            f"{text} {value(row)}" + (f" [{row['lo']:+.4f}, {row['hi']:+.4f}]" if pd.notna(row["lo"]) else "")
+                + f", {row['says']}" + (f" ({row['lost']})" if row["lost"] else "") for text, row in found)
+        pairs = int(max(row["n"] for _, row in found))
+        return sentence(
+            f"{config} against {against}, GPT of {size}, {pairs} pair{'s' * (pairs > 1)} of {recipe['steps']} steps "
+            f"at a peak rate of {recipe['lr']:g} on {card}; held-out loss, nats a token, margin {margin:g}: {said}.", used)
+    return reduce(add, map(on, dict.fromkeys(row["device"] for _, row in rows)))
 
 # %% ../../nbs/report/05_optimizers.ipynb #7d0e5a11
 def paired_paths(
