@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Init', 'FORMATS', 'NumericsError', 'explained', 'known_options', 'check_option', 'check_groups', 'FlashOptimizer',
-           'min_step', 'check_least_step', 'check_scales', 'resident_bytes']
+           'min_step', 'check_least_step', 'check_finite', 'check_scales', 'resident_bytes']
 
 # %% ../../nbs/optim/08_base.ipynb #41d3d83a
 import re
@@ -147,7 +147,7 @@ class FlashOptimizer(Optimizer):
         compress_state_dict: bool = True,  # state dicts have these bytes; False: fp32, for torch.optim to read
         master_weight_bits: int | None = 24,  # 24 in 3 bytes a weight; 32: one more, for small rates; None: no masters
         fused: bool | None = True,  # one Triton launch where there is a GPU; False: plain PyTorch; None: as True
-        check_numerics: bool = False,  # refuse an lr that rounds away and moments out of range; waits for the GPU
+        check_numerics: bool = False,  # refuse lost steps, gradients and moments out of range; waits for the GPU
         decouple_lr: bool = False,  # decay by weight_decay * lr / first lr, so that the two are chosen apart
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
@@ -377,7 +377,8 @@ class FlashOptimizer(Optimizer):
             for group, params in work:
                 check_states(self, group, params)
                 for p in params: check_gradient(p)
-            if self.check_numerics: check_least_step(self, work); check_scales(self, work)
+            if self.check_numerics:
+                for check in check_finite, check_least_step, check_scales: check(self, work)
             made = build_buckets(self, [(group, group["params"]) for group in self.param_groups])
         return [(group, bucket) for group, buckets in zip(self.param_groups, made) for bucket in buckets]
 
@@ -511,6 +512,19 @@ def check_least_step(
                                     f"{float(group['lr']) * least / change:.3g} is needed; raise lr or "
                                     f"master_weight_bits, {'take rounding=dithered, ' * (share == 1 / 2 and bits == 8)}"
                                     "or set check_numerics=False")
+
+# %% ../../nbs/optim/08_base.ipynb #0bcb6faf
+def check_finite(
+    opt,  # a FlashOptimizer
+    work: Iterable,  # pairs of a group and those of its parameters that step
+):
+    "Raises `NumericsError` where a gradient is not finite and nothing will pass over the step."
+    if opt.max_norm is not None or opt.skip_nonfinite or getattr(opt, "found_inf", None) is not None: return
+    for _, params in work:
+        for p in params:
+            if not local(p.grad).isfinite().all():
+                raise NumericsError(f"the gradient of a parameter of shape {tuple(p.shape)} is not finite; max_norm "
+                                    "or skip_nonfinite=True passes over such steps")
 
 # %% ../../nbs/optim/08_base.ipynb #ba5e0011
 def check_scales(

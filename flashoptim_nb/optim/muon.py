@@ -266,7 +266,7 @@ class FlashMuon(FlashOptimizer):
         compress_state_dict: bool = True,  # state dicts have these bytes; False: fp32, for torch.optim to read
         master_weight_bits: int | None = 24,  # 24 in 3 bytes a weight; 32: one more, for small rates; None: no masters
         fused: bool | None = True,  # Triton launches where there is a GPU; False: plain PyTorch; None: as True
-        check_numerics: bool = False,  # refuse an lr that rounds away and moments out of range; waits for the GPU
+        check_numerics: bool = False,  # refuse lost steps, gradients and moments out of range; waits for the GPU
         decouple_lr: bool = False,  # decay by weight_decay * lr / first lr, so that the two are chosen apart
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
         # leave out a step with NaN or infinity; None: where the norm is formed anyway
