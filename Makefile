@@ -17,8 +17,10 @@ book: .venv/.ready
 # The book executes every notebook, and a cell whose assertion fails is named: nothing is executed a second time.
 # One thread a process: two workers run tests beside each other, and threads that wait for a core cost more than they give.
 test: export OMP_NUM_THREADS = 1
-test: .venv/.ready-test
+# The book first, in the environment that a reader has, which lacks what only tests need.
+test: .venv/.ready
 	$(BIN)/flashoptim-nb book
+	@$(MAKE) --no-print-directory .venv/.ready-test
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 25 tests
 
 lab: .venv/.ready

@@ -122,6 +122,7 @@ class _Theirs(torch.nn.Module):
 
 def _of_transformers(cell: Cell, device: torch.device):
     "Hugging Face's Llama, and its vocabulary."
+    if cell.checkpointing not in ("none", "full"): raise UserError(f"transformers has no checkpointing {cell.checkpointing!r}")
     try: import transformers
     except ImportError: raise UserError("transformers is not installed") from None
     shape = transformers.LlamaConfig(
@@ -130,7 +131,6 @@ def _of_transformers(cell: Cell, device: torch.device):
     model.train()
     if cell.checkpointing == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
-    elif cell.checkpointing != "none": raise UserError(f"transformers has no checkpointing {cell.checkpointing!r}")
     return _Theirs(model), shape.vocab_size
 
 def _of_ours(cell: Cell, device: torch.device):
