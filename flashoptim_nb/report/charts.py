@@ -345,7 +345,7 @@ def equivalence(
     tips = ["what", "against", "verdict", *(alt.Tooltip(name, format="+.4f") for name in ("value", "lo", "hi"))]
     base = alt.Chart(
         gaps[["config", "what", "against", "value", "lo", "hi", "verdict"]], width=400, height=alt.Step(24)).encode(
-        y=alt.Y("what:N", title=None, sort=list(dict.fromkeys(gaps["what"])), axis=alt.Axis(labelLimit=400)),
+        y=alt.Y("what:N", title=None, sort=list(dict.fromkeys(gaps["what"])), axis=alt.Axis(labelLimit=460)),
         color=coloured(gaps["config"], legend=None), tooltip=tips)
     bars = base.mark_rule(strokeWidth=3, opacity=0.6).encode(x="lo:Q", x2="hi:Q")
     dots = base.mark_point(filled=True, size=80, opacity=1).encode(x="value:Q")
