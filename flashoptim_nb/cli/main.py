@@ -784,7 +784,7 @@ def _quality_names() -> str:
 # %% ../../nbs/cli/02_main.ipynb #886932b2
 def _quality_parser(command):
     quality = command("quality", _quality, help="compare optimizers on whole training runs",
-                      description="Trains GPTs with the same data in the same order by AdamW and Lion, "
+                      description="Trains GPTs with the same data in the same order by AdamW, Lion and Muon, "
                                   "and by the same rules in FlashOptim's formats.",
                       epilog="examples:\n  flashoptim-nb quality --preset laptop\n"
                              "  flashoptim-nb quality --preset gpu --seeds 0 1 2 3 --configs adamw flash_adamw\n"

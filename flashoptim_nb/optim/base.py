@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Init', 'FORMATS', 'NumericsError', 'explained', 'known_options', 'check_option', 'check_groups', 'FlashOptimizer',
-           'min_step', 'check_least_step', 'check_finite', 'check_scales', 'resident_bytes']
+           'min_step', 'check_least_step', 'check_finite', 'check_scales', 'check_numbers', 'resident_bytes']
 
 # %% ../../nbs/optim/08_base.ipynb #41d3d83a
 import re
@@ -37,7 +37,7 @@ from .state_dict import check_at_home, fp32_weights, load_state, saved_public_st
 
 # %% ../../nbs/optim/08_base.ipynb #ec9ee8b9
 class NumericsError(UserError, ArithmeticError, RuntimeError):
-    "A learning rate too small to change the largest weight of a tensor, or moments too large, for their formats."
+    "A learning rate too small to change the largest weight of a tensor, a gradient that is not finite, or moments too large."
 
 # %% ../../nbs/optim/08_base.ipynb #f99d931d
 Init = TypeVar("Init", bound=Callable)
@@ -377,19 +377,20 @@ class FlashOptimizer(Optimizer):
             for group, params in work:
                 check_states(self, group, params)
                 for p in params: check_gradient(p)
-            if self.check_numerics:
-                for check in check_finite, check_least_step, check_scales: check(self, work)
+            if self.check_numerics: check_numbers(self, work)
             made = build_buckets(self, [(group, group["params"]) for group in self.param_groups])
         return [(group, bucket) for group, buckets in zip(self.param_groups, made) for bucket in buckets]
 
     def _collect_one(self, p: torch.Tensor, group: dict) -> list[ParamBucket]:
         "A single parameter with its gradient, as a bucket."
         if self._host is not None: check_capture()
-        if (made := cached_buckets(self, [group], p)) is None:
+        made = None if self.check_numerics else cached_buckets(self, [group], p)
+        if made is None:
             check_options(self, [group])
             check_parameters([[p]])
             check_states(self, group, [p])
             check_gradient(p)
+            if self.check_numerics: check_numbers(self, [(group, [p])], clips=self.release is not None)
             made = build_buckets(self, [(group, [p])], p)
         return made[0]
 
@@ -517,9 +518,11 @@ def check_least_step(
 def check_finite(
     opt,  # a FlashOptimizer
     work: Iterable,  # pairs of a group and those of its parameters that step
+    clips: bool = True,  # whether `max_norm` applies
 ):
-    "Raises `NumericsError` where a gradient is not finite and nothing will pass over the step."
-    if opt.max_norm is not None or opt.skip_nonfinite or getattr(opt, "found_inf", None) is not None: return
+    "Raises `NumericsError` where a gradient, or this rank's part of one, is not finite and nothing will pass over the step."
+    scaled = getattr(opt, "found_inf", None) is not None or opt.release is not None and opt.release._scaled
+    if clips and opt.max_norm is not None or opt.skip_nonfinite or scaled: return
     for _, params in work:
         for p in params:
             if not local(p.grad).isfinite().all():
@@ -539,6 +542,16 @@ def check_scales(
         raise NumericsError(f"{found[0][1].partition('::')[0]} of a parameter of shape {tuple(found[0][0].shape)} "
                             f"is at {SCALE_MAX:.0f}, the largest it can be in 8 bits: gradients are too large; scale "
                             "the loss down, or keep fp32 moments with quantize=False")
+
+
+def check_numbers(
+    opt,  # a FlashOptimizer
+    work: Iterable,  # pairs of a group and those of its parameters that step
+    clips: bool = True,  # whether `max_norm` applies
+):
+    "What `check_numerics=True` asks for; raises `NumericsError`."
+    check_finite(opt, work, clips)
+    for check in check_least_step, check_scales: check(opt, work)
 
 # %% ../../nbs/optim/08_base.ipynb #ba5e0003
 def resident_bytes(

@@ -53,6 +53,10 @@ def muon_groups(
     heads = [heads] if isinstance(heads, str) else heads
     if not isinstance(heads, Iterable) or not all(isinstance(name, str) for name in heads):
         raise OptionError(f"heads={heads!r}: names of modules are needed, (\"lm_head\", ...)")
+    there = {name.rpartition(".")[2] for name, part in model.named_modules() if [*part.parameters(recurse=False)]}
+    if lost := [] if heads is HEADS else [name for name in heads if name not in there]:
+        raise OptionError(f"heads={heads!r}: the model has no module {', '.join(map(repr, lost))} with parameters of "
+                          f"its own; the last names of its modules are {', '.join(map(repr, sorted(there)))}")
     adamw = dict(algorithm="adamw", lr=lr, eps=eps, weight_decay=weight_decay) | (dict(betas=betas) if betas else {})
     head = getattr(model, "get_output_embeddings", lambda: None)()
     apart = {p for name, part in model.named_modules() for p in part.parameters(recurse=False)

@@ -348,7 +348,8 @@ def _short_words(runs: list[Run]) -> str:
     ends = ", ".join(f"{of['lo'].min():+.3f} to {of['hi'].max():+.3f} ({how})" for how, of in by.items())
     equal = " and ".join(f"{(of['says'] == 'equivalent').sum()} of {len(of)}" for of in by.values())
     return (f"; in longer runs of {' and '.join(sorted({run.header['size'] for run in runs_of(found['runs'].sum(), runs)}))} "
-            f"FlashAdamW ends {ends} nats from AdamW: shown equal, within {OPTIMIZER_MARGIN_NATS}, in {equal}")
+            f"FlashAdamW less AdamW is {ends} nats by 90 % intervals: equal, within {OPTIMIZER_MARGIN_NATS}, "
+            f"in {equal} (texts at two rates)")
 
 # %% ../../nbs/report/16_frontier.ipynb #c3d9fbf6
 def _quality_words(runs: list[Run], short: list[Run]) -> str:

@@ -8,6 +8,7 @@ __all__ = ['HELD_OUT_TEXTS', 'TENSOR_SET_NAMES', 'PEERS', 'step_rows', 'show_ste
            'paths_sentence']
 
 # %% ../../nbs/report/05_optimizers.ipynb #4f32c8d6
+from collections import Counter
 from collections.abc import Iterable
 from functools import cache, reduce
 from operator import add
@@ -17,6 +18,7 @@ import pandas as pd
 
 from ..base.errors import is_number
 from ..base.records import Run
+from ..base.schema import SCALES
 from ..study.evidence import BEGAN, Sorted, short_reason
 from ..study.h1.quantities import OPTIMIZER_MARGIN_NATS, PILOT_NATS, per_token
 from ..study.statistics import joined, paired_interval, paired_ratio, seeds_needed, spread, tost
@@ -122,10 +124,11 @@ PEERS = ("FlashAdamW", "FlashAdamW (dithered)", "torch AdamW (fused)", "torch Ad
 def show_peers(
     work: str = "1.3B",
     runs: Iterable[Run] | None = None,
+    card: str = "",  # as `step_rows`
 ) -> Rendered:
     "Time and bytes of AdamW's step: this package's, torch's, the public package's and those of 8-bit states."
     runs = given_runs(runs, "bench")
-    rows = step_rows(work, runs)
+    rows = step_rows(work, runs, card)
     if not rows.empty: rows = rows[rows["optimizer"].isin(PEERS) & ~rows["clip"].astype(bool)]
     heads = dict(optimizer="optimizer", version="version", ms="ms a step", bytes_per_parameter="bytes a parameter")
     return show_rows(rows, heads, "bench", runs, "No step over these tensors is recorded.",
@@ -162,20 +165,23 @@ def final_losses(
     """The loss on a held-out set at the end of each run of the optimizers' comparison, in nats per token;
     NaN for a run that did not come to one, with what became of it in `ended`."""
     runs = given_runs(runs, "quality")
-    rows = rows_of("eval", runs, arm="quality", role=role)
-    if rows.empty or not (rows["set"] == held_out).any(): return pd.DataFrame()
-    last = int(rows.loc[rows["set"] == held_out, "step"].max())
-    place = dict(arm="quality", role=role, scale=rows["scale"].iloc[0])
+    rows = rows_of("eval", runs, every_scale=True, arm="quality", role=role)
+    rows = rows[rows["set"] == held_out] if len(rows) else rows
+    if rows.empty: return pd.DataFrame()
+    scale = max(rows["scale"].unique(), key=SCALES.index)
+    lasts = rows[rows["scale"] == scale].groupby("device")["step"].max()
+    place = dict(arm="quality", role=role, scale=scale)
     found = {}
     # of runs that were repeated the last counts
     for run in sorted(runs, key=lambda run: str(run.header.get("started"))):
         if run.status not in BEGAN or any(run.header.get(key) != value for key, value in place.items()): continue
+        if (last := lasts.get(run.header.get("device"))) is None: continue
         row = next(
             (row for row in reversed(run.of("eval")) if row.get("set") == held_out and row.get("step") == last), {})
         loss = per_token(row) if run.status == "finished" else float("nan")
         found[tuple(run.header.get(key) for key in ("device", "config", "seed"))] = {
             key: run.header.get(key) for key in ("run", "study", "scale", "device", "config", "seed")} | dict(
-            set=held_out, step=last, loss=loss, name=full_name(run), status=run.status, reason=short_reason(run.reason),
+            set=held_out, step=int(last), loss=loss, name=full_name(run), status=run.status, reason=short_reason(run.reason),
             ended="" if is_number(loss) else "no number" if run.status == "finished"
                 else joined(run.status, short_reason(run.reason)))
     return pd.DataFrame(list(found.values()))
@@ -250,7 +256,11 @@ def paired_paths(
 ) -> pd.DataFrame:
     """For each seed and ten steps: how far the training loss is above that of the optimizer it is compared with,
     and the largest ratio of the two gradient norms, whichever is larger."""
-    steps = rows_of("step", given_runs(runs, "quality"), arm="quality", role=role)
+    runs = given_runs(runs, "quality")
+    cards = Counter(run.header["device"] for run in runs if run.of("step") and run.header["config"] in (config, against)
+                    and run.header["role"] == role)
+    runs = [run for run in runs if not cards or run.header["device"] == max(cards, key=cards.get)]
+    steps = rows_of("step", runs, arm="quality", role=role)
     if steps.empty: return steps
     both = steps[steps["config"] == config].merge(
         steps[steps["config"] == against], on=["seed", "step"], suffixes=("", "_old"))

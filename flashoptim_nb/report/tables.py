@@ -303,7 +303,8 @@ def _in_words(whole: dict, entries: list[dict]) -> str:
         places = list(
             dict.fromkeys(e["parts"][i]["at"] for i in e["carry"] if e["kind"] != "success" and e["status"] == "met"))
         words = e["statement"].rstrip(".")
-        if e["status"] == "not met": words = f"Shown not to hold: {words[0].lower()}{words[1:]}"
+        if e["status"] == "not met":
+            words = f"{'Shown not to hold' if e['kind'] == 'success' else 'Ruled out'}: {words[0].lower()}{words[1:]}"
         said.append(f"{words} ({e['id']}{f': {at}' if (at := ', '.join(places)) else ''})")
     return ". ".join(said)
 

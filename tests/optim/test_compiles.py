@@ -11,7 +11,6 @@ pytest.importorskip("triton")
 
 PROGRAM = """
 import sys
-from functools import partial
 import torch, torch.distributed as dist, triton
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -49,8 +48,8 @@ dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
 dist.all_to_all_single = lambda *tensors, **options: None  # FlashMuon's exchange, with a rank that is not there
 mesh = init_device_mesh("cpu", (2,))
 
-def step(make, shape, dtype, cut, scaled=False, **options):
-    x = torch.randn(shape, dtype=dtype)
+def step(make, shape, dtype, cut=None, scaled=False, skewed=0, **options):
+    x = torch.randn(shape[0] * shape[1] + skewed).to(dtype)[skewed:].view(shape)  # skewed: no multiple of 16 bytes
     param = torch.nn.Parameter(x if cut is None else distribute_tensor(x, mesh, [Shard(cut)], src_data_rank=None))
     opt = make([param], lr=1e-3, **options)
     param.grad = torch.randn_like(param)
@@ -64,8 +63,15 @@ for cut in None, 0, 1:  # a whole, rows, columns
         for shape in (128, 64), (96, 16), (13, 37): step(make, shape, torch.bfloat16, cut, rounding=rounding)
 for options in (dict(quantize=False), dict(companded=False), dict(max_norm=1.0), dict(maximize=True),
                 dict(master_weight_bits=32), dict(master_weight_bits=None), dict(lr=torch.tensor(1e-3))):
-    step(partial(make, **options) if "lr" not in options else lambda params, lr: make(params, **options), (64, 64), torch.bfloat16, None)
-for dtype in torch.float16, torch.float32: step(make, (64, 64), dtype, None, scaled=True)
+    step(lambda params, lr: make(params, **dict(lr=lr) | options), (64, 64), torch.bfloat16)
+for dtype in torch.float16, torch.float32:
+    for shape in (64, 64), (13, 37): step(make, shape, dtype, scaled=True, max_norm=1.0)
+step(make, (64, 64), torch.bfloat16, skewed=1)
+own = {"FlashAdamW": [dict(eps=0.0)], "FlashSGD": [dict(momentum=0.0), dict(nesterov=True, momentum=0.9), dict(weight_decay=0.1)],
+       "FlashMuon": [dict(nesterov=False)], "FlashLion": []}
+for options in own[sys.argv[1]]: step(lambda params, lr: make(params, **dict(lr=lr) | options), (64, 64), torch.bfloat16)
+if sys.argv[1] == "FlashAdamW": step(MAKERS["FlashAdam"], (64, 64), torch.bfloat16, weight_decay=0.1)
+if sys.argv[1] == "FlashMuon": step(make, (256, 384), torch.bfloat16)  # tiles of the products are 128 wide
 print(*sorted({key[0] for key in seen}), len(seen))
 """
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from flashoptim_nb.base.errors import UserError
-from flashoptim_nb.optim import FlashAdamW, FlashSGD, enable_gradient_release
+from flashoptim_nb.optim import FlashAdamW, FlashSGD, NumericsError, enable_gradient_release
 from flashoptim_nb.optim.release import ReleaseError
 
 KW = dict(lr=1e-2, betas=(0.9, 0.95))
@@ -536,3 +536,20 @@ def test_two_optimizers_may_share_what_is_frozen():
         model(torch.ones(2, 4)).square().sum().backward()
         opt.step()
         assert head.weight.grad is None and not torch.equal(head.weight, before)
+
+
+def test_numbers_are_checked_as_gradients_are_released():
+    "`check_numerics` refuses in the backward pass what it refuses in `step()`, and lets pass what is passed over."
+    def trained(factor=1.0, **options):
+        model = torch.nn.Linear(4, 4).bfloat16()
+        opt = FlashAdamW(model.parameters(), check_numerics=True, rounding="nearest", **dict(lr=1e-2) | options)
+        enable_gradient_release(model, opt)
+        for _ in range(2):
+            (factor * model(torch.ones(2, 4).bfloat16()).float().sum()).backward()
+            opt.step()
+        return opt
+    for wrong in dict(factor=float("nan")), dict(factor=1e9), dict(lr=1e-12):
+        with pytest.raises(NumericsError): trained(**wrong)
+    trained()
+    assert trained(factor=float("nan"), max_norm=1.0).skipped_steps == 2
+    assert trained(factor=float("nan"), skip_nonfinite=True).skipped_steps == 2
