@@ -122,7 +122,8 @@ class _Theirs(torch.nn.Module):
 
 def _of_transformers(cell: Cell, device: torch.device):
     "Hugging Face's Llama, and its vocabulary."
-    if cell.checkpointing not in ("none", "full"): raise UserError(f"transformers has no checkpointing {cell.checkpointing!r}")
+    if cell.checkpointing not in ("none", "full"):
+        raise UserError(f"transformers has no checkpointing {cell.checkpointing!r}")
     try: import transformers
     except ImportError: raise UserError("transformers is not installed") from None
     shape = transformers.LlamaConfig(

@@ -30,7 +30,7 @@ from .checks import (
 from .states import error_bit_width, read_state, write_state
 from .codec import SCALE_MAX
 from .shards import local
-from .gradients import GradScaling, compute_grad_scaling
+from .gradients import GradScaling, compute_grad_scaling, looks_at_gradients
 from .host import HostStates, check_capture, ranks_here
 from .rounding import ROUNDING, ROUNDINGS, dithers
 from .state_dict import check_at_home, fp32_weights, load_state, saved_public_state, saved_state, set_fp32_weights
@@ -522,7 +522,7 @@ def check_finite(
 ):
     "Raises `NumericsError` where a gradient, or this rank's part of one, is not finite and nothing will pass over the step."
     scaled = getattr(opt, "found_inf", None) is not None or opt.release is not None and opt.release._scaled
-    if clips and opt.max_norm is not None or opt.skip_nonfinite or scaled: return
+    if looks_at_gradients(opt, clips) or scaled: return
     for _, params in work:
         for p in params:
             if not local(p.grad).isfinite().all():

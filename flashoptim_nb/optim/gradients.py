@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['squares_of', 'sum_of_squares', 'sharding', 'over_all', 'GradScaling', 'grad_scaling', 'bucket_squares',
-           'compute_grad_scaling']
+           'looks_at_gradients', 'compute_grad_scaling']
 
 # %% ../../nbs/optim/05_gradients.ipynb #ac129735
 from collections.abc import Iterable, Sequence
@@ -95,6 +95,14 @@ def bucket_squares(bucket) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(bucket.params[0], sum_of_squares(bucket.grads))]
 
 
+def looks_at_gradients(
+    opt,  # a FlashOptimizer
+    clip: bool = True,  # whether `max_norm` applies
+) -> bool:
+    "Whether a step forms the gradients' norm, and passes over one that is not finite."
+    return clip and opt.max_norm is not None or opt.skip_nonfinite
+
+
 def compute_grad_scaling(
     opt,  # a FlashOptimizer
     buckets: Sequence,  # all that step now, with their gradients
@@ -104,7 +112,7 @@ def compute_grad_scaling(
     devices = dict.fromkeys([bucket.device for bucket in buckets], GradScaling())
     max_norm = opt.max_norm if clip else None
     scaler = getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None)
-    looks = max_norm is not None or opt.skip_nonfinite
+    looks = looks_at_gradients(opt, clip)
     if not buckets or not looks and scaler == (None, None):
         opt.grad_norm = None  # and not that of a step before
         return devices

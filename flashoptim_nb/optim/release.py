@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..base.errors import UserError
 from .base import FlashOptimizer, explained
-from .gradients import GradScaling, grad_scaling, over_all, sharding, sum_of_squares
+from .gradients import GradScaling, grad_scaling, looks_at_gradients, over_all, sharding, sum_of_squares
 from .shards import local, over_shards
 
 # %% ../../nbs/optim/12_release.ipynb #3f81c0d7
@@ -233,7 +233,7 @@ class GradientReleaseHandle:
 
     def _looks(self) -> bool:
         "Whether the gradients' norm is formed."
-        return self.optimizer.skip_nonfinite or self.optimizer.max_norm is not None or self._scaled
+        return looks_at_gradients(self.optimizer) or self._scaled
 
     @property
     def _scaled(self) -> bool:

@@ -8,7 +8,6 @@ __all__ = ['HELD_OUT_TEXTS', 'TENSOR_SET_NAMES', 'PEERS', 'step_rows', 'show_ste
            'paths_sentence']
 
 # %% ../../nbs/report/05_optimizers.ipynb #4f32c8d6
-from collections import Counter
 from collections.abc import Iterable
 from functools import cache, reduce
 from operator import add
@@ -18,7 +17,6 @@ import pandas as pd
 
 from ..base.errors import is_number
 from ..base.records import Run
-from ..base.schema import SCALES
 from ..study.evidence import BEGAN, Sorted, short_reason
 from ..study.h1.quantities import OPTIMIZER_MARGIN_NATS, PILOT_NATS, per_token
 from ..study.statistics import joined, paired_interval, paired_ratio, seeds_needed, spread, tost
@@ -165,12 +163,11 @@ def final_losses(
     """The loss on a held-out set at the end of each run of the optimizers' comparison, in nats per token;
     NaN for a run that did not come to one, with what became of it in `ended`."""
     runs = given_runs(runs, "quality")
-    rows = rows_of("eval", runs, every_scale=True, arm="quality", role=role)
+    rows = rows_of("eval", runs, every_device=True, arm="quality", role=role)
     rows = rows[rows["set"] == held_out] if len(rows) else rows
     if rows.empty: return pd.DataFrame()
-    scale = max(rows["scale"].unique(), key=SCALES.index)
-    lasts = rows[rows["scale"] == scale].groupby("device")["step"].max()
-    place = dict(arm="quality", role=role, scale=scale)
+    lasts = rows.groupby("device")["step"].max()
+    place = dict(arm="quality", role=role, scale=rows["scale"].iloc[0])
     found = {}
     # of runs that were repeated the last counts
     for run in sorted(runs, key=lambda run: str(run.header.get("started"))):
@@ -256,11 +253,7 @@ def paired_paths(
 ) -> pd.DataFrame:
     """For each seed and ten steps: how far the training loss is above that of the optimizer it is compared with,
     and the largest ratio of the two gradient norms, whichever is larger."""
-    runs = given_runs(runs, "quality")
-    cards = Counter(run.header["device"] for run in runs if run.of("step") and run.header["config"] in (config, against)
-                    and run.header["role"] == role)
-    runs = [run for run in runs if not cards or run.header["device"] == max(cards, key=cards.get)]
-    steps = rows_of("step", runs, arm="quality", role=role)
+    steps = rows_of("step", given_runs(runs, "quality"), arm="quality", role=role, config=(config, against))
     if steps.empty: return steps
     both = steps[steps["config"] == config].merge(
         steps[steps["config"] == against], on=["seed", "step"], suffixes=("", "_old"))

@@ -104,6 +104,6 @@ def bench_remeasured_sentence(
                 f"{row['ms_old']:.2f} ms first, {row['ms']:.2f} ms here)")
     shown = next(run for run in runs if run.header["device"] == new["device"].iloc[0])
     times = 2 if shown.folder is None else 1 + len(attempts(shown.folder))
-    return sentence(f"On {shown.header['device']} the benchmark was run {times} times, on as many machines; over {work} the "
+    return sentence(f"On {shown.header['device']} the benchmark was run {times} times; over {work} the "
                     f"first and the one shown differ by at most {most(ours)} for this package's optimizers and by at "
                     f"most {most(~ours)} for the others.", runs)

@@ -31,6 +31,7 @@ def rows_of(
     runs: Iterable[Run] | None = None,  # None for all there are
     *,
     every_scale: bool = False,  # rows of all scales and devices instead of one
+    every_device: bool = False,  # of one scale, and all its devices
     **where,  # header fields a run must have: role="1B", arm="best"; a tuple allows several values
 ) -> pd.DataFrame:
     "Rows with their run's header beside them, from one scale and one device; empty where there are none."
@@ -38,7 +39,8 @@ def rows_of(
     rows = frame([run for run in given_runs(runs) if fits(run)], kind, _BESIDE)
     if every_scale or rows.empty: return rows
     scale = max(rows["scale"].unique(), key=SCALES.index)
-    rows = rows[rows["scale"] == scale]
+    rows = rows[rows["scale"] == scale].reset_index(drop=True)
+    if every_device: return rows
     return rows[rows["device"] == rows.groupby("device")["run"].nunique().idxmax()].reset_index(drop=True)
 
 # %% ../../nbs/report/01_rows.ipynb #2d047bc3
