@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['repo_root', 'data_root', 'work_root', 'find_program', 'safe_path', 'commit', 'has_history', 'committed',
-           'repository_file', 'repository_tar', 'pick_device', 'make_current', 'provenance', 'Capability',
+           'repository_file', 'repository_tar', 'pick_device', 'make_current', 'card', 'provenance', 'Capability',
            'capabilities', 'skip_without']
 
 # %% ../../nbs/base/02_machine.ipynb #3a8218b5
@@ -175,15 +175,19 @@ def make_current(device: torch.device):
     "From here on what names no GPU, a kernel's launch or a peak of memory, means this one."
     if device.index is not None: torch.cuda.set_device(device)
 
+def card(
+    device: torch.device,
+) -> dict[str, str]:
+    "Which GPU of its model a device is, by its number: two of a model are never as fast as each other. Empty for a CPU."
+    return dict(device_uuid=str(torch.cuda.get_device_properties(device).uuid)) if device.type == "cuda" else {}
+
 def provenance(
     device: torch.device | str = "cpu",  # where the run takes place
 ) -> dict:
     "What every record carries of its origin: package version, commit, device (and which card), driver, libraries."
     device = torch.device(device)
     on_gpu = device.type == "cuda"
-    # two cards of a model are never as fast as each other
-    card = dict(device_uuid=str(torch.cuda.get_device_properties(device).uuid)) if on_gpu else {}
-    return dict(package_version=__version__, commit=commit(), device_kind=device.type, **card,
+    return dict(package_version=__version__, commit=commit(), device_kind=device.type, **card(device),
                 device=torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
                 driver=_driver() if on_gpu else f"{platform.system()} {platform.release()}", libraries=_versions())
 

@@ -59,7 +59,7 @@ TABLES = {
         edges:amount? tokens_per_s:amount? seconds_per_step:amount? mean_tokens_per_s:amount? energy_j_per_token:amount?
         utilization:amount? micro_batch:size? energy_how:text?""",
     "search": """role:name config!role:name width:count? parameters:count? fits:flag? oom:flag? peak:amount? allocated:amount?
-        budget:amount? reason:text? micro!role:size? checkpointing!role:name? why:text? tried!role:.try[]""",
+        budget:amount? reason:text? micro!role:size? checkpointing!role:name? why:text? device_uuid:name? tried!role:.try[]""",
     "frontier": "memory!:amount micro_batch:size? checkpointing:name? tokens_per_s:amount? peak:amount? reason:text?",
     ".try": "checkpointing!:name micro_batch!:size fits!:flag oom:flag? peak:amount? budget:amount? tokens_per_s:amount? predicted:amount? reason:text?",
     "largest": "width:count? parameters!:count? peak:amount? budget:amount? batch:count? note:text?",

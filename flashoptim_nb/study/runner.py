@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..base.errors import UserError, choose
-from ..base.machine import make_current, pick_device, provenance, safe_path, work_root
+from ..base.machine import card, make_current, pick_device, provenance, safe_path, work_root
 from ..base.records import (RecordError, RowError, RunWriter, finite, only_writer, read_study, study_name,
                                         study_origin)
 from ..measure.memory import free
@@ -344,9 +344,10 @@ def attempt_all(
 
 # %% ../../nbs/study/13_runner.ipynb #06f93240
 class _Relayed(Journal):
-    "A worker's journal: what it notes is written by the process that waits for it."
-    def __init__(self, study, send): super().__init__(study); self.send = send
+    "A worker's journal: what it notes is written by the process that waits for it. A search says on which card it was."
+    def __init__(self, study, send, device): super().__init__(study); self.send, self.device = send, device
     def note(self, kind, **fields):
+        if kind == "search": fields |= card(self.device)
         self.send((kind, fields))
         self.rows.append(dict(kind=kind) | fields)
 
@@ -392,7 +393,7 @@ def _work(made, device, tasks, done, stop):
     study = Study.again(protocol, whole, options | dict(device=device), console=console,
                         stopped=lambda: stop.is_set() or not parent.is_alive())
     make_current(study.device)
-    study.journal = _Relayed(study.folder, lambda row: done.put(("noted", row)))
+    study.journal = _Relayed(study.folder, lambda row: done.put(("noted", row)), study.device)
     try:
         with kept_ranks(renew_rank):
             for do, known, runs in _asked(study, tasks):
