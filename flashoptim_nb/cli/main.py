@@ -369,7 +369,7 @@ def _judged(args) -> str:
     from flashoptim_nb.study.registration import registration_status
     from flashoptim_nb.study.verdict import verdict
     from flashoptim_nb.report.render import load_runs
-    from flashoptim_nb.report.tables import altered_note, verdict_text
+    from flashoptim_nb.report.tables import altered_note, post_hoc, post_hoc_text, verdict_text
     if args.scale is not None: choose("scale", args.scale, PROTOCOLS[args.hypothesis].presets)
     studies = _studies(args.records)
     if not args.records: _tell_hidden(studies)
@@ -384,6 +384,9 @@ def _judged(args) -> str:
     altered = altered_note(runs)
     for entry in listed: entry |= dict(given=stands["status"], registration=stands["hash"], altered=altered)
     said = [f"Registration: {stands['words']}." + f" {altered}" * bool(altered), verdict_text(entries, args.statements)]
+    if told := post_hoc_text(HYPOTHESES[args.hypothesis], runs): said.append(told)
+    also = dict(given="post hoc", registration=stands["hash"], altered=altered)
+    listed = listed + [entry | also for _, entry in post_hoc(HYPOTHESES[args.hypothesis], runs)]
     if stands["status"] == "post hoc":
         before = _as_registered(runs, args.hypothesis, stands["hash"], studies)
         listed = [*before, *listed]
@@ -404,7 +407,7 @@ def _verdict_parser(command):
     verdict.add_argument("--statements", action="store_true", help="say under each criterion what it asks, in words")
     verdict.add_argument(
         "--json", action="store_true",
-        help="a list: id, statement, status, value, threshold, interval, scale, records, how it is registered")
+        help="a list: id, statement, status, value, threshold, interval, scale, records, given (registered, or post hoc)")
     _preset(verdict, "judge the records of one preset only (default: each criterion from the largest that measured it)")
     verdict.add_argument("--records", **_RECORDS)
 

@@ -21,11 +21,13 @@ from ..measure.cost import cost_per_token, rate_of
 from ..measure.memory import HEADROOM
 from .render import Rendered, attributes, given_runs, runs_of
 from .rows import show_rows
-from .optimizers import HELD_OUT_TEXTS, format_gaps
 from .tables import best_evidence_of, in_nats, judged, measured_saving
 from ..study.evidence import Estimate, gpus_of
 from ..study.expression import Q
-from ..study.h1.quantities import OPTIMIZER_MARGIN_NATS
+from ..study.h1.criteria import H1
+from ..study.h1.posthoc import H1_POST_HOC
+from ..study.h1.quantities import PROTOCOL_SIZES
+from ..study.hypothesis import Hypothesis
 from ..study.verdict import value_text
 
 # %% ../../nbs/report/16_frontier.ipynb #a203f002
@@ -282,6 +284,12 @@ def _long(runs: list[Run]) -> str:
     return f" ({_listed(steps)} steps)" * bool(steps)
 
 # %% ../../nbs/report/16_frontier.ipynb #e8156f6f
+def _known(quantity: str, runs: list[Run], hypothesis: Hypothesis = H1) -> Iterator[tuple[str, Estimate]]:
+    "What is known of a quantity at each size that the claim is about, beyond a rehearsal."
+    if not (here := best_evidence_of(runs=runs, hypothesis=hypothesis)) or here.scale == REHEARSAL: return
+    for size in PROTOCOL_SIZES:
+        if (e := here.estimate(Q(quantity, size))).value is not None: yield size, e
+
 def _cost_words(runs: list[Run]) -> str:
     known = {size: found for size in _SIZES if (found := measured_saving(size, runs))}
     def at(size): return f" at {size}{_long(runs_of(known[size]['runs'], runs))}"
@@ -291,15 +299,12 @@ def _cost_words(runs: list[Run]) -> str:
     sure = [size for size in known if established_saving(size, runs)]
     open_ = ",".join(at(size) for size in known if size not in sure)
     if not sure: return f"that the stack lowers it is not established{open_ or ' at any size: no saving is measured'}"
-    return f"to equal loss it costs less by {', '.join(map(said, sure))}" + f"; not established{open_}" * bool(open_)
+    after = [(size, e) for size, e in _known("cost_saving", runs, H1_POST_HOC) if size in known and size not in sure]
+    given = ", ".join(value_text(dict(value=e.value, interval=[e.lo, e.hi], bound=e.bound, unit="share")) for _, e in after)
+    return (f"to equal loss it costs less by {', '.join(map(said, sure))}" + f"; not established{open_}" * bool(open_)
+            + f": post hoc {given}" * bool(given))
 
 # %% ../../nbs/report/16_frontier.ipynb #f5971aa6
-def _known(quantity: str, runs: list[Run]) -> Iterator[tuple[str, Estimate]]:
-    "What is known of a quantity at each size, beyond a rehearsal."
-    here = best_evidence_of(runs=runs)
-    for size in _SIZES if here and here.scale != REHEARSAL else ():
-        if (e := here.estimate(Q(quantity, size))).value is not None: yield size, e
-
 def _memory_words(runs: list[Run]) -> str:
     found = [value_text(dict(value=e.value, interval=None, bound=e.bound, unit="share"))
              + f" at {size}{_over(runs_of(e.records, runs))}" for size, e in _known("memory_saving", runs)]
@@ -334,30 +339,25 @@ def _room_words(cells: pd.DataFrame) -> str:
             f"{len(seen)} of them{where}, AdamW tried in {count('refused') or 'none'}; the rest is predicted. "
             f"bf16 AdamW would fit in {count('bf16')}; {count('host')} take states on the host")
 
-# %% ../../nbs/report/16_frontier.ipynb #d4218569
-_ROUNDED = dict(flash_adamw="to the nearest, as here", flash_adamw_dithered="dithered")
-
-def _short_words(runs: list[Run]) -> str:
-    "What the optimizers' own comparison found by each rounding, in all its long runs and on all texts."
-    rows = [gaps[gaps["config"].isin(_ROUNDED) & (gaps["against"] == "adamw")]
-            for role in ("optimizer_long", "optimizer_long_low") for text in HELD_OUT_TEXTS
-            if len(gaps := format_gaps(text, OPTIMIZER_MARGIN_NATS, runs, role))]
-    found = pd.concat(rows).dropna(subset=["lo"]) if rows else pd.DataFrame()
-    if found.empty or set(found["scale"]) == {REHEARSAL}: return ""
-    by = {_ROUNDED[config]: of for config, of in found.groupby("config")}
-    ends = ", ".join(f"{of['lo'].min():+.3f} to {of['hi'].max():+.3f} ({how})" for how, of in by.items())
-    equal = " and ".join(f"{(of['says'] == 'equivalent').sum()} of {len(of)}" for of in by.values())
-    return (f"; in longer runs of {' and '.join(sorted({run.header['size'] for run in runs_of(found['runs'].sum(), runs)}))} "
-            f"FlashAdamW less AdamW is {ends} nats by 90 % intervals: equal, within {OPTIMIZER_MARGIN_NATS}, "
-            f"in {equal} (texts at two rates)")
-
 # %% ../../nbs/report/16_frontier.ipynb #c3d9fbf6
-def _quality_words(runs: list[Run], short: list[Run]) -> str:
+def _long_words(runs: list[Run]) -> str:
+    "What the sizes show whose runs are long enough for it, read post hoc: the gap on each text, in nats."
+    found = next((e for e in judged(runs, H1_POST_HOC) if e["id"] == "H1-D2" and e["headline"]), None)
+    parts = [part for part in found["parts"] if part["value"] is not None] if found and found["scale"] != REHEARSAL else []
+    if not parts: return ""
+    first, at = parts[0], parts[0]["at"]
+    steps = {run.header["settings"]["recipe"]["steps"] for run in runs_of(first["records"], runs)}
+    gaps = ", ".join(f"{value_text(*in_nats(part, found['scale']))} on {'C4' if 'c4' in part['term'] else 'WikiText-103'}"
+                     for part in parts if part["at"].split(",")[0] == at)
+    return (f"at {at}, {' or '.join(f'{n:,}' for n in sorted(steps))} steps, the stack's held-out loss less {found['against']}'s is "
+            f"{gaps} (post hoc, {first['n']} pairs, 90 %); larger sizes trained too briefly")
+
+def _quality_words(runs: list[Run]) -> str:
     found = next((e for e in judged(runs) if e["id"] == "H1-S3" and e["headline"]), None)
     parts = found["parts"] if found else []
     part = next((part for part in parts if part["value"] is not None and part["at"].startswith("1B")), None)
     if not part or found["scale"] == REHEARSAL or found["status"] not in ("met", "not met", "inconclusive"):
-        return "these runs are too short to tell" + _short_words(short)
+        return _long_words(runs) or "these runs are too short to tell"
     said = (f"at 1B the held-out loss less AdamW's is {value_text(*in_nats(part, found['scale']))}; "
             "below nought is better")
     return {"met": "it costs nothing that these runs can see", "not met": "it costs some",
@@ -370,9 +370,9 @@ def frontier_sentences(
 ) -> dict[str, str]:
     "What it saves of memory, time and cost, where it makes room, and what that costs in quality."
     runs = given_runs(runs, None)
-    ours, short = ([run for run in runs if run.header["hypothesis"] == name] for name in ("h1", "quality"))
+    ours = [run for run in runs if run.header["hypothesis"] == "h1"]
     return dict(Memory=_memory_words(ours), Speed=_speed_words(ours), Cost=_cost_words(ours), Room=_room_words(cells),
-                Quality=_quality_words(ours, short))
+                Quality=_quality_words(ours))
 
 # %% ../../nbs/report/16_frontier.ipynb #f47408ce
 DRAWING = "nbs/_static/frontier.svg"  # in the repository

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SIGNS', 'CRITERION_WORDS', 'WHOLE_WORDS', 'tone', 'chip', 'show_statuses', 'in_nats', 'part_text', 'verdict_cell',
            'judged', 'show_criteria', 'show_verdict', 'show_missing', 'part_frame', 'show_rules', 'decided_runs',
-           'verdict_banner', 'unlike_manifest', 'altered_note', 'registration_note', 'show_changed_criteria',
-           'measured_saving', 'best_evidence_of', 'paced_by', 'verdict_text']
+           'verdict_banner', 'unlike_manifest', 'altered_note', 'post_hoc', 'registration_note',
+           'show_changed_criteria', 'measured_saving', 'best_evidence_of', 'paced_by', 'verdict_text', 'show_post_hoc',
+           'post_hoc_text']
 
 # %% ../../nbs/report/02_tables.ipynb #ed3755d0
 import re
@@ -22,7 +23,7 @@ from ..study.evidence import Evidence, evidence_table, rank_devices
 from ..study.expression import Status, quantities, readable
 from ..study.h1.criteria import H1
 from ..study.h1.quantities import REFERENCE_PPL
-from ..study.hypotheses import criterion_of, hypothesis_of
+from ..study.hypotheses import POST_HOC, criterion_of, hypothesis_of
 from ..study.hypothesis import Criterion, Hypothesis
 from ..study.protocols import PROTOCOLS
 from ..study.manifest import manifest_problems, under_way
@@ -157,7 +158,7 @@ def judged(
 ) -> list[dict]:
     "The judge's entries for the runs; found once for the same runs."
     runs = _runs(runs, hypothesis)
-    key = hypothesis.hash, *((str(run.folder), run.mark) for run in runs)
+    key = hypothesis, *((str(run.folder), run.mark) for run in runs)
     if key not in _JUDGED:
         while len(_JUDGED) > 3: del _JUDGED[next(iter(_JUDGED))]
         _JUDGED[key] = verdict(runs, hypothesis)
@@ -347,6 +348,18 @@ def altered_note(
     names = ", ".join(place.name for place in unlike_manifest(runs))
     return f"The records of {names} differ from their manifest; `flashoptim-nb check` says where." if names else ""
 
+def post_hoc(
+    hypothesis: Hypothesis = H1,
+    runs: Iterable[Run] | None = None,
+) -> list[tuple[dict, dict]]:
+    "Where estimators were changed after the runs: entries as registered, each beside its post hoc one, if they differ."
+    if (name := hypothesis.id.lower()) not in POST_HOC: return []
+    runs = _runs(runs, hypothesis)
+    pairs = [*zip(judged(runs, hypothesis), judged(runs, POST_HOC[name][0]))]
+    apart = [(one, other) for one, other in pairs if (one["status"], _parts(one)) != (other["status"], _parts(other))]
+    sides = {one["side"] for one, _ in apart}
+    return [pair for pair in pairs if pair in apart or pair[0]["kind"] == "overall" and pair[0]["side"] in sides]
+
 def registration_note(
     hypothesis: Hypothesis = H1,
     runs: Iterable[Run] | None = None,
@@ -364,7 +377,11 @@ def registration_note(
     far = [f" The study {said}." for place in by_study(runs).items() if not brief and (said := under_way(*place))]
     why = "".join(f" {row['day']}: {row['reason']}" for row in registered(name)
                   if not brief and f", with runs added on {row['day']} ({row['hash']})" in words)
-    return sentence(f"{hypothesis.id}'s verdict is {words}.{f' {altered}' * bool(altered)}{why}{''.join(far)}{earlier}", runs)
+    how = "Post hoc" if brief else "Read post hoc, with estimators that were changed after the runs"
+    reread = "".join(f" {how} ({POST_HOC[name][1][-1].day}): {other['status']}."
+                     for one, other in post_hoc(hypothesis, runs) if one["kind"] == "overall" and one["headline"])
+    return sentence(f"{hypothesis.id}'s verdict is {words}.{reread}{f' {altered}' * bool(altered)}{why}{''.join(far)}"
+                    f"{earlier}", runs)
 
 # %% ../../nbs/report/02_tables.ipynb #7e61a011
 def show_changed_criteria(
@@ -402,12 +419,13 @@ def best_evidence_of(
     runs: Iterable[Run] | None = None,
     # of the table of runs, to ask what another statistic would give
     change: Callable[[pd.DataFrame], pd.DataFrame] = lambda table: table,
+    hypothesis: Hypothesis = H1,  # or H1 as it is read post hoc
 ) -> Evidence | None:
     "The evidence of the highest scale and of the device there that has most runs; None without runs."
-    table = evidence_table(given_runs(runs), H1)
+    table = evidence_table(given_runs(runs), hypothesis)
     if table.empty: return None
     scale, device = rank_devices(table)[0]
-    return Evidence(change(table[(table.scale == scale) & (table.device == device)].copy()), H1, against, scale=scale,
+    return Evidence(change(table[(table.scale == scale) & (table.device == device)].copy()), hypothesis, against, scale=scale,
                     device=device)
 
 # %% ../../nbs/report/02_tables.ipynb #0aee9c34
@@ -444,3 +462,31 @@ def verdict_text(
             lines += [f"{'':26}{line}" for line in _parts(e)]
         lines.append("")
     return "\n".join(lines).rstrip()
+
+# %% ../../nbs/report/02_tables.ipynb #10b99af6
+def show_post_hoc(
+    hypothesis: Hypothesis = H1,
+    runs: Iterable[Run] | None = None,
+) -> Rendered:
+    "What was changed after the runs, and each criterion that the two readings see differently."
+    runs = _runs(runs, hypothesis)
+    if not (pairs := post_hoc(hypothesis, runs)): return sentence("Nothing is read otherwise than as registered.", [])
+    def cell(entry):
+        label, lines = chip(entry["status"], entry["kind"]), _parts(entry)
+        return Rendered(label.html + "".join(f'<div class="part">{escape(line)}</div>' for line in lines),
+                        "<br>".join([label.markdown, *lines]))
+    rows = [dict(criterion=f"{one['id']} {one['title']}") | {"as registered": cell(one), "post hoc": cell(other)}
+            for one, other in pairs]
+    changes = "\n\n".join(f"{change.day}: {change.what} {change.why}" for change in POST_HOC[hypothesis.id.lower()][1])
+    used = {name for pair in pairs for entry in pair for name in entry["records"]}
+    return sentence(changes, []) + table(rows, kind="criteria") + provenance_note(runs_of(used, runs))
+
+def post_hoc_text(
+    hypothesis: Hypothesis = H1,
+    runs: Iterable[Run] | None = None,
+) -> str:
+    "The same for a terminal; empty where the two readings agree."
+    if not (pairs := post_hoc(hypothesis, runs)): return ""
+    said = [f"  {change.day}: {change.what} {change.why}" for change in POST_HOC[hypothesis.id.lower()][1]]
+    return "\n".join(["Read post hoc (the same criteria, estimators that were changed after the runs):", *said, "",
+                      verdict_text([other for _, other in pairs])])
