@@ -25,6 +25,7 @@ from ..base.errors import UserError
 from .base import FlashOptimizer, explained
 from .gradients import GradScaling, grad_scaling, looks_at_gradients, over_all, sharding, sum_of_squares
 from .shards import local, over_shards
+from .states import scale_moments
 
 # %% ../../nbs/optim/12_release.ipynb #3f81c0d7
 class ReleaseError(UserError, RuntimeError, TypeError):
@@ -85,6 +86,8 @@ class GradientReleaseHandle:
         self.optimizer, self.grad_scaler, self.pre_step = optimizer, grad_scaler, pre_step
         self.active = True  # whether the next backward pass releases; False: gradients accumulate
         self._squares: list[tuple] = []  # parameters released since the last step(), and the squares of their gradients
+        # those with moments of gradients that nobody has clipped; None: a norm to clip by has come
+        self._unclipped: dict[torch.Tensor, dict] | None = {} if self.clip is None else None
         self._seen: dict[torch.Tensor, int] = {}  # the same parameters, and the backward pass that released each
         self._groups: dict[torch.Tensor, dict] = {}  # each parameter's group, as this backward pass found them
         self._units: dict = {}  # sharded parameters, and what gathers and reduces each (of FSDP2)
@@ -214,6 +217,7 @@ class GradientReleaseHandle:
         if self.clip is not None and opt.max_norm is not None:
             clip = self.clip.to(p.device)
             c.multiplier = clip if c.multiplier is None else c.multiplier * clip
+        if self._unclipped is not None and opt.max_norm is not None and p not in opt.state: self._unclipped[p] = group
         for bucket in opt._collect_one(p, group): opt._apply(bucket, group, c)
         if p.device.type == "cuda": self._stepped_on(torch.cuda.current_stream(p.device), grad)
         p.grad = None
@@ -273,6 +277,7 @@ class GradientReleaseHandle:
         opt.grad_norm = c.norm
         opt.skipped_steps += (c.skip > 0)
         if opt.max_norm is not None: self.clip = self._clip_after(c)
+        self._clip_first(c)
         if shards: self._agree(shards)
         if self._scaled: self._tell_scaler(c.skip)
 
@@ -290,11 +295,21 @@ class GradientReleaseHandle:
         "By what the step after one with this norm is clipped; one whose norm is not finite changes nothing."
         return torch.where(c.skip > 0, torch.ones_like(c.multiplier) if self.clip is None else self.clip, c.multiplier)
 
+    def _clip_first(self, c: GradScaling):
+        """Clips the first step when its norm is known, by its moments:
+        gradients of many times the later length would rule them for as long as they remember."""
+        if self._unclipped is None or self.optimizer.max_norm is None or c.skip > 0: return
+        for p, group in self._unclipped.items():
+            if not self.optimizer._state_shapes(p): scale_moments(self.optimizer, group, p, c.multiplier)
+        self._unclipped = None
+
     def _coming(self) -> torch.Tensor | None:
         """By what the next step is clipped, for a state dict:
         also where the last one was taken and no `step()` has ended it yet."""
-        return (self.clip if self.optimizer.max_norm is None or not self._squares
-                else self._clip_after(self._judged(self._squares)))
+        if self.optimizer.max_norm is None or not self._squares: return self.clip
+        c = self._judged(self._squares)
+        self._clip_first(c)
+        return self._clip_after(c)
 
     def _agree(self, shards: list[torch.Tensor]):
         """All shards of a parameter count alike:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['error_bit_width', 'CastError', 'cast_error_of', 'stash_cast_error', 'first_error_bits', 'state_kinds', 'state_device',
-           'new_state', 'state_operands', 'read_state', 'write_state']
+           'new_state', 'state_operands', 'read_state', 'write_state', 'scale_moments']
 
 # %% ../../nbs/optim/17_states.ipynb #5a7e0003
 import warnings
@@ -190,3 +190,16 @@ def write_state(
         kept[f"{key}::scales"].copy_(scales)
     for key in state.keys() - moments.keys():
         if state[key] is not kept[key]: kept[key].copy_(state[key])
+
+# %% ../../nbs/optim/17_states.ipynb #343c974c
+def scale_moments(
+    opt,  # a FlashOptimizer
+    group: dict,  # the parameter's
+    p: torch.Tensor,  # a parameter with a state
+    factor: torch.Tensor,  # 0-d fp32
+):
+    "Makes a parameter's moments what they would be, had all its gradients been multiplied by `factor`; other states stay."
+    for key, code in opt._moments_of(group).items():
+        kept = local(opt.state[p][f"{key}::scales" if opt.quantize else key])
+        by = factor.to(kept.device)
+        kept.mul_(by.square() if code == torch.uint8 and not opt.quantize else by)

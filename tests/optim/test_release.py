@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from every import MAKERS
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.optim import FlashAdamW, FlashSGD, NumericsError, enable_gradient_release
 from flashoptim_nb.optim.release import ReleaseError
+from flashoptim_nb.optim.states import read_state, scale_moments
 
 KW = dict(lr=1e-2, betas=(0.9, 0.95))
 
@@ -94,11 +96,61 @@ def test_clipping_by_the_previous_norm():
         scale = None if previous is None else (0.02 / (previous + 1e-6)).clamp(max=1)
         for g in plain.param_groups:
             for p in g["params"]: plain.step_param(p, g, scale)
+        if previous is None:  # the first step is clipped afterwards, by its moments
+            for g in plain.param_groups:
+                for p in g["params"]: scale_moments(plain, g, p, (0.02 / (norm + 1e-6)).clamp(max=1))
         plain.zero_grad()
         b(t).backward(); r.step()
         torch.testing.assert_close(r.grad_norm, norm, rtol=1e-3, atol=0)
         previous = r.grad_norm
     assert equal(a, b)
+
+
+def after_the_first(maker, released, stepping=True, **options):
+    "A model and the moments after its first step, clipped to a tenth of the gradients' norm or less."
+    m = Model(torch.float32)
+    opt = MAKERS[maker](m.parameters(), lr=1e-2, max_norm=0.01, rounding="nearest", **options)
+    if released: enable_gradient_release(m, opt)
+    m(0).backward()
+    if stepping: opt.step()
+    saved = opt.state_dict()  # settles what a loop without step() has left open
+    assert stepping or saved["state"]
+    moments = [read_state(opt, g, p)[key].clone() for g in opt.param_groups for p in g["params"] for key in opt._moments_of(g)]
+    return m, opt, moments
+
+
+@pytest.mark.parametrize("quantize", [True, False])
+@pytest.mark.parametrize("maker", sorted(MAKERS))
+def test_the_first_step_is_clipped_when_its_norm_is_known(maker, quantize):
+    a, inside, want = after_the_first(maker, False, quantize=quantize)
+    b, opt, have = after_the_first(maker, True, quantize=quantize)
+    _, _, late = after_the_first(maker, True, stepping=False, quantize=quantize)
+    assert inside.grad_norm > 0.1 and have
+    for x, y, z in zip(want, have, late):
+        assert torch.equal(y, z)
+        torch.testing.assert_close(y, x, rtol=0.02 if quantize else 1e-4, atol=float(x.abs().max()) * (0.02 if quantize else 1e-5))
+    if "SGD" in maker: return  # whose first change is as long as the gradient
+    for p, q in zip(a.parameters(), b.parameters()): torch.testing.assert_close(p, q, rtol=0, atol=2e-3)  # eps, and bf16 products
+
+
+def test_a_first_step_that_is_not_finite_leaves_the_next_to_be_clipped_so():
+    a, inside, want = after_the_first("FlashAdamW", False)
+    m = Model(torch.float32); opt = FlashAdamW(m.parameters(), lr=1e-2, max_norm=0.01, rounding="nearest")
+    handle = enable_gradient_release(m, opt)
+    (m(0) * torch.inf).backward(); opt.step()
+    m(0).backward(); opt.step()
+    for x, y in zip(want, [read_state(opt, g, p)[key] for g in opt.param_groups for p in g["params"] for key in opt._moments_of(g)]):
+        torch.testing.assert_close(y, x, rtol=0.02, atol=0.02 * float(x.abs().max()))
+    assert handle._unclipped is None
+
+
+def test_states_that_were_there_are_not_clipped_again():
+    m = Model(torch.float32); opt = FlashAdamW(m.parameters(), lr=1e-2, max_norm=0.01)
+    m(0).backward(); opt.step(); opt.zero_grad()
+    enable_gradient_release(m, opt)
+    kept = {p: state["exp_avg_sq::scales"].clone() for p, state in opt.state.items()}
+    m(1).backward(); opt.step()
+    assert all((opt.state[p]["exp_avg_sq::scales"] >= 0.9 * scale).all() for p, scale in kept.items())
 
 
 def interrupted(stop, kept, again=lambda saved: saved, stepping=True):

@@ -99,6 +99,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from flashoptim_nb.optim import FlashAdamW, enable_gradient_release
+from flashoptim_nb.optim.states import scale_moments
 
 kind, where = sys.argv[1:]
 dist.init_process_group("gloo" if kind == "cpu" else "nccl")
@@ -175,6 +176,8 @@ for mesh in flat, replicated:
         norm = nn.utils.get_total_norm([p.grad for p in a.parameters()]).full_tensor()
         scale = None if before is None else (5.0 / (before + 1e-6)).clamp(max=1.0)
         for p in a.parameters(): o.step_param(p, o.param_groups[0], scale)
+        if before is None:  # the first step is clipped afterwards, by its moments
+            for p in a.parameters(): scale_moments(o, o.param_groups[0], p, (5.0 / (norm + 1e-6)).clamp(max=1.0))
         o.zero_grad(); before = norm
         (100 * b(x).square().mean()).backward()
         dist.all_reduce = lambda *args, **how: calls.append(args[0].numel()) or reduce(*args, **how)
