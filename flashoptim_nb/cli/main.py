@@ -385,8 +385,9 @@ def _judged(args) -> str:
     for entry in listed: entry |= dict(given=stands["status"], registration=stands["hash"], altered=altered)
     said = [f"Registration: {stands['words']}." + f" {altered}" * bool(altered), verdict_text(entries, args.statements)]
     if told := post_hoc_text(HYPOTHESES[args.hypothesis], runs): said.append(told)
-    also = dict(given="post hoc", registration=stands["hash"], altered=altered)
-    listed = listed + [entry | also for _, entry in post_hoc(HYPOTHESES[args.hypothesis], runs)]
+    also = dict(given="read post hoc", registration=stands["hash"], altered=altered)
+    # first: what is registered has the last word where ids are gathered
+    listed = [entry | also for _, entry in post_hoc(HYPOTHESES[args.hypothesis], runs)] + listed
     if stands["status"] == "post hoc":
         before = _as_registered(runs, args.hypothesis, stands["hash"], studies)
         listed = [*before, *listed]
@@ -407,7 +408,7 @@ def _verdict_parser(command):
     verdict.add_argument("--statements", action="store_true", help="say under each criterion what it asks, in words")
     verdict.add_argument(
         "--json", action="store_true",
-        help="a list: id, statement, status, value, threshold, interval, scale, records, given (registered, or post hoc)")
+        help="a list: id, statement, status, value, threshold, interval, scale, records, given (registered, or read post hoc)")
     _preset(verdict, "judge the records of one preset only (default: each criterion from the largest that measured it)")
     verdict.add_argument("--records", **_RECORDS)
 

@@ -25,7 +25,7 @@ from ..base.errors import UserError
 from .base import FlashOptimizer, explained
 from .gradients import GradScaling, grad_scaling, looks_at_gradients, over_all, sharding, sum_of_squares
 from .shards import local, over_shards
-from .states import scale_moments
+from .states import at_rest, scale_moments
 
 # %% ../../nbs/optim/12_release.ipynb #3f81c0d7
 class ReleaseError(UserError, RuntimeError, TypeError):
@@ -86,8 +86,11 @@ class GradientReleaseHandle:
         self.optimizer, self.grad_scaler, self.pre_step = optimizer, grad_scaler, pre_step
         self.active = True  # whether the next backward pass releases; False: gradients accumulate
         self._squares: list[tuple] = []  # parameters released since the last step(), and the squares of their gradients
-        # those with moments of gradients that nobody has clipped; None: a norm to clip by has come
-        self._unclipped: dict[torch.Tensor, dict] | None = {} if self.clip is None else None
+        # those whose moments are of gradients that nobody has clipped: group, and the state that has the moments
+        self._unclipped: dict[torch.Tensor, tuple[dict, dict]] = {}
+        if self.clip is None and optimizer.max_norm is not None and optimizer.grad_norm is not None:
+            # steps without release came before
+            self.clip = self._clip_after(grad_scaling(optimizer.grad_norm.detach().float().square(), optimizer.max_norm))
         self._seen: dict[torch.Tensor, int] = {}  # the same parameters, and the backward pass that released each
         self._groups: dict[torch.Tensor, dict] = {}  # each parameter's group, as this backward pass found them
         self._units: dict = {}  # sharded parameters, and what gathers and reduces each (of FSDP2)
@@ -127,6 +130,7 @@ class GradientReleaseHandle:
 
     def remove(self):
         "Back to ordinary steps."
+        if self._unclipped and self._squares: self._coming()
         for hook in self._hooks: hook.remove()
         self._hooks, self.active = [], False
         if self.optimizer.release is self: self.optimizer.release = self.clip = None  # and not a later handle
@@ -217,8 +221,9 @@ class GradientReleaseHandle:
         if self.clip is not None and opt.max_norm is not None:
             clip = self.clip.to(p.device)
             c.multiplier = clip if c.multiplier is None else c.multiplier * clip
-        if self._unclipped is not None and opt.max_norm is not None and p not in opt.state: self._unclipped[p] = group
+        first = self.clip is None and opt.max_norm is not None and (p in self._unclipped or at_rest(opt, group, p))
         for bucket in opt._collect_one(p, group): opt._apply(bucket, group, c)
+        if first: self._unclipped[p] = group, opt.state[p]
         if p.device.type == "cuda": self._stepped_on(torch.cuda.current_stream(p.device), grad)
         p.grad = None
 
@@ -277,7 +282,6 @@ class GradientReleaseHandle:
         opt.grad_norm = c.norm
         opt.skipped_steps += (c.skip > 0)
         if opt.max_norm is not None: self.clip = self._clip_after(c)
-        self._clip_first(c)
         if shards: self._agree(shards)
         if self._scaled: self._tell_scaler(c.skip)
 
@@ -291,25 +295,25 @@ class GradientReleaseHandle:
         return grad_scaling(
             over_all(squares, self.optimizer.skipped_steps.device, among=self._shards()), self.optimizer.max_norm)
 
-    def _clip_after(self, c: GradScaling) -> torch.Tensor:
-        "By what the step after one with this norm is clipped; one whose norm is not finite changes nothing."
-        return torch.where(c.skip > 0, torch.ones_like(c.multiplier) if self.clip is None else self.clip, c.multiplier)
-
-    def _clip_first(self, c: GradScaling):
-        """Clips the first step when its norm is known, by its moments:
-        gradients of many times the later length would rule them for as long as they remember."""
-        if self._unclipped is None or self.optimizer.max_norm is None or c.skip > 0: return
-        for p, group in self._unclipped.items():
-            if not self.optimizer._state_shapes(p): scale_moments(self.optimizer, group, p, c.multiplier)
-        self._unclipped = None
+    def _clip_after(self, c: GradScaling) -> torch.Tensor | None:
+        """By what the step after one with this norm is clipped, and the first step is now that it has been taken.
+        A norm that is not finite changes nothing, nor does, before any other, that of gradients which are all zero."""
+        if self.clip is not None:
+            self._unclipped = {}
+            return torch.where(c.skip > 0, self.clip, c.multiplier)
+        if c.skip > 0 or not c.norm > 0: return None
+        for p, (group, state) in self._unclipped.items():
+            # a state that was loaded since is another
+            if self.optimizer.state.get(p) is state and not self.optimizer._state_shapes(p):
+                scale_moments(self.optimizer, group, p, c.multiplier)
+        self._unclipped = {}
+        return c.multiplier
 
     def _coming(self) -> torch.Tensor | None:
         """By what the next step is clipped, for a state dict:
         also where the last one was taken and no `step()` has ended it yet."""
-        if self.optimizer.max_norm is None or not self._squares: return self.clip
-        c = self._judged(self._squares)
-        self._clip_first(c)
-        return self._clip_after(c)
+        return (self.clip if self.optimizer.max_norm is None or not self._squares
+                else self._clip_after(self._judged(self._squares)))
 
     def _agree(self, shards: list[torch.Tensor]):
         """All shards of a parameter count alike:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['error_bit_width', 'CastError', 'cast_error_of', 'stash_cast_error', 'first_error_bits', 'state_kinds', 'state_device',
-           'new_state', 'state_operands', 'read_state', 'write_state', 'scale_moments']
+           'new_state', 'state_operands', 'read_state', 'write_state', 'scale_moments', 'at_rest']
 
 # %% ../../nbs/optim/17_states.ipynb #5a7e0003
 import warnings
@@ -198,8 +198,19 @@ def scale_moments(
     p: torch.Tensor,  # a parameter with a state
     factor: torch.Tensor,  # 0-d fp32
 ):
-    "Makes a parameter's moments what they would be, had all its gradients been multiplied by `factor`; other states stay."
+    """Makes a parameter's moments what they would be, had all that went into them been multiplied by `factor`:
+    gradients, and a decay that is part of them. Other states stay."""
     for key, code in opt._moments_of(group).items():
         kept = local(opt.state[p][f"{key}::scales" if opt.quantize else key])
         by = factor.to(kept.device)
         kept.mul_(by.square() if code == torch.uint8 and not opt.quantize else by)
+
+def at_rest(
+    opt,  # a FlashOptimizer
+    group: dict,  # the parameter's
+    p: torch.Tensor,  # the parameter
+) -> bool:
+    "Whether no gradient is in a parameter's moments yet; waits for the device."
+    kept = opt.state.get(p) or {}
+    names = (f"{key}::scales" if opt.quantize else key for key in opt._moments_of(group))
+    return not any(bool(local(kept[name]).any()) for name in names if name in kept)

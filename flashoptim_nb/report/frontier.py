@@ -300,7 +300,8 @@ def _cost_words(runs: list[Run]) -> str:
     open_ = ",".join(at(size) for size in known if size not in sure)
     if not sure: return f"that the stack lowers it is not established{open_ or ' at any size: no saving is measured'}"
     after = [(size, e) for size, e in _known("cost_saving", runs, H1_POST_HOC) if size in known and size not in sure]
-    given = ", ".join(value_text(dict(value=e.value, interval=[e.lo, e.hi], bound=e.bound, unit="share")) for _, e in after)
+    given = ", ".join("projected " * e.projected + value_text(dict(value=e.value, interval=[e.lo, e.hi], bound=e.bound, unit="share"))
+                      + f" at {size}" for size, e in after)
     return (f"to equal loss it costs less by {', '.join(map(said, sure))}" + f"; not established{open_}" * bool(open_)
             + f": post hoc {given}" * bool(given))
 

@@ -141,7 +141,7 @@ def test_a_first_step_that_is_not_finite_leaves_the_next_to_be_clipped_so():
     m(0).backward(); opt.step()
     for x, y in zip(want, [read_state(opt, g, p)[key] for g in opt.param_groups for p in g["params"] for key in opt._moments_of(g)]):
         torch.testing.assert_close(y, x, rtol=0.02, atol=0.02 * float(x.abs().max()))
-    assert handle._unclipped is None
+    assert 0 < handle.clip < 1 and not handle._unclipped
 
 
 def test_states_that_were_there_are_not_clipped_again():
@@ -605,3 +605,64 @@ def test_numbers_are_checked_as_gradients_are_released():
     trained()
     assert trained(factor=float("nan"), max_norm=1.0).skipped_steps == 2
     assert trained(factor=float("nan"), skip_nonfinite=True).skipped_steps == 2
+
+
+def moments(opt):
+    return [read_state(opt, g, p)[key].clone() for g in opt.param_groups for p in g["params"] for key in opt._moments_of(g)]
+
+
+def releasing(m=None, load=None):
+    m = m or Model(torch.float32)
+    opt = FlashAdamW(m.parameters(), lr=1e-2, max_norm=0.01, rounding="nearest")
+    if load: opt.load_state_dict(load)
+    return m, opt, enable_gradient_release(m, opt)
+
+
+def same(have, want, rtol=0.02):
+    assert len(have) == len(want) > 0
+    for x, y in zip(have, want): torch.testing.assert_close(x, y, rtol=rtol, atol=rtol * float(y.abs().max()))
+
+
+def test_a_run_that_is_resumed_after_a_first_step_that_is_not_finite_goes_on_alike():
+    a, one, _ = releasing()
+    (a(0) * torch.inf).backward(); one.step()
+    b, two, _ = releasing(copy.deepcopy(a), copy.deepcopy(one.state_dict()))
+    for m, opt in (a, one), (b, two): m(1).backward(); opt.step()
+    same(moments(two), moments(one), 0.0)
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_moments_that_are_loaded_before_the_first_step_ends_stay(bad):
+    a, one, _ = releasing()
+    for t in range(3): a(t).backward(); one.step()
+    b, two, _ = releasing()
+    (b(9) * (torch.inf if bad else 1.0)).backward()
+    if bad: two.step()
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
+    two.step()
+    same(moments(two), moments(one), 0.0)
+
+
+def test_release_that_is_taken_up_again_goes_on_clipping():
+    (a, one, _), (b, two, handle) = releasing(), releasing()
+    for t in range(6):
+        if t == 3: handle.remove(); handle = enable_gradient_release(b, two)
+        for m, opt in (a, one), (b, two): m(t).backward(); opt.step()
+    same(moments(two), moments(one), 0.0)
+
+
+def test_release_that_ends_before_the_step_does_has_clipped_it():
+    a, inside, want = after_the_first("FlashAdamW", False)
+    b, opt, handle = releasing()
+    b(0).backward(); handle.remove()
+    same(moments(opt), want)
+
+
+def test_a_step_of_no_gradients_leaves_the_next_to_be_clipped_as_the_first():
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+    a, inside, want = after_the_first("FlashAdamW", False)
+    b, opt, handle = releasing()
+    get_optimizer_state_dict(b, opt)  # takes a step over zeros, to make the states
+    assert handle.clip is None
+    b(0).backward(); opt.step()
+    same(moments(opt), want)
