@@ -367,9 +367,8 @@ def _judged(args) -> str:
     from flashoptim_nb.study.hypotheses import HYPOTHESES
     from flashoptim_nb.study.protocols import PROTOCOLS
     from flashoptim_nb.study.registration import registration_status
-    from flashoptim_nb.study.verdict import verdict
     from flashoptim_nb.report.render import load_runs
-    from flashoptim_nb.report.tables import altered_note, post_hoc, post_hoc_text, verdict_text
+    from flashoptim_nb.report.tables import altered_note, judged, post_hoc, post_hoc_text, verdict_text
     if args.scale is not None: choose("scale", args.scale, PROTOCOLS[args.hypothesis].presets)
     studies = _studies(args.records)
     if not args.records: _tell_hidden(studies)
@@ -379,15 +378,14 @@ def _judged(args) -> str:
         raise UserError(f"there are no records of {args.hypothesis}{f' at scale {args.scale}' if args.scale else ''} "
                         "to judge; name others with --records, "
                         f"or make some with `flashoptim-nb run {args.hypothesis} --preset {args.scale or 'laptop'}`")
-    stands, entries = registration_status(runs, PROTOCOLS[args.hypothesis]), verdict(runs, HYPOTHESES[args.hypothesis])
-    listed = entries + _checkpoints(runs, args.hypothesis) if args.json else entries
-    altered = altered_note(runs)
-    for entry in listed: entry |= dict(given=stands["status"], registration=stands["hash"], altered=altered)
+    hypothesis, stands = HYPOTHESES[args.hypothesis], registration_status(runs, PROTOCOLS[args.hypothesis])
+    entries, reread, altered = judged(runs, hypothesis), post_hoc(hypothesis, runs), altered_note(runs)
+    # first what was read after the runs: what is registered has the last word where ids are gathered
+    listed = [(entry, "read post hoc") for _, entry in reread]
+    listed += [(entry, stands["status"]) for entry in entries + (_checkpoints(runs, args.hypothesis) if args.json else [])]
+    listed = [entry | dict(given=given, registration=stands["hash"], altered=altered) for entry, given in listed]
     said = [f"Registration: {stands['words']}." + f" {altered}" * bool(altered), verdict_text(entries, args.statements)]
-    if told := post_hoc_text(HYPOTHESES[args.hypothesis], runs): said.append(told)
-    also = dict(given="read post hoc", registration=stands["hash"], altered=altered)
-    # first: what is registered has the last word where ids are gathered
-    listed = [entry | also for _, entry in post_hoc(HYPOTHESES[args.hypothesis], runs)] + listed
+    if reread: said.append(post_hoc_text(reread, hypothesis))
     if stands["status"] == "post hoc":
         before = _as_registered(runs, args.hypothesis, stands["hash"], studies)
         listed = [*before, *listed]

@@ -284,6 +284,9 @@ def _long(runs: list[Run]) -> str:
     return f" ({_listed(steps)} steps)" * bool(steps)
 
 # %% ../../nbs/report/16_frontier.ipynb #e8156f6f
+def _text(e: Estimate, unit: str) -> str:
+    return value_text(dict(value=e.value, interval=[e.lo, e.hi], bound=e.bound, unit=unit))
+
 def _known(quantity: str, runs: list[Run], hypothesis: Hypothesis = H1) -> Iterator[tuple[str, Estimate]]:
     "What is known of a quantity at each size that the claim is about, beyond a rehearsal."
     if not (here := best_evidence_of(runs=runs, hypothesis=hypothesis)) or here.scale == REHEARSAL: return
@@ -300,8 +303,7 @@ def _cost_words(runs: list[Run]) -> str:
     open_ = ",".join(at(size) for size in known if size not in sure)
     if not sure: return f"that the stack lowers it is not established{open_ or ' at any size: no saving is measured'}"
     after = [(size, e) for size, e in _known("cost_saving", runs, H1_POST_HOC) if size in known and size not in sure]
-    given = ", ".join("projected " * e.projected + value_text(dict(value=e.value, interval=[e.lo, e.hi], bound=e.bound, unit="share"))
-                      + f" at {size}" for size, e in after)
+    given = ", ".join(f"{'projected ' * e.projected}{_text(e, 'share')} at {size}" for size, e in after)
     return (f"to equal loss it costs less by {', '.join(map(said, sure))}" + f"; not established{open_}" * bool(open_)
             + f": post hoc {given}" * bool(given))
 
@@ -314,8 +316,7 @@ def _memory_words(runs: list[Run]) -> str:
             f"(`baseline_strong`) at an equal micro-batch, by {', '.join(found)}")
 
 def _speed_words(runs: list[Run]) -> str:
-    found = [value_text(dict(value=e.value, interval=[e.lo, e.hi], bound=e.bound, unit="x")) + f" at {size}"
-             for size, e in _known("throughput_ratio", runs)]
+    found = [f"{_text(e, 'x')} at {size}" for size, e in _known("throughput_ratio", runs)]
     return f"tokens a second over the same reference's: {', '.join(found)}" if found else "not measured"
 
 # %% ../../nbs/report/16_frontier.ipynb #5d00ff4e

@@ -135,6 +135,10 @@ def _mark(entry: dict) -> str:
     return attributes(dict(criterion=entry["id"], against=entry["against"], stack=_stack(entry), status=entry["status"],
                            scale=entry["scale"], runs=entry["records"] or None))
 
+def _under(label: Rendered, lines: Iterable[str]) -> str:
+    "A chip with lines below it, as HTML."
+    return label.html + "".join(f'<div class="part">{escape(line)}</div>' for line in lines)
+
 def verdict_cell(
     entry: dict,  # of the judge
 ) -> Rendered:
@@ -142,8 +146,8 @@ def verdict_cell(
     label, lines = chip(entry["status"], entry["kind"]), _parts(entry)
     where = f"scale {entry['scale']}" if entry["scale"] else "no runs"
     why = f"<details><summary>why</summary>{escape(entry['reason'])}</details>" if entry["reason"] else ""
-    html = (f"<div{_mark(entry)}>{label.html} <small>{escape(where)}</small>"
-            + "".join(f'<div class="part">{escape(line)}</div>' for line in lines) + why + "</div>")
+    head = Rendered(f"{label.html} <small>{escape(where)}</small>", label.markdown)
+    html = f"<div{_mark(entry)}>{_under(head, lines)}{why}</div>"
     return Rendered(html, "<br>".join([f"{label.markdown} ({where})", *lines]))
 
 # %% ../../nbs/report/02_tables.ipynb #78e02f49
@@ -209,8 +213,8 @@ def show_verdict(
     found, sides = {(e["id"], e["side"]): e for e in entries}, dict.fromkeys(e["side"] for e in entries)
     def cell(entry):
         label, figure = chip(entry["status"], entry["kind"]), _figure(entry)
-        shown = f'<div class="part">{escape(figure)}</div>' if figure else ""
-        return Rendered(f"<div{_mark(entry)}>{label.html}{shown}</div>", f"{label.markdown} {figure}".strip())
+        return Rendered(f"<div{_mark(entry)}>{_under(label, [figure] if figure else [])}</div>",
+                        f"{label.markdown} {figure}".strip())
     rows = [{"criterion": _titled(c), "asks": c.statement}
             | {side_text(found[c.id, name]): cell(found[c.id, name]) for name in sides}
             for c in hypothesis.criteria]
@@ -464,6 +468,10 @@ def verdict_text(
     return "\n".join(lines).rstrip()
 
 # %% ../../nbs/report/02_tables.ipynb #10b99af6
+def _changes(hypothesis: Hypothesis) -> list[str]:
+    "What was changed after the runs, a sentence or two each."
+    return [f"{change.day}: {change.what} {change.why}" for change in POST_HOC[hypothesis.id.lower()][1]]
+
 def show_post_hoc(
     hypothesis: Hypothesis = H1,
     runs: Iterable[Run] | None = None,
@@ -473,20 +481,18 @@ def show_post_hoc(
     if not (pairs := post_hoc(hypothesis, runs)): return sentence("Nothing is read otherwise than as registered.", [])
     def cell(entry):
         label, lines = chip(entry["status"], entry["kind"]), _parts(entry)
-        return Rendered(label.html + "".join(f'<div class="part">{escape(line)}</div>' for line in lines),
-                        "<br>".join([label.markdown, *lines]))
+        return Rendered(_under(label, lines), "<br>".join([label.markdown, *lines]))
     rows = [dict(criterion=f"{one['id']} {one['title']}") | {"as registered": cell(one), "post hoc": cell(other)}
             for one, other in pairs]
-    changes = "\n\n".join(f"{change.day}: {change.what} {change.why}" for change in POST_HOC[hypothesis.id.lower()][1])
     used = {name for pair in pairs for entry in pair for name in entry["records"]}
-    return sentence(changes, []) + table(rows, kind="criteria") + provenance_note(runs_of(used, runs))
+    return sentence("\n\n".join(_changes(hypothesis)), []) + table(rows, kind="criteria") + provenance_note(runs_of(used, runs))
 
 def post_hoc_text(
+    pairs: list[tuple[dict, dict]],  # of `post_hoc`
     hypothesis: Hypothesis = H1,
-    runs: Iterable[Run] | None = None,
 ) -> str:
     "The same for a terminal; empty where the two readings agree."
-    if not (pairs := post_hoc(hypothesis, runs)): return ""
-    said = [f"  {change.day}: {change.what} {change.why}" for change in POST_HOC[hypothesis.id.lower()][1]]
+    if not pairs: return ""
+    said = [f"  {change}" for change in _changes(hypothesis)]
     return "\n".join(["Read post hoc (the same criteria, estimators that were changed after the runs):", *said, "",
                       verdict_text([other for _, other in pairs])])

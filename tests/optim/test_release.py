@@ -106,6 +106,22 @@ def test_clipping_by_the_previous_norm():
     assert equal(a, b)
 
 
+def moments(opt):
+    return [read_state(opt, g, p)[key].clone() for g in opt.param_groups for p in g["params"] for key in opt._moments_of(g)]
+
+
+def releasing(m=None, load=None):
+    m = m or Model(torch.float32)
+    opt = FlashAdamW(m.parameters(), lr=1e-2, max_norm=0.01, rounding="nearest")
+    if load: opt.load_state_dict(load)
+    return m, opt, enable_gradient_release(m, opt)
+
+
+def same(have, want, rtol=0.02):
+    assert len(have) == len(want) > 0
+    for x, y in zip(have, want): torch.testing.assert_close(x, y, rtol=rtol, atol=rtol * float(y.abs().max()))
+
+
 def after_the_first(maker, released, stepping=True, **options):
     "A model and the moments after its first step, clipped to a tenth of the gradients' norm or less."
     m = Model(torch.float32)
@@ -115,8 +131,7 @@ def after_the_first(maker, released, stepping=True, **options):
     if stepping: opt.step()
     saved = opt.state_dict()  # settles what a loop without step() has left open
     assert stepping or saved["state"]
-    moments = [read_state(opt, g, p)[key].clone() for g in opt.param_groups for p in g["params"] for key in opt._moments_of(g)]
-    return m, opt, moments
+    return m, opt, moments(opt)
 
 
 @pytest.mark.parametrize("quantize", [True, False])
@@ -135,12 +150,10 @@ def test_the_first_step_is_clipped_when_its_norm_is_known(maker, quantize):
 
 def test_a_first_step_that_is_not_finite_leaves_the_next_to_be_clipped_so():
     a, inside, want = after_the_first("FlashAdamW", False)
-    m = Model(torch.float32); opt = FlashAdamW(m.parameters(), lr=1e-2, max_norm=0.01, rounding="nearest")
-    handle = enable_gradient_release(m, opt)
+    m, opt, handle = releasing()
     (m(0) * torch.inf).backward(); opt.step()
     m(0).backward(); opt.step()
-    for x, y in zip(want, [read_state(opt, g, p)[key] for g in opt.param_groups for p in g["params"] for key in opt._moments_of(g)]):
-        torch.testing.assert_close(y, x, rtol=0.02, atol=0.02 * float(x.abs().max()))
+    same(moments(opt), want)
     assert 0 < handle.clip < 1 and not handle._unclipped
 
 
@@ -605,22 +618,6 @@ def test_numbers_are_checked_as_gradients_are_released():
     trained()
     assert trained(factor=float("nan"), max_norm=1.0).skipped_steps == 2
     assert trained(factor=float("nan"), skip_nonfinite=True).skipped_steps == 2
-
-
-def moments(opt):
-    return [read_state(opt, g, p)[key].clone() for g in opt.param_groups for p in g["params"] for key in opt._moments_of(g)]
-
-
-def releasing(m=None, load=None):
-    m = m or Model(torch.float32)
-    opt = FlashAdamW(m.parameters(), lr=1e-2, max_norm=0.01, rounding="nearest")
-    if load: opt.load_state_dict(load)
-    return m, opt, enable_gradient_release(m, opt)
-
-
-def same(have, want, rtol=0.02):
-    assert len(have) == len(want) > 0
-    for x, y in zip(have, want): torch.testing.assert_close(x, y, rtol=rtol, atol=rtol * float(y.abs().max()))
 
 
 def test_a_run_that_is_resumed_after_a_first_step_that_is_not_finite_goes_on_alike():
