@@ -198,6 +198,22 @@ def _tell_gpus(preset, workers: int, args):
         print(f"the plan takes {needed} GPUs ({workers} run{'s' * (workers > 1)} at a time, each over {one}); "
               f"{here} {'is' if here == 1 else 'are'} here", file=sys.stderr)
 
+def _tell_lacking(protocol, preset, args):
+    "Says which of the configurations that are asked for this machine cannot make, before hours are spent on the others."
+    if args.hypothesis != "h1": return
+    from flashoptim_nb.study.h1.run import unavailable
+    from flashoptim_nb.study.runner import device_for
+    from flashoptim_nb.train.config import LM_CONFIGS
+    device, lacking = device_for(preset, args.device or preset.device), {}
+    for stage in protocol.stages(preset, args.arms):
+        if stage.workload not in preset.plans: continue
+        model = preset.plans[stage.workload].model(vocab_size=64, max_seq=64)
+        for config in {config: None for _, configs in stage.runs for config in configs if config in LM_CONFIGS}:
+            why = unavailable(LM_CONFIGS[config], device, model.d_model // model.n_head)
+            if why: lacking.setdefault(why, {})[config] = None
+    for why, configs in lacking.items():
+        print(f"not to be had here: {', '.join(configs)}: {why}", file=sys.stderr)
+
 # %% ../../nbs/cli/02_main.ipynb #0762717b
 def _run(args) -> int:
     from flashoptim_nb.train.ranks import launched
@@ -230,6 +246,7 @@ def _run(args) -> int:
         if "'s rate" in said: _tell_rates(args.rate, [gpu], f"the plan is for {gpu}, at the rates of {', '.join(rates(asked))}")
         else: _tell_rates(args.rate, [], f"the plan for {gpu} shows no dollars")
         return 0
+    _tell_lacking(protocol, asked, args)
     _tell_rates(args.rate, [], "a run records seconds; dollars come with --dry-run and `flashoptim-nb book --rate`")
     study = Study(
         protocol, preset, args.out or work_root() / "runs", experiments=args.arms,

@@ -203,7 +203,8 @@ def scale_moments(
     for key, code in opt._moments_of(group).items():
         kept = local(opt.state[p][f"{key}::scales" if opt.quantize else key])
         by = factor.to(kept.device)
-        kept.mul_(by.square() if code == torch.uint8 and not opt.quantize else by)
+        if opt.quantize: kept.copy_(kept.float() * by)  # fp16: on a GPU torch would round a 0-d factor to that
+        else: kept.mul_(by.square() if code == torch.uint8 else by)
 
 def at_rest(
     opt,  # a FlashOptimizer

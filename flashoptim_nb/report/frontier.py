@@ -130,20 +130,30 @@ def seen_trainings(
 # %% ../../nbs/report/16_frontier.ipynb #50fd34f6
 MEASURED, FITS, LOST, MAY, NOT = "measured", "fits", "out of memory", "predicted to fit", "predicted not to fit"
 
-def _cell(mine: pd.DataFrame, size: str, way: str, gpus: int, budget: int) -> dict:
-    "What is known of one cell."
-    limit, origin = HEADROOM * budget * 2**30, ["device", "micro", "checkpointing", "study"]
+def _within(seen: pd.DataFrame, budget: int) -> pd.DataFrame:
+    "The trainings whose peak a budget holds."
+    if seen.empty: return seen
+    limit = HEADROOM * budget * 2**30
     # a card that is sold as 80 GB has less, and what its search refused does not fit it
-    inside = mine
-    if len(mine):
-        inside = mine[mine["peak"].astype(float) <= mine["allowed"].astype(float).fillna(limit).clip(upper=limit)]
-    timed = inside[inside["tokens_per_s"].notna()] if len(inside) else inside
+    return seen[seen["peak"].astype(float) <= seen["allowed"].astype(float).fillna(limit).clip(upper=limit)]
+
+def _card(seen: pd.DataFrame, budget: int) -> str | None:
+    "The card that tells the speeds of a size in a budget: that on which most ways are timed, then most trainings."
+    inside = _within(seen, budget)
+    if inside.empty or (timed := inside[inside["tokens_per_s"].notna()]).empty: return None
+    cards = timed.groupby("device")["way"].agg(["nunique", "size"])
+    return max(sorted(cards.index), key=lambda card: tuple(cards.loc[card]))
+
+def _cell(mine: pd.DataFrame, size: str, way: str, gpus: int, budget: int, card: str | None) -> dict:
+    "What is known of one cell; its speed is that of a card."
+    limit, origin = HEADROOM * budget * 2**30, ["micro", "checkpointing", "study"]
+    inside = _within(mine, budget)
+    timed = inside[inside["tokens_per_s"].notna() & (inside["device"] == card)] if len(inside) else inside
     if len(timed):
         groups = [group for _, group in timed.groupby(origin, dropna=False)]
         best = max(groups, key=lambda group: group["tokens_per_s"].mean())
-        speed, device = float(best["tokens_per_s"].mean()), best["device"].iloc[0]
-        rate = rate_of(device)
-        return dict(state=MEASURED, tokens_per_s=speed, device=device, micro=best["micro"].iloc[0],
+        speed, rate = float(best["tokens_per_s"].mean()), rate_of(card)
+        return dict(state=MEASURED, tokens_per_s=speed, device=card, micro=best["micro"].iloc[0],
                     peak=best["peak"].max(), dollars=rate and 1e6 * cost_per_token(1 / speed, rate),
                     rate=rate and rate.per_gpu_hour,
                     platform=rate and f"{rate.name}, {rate.date}", scale=best["scale"].iloc[0],
@@ -165,22 +175,26 @@ def frontier(
 ) -> pd.DataFrame:
     """A row for each cell: gpus, budget (GB), size, way, state, and where it is measured tokens_per_s (a GPU),
     dollars (a million tokens), the rate and platform that they are priced at, device, micro, peak, runs."""
-    seen = seen_trainings(runs)
-    def of(size, way, gpus):
-        if seen.empty: return seen
-        return seen[(seen["size"] == size) & (seen["way"] == way) & (seen["gpus"] == gpus)]
-    return pd.DataFrame([dict(gpus=gpus, budget=budget, size=size, way=way)
-                         | _cell(of(size, way, gpus), size, way, gpus, budget) for gpus, sizes in FRONTIER_SIZES.items()
-                         for budget in BUDGETS for way in WAYS for size in sizes])
+    seen, cells = seen_trainings(runs), []
+    for gpus, sizes in FRONTIER_SIZES.items():
+        here = {size: seen if seen.empty else seen[(seen["size"] == size) & (seen["gpus"] == gpus)] for size in sizes}
+        for budget in BUDGETS:
+            cards = {size: _card(here[size], budget) for size in sizes}
+            for way in WAYS:
+                for size in sizes:
+                    mine = here[size] if here[size].empty else here[size][here[size]["way"] == way]
+                    cells.append(dict(gpus=gpus, budget=budget, size=size, way=way)
+                                 | _cell(mine, size, way, gpus, budget, cards[size]))
+    return pd.DataFrame(cells)
 
 # %% ../../nbs/report/16_frontier.ipynb #ac831b53
 _INK, _FAINT = "#1c2733", "#5c6773"
 _FILL = {MEASURED: "#bfe3cf", FITS: "#e3f3ea", LOST: "#f2b8b0", MAY: "#ffffff", NOT: "#fbe9e6"}
-_KEYS = {MEASURED: "measured: tokens a second a GPU, dollars a million", FITS: "fits, speed not measured",
+_KEYS = {MEASURED: "measured: tokens a second a GPU, dollars a million", FITS: "fits, speed not measured there",
          LOST: "out of memory", MAY: "not measured, predicted to fit", NOT: "not measured, predicted not to fit"}
 _NOTES = (
-    "A speed is that of the card it names, in a training whose peak stays within 90 % of the budget (40 GB are 40 x 2^30 "
-    "bytes) and of its card; bold: the fastest of a size, to 1 %.",
+    "A speed is that of the card it names, one card to a size and a budget, in a training whose peak stays within 90 % of both "
+    "(40 GB are 40 x 2^30 bytes); bold: the fastest of a size, to 1 %.",
     "FlashAdamW's rows take the loss by a fused kernel, AdamW's does not. Release frees gradients where a batch is one "
     "micro-batch; over several, as in the study's batches at 1B,",
     "they add up, and a parameter takes 7 bytes.")

@@ -68,6 +68,17 @@ def test_a_loss_scale_keeps_gradients_in_the_range_of_fp16(device, autocast):
         assert g.dtype == dtype and (g.double() / scale - e).norm() < 1e-3 * e.norm()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_share_of_a_row_is_not_rounded(device):
+    "In bf16 a thousandth is 0.14 % too large, and every gradient would be."
+    torch.manual_seed(0)
+    x, w = (torch.randn(n, 64, device=device, dtype=torch.bfloat16) for n in (1000, 300))
+    y = torch.randint(300, (1000,), device=device)
+    for ours, whole in zip(*(loss_and_gradients(linear_cross_entropy, x, w, y, scale)[1:] for scale in (1.0, 1000 / 1024))):
+        ours, whole = ours.double(), whole.double()  # the latter by 2 ** -10, which bf16 has
+        assert (ours * whole).sum() / whole.square().sum() == pytest.approx(1024 / 1000, rel=2e-4)
+
+
 def some_ignored(y, share):
     return torch.where(torch.rand(len(y), device=y.device) < share, IGNORE, y)
 

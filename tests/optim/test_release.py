@@ -106,6 +106,20 @@ def test_clipping_by_the_previous_norm():
     assert equal(a, b)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("factor", [0.2337123, 3e-6, 1e-12])
+def test_moments_are_scaled_in_fp32(device, factor):
+    "Also by a factor that fp16, in which scales are kept, has not."
+    p = nn.Parameter(torch.zeros(33, 65, device=device))
+    opt = FlashAdamW([p], lr=1e-3)
+    p.grad = 1e3 * torch.randn_like(p)
+    opt.step()
+    scales = {key: opt.state[p][f"{key}::scales"].clone() for key in opt._moments_of(opt.param_groups[0])}
+    scale_moments(opt, opt.param_groups[0], p, torch.tensor(factor, device=device))
+    for key, before in scales.items():
+        assert torch.equal(opt.state[p][f"{key}::scales"], (before.float() * torch.tensor(factor)).to(before.dtype)), key
+
+
 def moments(opt):
     return [read_state(opt, g, p)[key].clone() for g in opt.param_groups for p in g["params"] for key in opt._moments_of(g)]
 

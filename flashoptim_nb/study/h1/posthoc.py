@@ -32,9 +32,11 @@ H1_CHANGES = (
            "Prose is 73 % of the tokens that these runs were trained on, C4 is 4 %. The protocol says training "
            "distribution; the registered estimator has C4, which is what the protocol's own scale trains on."),
     Change("2026-11-27", "Where a size's own runs ended before they reached the loss, the steps to equal loss are those of the "
-                         "largest size whose models have learnt enough; the saving is marked as projected and decides nothing.",
+                         "largest size whose models have learnt enough, on whatever card they were trained; the saving is "
+                         "marked as projected and decides nothing.",
            "The registered estimator leaves such a size open on one side, however far its runs were from the loss: "
-           "two of 7B's three pairs, of 12 steps. A saving carried over from elsewhere is shown and decides nothing there, too."),
+           "two of 7B's three pairs, of 12 steps. A saving carried over from elsewhere is shown and decides nothing there, too. "
+           "How many steps a loss takes is the training's affair, how long a step takes the card's."),
     Change("2026-11-27", "A micro-batch that is the whole of a GPU's share of the batch counts as the largest there is.",
            "The registered estimator holds it against the batch of all GPUs, so that at 13B, where each of four takes its 6 "
            "of 24 sequences at once, it asks for a larger one that does not exist."))
@@ -68,8 +70,10 @@ def _saving(e: Evidence, q: Q) -> Estimate:
     "The cost saving; with the steps to equal loss of the largest size that has learnt enough, where the own ones are open."
     found, own = H1_QUANTITIES["cost_saving"].estimate(e, q), steps_to_equal_loss(e, q, q.config)
     if e.scale == SCALES[0] or not own.reach: return found
-    known = {size: _steps(e, Q("steps_ratio", size, config=q.config)) for size in QUALITY_SIZES[::-1]}
-    size, steps = next(((size, one) for size, one in known.items() if one.decides and not one.short), (None, None))
+    cards = sorted({*e.table[(e.table.scale == e.scale) & (e.table.device_kind == "cuda")].device}, key=lambda card: card != e.device)
+    known = ((size, _steps(replace(e, device=card), Q("steps_ratio", size, config=q.config)))
+             for size in QUALITY_SIZES[::-1] for card in cards)
+    size, steps = next(((size, one) for size, one in known if one.decides and not one.short), (None, None))
     speed = H1_QUANTITIES["throughput_ratio"].estimate(e, q)
     if size is None or speed.value is None: return found
     # a speed that is open below, as one that is not known to be the best, may be any that is positive
