@@ -25,7 +25,7 @@ from .split import HALF_FORMATS, MAX_CODE
 from .multi_tensor import read_weights, write_weights
 from .buckets import LIVE_OPTIMIZERS, ParamBucket, build_buckets, cached_buckets, next_step
 from .checks import (
-    OptionError, ParametersError, as_param_list, check_gradient, check_group_form, check_group_names, check_options,
+    OptionError, ParametersError, as_param_list, called, check_gradient, check_group_form, check_group_names, check_options,
     check_parameters, check_shared, check_states)
 from .states import error_bit_width, read_state, write_state
 from .codec import SCALE_MAX
@@ -376,7 +376,7 @@ class FlashOptimizer(Optimizer):
             work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
             for group, params in work:
                 check_states(self, group, params)
-                for p in params: check_gradient(p)
+                for p in params: check_gradient(self, p)
             if self.check_numerics: check_numbers(self, work)
             made = build_buckets(self, [(group, group["params"]) for group in self.param_groups])
         return [(group, bucket) for group, buckets in zip(self.param_groups, made) for bucket in buckets]
@@ -389,7 +389,7 @@ class FlashOptimizer(Optimizer):
             check_options(self, [group])
             check_parameters([[p]])
             check_states(self, group, [p])
-            check_gradient(p)
+            check_gradient(self, p)
             if self.check_numerics: check_numbers(self, [(group, [p])], clips=self.release is not None)
             made = build_buckets(self, [(group, [p])], p)
         return made[0]
@@ -526,7 +526,7 @@ def check_finite(
     for _, params in work:
         for p in params:
             if not local(p.grad).isfinite().all():
-                raise NumericsError(f"the gradient of a parameter of shape {tuple(p.shape)} is not finite; max_norm "
+                raise NumericsError(f"the gradient of {called(opt, p)} is not finite; max_norm "
                                     "or skip_nonfinite=True passes over such steps")
 
 # %% ../../nbs/optim/08_base.ipynb #ba5e0011
@@ -539,7 +539,7 @@ def check_scales(
               if k.endswith("::scales") and local(t).numel()]
     largest = [float(t.max()) for _, _, t in scales]
     if found := [(p, k) for (p, k, _), size in zip(scales, largest) if size >= SCALE_MAX]:
-        raise NumericsError(f"{found[0][1].partition('::')[0]} of a parameter of shape {tuple(found[0][0].shape)} "
+        raise NumericsError(f"{found[0][1].partition('::')[0]} of {called(opt, found[0][0])} "
                             f"is at {SCALE_MAX:.0f}, the largest it can be in 8 bits: gradients are too large; scale "
                             "the loss down, or keep fp32 moments with quantize=False")
 

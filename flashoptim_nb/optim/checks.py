@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['OptionError', 'ParametersError', 'GradientError', 'as_param_list', 'check_parameter', 'extent', 'has_memory',
-           'placements_of', 'check_gradient', 'check_states', 'overlaps_itself', 'overlapping', 'check_parameters',
-           'check_group_form', 'one_slip', 'wrong_decay', 'check_group_names', 'check_shared', 'check_options']
+           'placements_of', 'called', 'check_gradient', 'check_states', 'overlaps_itself', 'overlapping',
+           'check_parameters', 'check_group_form', 'one_slip', 'wrong_decay', 'check_decay', 'check_group_names',
+           'check_shared', 'check_options']
 
 # %% ../../nbs/optim/18_checks.ipynb #c4ec0003
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from numbers import Real
 
 import torch
@@ -88,29 +90,39 @@ def placements_of(t: torch.Tensor) -> tuple | None:
     return (t.device_mesh, t.placements) if isinstance(t, DTensor) else None
 
 # %% ../../nbs/optim/18_checks.ipynb #c4ec0008
+def called(
+    opt,  # a FlashOptimizer
+    p: torch.Tensor,
+) -> str:
+    "What an error calls a parameter: its name, if the optimizer was given `named_parameters()`, or its place, and its shape."
+    pairs = [pair for g in opt.param_groups for pair in zip_longest(g["params"], g.get("param_names") or ())]
+    name = next((name or f"parameter {place}" for place, (q, name) in enumerate(pairs) if q is p), "a parameter")
+    return f"{name} of shape {tuple(p.shape)}"
+
 def check_gradient(
+    opt,  # a FlashOptimizer
     p: torch.Tensor,  # a parameter with a gradient
 ):
     "Raises `GradientError` for a gradient that cannot be used."
     g = p.grad
     if g.layout != torch.strided:
-        raise GradientError(f"a sparse gradient ({g.layout}) of a parameter of shape {tuple(p.shape)}: use "
+        raise GradientError(f"a sparse gradient ({g.layout}) of {called(opt, p)}: use "
                             "sparse=False in nn.Embedding, or torch.optim.SparseAdam for that parameter")
     if not g.is_floating_point():
-        raise GradientError(f"a gradient of dtype {g.dtype}: real floating point is needed")
+        raise GradientError(f"a gradient of dtype {g.dtype} of {called(opt, p)}: real floating point is needed")
     if g.shape != p.shape:  # torch looks when a gradient is set, not when the parameter's data are
-        raise GradientError(f"a gradient of shape {tuple(g.shape)} of a parameter of shape {tuple(p.shape)}: call "
+        raise GradientError(f"a gradient of shape {tuple(g.shape)} of {called(opt, p)}: call "
                             "zero_grad() after changing a parameter's shape")
     if g.device != p.device:
-        raise GradientError(f"a gradient on {g.device} of a parameter on {p.device}: call zero_grad() after "
+        raise GradientError(f"a gradient on {g.device} of {called(opt, p)}, which is on {p.device}: call zero_grad() after "
                             "moving a model")
-    for t, what in (p, "parameter"), (g, "gradient"):
+    for t, what in (p, ""), (g, "the gradient of "):
         if not has_memory(local(t.detach())):
-            raise GradientError(f"a {what} of shape {tuple(p.shape)} without values: it is on the meta device, "
+            raise GradientError(f"{what}{called(opt, p)} is without values: it is on the meta device, "
                                 "or its memory was freed")
     if placements_of(g) != placements_of(p):
         raise GradientError(
-            f"a gradient with the placements {placements_of(g)} of a parameter with {placements_of(p)}: "
+            f"a gradient with the placements {placements_of(g)} of {called(opt, p)} with {placements_of(p)}: "
             "both must be sharded alike, p.grad.redistribute(placements=p.placements)")
 
 # %% ../../nbs/optim/18_checks.ipynb #c4ec0009
@@ -141,10 +153,10 @@ def check_states(
     or what somebody put into a state does not fit."""
     for p in params:
         if opt._update_one is not None and isinstance(p, DTensor):
-            raise OptionError(f"a sharded parameter of shape {tuple(p.shape)}: {type(opt).__name__} steps whole "
+            raise OptionError(f"{called(opt, p)} is sharded: {type(opt).__name__} steps whole "
                               "parameters in their shapes, of which a rank has a part; train it without FSDP2")
         if not isinstance(state := opt.state.get(p) or {}, dict):
-            raise OptionError(f"the state of a parameter of shape {tuple(p.shape)} is a {type(state).__name__}: a "
+            raise OptionError(f"the state of {called(opt, p)} is a {type(state).__name__}: a "
                               "dict is needed, an empty one to start anew")
         kinds, shapes, homes = state_kinds(opt, group, p), opt._state_shapes(p), {p.device, state_device(opt, p)}
         wrong = [k for k, kind in kinds.items()
@@ -156,14 +168,14 @@ def check_states(
             found = (f"of weights in {made_for}" if wrong[0] == "error_bits" and made_for != p.dtype else
                      f"{t.dtype} of shape {tuple(t.shape)} on {t.device}" if isinstance(t, torch.Tensor)
                      else f"a {type(t).__name__}")
-            raise OptionError(f"a parameter of shape {tuple(p.shape)} and dtype {p.dtype} on {p.device}, "
+            raise OptionError(f"{called(opt, p)} and dtype {p.dtype} on {p.device}, "
                               f"whose state was made for another shape or dtype, or on another device: {wrong[0]} "
                               f"is {found}"
                               f"{f', where {kinds[wrong[0]]} is needed' if wrong[0] in kinds and made_for == p.dtype else ''}. "
                               "After such a change of the model, make the optimizer anew; "
                               "after a move, optimizer.load_state_dict(optimizer.state_dict()) takes the states along")
         if not _counts(t := state.get("step", 0)):
-            raise OptionError(f"the step of a parameter of shape {tuple(p.shape)} is {t!r}: a number of steps, "
+            raise OptionError(f"the step of {called(opt, p)} is {t!r}: a number of steps, "
                               "0 or more, is needed, in a tensor of one value")
 
 # %% ../../nbs/optim/18_checks.ipynb #c4ec000b
@@ -270,15 +282,24 @@ def wrong_decay(
                f"is part of the gradient in {name}, and does not shrink the weights; use {name}W"))
 
 
+def check_decay(
+    opt,  # a FlashOptimizer
+    group: dict,
+):
+    "Raises `OptionError` for a group that asks for weight decay of the other kind."
+    other = group.get("decoupled_weight_decay") not in (None, opt.decoupled)
+    # without decay the two are one
+    if other and group.get("weight_decay", opt.defaults.get("weight_decay")): raise OptionError(wrong_decay(opt))
+
 def check_group_names(
     opt,  # a FlashOptimizer
     group: dict,  # that is to be added
 ):
     "Raises `OptionError` for a key that is nearly an option's name; others are the user's own, as in torch.optim."
-    other = group.get("decoupled_weight_decay") not in (None, opt.decoupled)
-    # without decay the two are one
-    if other and group.get("weight_decay", opt.defaults.get("weight_decay")): raise OptionError(wrong_decay(opt))
+    check_decay(opt, group)
     known = ("params", *opt.defaults, *opt.options)
+    if group.get("algorithm") == "muon" and "algorithm" not in known:
+        raise OptionError(f"algorithm=\"muon\" in a group of {type(opt).__name__}, which steps all alike: use FlashMuon")
     for key in (key for key in group if isinstance(key, str) and key not in known):
         if near := [name for name in known if key.casefold() == name or one_slip(key.casefold(), name)]:
             raise OptionError(f"{key!r} in a group: did you mean {near[0]!r}?")
@@ -317,6 +338,7 @@ def check_options(
     a tensor on a device is not read, which would wait for it."""
     for group in groups:
         try:
+            check_decay(opt, group)
             if not opt.options.keys().isdisjoint(group): check_shared(opt, group)
             opt._check_group({k: 0.0 if k in ("lr", "weight_decay") and _far(x) else x for k, x in group.items()})
             opt._scalars(group)

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..base.errors import UserError
 from .base import FlashOptimizer, explained
+from .checks import called
 from .gradients import GradScaling, grad_scaling, looks_at_gradients, over_all, sharding, sum_of_squares
 from .shards import local, over_shards
 from .states import at_rest, scale_moments
@@ -149,7 +150,7 @@ class GradientReleaseHandle:
         # micro-batches came without a reduction, the layer was called again, and there is more to come
         if getattr(self._units.get(p), "_post_forward_indices", ()): return
         if (before := self._seen.get(p)) == task:
-            raise ReleaseError(f"gradient release: the gradient of a parameter of shape {tuple(p.shape)} came in two "
+            raise ReleaseError(f"gradient release: the gradient of {called(self.optimizer, p)} came in two "
                                "parts in one backward pass, and the first has been stepped: "
                                "train without release")
         if before is not None:

@@ -20,7 +20,7 @@ from ..base.errors import UserError, is_number
 from .codec import GROUP, SCALE_MAX, codec_of
 from .split import CODE_DTYPE, HALF_FORMATS, compute_ecc_bits, decode
 from .buckets import own_states
-from .checks import wrong_decay
+from .checks import called, wrong_decay
 from .rounding import ROUNDINGS
 from .states import error_bit_width, first_error_bits, new_state, state_device, state_kinds
 from .shards import from_shard, held, like, local, scale_shape, scales_like
@@ -137,7 +137,7 @@ def saved_public_state(opt) -> dict:
     if not opt.companded or any(g.get("maximize") for g in opt.param_groups):
         raise StateError("companded=False or maximize=True: the public package has neither; save state_dict()")
     if changed := [p for p in opt.state if opt._made_for.get(p, p.dtype) != p.dtype]:
-        raise StateError(f"a parameter of shape {tuple(changed[0].shape)} is {changed[0].dtype} now and its state "
+        raise StateError(f"{called(opt, changed[0])} is {changed[0].dtype} now and its state "
                          f"was made for {opt._made_for[changed[0]]}: save before such a change of the model, or save "
                          "state_dict()")
     beyond = {"state_format", "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "reference_lr",

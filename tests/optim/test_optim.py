@@ -14,8 +14,8 @@ from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.optim.split import decode
 from flashoptim_nb.optim.split import INTERPRETED
 from every import CLASSES
-from flashoptim_nb.optim import (AveragedMasters, FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW, GradientError,
-                                 NumericsError, OptionError, StateError, cast_model, enable_gradient_release)
+from flashoptim_nb.optim import (AveragedMasters, FlashAdam, FlashAdamW, FlashLion, FlashMuon, FlashSGD, FlashSGDW,
+                                 GradientError, NumericsError, OptionError, StateError, cast_model, enable_gradient_release)
 from flashoptim_nb.optim.checks import check_options
 from processes import pass_in_the_interpreter
 
@@ -725,6 +725,24 @@ def test_weight_decay_of_the_other_kind_is_refused(saves, loads):
     loads(one.param_groups, lr=0.1)
     with pytest.raises(OptionError, match="decoupled_weight_decay="):
         loads([dict(params=[p], weight_decay=0.1, decoupled_weight_decay=not loads.decoupled)], lr=0.1)
+    two.param_groups[0] |= dict(weight_decay=0.1, decoupled_weight_decay=not loads.decoupled)
+    p.grad = torch.ones(4)
+    with pytest.raises(OptionError, match="decoupled_weight_decay="): two.step()  # edited where it lies
+
+
+def test_groups_of_muon_are_refused_by_others():
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    groups = [dict(params=[p], algorithm="muon")]
+    with pytest.raises(OptionError, match="use FlashMuon"): FlashAdamW(groups, lr=0.1)
+    FlashMuon(groups, lr=0.1)
+
+
+def test_an_error_names_the_parameter():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    opts = [FlashAdamW(params, lr=0.1, check_numerics=True) for params in (model.parameters(), model.named_parameters())]
+    for p in model.parameters(): p.grad = torch.full_like(p, torch.nan if p is model[1].weight else 1.0)
+    for opt, name in zip(opts, ("parameter 2", "1.weight")):
+        with pytest.raises(NumericsError, match=f"the gradient of {name} of shape"): opt.step()
 
 
 def test_no_norm_is_told_of_a_step_that_formed_none():
