@@ -9,7 +9,7 @@ __all__ = ['FRONTIER_SIZES', 'BUDGETS', 'WAYS', 'TIMED_STEPS', 'MEASURED', 'FITS
 
 # %% ../../nbs/report/16_frontier.ipynb #c4c3604b
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 import pandas as pd
@@ -22,7 +22,7 @@ from ..measure.memory import HEADROOM
 from .render import Rendered, attributes, given_runs, runs_of
 from .rows import show_rows
 from .tables import best_evidence_of, in_nats, judged, measured_saving
-from ..study.evidence import Estimate, gpus_of
+from ..study.evidence import Estimate, evidence_table, gpus_of
 from ..study.expression import Q
 from ..study.h1.criteria import H1
 from ..study.h1.posthoc import H1_POST_HOC
@@ -295,7 +295,7 @@ def _over(runs: list[Run]) -> str:
 def _long(runs: list[Run]) -> str:
     "How many steps runs took."
     steps = [run.header["settings"]["recipe"]["steps"] for run in runs]
-    return f" ({_listed(steps)} steps)" * bool(steps)
+    return f"{_listed(steps)} steps"
 
 # %% ../../nbs/report/16_frontier.ipynb #e8156f6f
 def _text(e: Estimate, unit: str) -> str:
@@ -307,12 +307,20 @@ def _known(quantity: str, runs: list[Run], hypothesis: Hypothesis = H1) -> Itera
     for size in PROTOCOL_SIZES:
         if (e := here.estimate(Q(quantity, size))).value is not None: yield size, e
 
+def _elsewhere(size: str, runs: list[Run]) -> Iterator[str]:
+    "The saving at a size on other cards than the headline's."
+    here, every = best_evidence_of(runs=runs), evidence_table(runs, H1)
+    for card in sorted({*every[(every.scale == here.scale) & (every.device_kind == "cuda")].device} - {here.device}):
+        e = replace(here, table=every, device=card).estimate(Q("cost_saving", size))
+        if e.value is not None and not e.bound: yield f"on an {CARD.get(card, card)} {_text(e, 'share')}"
+
 def _cost_words(runs: list[Run]) -> str:
     known = {size: found for size in _SIZES if (found := measured_saving(size, runs))}
-    def at(size): return f" at {size}{_long(runs_of(known[size]['runs'], runs))}"
+    def at(size, *more): return f" at {size} ({'; '.join([_long(runs_of(known[size]['runs'], runs)), *more])})"
     def said(size):
         found = known[size]
-        return value_text(dict(value=found["value"], interval=[found["lo"], found["hi"]], bound="", unit="share")) + at(size)
+        return (value_text(dict(value=found["value"], interval=[found["lo"], found["hi"]], bound="", unit="share"))
+                + at(size, *_elsewhere(size, runs)))
     sure = [size for size in known if established_saving(size, runs)]
     open_ = ",".join(at(size) for size in known if size not in sure)
     if not sure: return f"that the stack lowers it is not established{open_ or ' at any size: no saving is measured'}"
