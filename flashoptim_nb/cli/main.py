@@ -199,20 +199,15 @@ def _tell_gpus(preset, workers: int, args):
               f"{here} {'is' if here == 1 else 'are'} here", file=sys.stderr)
 
 def _tell_lacking(protocol, preset, args):
-    "Says which of the configurations that are asked for this machine cannot make, before hours are spent on the others."
+    "Says which of the configurations that are asked for lack a package, before hours are spent on the others."
     if args.hypothesis != "h1": return
-    from flashoptim_nb.study.h1.run import unavailable
-    from flashoptim_nb.study.runner import device_for
+    from flashoptim_nb.lm.float8 import float8_unavailable
     from flashoptim_nb.train.config import LM_CONFIGS
-    device, lacking = device_for(preset, args.device or preset.device), {}
-    for stage in protocol.stages(preset, args.arms):
-        if stage.workload not in preset.plans: continue
-        model = preset.plans[stage.workload].model(vocab_size=64, max_seq=64)
-        for config in {config: None for _, configs in stage.runs for config in configs if config in LM_CONFIGS}:
-            why = unavailable(LM_CONFIGS[config], device, model.d_model // model.n_head)
-            if why: lacking.setdefault(why, {})[config] = None
-    for why, configs in lacking.items():
-        print(f"not to be had here: {', '.join(configs)}: {why}", file=sys.stderr)
+    asked = dict.fromkeys(config for stage in protocol.stages(preset, args.arms) for _, configs in stage.runs for config in configs)
+    lacking = [config for config in asked if config in LM_CONFIGS and LM_CONFIGS[config].products]
+    # asked of the CPU: this process is to hold no memory of a GPU that the runs need
+    if lacking and (why := float8_unavailable("cpu")):
+        print(f"not to be had here: {', '.join(lacking)}: {why}", file=sys.stderr)
 
 # %% ../../nbs/cli/02_main.ipynb #0762717b
 def _run(args) -> int:

@@ -165,8 +165,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, scale):
         # in place, so that no second copy of the largest gradient exists; a second backward pass is refused by autograd
-        # one element and not 0-d: on a GPU torch would round a 0-d factor to the narrower type of what it multiplies
-        factor = (scale * ctx.share)[None]
+        factor = scale * ctx.share
+        if factor.is_cuda: factor = factor[None]  # not 0-d, which torch would round there to the type of what it multiplies
         dx_ND, dw_VD = (None if d is None else d.mul_(factor) for d in ctx.saved_tensors)
         return (None if dx_ND is None else dx_ND.to(ctx.x_dtype), None if dw_VD is None else dw_VD.to(ctx.w_dtype),
                 None, None, None, None)

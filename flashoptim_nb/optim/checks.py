@@ -10,7 +10,6 @@ __all__ = ['OptionError', 'ParametersError', 'GradientError', 'as_param_list', '
 
 # %% ../../nbs/optim/18_checks.ipynb #c4ec0003
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import zip_longest
 from numbers import Real
 
 import torch
@@ -95,7 +94,11 @@ def called(
     p: torch.Tensor,
 ) -> str:
     "What an error calls a parameter: its name, if the optimizer was given `named_parameters()`, or its place, and its shape."
-    pairs = [pair for g in opt.param_groups for pair in zip_longest(g["params"], g.get("param_names") or ())]
+    def names(group):
+        own, given = group["params"], group.get("param_names")
+        # torch never takes out the name of a parameter that was taken out
+        return given if isinstance(given, list) and len(given) == len(own) else [None] * len(own)
+    pairs = [pair for group in opt.param_groups for pair in zip(group["params"], names(group))]
     name = next((name or f"parameter {place}" for place, (q, name) in enumerate(pairs) if q is p), "a parameter")
     return f"{name} of shape {tuple(p.shape)}"
 
@@ -289,7 +292,8 @@ def check_decay(
     "Raises `OptionError` for a group that asks for weight decay of the other kind."
     other = group.get("decoupled_weight_decay") not in (None, opt.decoupled)
     # without decay the two are one
-    if other and group.get("weight_decay", opt.defaults.get("weight_decay")): raise OptionError(wrong_decay(opt))
+    if other and group.get("weight_decay", opt.defaults.get("weight_decay")):
+        raise OptionError(wrong_decay(opt) + ", or take the key out of the group")
 
 def check_group_names(
     opt,  # a FlashOptimizer

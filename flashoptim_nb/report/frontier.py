@@ -9,7 +9,7 @@ __all__ = ['FRONTIER_SIZES', 'BUDGETS', 'WAYS', 'TIMED_STEPS', 'MEASURED', 'FITS
 
 # %% ../../nbs/report/16_frontier.ipynb #c4c3604b
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html import escape
 
 import pandas as pd
@@ -21,8 +21,8 @@ from ..measure.cost import cost_per_token, rate_of
 from ..measure.memory import HEADROOM
 from .render import Rendered, attributes, given_runs, runs_of
 from .rows import show_rows
-from .tables import best_evidence_of, in_nats, judged, measured_saving
-from ..study.evidence import Estimate, evidence_table, gpus_of
+from .tables import best_evidence_of, by_card, in_nats, judged, measured_saving
+from ..study.evidence import Estimate, gpus_of
 from ..study.expression import Q
 from ..study.h1.criteria import H1
 from ..study.h1.posthoc import H1_POST_HOC
@@ -193,8 +193,8 @@ _FILL = {MEASURED: "#bfe3cf", FITS: "#e3f3ea", LOST: "#f2b8b0", MAY: "#ffffff", 
 _KEYS = {MEASURED: "measured: tokens a second a GPU, dollars a million", FITS: "fits, speed not measured there",
          LOST: "out of memory", MAY: "not measured, predicted to fit", NOT: "not measured, predicted not to fit"}
 _NOTES = (
-    "A speed is that of the card it names, one card to a size and a budget, in a training whose peak stays within 90 % of both "
-    "(40 GB are 40 x 2^30 bytes); bold: the fastest of a size, to 1 %.",
+    "A speed is that of the card it names, in a training whose peak stays within 90 % of the budget (40 GB are 40 x 2^30 "
+    "bytes) and of its card; in a size and budget all are of one card; bold: the fastest, to 1 %.",
     "FlashAdamW's rows take the loss by a fused kernel, AdamW's does not. Release frees gradients where a batch is one "
     "micro-batch; over several, as in the study's batches at 1B,",
     "they add up, and a parameter takes 7 bytes.")
@@ -295,7 +295,7 @@ def _over(runs: list[Run]) -> str:
 def _long(runs: list[Run]) -> str:
     "How many steps runs took."
     steps = [run.header["settings"]["recipe"]["steps"] for run in runs]
-    return f"{_listed(steps)} steps"
+    return f"{_listed(steps)} steps" * bool(steps)
 
 # %% ../../nbs/report/16_frontier.ipynb #e8156f6f
 def _text(e: Estimate, unit: str) -> str:
@@ -303,20 +303,20 @@ def _text(e: Estimate, unit: str) -> str:
 
 def _known(quantity: str, runs: list[Run], hypothesis: Hypothesis = H1) -> Iterator[tuple[str, Estimate]]:
     "What is known of a quantity at each size that the claim is about, beyond a rehearsal."
-    if not (here := best_evidence_of(runs=runs, hypothesis=hypothesis)) or here.scale == REHEARSAL: return
+    if not (here := best_evidence_of(runs=runs, hypothesis=hypothesis)): return
     for size in PROTOCOL_SIZES:
-        if (e := here.estimate(Q(quantity, size))).value is not None: yield size, e
+        if e := by_card(Q(quantity, size), runs, hypothesis).get(here.device): yield size, e
 
 def _elsewhere(size: str, runs: list[Run]) -> Iterator[str]:
     "The saving at a size on other cards than the headline's."
-    here, every = best_evidence_of(runs=runs), evidence_table(runs, H1)
-    for card in sorted({*every[(every.scale == here.scale) & (every.device_kind == "cuda")].device} - {here.device}):
-        e = replace(here, table=every, device=card).estimate(Q("cost_saving", size))
-        if e.value is not None and not e.bound: yield f"on an {CARD.get(card, card)} {_text(e, 'share')}"
+    for card, e in [*by_card(Q("cost_saving", size), runs).items()][1:]:
+        if not e.bound: yield f"{CARD.get(card, card)}: {_text(e, 'share')}"
 
 def _cost_words(runs: list[Run]) -> str:
     known = {size: found for size in _SIZES if (found := measured_saving(size, runs))}
-    def at(size, *more): return f" at {size} ({'; '.join([_long(runs_of(known[size]['runs'], runs)), *more])})"
+    def at(size, *more):
+        said = "; ".join(filter(None, [_long(runs_of(known[size]["runs"], runs)), *more]))
+        return f" at {size}{f' ({said})' * bool(said)}"
     def said(size):
         found = known[size]
         return (value_text(dict(value=found["value"], interval=[found["lo"], found["hi"]], bound="", unit="share"))
@@ -325,7 +325,7 @@ def _cost_words(runs: list[Run]) -> str:
     open_ = ",".join(at(size) for size in known if size not in sure)
     if not sure: return f"that the stack lowers it is not established{open_ or ' at any size: no saving is measured'}"
     after = [(size, e) for size, e in _known("cost_saving", runs, H1_POST_HOC) if size in known and size not in sure]
-    given = ", ".join(f"{'projected ' * e.projected}{_text(e, 'share')} at {size}" for size, e in after)
+    given = ", ".join(f"{_text(e, 'share')} at {size}{' (projected)' * e.projected}" for size, e in after)
     return (f"to equal loss it costs less by {', '.join(map(said, sure))}" + f"; not established{open_}" * bool(open_)
             + f": post hoc {given}" * bool(given))
 
@@ -339,7 +339,8 @@ def _memory_words(runs: list[Run]) -> str:
 
 def _speed_words(runs: list[Run]) -> str:
     found = [f"{_text(e, 'x')} at {size}" for size, e in _known("throughput_ratio", runs)]
-    return f"tokens a second over the same reference's: {', '.join(found)}" if found else "not measured"
+    if not found: return "not measured"
+    return f"tokens a second over the same reference's, on {CARD.get(card := best_evidence_of(runs=runs).device, card)}s: {', '.join(found)}"
 
 # %% ../../nbs/report/16_frontier.ipynb #5d00ff4e
 def _room_words(cells: pd.DataFrame) -> str:

@@ -111,7 +111,7 @@ def show_scaling_curve(
     found = scaling(runs)
     if found.empty or not (found["gpus"] > 1).any(): return sentence("Over several GPUs: not measured.", [])
     lines = found[found["numbers"] > 1]
-    if lines.empty: return sentence("No configuration is measured on two numbers of GPUs at one size: no curve.", [])
+    if lines.empty: return sentence("No configuration is measured on two numbers of GPUs of one model at one size: no curve.", [])
     return draw(scaling_lines, lines)
 
 # %% ../../nbs/report/17_scaling.ipynb #4e0d9549

@@ -6,12 +6,13 @@
 __all__ = ['SIGNS', 'CRITERION_WORDS', 'WHOLE_WORDS', 'tone', 'chip', 'show_statuses', 'in_nats', 'part_text', 'verdict_cell',
            'judged', 'show_criteria', 'show_verdict', 'show_missing', 'part_frame', 'show_rules', 'decided_runs',
            'verdict_banner', 'unlike_manifest', 'altered_note', 'post_hoc', 'registration_note',
-           'show_changed_criteria', 'measured_saving', 'best_evidence_of', 'paced_by', 'verdict_text', 'show_post_hoc',
-           'post_hoc_text']
+           'show_changed_criteria', 'measured_saving', 'best_evidence_of', 'paced_by', 'by_card', 'verdict_text',
+           'show_post_hoc', 'post_hoc_text']
 
 # %% ../../nbs/report/02_tables.ipynb #ed3755d0
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from textwrap import wrap
@@ -20,7 +21,7 @@ import pandas as pd
 
 from ..base.records import REHEARSAL, Run
 from ..study.evidence import Evidence, evidence_table, rank_devices
-from ..study.expression import Status, quantities, readable
+from ..study.expression import Q, Status, quantities, readable
 from ..study.h1.criteria import H1
 from ..study.h1.quantities import REFERENCE_PPL
 from ..study.hypotheses import POST_HOC, criterion_of, hypothesis_of
@@ -28,6 +29,7 @@ from ..study.hypothesis import Criterion, Hypothesis
 from ..study.protocols import PROTOCOLS
 from ..study.manifest import manifest_problems, under_way
 from ..study.registration import history, registered, registration_status
+from ..study.statistics import Estimate
 from ..study.verdict import NOT_APPLICABLE, side_text, value_text, verdict
 from .render import (
     Rendered, attributes, by_study, given_runs, load_runs, provenance_note, runs_of, sentence, table)
@@ -244,11 +246,21 @@ def show_missing(
     runs: Iterable[Run] | None = None,
 ) -> Rendered:
     "What is missing, and the criteria that it keeps open on some side, most of them first."
-    runs, kept = _runs(runs, hypothesis), {}
+    runs, kept, sides = _runs(runs, hypothesis), {}, {}
     entries = [e for e in judged(runs, hypothesis) if e["kind"] != "overall"]
     for e in entries:
         if e["status"] in ("met", "not met", NOT_APPLICABLE): continue
-        for what in _lacking(e): kept.setdefault(what, {})[e["id"]] = None
+        for what in _lacking(e):
+            kept.setdefault(what, {})[e["id"]] = None
+            sides.setdefault(what, {})[e["against"]] = None
+    every = {e["against"] for e in entries}
+    def told(what):
+        "With the side, where others do not lack it and it does not say so itself."
+        (at, names, why), (side, *others) = what, sides[what]
+        if len(every) == 1 + len(others): return what
+        said = not why or re.search(rf"\b{side}\b", why)
+        return at, tuple(side if name == "the reference" else name for name in names), why if said else f"{why} (against {side})"
+    kept = {told(what): ids for what, ids in kept.items()}
     rows = [{"what is missing": what, "keeps open": ", ".join(id.split("-")[1] for id in ids)}
             for what, ids in sorted(_folded_lacks(kept), key=lambda one: -len(one[1]))]
     return table(rows) if rows else Rendered("<p>Nothing is open.</p>", "Nothing is open.")
@@ -378,7 +390,8 @@ def registration_note(
             for row in history(name)]
     before = "; ".join(told) + "." if brief else " ".join(told)
     earlier = f"\n\nEarlier verdicts: {before}" if told else ""
-    far = [f" The study {said}." for place in by_study(runs).items() if not brief and (said := under_way(*place))]
+    far = [f" The study on {place[1][0].header['device']} {said}." for place in by_study(runs).items()
+           if not brief and (said := under_way(*place))]
     why = "".join(f" {row['day']}: {row['reason']}" for row in registered(name)
                   if not brief and f", with runs added on {row['day']} ({row['hash']})" in words)
     how = "Post hoc" if brief else "Read post hoc, with estimators that were changed after the runs"
@@ -441,12 +454,26 @@ def paced_by(
     rates = {}
     for run in given_runs(runs):
         warm = [row for row in run.of("step") if row.get("seconds") and not row.get("cold")]
-        if warm: rates[run.header["scale"], run.id] = warm[0]["tokens"] / statistic([row["seconds"] for row in warm])
+        if warm: rates[run.header["study"], run.id] = warm[0]["tokens"] / statistic([row["seconds"] for row in warm])
     def change(table):
-        rate = pd.Series([rates.get(key) for key in zip(table.scale, table.run)], index=table.index, dtype=float)
+        rate = pd.Series([rates.get(key) for key in zip(table.study, table.run)], index=table.index, dtype=float)
         return table.assign(tokens_per_s=rate.fillna(table.tokens_per_s.astype(float)),
                             gpu_s_per_token=(1 / rate).fillna(table.gpu_s_per_token.astype(float)))
     return change
+
+# %% ../../nbs/report/02_tables.ipynb #2740d2a7
+def by_card(
+    q: Q,
+    runs: Iterable[Run] | None = None,
+    hypothesis: Hypothesis = H1,  # or H1 as it is read post hoc
+) -> dict[str, Estimate]:
+    "The estimates of a quantity, by GPU model, against the headline's reference; empty where no GPU has measured it."
+    here, table = best_evidence_of(runs=runs, hypothesis=hypothesis), evidence_table(given_runs(runs), hypothesis)
+    if here is None or here.scale == REHEARSAL: return {}
+    cards = {*table[(table.scale == here.scale) & (table.device_kind == "cuda")].device}
+    found = {card: replace(here, table=table, device=card).estimate(q)
+             for card in sorted(cards, key=lambda card: (card != here.device, card))}
+    return {card: e for card, e in found.items() if e.value is not None}
 
 # %% ../../nbs/report/02_tables.ipynb #a344f170
 def verdict_text(

@@ -32,11 +32,12 @@ H1_CHANGES = (
            "Prose is 73 % of the tokens that these runs were trained on, C4 is 4 %. The protocol says training "
            "distribution; the registered estimator has C4, which is what the protocol's own scale trains on."),
     Change("2026-11-27", "Where a size's own runs ended before they reached the loss, the steps to equal loss are those of the "
-                         "largest size whose models have learnt enough, on whatever card they were trained; the saving is "
-                         "marked as projected and decides nothing.",
+                         "largest size whose models have learnt enough; the saving is marked as projected and decides nothing.",
            "The registered estimator leaves such a size open on one side, however far its runs were from the loss: "
-           "two of 7B's three pairs, of 12 steps. A saving carried over from elsewhere is shown and decides nothing there, too. "
-           "How many steps a loss takes is the training's affair, how long a step takes the card's."),
+           "at 7B, of 12 steps, most pairs are. The judge holds a projected saving against no threshold."),
+    Change("2026-11-27", "Those steps are taken from whatever card the largest such size was trained on.",
+           "Added when the second card's runs of 7B were there, which have no long runs beside them. How many steps a loss "
+           "takes is the training's affair, how long a step takes the card's."),
     Change("2026-11-27", "A micro-batch that is the whole of a GPU's share of the batch counts as the largest there is.",
            "The registered estimator holds it against the batch of all GPUs, so that at 13B, where each of four takes its 6 "
            "of 24 sequences at once, it asks for a larger one that does not exist."))
