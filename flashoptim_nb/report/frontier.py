@@ -194,10 +194,10 @@ _KEYS = {MEASURED: "measured: tokens a second a GPU, dollars a million", FITS: "
          LOST: "out of memory", MAY: "not measured, predicted to fit", NOT: "not measured, predicted not to fit"}
 _NOTES = (
     "A speed is that of the card it names, in a training whose peak stays within 90 % of the budget (40 GB are 40 x 2^30 "
-    "bytes) and of its card; in a size and budget all are of one card; bold: the fastest, to 1 %.",
-    "FlashAdamW's rows take the loss by a fused kernel, AdamW's does not. Release frees gradients where a batch is one "
-    "micro-batch; over several, as in the study's batches at 1B,",
-    "they add up, and a parameter takes 7 bytes.")
+    "bytes) and of its card. A size in a budget",
+    "has one card; bold: its fastest, to 1 %. FlashAdamW's rows take the loss by a fused kernel, AdamW's does not. Release "
+    "frees gradients where a batch is one",
+    "micro-batch; over several, as in the study's batches at 1B, they add up, and a parameter takes 7 bytes.")
 _SAID = {FITS: "fits", LOST: "out of", MAY: "may fit", NOT: "no room"}
 CARD = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA H200": "H200", "NVIDIA A100-SXM4-80GB": "A100"}
 _W, _H, _LEFT, _GAP = 60, 28, 166, 14  # of a cell, of the names, between panels
