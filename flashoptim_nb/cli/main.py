@@ -345,15 +345,6 @@ def _as_registered(runs: list, hypothesis: str, hash: str, studies: list[Path]) 
         print(visible(f"the verdict as registered is not to be had: {error}"), file=sys.stderr)
         return []
 
-# %% ../../nbs/cli/02_main.ipynb #8f19815d
-def _checkpoints(runs: list, hypothesis: str) -> list[dict]:
-    "The checkpoints' entries; what the whole protocol would cost comes from its plan."
-    from flashoptim_nb.lm.plan import plan_protocol
-    from flashoptim_nb.study.checkpoint_verdicts import checkpoint_verdicts
-    from flashoptim_nb.study.hypotheses import HYPOTHESES
-    supplied = dict(projected_cost=float(plan_protocol().dollars.sum())) if hypothesis == "h1" else {}
-    return checkpoint_verdicts(runs, HYPOTHESES[hypothesis], supplied)
-
 # %% ../../nbs/cli/02_main.ipynb #fe560f84
 _PATIENCE = 1.0  # seconds before a bar is shown: loading the modules took some already
 
@@ -381,6 +372,7 @@ def _judged(args) -> str:
     from flashoptim_nb.study.registration import registration_status
     from flashoptim_nb.report.render import load_runs
     from flashoptim_nb.report.tables import altered_note, judged, post_hoc, post_hoc_text, verdict_text
+    from flashoptim_nb.report.rows import judged_checkpoints
     if args.scale is not None: choose("scale", args.scale, PROTOCOLS[args.hypothesis].presets)
     studies = _studies(args.records)
     if not args.records: _tell_hidden(studies)
@@ -394,7 +386,7 @@ def _judged(args) -> str:
     entries, reread, altered = judged(runs, hypothesis), post_hoc(hypothesis, runs), altered_note(runs)
     # first what was read after the runs: what is registered has the last word where ids are gathered
     listed = [(entry, "read post hoc") for _, entry in reread]
-    listed += [(entry, stands["status"]) for entry in entries + (_checkpoints(runs, args.hypothesis) if args.json else [])]
+    listed += [(entry, stands["status"]) for entry in entries + (judged_checkpoints(runs, hypothesis) if args.json else [])]
     listed = [entry | dict(given=given, registration=stands["hash"], altered=altered) for entry, given in listed]
     said = [f"Registration: {stands['words']}." + f" {altered}" * bool(altered), verdict_text(entries, args.statements)]
     if reread: said.append(post_hoc_text(reread, hypothesis))
