@@ -203,8 +203,8 @@ def _tell_lacking(protocol, preset, args):
     if args.hypothesis != "h1": return
     from flashoptim_nb.lm.float8 import float8_unavailable
     from flashoptim_nb.train.config import LM_CONFIGS
-    asked = dict.fromkeys(config for stage in protocol.stages(preset, args.arms) for _, configs in stage.runs for config in configs)
-    lacking = [config for config in asked if config in LM_CONFIGS and LM_CONFIGS[config].products]
+    asked = (config for stage in protocol.stages(preset, args.arms) for _, configs in stage.runs for config in configs)
+    lacking = [config for config in dict.fromkeys(asked) if config in LM_CONFIGS and LM_CONFIGS[config].products]
     # asked of the CPU: this process is to hold no memory of a GPU that the runs need
     if lacking and (why := float8_unavailable("cpu")):
         print(f"not to be had here: {', '.join(lacking)}: {why}", file=sys.stderr)

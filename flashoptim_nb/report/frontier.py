@@ -340,7 +340,8 @@ def _memory_words(runs: list[Run]) -> str:
 def _speed_words(runs: list[Run]) -> str:
     found = [f"{_text(e, 'x')} at {size}" for size, e in _known("throughput_ratio", runs)]
     if not found: return "not measured"
-    return f"tokens a second over the same reference's, on {CARD.get(card := best_evidence_of(runs=runs).device, card)}s: {', '.join(found)}"
+    card = best_evidence_of(runs=runs).device
+    return f"tokens a second over the same reference's, on {CARD.get(card, card)}s: {', '.join(found)}"
 
 # %% ../../nbs/report/16_frontier.ipynb #5d00ff4e
 def _room_words(cells: pd.DataFrame) -> str:

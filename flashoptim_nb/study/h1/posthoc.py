@@ -71,7 +71,8 @@ def _saving(e: Evidence, q: Q) -> Estimate:
     "The cost saving; with the steps to equal loss of the largest size that has learnt enough, where the own ones are open."
     found, own = H1_QUANTITIES["cost_saving"].estimate(e, q), steps_to_equal_loss(e, q, q.config)
     if e.scale == SCALES[0] or not own.reach: return found
-    cards = sorted({*e.table[(e.table.scale == e.scale) & (e.table.device_kind == "cuda")].device}, key=lambda card: (card != e.device, card))
+    here = e.table[(e.table.scale == e.scale) & (e.table.device_kind == "cuda")]
+    cards = sorted({*here.device}, key=lambda card: (card != e.device, card))
     known = ((size, _steps(replace(e, device=card), Q("steps_ratio", size, config=q.config)))
              for size in QUALITY_SIZES[::-1] for card in cards)
     size, steps = next(((size, one) for size, one in known if one.decides and not one.short), (None, None))
