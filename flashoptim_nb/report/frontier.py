@@ -11,6 +11,7 @@ __all__ = ['FRONTIER_SIZES', 'BUDGETS', 'WAYS', 'TIMED_STEPS', 'MEASURED', 'FITS
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from html import escape
+from itertools import product
 
 import pandas as pd
 
@@ -21,7 +22,7 @@ from ..measure.cost import cost_per_token, rate_of
 from ..measure.memory import HEADROOM
 from .render import Rendered, attributes, given_runs, runs_of
 from .rows import show_rows
-from .tables import best_evidence_of, by_card, in_nats, judged, measured_saving
+from .tables import best_evidence_of, by_card, estimate_text, in_nats, judged, measured_saving
 from ..study.evidence import Estimate, gpus_of
 from ..study.expression import Q
 from ..study.h1.criteria import H1
@@ -109,6 +110,9 @@ def _seen(run: Run) -> Iterator[dict]:
                        lost=run.status == "oom" and any(row["checkpointing"] == "full" for row in run.of("oom")))
 
 # %% ../../nbs/report/16_frontier.ipynb #7adbd153
+_SEEN = ("size", "seq", "way", "gpus", "micro", "checkpointing", "peak", "allowed", "tokens_per_s", "lost", "room", "device",
+         "study", "run", "scale")
+
 def seen_trainings(
     runs: Iterable[Run] | None = None,  # None: all there are
 ) -> pd.DataFrame:
@@ -125,14 +129,13 @@ def seen_trainings(
     rows = [row for row in rows if not (row.pop("chosen", False) and place(row) in trained)]
     def each(row): return row | dict(tokens_per_s=row["tokens_per_s"] and row["tokens_per_s"] / row["gpus"])
     return pd.DataFrame([dict(allowed=None) | each(row) for row in rows if row["way"] and row["size"] in _SIZES
-                         and row["seq"] == sequence_of(row["size"])])
+                         and row["seq"] == sequence_of(row["size"])], columns=_SEEN)
 
 # %% ../../nbs/report/16_frontier.ipynb #50fd34f6
 MEASURED, FITS, LOST, MAY, NOT = "measured", "fits", "out of memory", "predicted to fit", "predicted not to fit"
 
 def _within(seen: pd.DataFrame, budget: int) -> pd.DataFrame:
     "The trainings whose peak a budget holds."
-    if seen.empty: return seen
     limit = HEADROOM * budget * 2**30
     # a card that is sold as 80 GB has less, and what its search refused does not fit it
     return seen[seen["peak"].astype(float) <= seen["allowed"].astype(float).fillna(limit).clip(upper=limit)]
@@ -140,15 +143,14 @@ def _within(seen: pd.DataFrame, budget: int) -> pd.DataFrame:
 def _card(seen: pd.DataFrame, budget: int) -> str | None:
     "The card that tells the speeds of a size in a budget: that on which most ways are timed, then most trainings."
     inside = _within(seen, budget)
-    if inside.empty or (timed := inside[inside["tokens_per_s"].notna()]).empty: return None
-    cards = timed.groupby("device")["way"].agg(["nunique", "size"])
-    return max(sorted(cards.index), key=lambda card: tuple(cards.loc[card]))
+    cards = inside[inside["tokens_per_s"].notna()].groupby("device")["way"].agg(["nunique", "size"])
+    return max(sorted(cards.index), key=lambda card: tuple(cards.loc[card]), default=None)
 
 def _cell(mine: pd.DataFrame, size: str, way: str, gpus: int, budget: int, card: str | None) -> dict:
     "What is known of one cell; its speed is that of a card."
     limit, origin = HEADROOM * budget * 2**30, ["micro", "checkpointing", "study"]
     inside = _within(mine, budget)
-    timed = inside[inside["tokens_per_s"].notna() & (inside["device"] == card)] if len(inside) else inside
+    timed = inside[inside["tokens_per_s"].notna() & (inside["device"] == card)]
     if len(timed):
         groups = [group for _, group in timed.groupby(origin, dropna=False)]
         best = max(groups, key=lambda group: group["tokens_per_s"].mean())
@@ -162,7 +164,7 @@ def _cell(mine: pd.DataFrame, size: str, way: str, gpus: int, budget: int, card:
         row = inside.loc[inside["peak"].astype(float).idxmin()]
         return dict(state=FITS, peak=row["peak"], device=row["device"], scale=row["scale"],
                     runs=[f"{row['study']}/{row['run']}"])
-    if len(mine) and len(lost := mine[mine["lost"].astype(bool) & (mine["room"] >= limit)]):
+    if len(lost := mine[mine["lost"].astype(bool) & (mine["room"] >= limit)]):
         return dict(state=LOST, device=lost["device"].iloc[0], scale=lost["scale"].iloc[0],
                     runs=sorted(lost["study"] + "/" + lost["run"]))
     seq = sequence_of(size)
@@ -176,15 +178,12 @@ def frontier(
     """A row for each cell: gpus, budget (GB), size, way, state, and where it is measured tokens_per_s (a GPU),
     dollars (a million tokens), the rate and platform that they are priced at, device, micro, peak, runs."""
     seen, cells = seen_trainings(runs), []
-    for gpus, sizes in FRONTIER_SIZES.items():
-        here = {size: seen if seen.empty else seen[(seen["size"] == size) & (seen["gpus"] == gpus)] for size in sizes}
-        for budget in BUDGETS:
-            cards = {size: _card(here[size], budget) for size in sizes}
-            for way in WAYS:
-                for size in sizes:
-                    mine = here[size] if here[size].empty else here[size][here[size]["way"] == way]
-                    cells.append(dict(gpus=gpus, budget=budget, size=size, way=way)
-                                 | _cell(mine, size, way, gpus, budget, cards[size]))
+    for (gpus, sizes), budget in product(FRONTIER_SIZES.items(), BUDGETS):
+        here = {size: seen[(seen["size"] == size) & (seen["gpus"] == gpus)] for size in sizes}
+        cards = {size: _card(here[size], budget) for size in sizes}
+        cells += [dict(gpus=gpus, budget=budget, size=size, way=way)
+                  | _cell(here[size][here[size]["way"] == way], size, way, gpus, budget, cards[size])
+                  for way in WAYS for size in sizes]
     return pd.DataFrame(cells)
 
 # %% ../../nbs/report/16_frontier.ipynb #ac831b53
@@ -298,19 +297,16 @@ def _long(runs: list[Run]) -> str:
     return f"{_listed(steps)} steps" * bool(steps)
 
 # %% ../../nbs/report/16_frontier.ipynb #e8156f6f
-def _text(e: Estimate, unit: str) -> str:
-    return value_text(dict(value=e.value, interval=[e.lo, e.hi], bound=e.bound, unit=unit))
-
 def _known(quantity: str, runs: list[Run], hypothesis: Hypothesis = H1) -> Iterator[tuple[str, Estimate]]:
     "What is known of a quantity at each size that the claim is about, beyond a rehearsal."
-    if not (here := best_evidence_of(runs=runs, hypothesis=hypothesis)): return
+    if not (here := best_evidence_of(runs=runs, hypothesis=hypothesis)) or here.scale == REHEARSAL: return
     for size in PROTOCOL_SIZES:
-        if e := by_card(Q(quantity, size), runs, hypothesis).get(here.device): yield size, e
+        if (e := here.estimate(Q(quantity, size))).value is not None: yield size, e
 
 def _elsewhere(size: str, runs: list[Run]) -> Iterator[str]:
     "The saving at a size on other cards than the headline's."
     for card, e in [*by_card(Q("cost_saving", size), runs).items()][1:]:
-        if not e.bound: yield f"{CARD.get(card, card)}: {_text(e, 'share')}"
+        if not e.bound: yield f"{CARD.get(card, card)}: {estimate_text(e, 'share')}"
 
 def _cost_words(runs: list[Run]) -> str:
     known = {size: found for size in _SIZES if (found := measured_saving(size, runs))}
@@ -325,7 +321,7 @@ def _cost_words(runs: list[Run]) -> str:
     open_ = ",".join(at(size) for size in known if size not in sure)
     if not sure: return f"that the stack lowers it is not established{open_ or ' at any size: no saving is measured'}"
     after = [(size, e) for size, e in _known("cost_saving", runs, H1_POST_HOC) if size in known and size not in sure]
-    given = ", ".join(f"{_text(e, 'share')} at {size}{' (projected)' * e.projected}" for size, e in after)
+    given = ", ".join(f"{estimate_text(e, 'share')} at {size}{' (projected)' * e.projected}" for size, e in after)
     return (f"to equal loss it costs less by {', '.join(map(said, sure))}" + f"; not established{open_}" * bool(open_)
             + f": post hoc {given}" * bool(given))
 
@@ -338,7 +334,7 @@ def _memory_words(runs: list[Run]) -> str:
             f"(`baseline_strong`) at an equal micro-batch, by {', '.join(found)}")
 
 def _speed_words(runs: list[Run]) -> str:
-    found = [f"{_text(e, 'x')} at {size}" for size, e in _known("throughput_ratio", runs)]
+    found = [f"{estimate_text(e, 'x')} at {size}" for size, e in _known("throughput_ratio", runs)]
     if not found: return "not measured"
     card = best_evidence_of(runs=runs).device
     return f"tokens a second over the same reference's, on {CARD.get(card, card)}s: {', '.join(found)}"

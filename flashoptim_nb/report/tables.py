@@ -6,8 +6,8 @@
 __all__ = ['SIGNS', 'CRITERION_WORDS', 'WHOLE_WORDS', 'tone', 'chip', 'show_statuses', 'in_nats', 'part_text', 'verdict_cell',
            'judged', 'show_criteria', 'show_verdict', 'show_missing', 'part_frame', 'show_rules', 'decided_runs',
            'verdict_banner', 'unlike_manifest', 'altered_note', 'post_hoc', 'registration_note',
-           'show_changed_criteria', 'measured_saving', 'best_evidence_of', 'paced_by', 'by_card', 'verdict_text',
-           'show_post_hoc', 'post_hoc_text']
+           'show_changed_criteria', 'measured_saving', 'best_evidence_of', 'paced_by', 'by_card', 'estimate_text',
+           'verdict_text', 'show_post_hoc', 'post_hoc_text']
 
 # %% ../../nbs/report/02_tables.ipynb #ed3755d0
 import re
@@ -23,6 +23,7 @@ from ..base.records import REHEARSAL, Run
 from ..study.evidence import Evidence, evidence_table, rank_devices
 from ..study.expression import Q, Status, quantities, readable
 from ..study.h1.criteria import H1
+from ..study.h1.posthoc import cards_of
 from ..study.h1.quantities import REFERENCE_PPL
 from ..study.hypotheses import POST_HOC, criterion_of, hypothesis_of
 from ..study.hypothesis import Criterion, Hypothesis
@@ -438,12 +439,12 @@ def best_evidence_of(
     change: Callable[[pd.DataFrame], pd.DataFrame] = lambda table: table,
     hypothesis: Hypothesis = H1,  # or H1 as it is read post hoc
 ) -> Evidence | None:
-    "The evidence of the highest scale and of the device there that has most runs; None without runs."
+    """The evidence of the highest scale and of the device there that has most runs; None without runs.
+    Its table has the others' runs, too."""
     table = evidence_table(given_runs(runs), hypothesis)
     if table.empty: return None
     scale, device = rank_devices(table)[0]
-    return Evidence(change(table[(table.scale == scale) & (table.device == device)].copy()), hypothesis, against, scale=scale,
-                    device=device)
+    return Evidence(change(table), hypothesis, against, scale=scale, device=device)
 
 # %% ../../nbs/report/02_tables.ipynb #0aee9c34
 def paced_by(
@@ -468,12 +469,17 @@ def by_card(
     hypothesis: Hypothesis = H1,  # or H1 as it is read post hoc
 ) -> dict[str, Estimate]:
     "The estimates of a quantity, by GPU model, against the headline's reference; empty where no GPU has measured it."
-    here, table = best_evidence_of(runs=runs, hypothesis=hypothesis), evidence_table(given_runs(runs), hypothesis)
+    here = best_evidence_of(runs=runs, hypothesis=hypothesis)
     if here is None or here.scale == REHEARSAL: return {}
-    cards = {*table[(table.scale == here.scale) & (table.device_kind == "cuda")].device}
-    found = {card: replace(here, table=table, device=card).estimate(q)
-             for card in sorted(cards, key=lambda card: (card != here.device, card))}
+    found = {card: replace(here, device=card).estimate(q) for card in cards_of(here)}
     return {card: e for card, e in found.items() if e.value is not None}
+
+def estimate_text(
+    e: Estimate,
+    unit: str,  # of its quantity
+) -> str:
+    "An estimate as `value_text` has it."
+    return value_text(dict(value=e.value, interval=[e.lo, e.hi], bound=e.bound, unit=unit))
 
 # %% ../../nbs/report/02_tables.ipynb #a344f170
 def verdict_text(
