@@ -279,7 +279,7 @@ WORKSPACE = 2 * 32 * 2**20
 
 def predict(
     model: Model,  # a GPT of this package, or an architecture of transformers
-    config: TrainConfig,  # loss, attention, weights, states and release are read
+    config: TrainConfig,  # loss, attention, weights, states, release, compile and products are read
     micro: int,  # sequences in a micro-batch, on each GPU
     seq: int,  # tokens in a sequence
     *,
@@ -289,6 +289,8 @@ def predict(
     # bytes: weights, gradients, masters, states, copies, activations, gathered, workspace, other, peak
 ) -> dict[str, float]:
     "What a training step holds on each GPU by class, and at its peak."
+    # compiled layers that multiply in float8 keep what selective checkpointing keeps, and make the rest again
+    if config.products and config.compile and checkpointing == "none": checkpointing = "selective"
     c = config if gpus == 1 else config.replace(weights="bf16")  # what layers compute with: FSDP2 gathers bf16
     # released gradients are there until the last micro-batch takes its step
     n, each = _count(model), bytes_per_parameter(config.weights, config.states, config.release and not accumulate)
@@ -307,7 +309,7 @@ def predict(
             + _moment(model, micro * seq, c.loss, c.weights, c.compile))
     coming, root = held["gradients"] * (not accumulate), held["gathered"] * (1 - 1 / gpus)
     # compiled, what is run again takes the place of what was stored and is used up
-    if checkpointing == "none" or c.compile and checkpointing == "selective":
+    if checkpointing == "none" or c.compile and checkpointing == "selective" and not c.products:
         again = held["activations"] * (1 - 1 / model.n_layer)
     else: again = held["activations"] - _logits(model, c, micro * seq) + _run_again(model, c, micro, seq, checkpointing)
     # the share of the gradients that comes with and after the first layer

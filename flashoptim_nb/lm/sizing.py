@@ -52,7 +52,7 @@ def _layer_bytes(
     products = narrow * (3 * d + F)
     # the values keep alive what queries and keys were before rotation
     qkv = narrow * (5 if fused and not gpt2 else 3) * d
-    softmax = 4 * H if fused else seq * H * (narrow + (4 if stream > narrow else 0))
+    softmax = 4 * H if fused else seq * H * (narrow + ((narrow if compiled else 4) if stream > narrow else 0))
     activation = narrow * (F if gpt2 else 2 * F if compiled else 3 * F)
     return norms + products + qkv + softmax + activation
 

@@ -76,7 +76,7 @@ def test_the_share_of_a_row_is_not_rounded(device):
     y = torch.randint(300, (1000,), device=device)
     for ours, whole in zip(*(loss_and_gradients(linear_cross_entropy, x, w, y, scale)[1:] for scale in (1.0, 1000 / 1024))):
         ours, whole = ours.double(), whole.double()  # the latter by 2 ** -10, which bf16 has
-        assert (ours * whole).sum() / whole.square().sum() == pytest.approx(1024 / 1000, rel=2e-4)
+        assert float((ours * whole).sum() / whole.square().sum()) == pytest.approx(1024 / 1000, rel=2e-4)
 
 
 def some_ignored(y, share):
