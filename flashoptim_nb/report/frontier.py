@@ -21,7 +21,7 @@ from ..lm.fit import gpt_of, gpu_memory, largest_that_fits
 from ..measure.cost import cost_per_token, rate_of
 from ..measure.memory import HEADROOM
 from .render import Rendered, attributes, given_runs, runs_of
-from .rows import show_rows
+from .rows import candidates, show_rows
 from .tables import best_evidence_of, by_card, estimate_text, in_nats, judged, measured_saving
 from ..study.evidence import Estimate, gpus_of
 from ..study.expression import Q
@@ -67,15 +67,15 @@ def _room(run: Run) -> float:
     except UserError: return 0.0
 
 # %% ../../nbs/report/16_frontier.ipynb #f4b45166
-def _candidates(search: dict, about: dict) -> Iterator[dict]:
-    "What a search tried."
-    choice = search.get("micro"), search.get("checkpointing")
-    for row in search["tried"]:
-        yield about | dict(micro=row["micro_batch"], checkpointing=row["checkpointing"],
-                           chosen=(row["micro_batch"], row["checkpointing"]) == choice,
-                           peak=None if row["oom"] else row["peak"], allowed=row.get("budget"),
-                           tokens_per_s=None if row.get("given_up") else row.get("tokens_per_s"),
-                           lost=row["oom"] and row["checkpointing"] == "full" and row["micro_batch"] == 1)
+def _tried(run: Run) -> Iterator[dict]:
+    "What the searches of a run or a journal tell of cells."
+    for row in candidates(run):
+        if row["size"] not in _SIZES: continue
+        yield dict(size=row["size"], seq=sequence_of(row["size"]), way=_WAY_OF.get(row["config"]), gpus=row["gpus"],
+                   micro=row["micro_batch"], checkpointing=row["checkpointing"], chosen=row["chosen"],
+                   peak=None if row["oom"] else row["peak"], allowed=row.get("budget"),
+                   tokens_per_s=None if row.get("given_up") else row.get("tokens_per_s"),
+                   lost=row["oom"] and row["checkpointing"] == "full" and row["micro_batch"] == 1)
 
 # %% ../../nbs/report/16_frontier.ipynb #63ecb9e8
 TIMED_STEPS = 5  # steps at least
@@ -90,21 +90,14 @@ def _seen(run: Run) -> Iterator[dict]:
                    tokens_per_s=row.get("tokens_per_s"),
                    lost=bool(row.get("oom")) and row["checkpointing"] == "full" and row["micro_batch"] == 1)
     if run.header["hypothesis"] != "h1": return
-    for search in run.of("search") if run.is_journal else ():
-        if search.get("role") not in _SIZES: continue
-        about = dict(size=search["role"], seq=sequence_of(search["role"]), way=_WAY_OF.get(search["config"]),
-                     gpus=search.get("gpus") or 1)
-        yield from _candidates(search, about)
+    if run.is_journal or run.header.get("arm") == "frontier": yield from _tried(run)  # each candidate is timed
     settings = run.header.get("settings") or {}
-    if not settings.get("recipe"): return
+    if not settings.get("recipe") or run.header.get("arm") == "frontier": return
     speed = next(iter(run.of("throughput")[-1:]), {})
     timed = (speed.get("steps") or 0) >= TIMED_STEPS
     peaks = [row["peak"] for row in [*steps, *run.of("memory")] if row.get("peak")]
     about = dict(size=settings["size"], seq=settings["recipe"]["seq"], way=_WAY_OF.get(config),
                  gpus=settings.get("gpus", 1))
-    if run.header.get("arm") == "frontier":  # each candidate is timed
-        for search in run.of("search"): yield from _candidates(search, about)
-        return
     yield about | dict(checkpointing=None, micro=speed.get("micro_batch"), trained=timed, peak=max(peaks, default=None),
                        tokens_per_s=speed.get("tokens_per_s") if timed else None,
                        lost=run.status == "oom" and any(row["checkpointing"] == "full" for row in run.of("oom")))

@@ -17,7 +17,7 @@ from .charts import by_size, draw, scaling_lines
 from .fits import peak_today
 from .frontier import CARD, TIMED_STEPS
 from .render import Rendered, full_name, given_runs, sentence
-from .rows import show_rows
+from .rows import candidates, show_rows
 from .tables import part_frame
 from ..study.evidence import gpus_of
 from ..study.h1.presets import STACKS
@@ -26,14 +26,7 @@ from ..train.config import LM_CONFIGS, TrainConfig
 # %% ../../nbs/report/17_scaling.ipynb #872662e8
 SCALED_SIZES = ("1B", "7B", "13B", "30B")
 
-def _chosen(run: Run) -> Iterator[dict]:
-    "The candidates that the searches of a run or a journal chose, with their size, configuration and GPUs."
-    for search in run.of("search"):
-        choice = search.get("micro"), search.get("checkpointing")
-        about = dict(size=search.get("role") or run.header["role"], gpus=search.get("gpus") or 1,
-                     config=search.get("config") or run.header["config"])
-        yield from (about | row for row in search["tried"]
-                    if row["fits"] and (row["micro_batch"], row["checkpointing"]) == choice)
+def _chosen(run: Run) -> Iterator[dict]: return (row for row in candidates(run) if row["chosen"])
 
 # %% ../../nbs/report/17_scaling.ipynb #ea265a07
 def _trained(run: Run) -> Iterator[dict]:
