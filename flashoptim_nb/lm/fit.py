@@ -303,10 +303,12 @@ def predict(
     held["workspace"] = WORKSPACE
     standing = (sum(held[name] for name in ("weights", "masters", "states", "gathered", "workspace"))
                 + held["gradients"] * accumulate)
-    # compiled layers that are run again have no copies in autocast's cache
-    cast = held["copies"] if c.compile and checkpointing != "none" else copy * n["matrices"]
-    loss = (held["activations"] + cast
-            + _moment(model, micro * seq, c.loss, c.weights, c.compile))
+    # autocast's cache has a copy of every matrix, but of none in compiled layers that are run again; it is gone before
+    # written-out logits get their gradient, and until then the loss holds less
+    cache = held["copies"] if c.compile and checkpointing != "none" else copy * n["matrices"]
+    moment = _moment(model, micro * seq, c.loss, c.weights, c.compile)
+    early = moment if c.compile or c.loss != "plain" else 6 * micro * seq * model.vocab_size
+    loss = held["activations"] + max(held["copies"] + moment, cache + early)
     coming, root = held["gradients"] * (not accumulate), held["gathered"] * (1 - 1 / gpus)
     # compiled, what is run again takes the place of what was stored and is used up
     if checkpointing == "none" or c.compile and checkpointing == "selective" and not c.products:
