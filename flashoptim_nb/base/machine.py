@@ -131,7 +131,7 @@ def repository_tar(
     return done.stdout if done.returncode == 0 else None
 
 # %% ../../nbs/base/02_machine.ipynb #3f81ad85
-LIBRARIES = ("torch", "triton", "numpy", "scipy", "pandas", "tokenizers", "safetensors", "flash-attn")
+LIBRARIES = ("torch", "triton", "numpy", "scipy", "pandas", "tokenizers", "safetensors", "flash-attn", "torchao")
 
 def _versions() -> dict:
     found = {"python": platform.python_version()}

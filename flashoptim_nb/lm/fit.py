@@ -279,7 +279,7 @@ WORKSPACE = 2 * 32 * 2**20
 
 def predict(
     model: Model,  # a GPT of this package, or an architecture of transformers
-    config: TrainConfig,  # loss, attention, weights, states, release, compile and products are read
+    config: TrainConfig,  # loss, attention, weights, states, release, compile, whole and products are read
     micro: int,  # sequences in a micro-batch, on each GPU
     seq: int,  # tokens in a sequence
     *,
@@ -299,6 +299,9 @@ def predict(
     head, layer = model.vocab_size * model.d_model, whole * n["layers"] / model.n_layer * (gpus > 1)
     held["copies"] = copy * _copied(n["matrices"], head, checkpointing, c.loss)
     held["activations"] = _kept(model, c, micro, seq, checkpointing)
+    # from layer to layer of one graph its last product goes on in bf16, and is kept
+    if c.whole and checkpointing == "none":
+        held["activations"] += 2 * micro * seq * model.d_model * (model.n_layer - 1)
     held["gathered"] = whole * (n["total"] - n["layers"]) if gpus > 1 else 0
     held["workspace"] = WORKSPACE
     standing = (sum(held[name] for name in ("weights", "masters", "states", "gathered", "workspace"))
