@@ -46,7 +46,7 @@ TABLES = {
     ".whole": "memory_bytes:number?",
     "end": "status!:name reason:text?",
     "step": """step!:count cold:flag? loss:number? grad_norm:number? lr:number? skipped:flag? partial:flag? tokens:count?
-        loss_scale:amount? seconds:amount? peak:amount?""",
+        loss_scale:amount? seconds:amount? task_seconds:amount? peak:amount?""",
     "epoch": """epoch!:count seconds:amount? loss:number? steps:count? samples:count? skipped:count? partial:count? loss_scale:amount?
         scaled_above:count? least_scale!scaled_above:amount? workers:count? allocated:amount? reserved:amount? peak:amount? graphed:flag?""",
     "eval": """set!:name target:name? precision:name? ema:flag? epoch:count? unit:name? mae:amount? rmse:amount? n:count? step!nll:count?

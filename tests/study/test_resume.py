@@ -32,8 +32,8 @@ try: sys.exit(Study(h1.H1_PROTOCOL, preset, sys.argv[1], device="cpu", stopped=m
 except Interrupted: sys.exit(130)
 """
 # Not promised: what a clock says, what is derived from it or decided on it, and what names the moment.
-TIMED = {"seconds", "cold", "started", "command", "commit", "tokens_per_s", "mean_tokens_per_s", "settling",
-         "seconds_per_step", "utilization", "steps", "values", "why", "action"}
+TIMED = {"seconds", "task_seconds", "cold", "started", "command", "commit", "tokens_per_s", "mean_tokens_per_s",
+         "settling", "seconds_per_step", "utilization", "steps", "values", "why", "action"}
 
 
 def start(out): return Forked(DRIVER, out, FLASHOPTIM_DATA="")
