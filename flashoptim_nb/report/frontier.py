@@ -9,7 +9,7 @@ __all__ = ['FRONTIER_SIZES', 'BUDGETS', 'WAYS', 'TIMED_STEPS', 'MEASURED', 'FITS
 
 # %% ../../nbs/report/16_frontier.ipynb #c4c3604b
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import product
 
@@ -23,12 +23,13 @@ from ..measure.memory import HEADROOM
 from .render import Rendered, attributes, given_runs, runs_of
 from .rows import candidates, show_rows
 from .tables import best_evidence_of, by_card, estimate_text, in_nats, judged, measured_saving
-from ..study.evidence import Estimate, gpus_of
+from ..study.evidence import Estimate, Evidence, gpus_of
 from ..study.expression import Q
-from ..study.h1.criteria import H1
-from ..study.h1.posthoc import H1_POST_HOC
-from ..study.h1.quantities import PROTOCOL_SIZES
+from ..study.h1.criteria import CRITERIA, H1
+from ..study.h1.posthoc import H1_POST_HOC, cards_of
+from ..study.h1.quantities import PROTOCOL_SIZES, quality_gaps
 from ..study.hypothesis import Hypothesis
+from ..study.statistics import paired_interval
 from ..study.verdict import value_text
 
 # %% ../../nbs/report/16_frontier.ipynb #a203f002
@@ -311,12 +312,14 @@ def _cost_words(runs: list[Run]) -> str:
         return (value_text(dict(value=found["value"], interval=[found["lo"], found["hi"]], bound="", unit="share"))
                 + at(size, *_elsewhere(size, runs)))
     sure = [size for size in known if established_saving(size, runs)]
-    open_ = ",".join(at(size) for size in known if size not in sure)
+    def open_at(size):  # as registered, then from the size's own runs as they are read post hoc
+        found, later = known[size], after.get(size)
+        bound = value_text(dict(value=found["value"], interval=[found["lo"], found["hi"]], bound=found["bound"], unit="share"))
+        return at(size, bound * bool(found["bound"]), later and f"post hoc {estimate_text(later, 'share')}")
+    after = {size: e for size, e in _known("cost_saving", runs, H1_POST_HOC) if not e.projected and not e.bound}
+    open_ = ",".join(open_at(size) for size in known if size not in sure)
     if not sure: return f"that the stack lowers it is not established{open_ or ' at any size: no saving is measured'}"
-    after = [(size, e) for size, e in _known("cost_saving", runs, H1_POST_HOC) if size in known and size not in sure]
-    given = ", ".join(f"{estimate_text(e, 'share')} at {size}{' (projected)' * e.projected}" for size, e in after)
-    return (f"to equal loss it costs less by {', '.join(map(said, sure))}" + f"; not established{open_}" * bool(open_)
-            + f": post hoc {given}" * bool(given))
+    return f"to equal loss it costs less by {', '.join(map(said, sure))}" + f"; not established{open_}" * bool(open_)
 
 # %% ../../nbs/report/16_frontier.ipynb #f5971aa6
 def _memory_words(runs: list[Run]) -> str:
@@ -350,11 +353,30 @@ def _room_words(cells: pd.DataFrame) -> str:
     where = "".join(f", up to {one['size']} on {one['gpus']} GPU{'s' * (one['gpus'] > 1)} of {one['budget']} GB"
                     for one in seen[-1:])
     def count(key): return sum(one[key] for one in won)
-    return (f"in {len(won)} of the chart's {len(places)} places it fits and AdamW at 16 bytes does not. It ran in "
+    return (f"in {len(won)} of the chart's {len(places)} places it fits and 16-byte AdamW does not. It ran in "
             f"{len(seen)} of them{where}, AdamW tried in {count('refused') or 'none'}; the rest is predicted. "
             f"bf16 AdamW would fit in {count('bf16')}; {count('host')} take states on the host")
 
 # %% ../../nbs/report/16_frontier.ipynb #c3d9fbf6
+_TEXTS = dict(wikitext103="WikiText-103", c4="C4", prose="prose")
+_HARM = CRITERIA["H1-F2"].thresholds[0]["value"]  # nats
+
+def _interval(nats: list[float]) -> str:
+    e = paired_interval(nats, 0.90)
+    return f"{e.value:.2g} [{e.lo:.2g}, {e.hi:.2g}]"
+
+def _short_words(here: Evidence, runs: list[Run]) -> str:
+    "The sizes that are too short of training to be judged and of which a seed is beyond what F2 calls harm."
+    told = []
+    for size in PROTOCOL_SIZES:
+        found = {card: quality_gaps(replace(here, device=card), Q("quality_gap", size)) for card in cards_of(here)}
+        found = {card: (nats, pairs.records) for card, (_, nats, pairs) in found.items() if nats}
+        if max((x for nats, _ in found.values() for x in nats), default=0) <= _HARM: continue
+        steps = _long(runs_of([name for _, names in found.values() for name in names], runs))
+        each = ", ".join(f"{' '.join(f'{x:+.2f}' for x in nats)} ({CARD.get(card, card)})" for card, (nats, _) in found.items())
+        told.append(f"; at {size}, {steps}, by seed {each}")
+    return "".join(told) + "; else too short to tell"
+
 def _long_words(runs: list[Run]) -> str:
     "What the sizes show whose runs are long enough for it, read post hoc: the gap on each text, in nats."
     found = next((e for e in judged(runs, H1_POST_HOC) if e["id"] == "H1-D2" and e["headline"]), None)
@@ -362,10 +384,11 @@ def _long_words(runs: list[Run]) -> str:
     if not parts: return ""
     first, at = parts[0], parts[0]["at"]
     steps = {run.header["settings"]["recipe"]["steps"] for run in runs_of(first["records"], runs)}
-    gaps = ", ".join(f"{value_text(*in_nats(part, found['scale']))} on {'C4' if 'c4' in part['term'] else 'WikiText-103'}"
-                     for part in parts if part["at"].split(",")[0] == at)
-    return (f"at {at}, {' or '.join(f'{n:,}' for n in sorted(steps))} steps, the stack's held-out loss less {found['against']}'s is "
-            f"{gaps} (post hoc, {first['n']} pairs, 90 %); larger sizes trained too briefly")
+    here = best_evidence_of(runs=runs)
+    gaps = {name: quality_gaps(here, Q("quality_gap", at, split=text))[1] for text, name in _TEXTS.items()}
+    told = ", ".join(f"{_interval(nats)} on {name}" for name, nats in gaps.items() if len(nats) > 1)
+    return (f"at {at}, {' or '.join(f'{n:,}' for n in sorted(steps))} steps, the stack's held-out loss less {found['against']}'s is, "
+            f"in nats, {told} (post hoc, {first['n']} pairs, 90 %){_short_words(here, runs)}")
 
 def _quality_words(runs: list[Run]) -> str:
     found = next((e for e in judged(runs) if e["id"] == "H1-S3" and e["headline"]), None)
