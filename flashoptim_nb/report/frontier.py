@@ -9,7 +9,7 @@ __all__ = ['FRONTIER_SIZES', 'BUDGETS', 'WAYS', 'TIMED_STEPS', 'MEASURED', 'FITS
 
 # %% ../../nbs/report/16_frontier.ipynb #c4c3604b
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html import escape
 from itertools import product
 
@@ -22,11 +22,11 @@ from ..measure.cost import cost_per_token, rate_of
 from ..measure.memory import HEADROOM
 from .render import Rendered, attributes, given_runs, runs_of
 from .rows import candidates, show_rows
-from .tables import best_evidence_of, by_card, estimate_text, in_nats, judged, measured_saving
+from .tables import best_evidence_of, by_card, estimate_text, gaps_by_card, in_nats, judged, measured_saving
 from ..study.evidence import Estimate, Evidence, gpus_of
 from ..study.expression import Q
 from ..study.h1.criteria import CRITERIA, H1
-from ..study.h1.posthoc import H1_POST_HOC, cards_of
+from ..study.h1.posthoc import H1_POST_HOC
 from ..study.h1.quantities import PROTOCOL_SIZES, quality_gaps
 from ..study.hypothesis import Hypothesis
 from ..study.statistics import paired_interval
@@ -369,8 +369,7 @@ def _short_words(here: Evidence, runs: list[Run]) -> str:
     "The sizes that are too short of training to be judged and of which a seed is beyond what F2 calls harm."
     told = []
     for size in PROTOCOL_SIZES:
-        found = {card: quality_gaps(replace(here, device=card), Q("quality_gap", size)) for card in cards_of(here)}
-        found = {card: (nats, pairs.records) for card, (_, nats, pairs) in found.items() if nats}
+        found = gaps_by_card(here, Q("quality_gap", size))
         if max((x for nats, _ in found.values() for x in nats), default=0) <= _HARM: continue
         steps = _long(runs_of([name for _, names in found.values() for name in names], runs))
         each = ", ".join(f"{' '.join(f'{x:+.2f}' for x in nats)} ({CARD.get(card, card)})" for card, (nats, _) in found.items())

@@ -6,8 +6,8 @@
 __all__ = ['SIGNS', 'CRITERION_WORDS', 'WHOLE_WORDS', 'tone', 'chip', 'show_statuses', 'in_nats', 'part_text', 'verdict_cell',
            'judged', 'show_criteria', 'show_verdict', 'show_missing', 'part_frame', 'show_rules', 'decided_runs',
            'verdict_banner', 'unlike_manifest', 'altered_note', 'post_hoc', 'registration_note',
-           'show_changed_criteria', 'measured_saving', 'best_evidence_of', 'paced_by', 'by_card', 'estimate_text',
-           'verdict_text', 'show_post_hoc', 'post_hoc_text']
+           'show_changed_criteria', 'measured_saving', 'best_evidence_of', 'paced_by', 'by_card', 'gaps_by_card',
+           'estimate_text', 'verdict_text', 'show_post_hoc', 'post_hoc_text']
 
 # %% ../../nbs/report/02_tables.ipynb #ed3755d0
 import re
@@ -24,7 +24,7 @@ from ..study.evidence import Evidence, evidence_table, rank_devices
 from ..study.expression import Q, Status, quantities, readable
 from ..study.h1.criteria import H1
 from ..study.h1.posthoc import cards_of
-from ..study.h1.quantities import REFERENCE_PPL
+from ..study.h1.quantities import REFERENCE_PPL, quality_gaps
 from ..study.hypotheses import POST_HOC, criterion_of, hypothesis_of
 from ..study.hypothesis import Criterion, Hypothesis
 from ..study.protocols import PROTOCOLS
@@ -473,6 +473,14 @@ def by_card(
     if here is None or here.scale == REHEARSAL: return {}
     found = {card: replace(here, device=card).estimate(q) for card in cards_of(here)}
     return {card: e for card, e in found.items() if e.value is not None}
+
+def gaps_by_card(
+    e: Evidence,
+    q: Q,  # a `quality_gap`
+) -> dict[str, tuple[list[float], tuple[str, ...]]]:
+    "The gaps of pairs in nats, by GPU model, the evidence's own first, with the names of their runs."
+    found = {card: quality_gaps(replace(e, device=card), q) for card in cards_of(e)}
+    return {card: (nats, pairs.records) for card, (_, nats, pairs) in found.items() if nats}
 
 def estimate_text(
     e: Estimate,

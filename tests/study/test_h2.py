@@ -48,7 +48,8 @@ except Interrupted: sys.exit(130)
 exec(COMMON)
 # What a clock says, what is derived from it and what names the moment: not what the promise is about.
 TIMED = {
-    "seconds", "task_seconds", "cold", "started", "command", "commit", "ms", "samples_per_s", "mean_samples_per_s", "settling", "steps"}
+    "seconds", "task_seconds", "cold", "started", "command", "commit", "ms", "samples_per_s", "mean_samples_per_s",
+    "settling", "steps"}
 
 
 TOY = domains()["toy"]  # noqa: F821 - of COMMON
