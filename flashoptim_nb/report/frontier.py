@@ -297,6 +297,10 @@ def _known(quantity: str, runs: list[Run], hypothesis: Hypothesis = H1) -> Itera
     for size in PROTOCOL_SIZES:
         if (e := here.estimate(Q(quantity, size))).value is not None: yield size, e
 
+def _later(quantity: str, runs: list[Run]) -> dict[str, Estimate]:
+    "What is known of a quantity post hoc, from a size's own runs, and no bound."
+    return {size: e for size, e in _known(quantity, runs, H1_POST_HOC) if not e.projected and not e.bound}
+
 def _elsewhere(size: str, runs: list[Run]) -> Iterator[str]:
     "The saving at a size on other cards than the headline's."
     for card, e in [*by_card(Q("cost_saving", size), runs).items()][1:]:
@@ -316,7 +320,7 @@ def _cost_words(runs: list[Run]) -> str:
         found, later = known[size], after.get(size)
         bound = value_text(dict(value=found["value"], interval=[found["lo"], found["hi"]], bound=found["bound"], unit="share"))
         return at(size, bound * bool(found["bound"]), later and f"post hoc {estimate_text(later, 'share')}")
-    after = {size: e for size, e in _known("cost_saving", runs, H1_POST_HOC) if not e.projected and not e.bound}
+    after = _later("cost_saving", runs)
     open_ = ",".join(open_at(size) for size in known if size not in sure)
     if not sure: return f"that the stack lowers it is not established{open_ or ' at any size: no saving is measured'}"
     return f"to equal loss it costs less by {', '.join(map(said, sure))}" + f"; not established{open_}" * bool(open_)
@@ -330,7 +334,12 @@ def _memory_words(runs: list[Run]) -> str:
             f"(`baseline_strong`) at an equal micro-batch, by {', '.join(found)}")
 
 def _speed_words(runs: list[Run]) -> str:
-    found = [f"{estimate_text(e, 'x')} at {size}" for size, e in _known("throughput_ratio", runs)]
+    after = _later("throughput_ratio", runs)
+    def post_hoc(size, e):
+        if not e.bound or size not in after: return ""
+        later = estimate_text(after[size], "x")
+        return f" (post hoc {later.removeprefix(value_text(dict(value=e.value, interval=None, unit='x'))).strip()})"
+    found = [f"{estimate_text(e, 'x')}{post_hoc(size, e)} at {size}" for size, e in _known("throughput_ratio", runs)]
     if not found: return "not measured"
     card = best_evidence_of(runs=runs).device
     return f"tokens a second over the same reference's, on {CARD.get(card, card)}s: {', '.join(found)}"
