@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FRONTIER_SIZES', 'BUDGETS', 'WAYS', 'TIMED_STEPS', 'MEASURED', 'FITS', 'LOST', 'MAY', 'NOT', 'CARD', 'DRAWING', 'Way',
-           'sequence_of', 'seen_trainings', 'frontier', 'frontier_svg', 'established_saving', 'frontier_sentences',
-           'show_frontier', 'show_frontier_rows']
+           'sequence_of', 'seen_trainings', 'frontier', 'frontier_svg', 'established_saving', 'token_savings',
+           'frontier_sentences', 'show_frontier', 'show_frontier_rows']
 
 # %% ../../nbs/report/16_frontier.ipynb #c4c3604b
 from collections.abc import Iterable, Iterator
@@ -24,7 +24,7 @@ from .render import Rendered, attributes, given_runs, runs_of
 from .rows import candidates, show_rows
 from .tables import best_evidence_of, by_card, estimate_text, gaps_by_card, in_nats, judged, measured_saving
 from ..study.evidence import Estimate, Evidence, gpus_of
-from ..study.expression import Q
+from ..study.expression import Q, readable
 from ..study.h1.criteria import CRITERIA, H1
 from ..study.h1.posthoc import H1_POST_HOC
 from ..study.h1.quantities import PROTOCOL_SIZES, quality_gaps
@@ -325,6 +325,22 @@ def _cost_words(runs: list[Run]) -> str:
     if not sure: return f"that the stack lowers it is not established{open_ or ' at any size: no saving is measured'}"
     return f"to equal loss it costs less by {', '.join(map(said, sure))}" + f"; not established{open_}" * bool(open_)
 
+# %% ../../nbs/report/16_frontier.ipynb #76095b2e
+def token_savings(
+    cells: pd.DataFrame,  # of `frontier`
+    size: str = "1B",
+    gpus: int = 1,
+) -> dict[int, float]:
+    "By what share a token of FlashAdamW costs less than 16-byte AdamW's, by budget (GB), where both are measured."
+    here = cells[(cells["size"] == size) & (cells["gpus"] == gpus) & (cells["state"] == MEASURED)]
+    speeds = here.pivot_table(index="budget", columns="way", values="tokens_per_s") if len(here) else here
+    if not {"adamw", "flash"} <= {*speeds.columns}: return {}
+    return (1 - speeds["adamw"] / speeds["flash"]).dropna().to_dict()
+
+def _token_words(cells: pd.DataFrame) -> str:
+    found = [f"{readable(saving, 'share', 2)} less in {budget} GB" for budget, saving in token_savings(cells).items()]
+    return f"; a token at 1B costs {', '.join(found)}" * bool(found)
+
 # %% ../../nbs/report/16_frontier.ipynb #f5971aa6
 def _memory_words(runs: list[Run]) -> str:
     found = [value_text(dict(value=e.value, interval=None, bound=e.bound, unit="share"))
@@ -417,8 +433,8 @@ def frontier_sentences(
     "What it saves of memory, time and cost, where it makes room, and what that costs in quality."
     runs = given_runs(runs, None)
     ours = [run for run in runs if run.header["hypothesis"] == "h1"]
-    return dict(Memory=_memory_words(ours), Speed=_speed_words(ours), Cost=_cost_words(ours), Room=_room_words(cells),
-                Quality=_quality_words(ours))
+    return dict(Memory=_memory_words(ours), Speed=_speed_words(ours), Cost=_cost_words(ours) + _token_words(cells),
+                Room=_room_words(cells), Quality=_quality_words(ours))
 
 # %% ../../nbs/report/16_frontier.ipynb #f47408ce
 DRAWING = "nbs/_static/frontier.svg"  # in the repository
