@@ -27,7 +27,7 @@ from ..study.evidence import Estimate, Evidence, gpus_of
 from ..study.expression import Q, readable
 from ..study.h1.criteria import CRITERIA, H1
 from ..study.h1.posthoc import H1_POST_HOC
-from ..study.h1.quantities import PROTOCOL_SIZES, quality_gaps
+from ..study.h1.quantities import MARGIN_NATS, PROTOCOL_SIZES, quality_gaps
 from ..study.hypothesis import Hypothesis
 from ..study.statistics import paired_interval
 from ..study.verdict import value_text
@@ -279,6 +279,7 @@ def established_saving(
 
 # %% ../../nbs/report/16_frontier.ipynb #d11e39fb
 def _listed(numbers: Iterable[int]) -> str: return " and ".join(map(str, sorted({*numbers})))
+def _listed_words(words: list[str]) -> str: return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 def _over(runs: list[Run]) -> str:
     "Over how many GPUs runs were divided, where it was more than one."
@@ -338,8 +339,10 @@ def token_savings(
     return (1 - speeds["adamw"] / speeds["flash"]).dropna().to_dict()
 
 def _token_words(cells: pd.DataFrame) -> str:
-    found = [f"{readable(saving, 'share', 2)} less in {budget} GB" for budget, saving in token_savings(cells).items()]
-    return f"; a token at 1B costs {', '.join(found)}" * bool(found)
+    # in all of a card's memory it is the runs' own cost a token, of which the saving to equal loss is made
+    found = [f"{readable(saving, 'share', 2)} less in {budget} GB" for budget, saving in token_savings(cells).items()
+             if budget != max(BUDGETS)]
+    return f"; a token at 1B costs {', '.join(found)} (one timing a side)" * bool(found)
 
 # %% ../../nbs/report/16_frontier.ipynb #f5971aa6
 def _memory_words(runs: list[Run]) -> str:
@@ -377,9 +380,9 @@ def _room_words(cells: pd.DataFrame) -> str:
                   key=lambda one: (_SIZES.index(one["size"]), -one["budget"] * one["gpus"], -one["gpus"]))
     where = "".join(f", up to {one['size']} on {one['gpus']} GPU{'s' * (one['gpus'] > 1)} of {one['budget']} GB"
                     for one in seen[-1:])
-    def count(key): return sum(one[key] for one in won)
+    def count(key, ones=won): return sum(one[key] for one in ones)
     return (f"in {len(won)} of the chart's {len(places)} places it fits and 16-byte AdamW does not. It ran in "
-            f"{len(seen)} of them{where}, AdamW tried in {count('refused') or 'none'}; the rest is predicted. "
+            f"{len(seen)} of them{where}, AdamW tried in {count('refused', seen) or 'none'}; the rest is predicted. "
             f"bf16 AdamW would fit in {count('bf16')}; {count('host')} take states on the host")
 
 # %% ../../nbs/report/16_frontier.ipynb #c3d9fbf6
@@ -399,7 +402,18 @@ def _short_words(here: Evidence, runs: list[Run]) -> str:
         steps = _long(runs_of([name for _, names in found.values() for name in names], runs))
         each = ", ".join(f"{' '.join(f'{x:+.2f}' for x in nats)} ({CARD.get(card, card)})" for card, (nats, _) in found.items())
         told.append(f"; at {size}, {steps}, by seed {each}")
-    return "".join(told) + "; else too short to tell"
+    shorter = [size for size in PROTOCOL_SIZES if not any(f" {size}," in one for one in told)]
+    return "".join(told) + f"; {_listed_words(shorter)} too short to tell" * bool(shorter)
+
+def _also_words(here: Evidence, at: str, size: str = "350M") -> str:
+    "On which texts a further size of long runs lies within S3's margin, by its 90 % interval."
+    gaps = {name: quality_gaps(here, Q("quality_gap", size, split=text))[1] for text, name in _TEXTS.items()}
+    ends = {name: paired_interval(nats, 0.90) for name, nats in gaps.items() if len(nats) > 1}
+    if size == at or not ends: return ""
+    within = [name for name, e in ends.items() if -MARGIN_NATS < e.lo and e.hi < MARGIN_NATS]
+    beyond = [name for name in ends if name not in within]
+    said = [f"within {MARGIN_NATS:g} on {_listed_words(within)}"] * bool(within) + [f"open on {_listed_words(beyond)}"] * bool(beyond)
+    return f"; at {size} {', '.join(said)}"
 
 def _long_words(runs: list[Run]) -> str:
     "What the sizes show whose runs are long enough for it, read post hoc: the gap on each text, in nats."
@@ -412,7 +426,7 @@ def _long_words(runs: list[Run]) -> str:
     gaps = {name: quality_gaps(here, Q("quality_gap", at, split=text))[1] for text, name in _TEXTS.items()}
     told = ", ".join(f"{_interval(nats)} on {name}" for name, nats in gaps.items() if len(nats) > 1)
     return (f"at {at}, {' or '.join(f'{n:,}' for n in sorted(steps))} steps, the stack's held-out loss less {found['against']}'s is, "
-            f"in nats, {told} (post hoc, {first['n']} pairs, 90 %){_short_words(here, runs)}")
+            f"in nats, {told} (post hoc, {first['n']} pairs, 90 %){_also_words(here, at)}{_short_words(here, runs)}")
 
 def _quality_words(runs: list[Run]) -> str:
     found = next((e for e in judged(runs) if e["id"] == "H1-S3" and e["headline"]), None)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from ...base.records import Run
 from ...base.schema import SCALES
+from ...lm.sizes import SIZES
 from ..evidence import Evidence, gpus_of
 from ..expression import Q, estimate_of
 from .criteria import H1
@@ -48,6 +49,7 @@ H1_CHANGES = (
 
 # %% ../../../nbs/study/h1/09_posthoc.ipynb #9dfafe02
 _MOST_OF_IT = "prose"  # the set that most training tokens are of, below the protocol's own scale
+_LENDERS = sorted({*QUALITY_SIZES, "350M"}, key=[*SIZES].index, reverse=True)  # sizes of long runs, the largest first
 
 def _long_enough(e: Evidence, q: Q, found: Estimate) -> Estimate:
     "The estimate without the mark that it is short, if no reference's perplexity on the training text says so."
@@ -68,8 +70,7 @@ def _row(run: Run, search: Mapping | None = None) -> dict:
     """The columns of a run as registered; nothing is untried where a GPU takes its whole share of the batch at once,
     and a reference that fits nowhere has not begun."""
     found, recipe = language_row(run, search), (run.header.get("settings") or {}).get("recipe") or {}
-    if run.header["config"] in H1.references and run.status == "oom" and not run.of("step"):
-        found |= dict(status="unavailable")
+    if run.header["config"] in H1.references and search and search.get("micro") is None: found |= dict(status="unavailable")
     micro, batch = (run.of("throughput") or [{}])[-1].get("micro_batch"), recipe.get("batch")
     return found | dict(untried="") if micro and batch and micro * gpus_of(run) >= batch else found
 
@@ -86,7 +87,7 @@ def _saving(e: Evidence, q: Q) -> Estimate:
     found, own = H1_QUANTITIES["cost_saving"].estimate(e, q), steps_to_equal_loss(e, q, q.config)
     if e.scale == SCALES[0] or not own.reach: return found
     known = ((size, _steps(replace(e, device=card), Q("steps_ratio", size, config=q.config)))
-             for size in QUALITY_SIZES[::-1] for card in cards_of(e))
+             for size in _LENDERS for card in cards_of(e))
     size, steps = next(((size, one) for size, one in known if one.decides and not one.short), (None, None))
     speed = H1_QUANTITIES["throughput_ratio"].estimate(e, q)
     if size is None or speed.value is None: return found
