@@ -278,18 +278,19 @@ def established_saving(
     return found if found and not found["bound"] and found["lo"] is not None and found["lo"] > 0 else None
 
 # %% ../../nbs/report/16_frontier.ipynb #d11e39fb
-def _listed(numbers: Iterable[int]) -> str: return " and ".join(map(str, sorted({*numbers})))
-def _listed_words(words: list[str]) -> str: return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+def _listed(words: Iterable) -> str:
+    words = [*map(str, words)]
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 def _over(runs: list[Run]) -> str:
     "Over how many GPUs runs were divided, where it was more than one."
     gpus = {gpus_of(run) for run in runs}
-    return f" over {_listed(gpus)} GPUs" * (max(gpus, default=1) > 1)
+    return f" over {_listed(sorted(gpus))} GPUs" * (max(gpus, default=1) > 1)
 
 def _long(runs: list[Run]) -> str:
     "How many steps runs took."
-    steps = [run.header["settings"]["recipe"]["steps"] for run in runs]
-    return f"{_listed(steps)} steps" * bool(steps)
+    steps = {run.header["settings"]["recipe"]["steps"] for run in runs}
+    return f"{_listed(sorted(steps))} steps" * bool(steps)
 
 # %% ../../nbs/report/16_frontier.ipynb #e8156f6f
 def _known(quantity: str, runs: list[Run], hypothesis: Hypothesis = H1) -> Iterator[tuple[str, Estimate]]:
@@ -312,15 +313,14 @@ def _cost_words(runs: list[Run]) -> str:
     def at(size, *more):
         said = "; ".join(filter(None, [_long(runs_of(known[size]["runs"], runs)), *more]))
         return f" at {size}{f' ({said})' * bool(said)}"
-    def said(size):
+    def saving(size):
         found = known[size]
-        return (value_text(dict(value=found["value"], interval=[found["lo"], found["hi"]], bound="", unit="share"))
-                + at(size, *_elsewhere(size, runs)))
+        return value_text(dict(value=found["value"], interval=[found["lo"], found["hi"]], bound=found["bound"], unit="share"))
+    def said(size): return saving(size) + at(size, *_elsewhere(size, runs))
     sure = [size for size in known if established_saving(size, runs)]
     def open_at(size):  # as registered, then from the size's own runs as they are read post hoc
-        found, later = known[size], after.get(size)
-        bound = value_text(dict(value=found["value"], interval=[found["lo"], found["hi"]], bound=found["bound"], unit="share"))
-        return at(size, bound * bool(found["bound"]), later and f"post hoc {estimate_text(later, 'share')}")
+        later = after.get(size)
+        return at(size, saving(size) * bool(known[size]["bound"]), later and f"post hoc {estimate_text(later, 'share')}")
     after = _later("cost_saving", runs)
     open_ = ",".join(open_at(size) for size in known if size not in sure)
     if not sure: return f"that the stack lowers it is not established{open_ or ' at any size: no saving is measured'}"
@@ -393,27 +393,31 @@ def _interval(nats: list[float]) -> str:
     e = paired_interval(nats, 0.90)
     return f"{e.value:.2g} [{e.lo:.2g}, {e.hi:.2g}]"
 
+def _gaps(here: Evidence, size: str) -> dict[str, list[float]]:
+    "The stack's gaps in nats at a size, by the text's name, where more than one pair has them."
+    found = {name: quality_gaps(here, Q("quality_gap", size, split=text))[1] for text, name in _TEXTS.items()}
+    return {name: nats for name, nats in found.items() if len(nats) > 1}
+
 def _short_words(here: Evidence, runs: list[Run]) -> str:
     "The sizes that are too short of training to be judged and of which a seed is beyond what F2 calls harm."
-    told = []
+    told = {}
     for size in PROTOCOL_SIZES:
         found = gaps_by_card(here, Q("quality_gap", size))
         if max((x for nats, _ in found.values() for x in nats), default=0) <= _HARM: continue
         steps = _long(runs_of([name for _, names in found.values() for name in names], runs))
         each = ", ".join(f"{' '.join(f'{x:+.2f}' for x in nats)} ({CARD.get(card, card)})" for card, (nats, _) in found.items())
-        told.append(f"; at {size}, {steps}, by seed {each}")
-    shorter = [size for size in PROTOCOL_SIZES if not any(f" {size}," in one for one in told)]
-    return "".join(told) + f"; {_listed_words(shorter)} too short to tell" * bool(shorter)
+        told[size] = f"; at {size}, {steps}, by seed {each}"
+    rest = [size for size in PROTOCOL_SIZES if size not in told]
+    return "".join(told.values()) + f"; {_listed(rest)} too short to tell" * bool(rest)
 
 def _also_words(here: Evidence, at: str, size: str = "350M") -> str:
     "On which texts a further size of long runs lies within S3's margin, by its 90 % interval."
-    gaps = {name: quality_gaps(here, Q("quality_gap", size, split=text))[1] for text, name in _TEXTS.items()}
-    ends = {name: paired_interval(nats, 0.90) for name, nats in gaps.items() if len(nats) > 1}
+    ends = {name: paired_interval(nats, 0.90) for name, nats in _gaps(here, size).items()}
     if size == at or not ends: return ""
     within = [name for name, e in ends.items() if -MARGIN_NATS < e.lo and e.hi < MARGIN_NATS]
     beyond = [name for name in ends if name not in within]
-    said = [f"within {MARGIN_NATS:g} on {_listed_words(within)}"] * bool(within) + [f"open on {_listed_words(beyond)}"] * bool(beyond)
-    return f"; at {size} {', '.join(said)}"
+    said = {f"within {MARGIN_NATS:g}": within, "open": beyond}
+    return f"; at {size} " + ", ".join(f"{words} on {_listed(names)}" for words, names in said.items() if names)
 
 def _long_words(runs: list[Run]) -> str:
     "What the sizes show whose runs are long enough for it, read post hoc: the gap on each text, in nats."
@@ -423,8 +427,7 @@ def _long_words(runs: list[Run]) -> str:
     first, at = parts[0], parts[0]["at"]
     steps = {run.header["settings"]["recipe"]["steps"] for run in runs_of(first["records"], runs)}
     here = best_evidence_of(runs=runs)
-    gaps = {name: quality_gaps(here, Q("quality_gap", at, split=text))[1] for text, name in _TEXTS.items()}
-    told = ", ".join(f"{_interval(nats)} on {name}" for name, nats in gaps.items() if len(nats) > 1)
+    told = ", ".join(f"{_interval(nats)} on {name}" for name, nats in _gaps(here, at).items())
     return (f"at {at}, {' or '.join(f'{n:,}' for n in sorted(steps))} steps, the stack's held-out loss less {found['against']}'s is, "
             f"in nats, {told} (post hoc, {first['n']} pairs, 90 %){_also_words(here, at)}{_short_words(here, runs)}")
 
@@ -472,11 +475,12 @@ def show_frontier(
 
 # %% ../../nbs/report/16_frontier.ipynb #2ac51b66
 def show_frontier_rows(
-    runs: Iterable[Run] | None = None,
+    runs: Iterable[Run] | None = None,  # None: all there are
+    cells: pd.DataFrame | None = None,  # of `frontier` over these runs, where they are known; None: they are found
 ) -> Rendered:
     "The measured cells as a table: each dollar with the card it was measured on and the rate it is priced at."
     runs = given_runs(runs, None)
-    cells = frontier(runs)
+    cells = frontier(runs) if cells is None else cells
     cells = cells[cells["state"] == MEASURED]
     if cells.empty: return show_rows(cells, {}, "frontier", runs, "No cell has a measured speed.")
     words = {name: way.words.replace("…", WAYS["release"].words) for name, way in WAYS.items()}

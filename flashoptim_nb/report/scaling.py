@@ -113,7 +113,9 @@ def _off(peaks: pd.Series, off: pd.Series) -> list[str]:
 
 def _how(row) -> str: return f"{row['micro_batch']}" + (f", {row['checkpointing']}" if row["checkpointing"] else "")
 
-def _origin(row) -> str: return f"{row['from']}, {row['seeds']:.0f} seed{'s' * (row['seeds'] > 1)}" if row["from"] == "trained" else row["from"]
+def _origin(row) -> str:
+    if row["from"] != "trained": return row["from"]
+    return f"{row['from']}, {row['seeds']:.0f} seed{'s' * (row['seeds'] > 1)}"
 
 def show_scaling(
     runs: Iterable[Run] | None = None,  # of hypothesis 1; None: all there are
