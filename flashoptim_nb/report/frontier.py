@@ -73,7 +73,7 @@ def _tried(run: Run) -> Iterator[dict]:
     for row in candidates(run):
         if row["size"] not in _SIZES: continue
         yield dict(size=row["size"], seq=sequence_of(row["size"]), way=_WAY_OF.get(row["config"]), gpus=row["gpus"],
-                   micro=row["micro_batch"], checkpointing=row["checkpointing"], chosen=row["chosen"],
+                   micro=row["micro_batch"], checkpointing=row["checkpointing"],
                    peak=None if row["oom"] else row["peak"], allowed=row.get("budget"),
                    tokens_per_s=None if row.get("given_up") else row.get("tokens_per_s"),
                    lost=row["oom"] and row["checkpointing"] == "full" and row["micro_batch"] == 1)
@@ -104,25 +104,21 @@ def _seen(run: Run) -> Iterator[dict]:
                        lost=run.status == "oom" and any(row["checkpointing"] == "full" for row in run.of("oom")))
 
 # %% ../../nbs/report/16_frontier.ipynb #7adbd153
-_SEEN = ("size", "seq", "way", "gpus", "micro", "checkpointing", "peak", "allowed", "tokens_per_s", "lost", "room", "device",
-         "study", "run", "scale")
+_SEEN = ("size", "seq", "way", "gpus", "micro", "checkpointing", "trained", "peak", "allowed", "tokens_per_s", "lost", "room",
+         "device", "study", "run", "scale")
 
 def seen_trainings(
     runs: Iterable[Run] | None = None,  # None: all there are
 ) -> pd.DataFrame:
-    """A row for each training on a GPU that says something of a cell: size, way, gpus, micro, peak (bytes),
-    tokens_per_s (a GPU), lost (one sequence with full checkpointing ran out of memory), room (bytes of the card),
+    """A row for each training on a GPU that says something of a cell: size, way, gpus, micro, trained (a run of the study,
+    not a candidate of a search or a benchmark), peak (bytes), tokens_per_s (a GPU), lost (one sequence with full checkpointing ran out of memory), room (bytes of the card),
     allowed (bytes of a peak that the search allowed on its card), device, study, run, scale."""
     runs = given_runs(runs, None)
     runs = [run for run in runs if run.header["device_kind"] == "cuda" and run.header["scale"] != REHEARSAL]
     rows = [row | dict(device=run.header["device"], study=run.header["study"], run=run.id, scale=run.header["scale"],
                        room=_room(run)) for run in runs for row in _seen(run)]
-    def place(row): return tuple(row[key] for key in ("study", "size", "way", "gpus", "micro"))
-    trained = {place(row) for row in rows if row.pop("trained", False)}
-    # what a search chose was trained after it, with every seed: that counts
-    rows = [row for row in rows if not (row.pop("chosen", False) and place(row) in trained)]
     def each(row): return row | dict(tokens_per_s=row["tokens_per_s"] and row["tokens_per_s"] / row["gpus"])
-    return pd.DataFrame([dict(allowed=None) | each(row) for row in rows if row["way"] and row["size"] in _SIZES
+    return pd.DataFrame([dict(allowed=None, checkpointing=None, trained=False) | each(row) for row in rows if row["way"] and row["size"] in _SIZES
                          and row["seq"] == sequence_of(row["size"])], columns=_SEEN)
 
 # %% ../../nbs/report/16_frontier.ipynb #50fd34f6
@@ -140,11 +136,21 @@ def _card(seen: pd.DataFrame, budget: int) -> str | None:
     cards = inside[inside["tokens_per_s"].notna()].groupby("device")["way"].agg(["nunique", "size"])
     return max(sorted(cards.index), key=lambda card: tuple(cards.loc[card]), default=None)
 
-def _cell(mine: pd.DataFrame, size: str, way: str, gpus: int, budget: int, card: str | None) -> dict:
-    "What is known of one cell; its speed is that of a card."
+def _trained(seen: pd.DataFrame, budget: int, card: str | None) -> bool:
+    """Whether a size's speeds in a budget are those of runs: the fastest that each way's search found fits it.
+
+    A run's meters, and often its host, are not its search's, so the two are not mixed."""
+    inside = _within(seen, budget)
+    study = inside[inside["tokens_per_s"].notna() & (inside["device"] == card)
+                   & (inside["trained"].astype(bool) | inside["checkpointing"].notna())]
+    return bool(study["trained"].astype(bool).groupby(study["way"]).any().all())
+
+def _cell(mine: pd.DataFrame, size: str, way: str, gpus: int, budget: int, card: str | None, trained: bool = True) -> dict:
+    "What is known of one cell; its speed is that of a card, in runs, or in the candidates of searches."
     limit, origin = HEADROOM * budget * 2**30, ["micro", "checkpointing", "study"]
     inside = _within(mine, budget)
     timed = inside[inside["tokens_per_s"].notna() & (inside["device"] == card)]
+    if (alike := timed["trained"].astype(bool) == trained).any(): timed = timed[alike]
     if len(timed):
         groups = [group for _, group in timed.groupby(origin, dropna=False)]
         best = max(groups, key=lambda group: group["tokens_per_s"].mean())
@@ -175,8 +181,9 @@ def frontier(
     for (gpus, sizes), budget in product(FRONTIER_SIZES.items(), BUDGETS):
         here = {size: seen[(seen["size"] == size) & (seen["gpus"] == gpus)] for size in sizes}
         cards = {size: _card(here[size], budget) for size in sizes}
+        runs_alone = {size: _trained(here[size], budget, cards[size]) for size in sizes}
         cells += [dict(gpus=gpus, budget=budget, size=size, way=way)
-                  | _cell(here[size][here[size]["way"] == way], size, way, gpus, budget, cards[size])
+                  | _cell(here[size][here[size]["way"] == way], size, way, gpus, budget, cards[size], runs_alone[size])
                   for way in WAYS for size in sizes]
     return pd.DataFrame(cells)
 
@@ -283,8 +290,8 @@ def _listed(words: Iterable) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 def _over(runs: list[Run]) -> str:
-    "Over how many GPUs runs were divided, where it was more than one."
-    gpus = {gpus_of(run) for run in runs}
+    "Over how many GPUs pairs of runs were divided, where it was more than one."
+    gpus = {gpus_of(run) for run in runs if run.header["config"] in H1.references and run.status == "finished"}
     return f" over {_listed(sorted(gpus))} GPUs" * (max(gpus, default=1) > 1)
 
 def _long(runs: list[Run]) -> str:
@@ -340,25 +347,31 @@ def token_savings(
 
 def _token_words(cells: pd.DataFrame) -> str:
     # in all of a card's memory it is the runs' own cost a token, of which the saving to equal loss is made
-    found = [f"{readable(saving, 'share', 2)} less in {budget} GB" for budget, saving in token_savings(cells).items()
+    found = [f"{readable(saving, 'share', 2)} in {budget} GB" for budget, saving in token_savings(cells).items()
              if budget != max(BUDGETS)]
-    return f"; a token at 1B costs {', '.join(found)} (one timing a side)" * bool(found)
+    return f"; a token at 1B costs less: {', '.join(found)} (one timing a side)" * bool(found)
 
 # %% ../../nbs/report/16_frontier.ipynb #f5971aa6
+def _post_hoc(e: Estimate, later: Estimate | None, unit: str) -> str:
+    "What a bound is when it is read post hoc; of that which is the same value, the interval alone."
+    if not e.bound or later is None: return ""
+    said = estimate_text(later, unit)
+    interval = said.removeprefix(value_text(dict(value=e.value, interval=None, unit=unit))).strip()
+    return f" (post hoc {interval or said})"
+
 def _memory_words(runs: list[Run]) -> str:
+    after = _later("memory_saving", runs)
     found = [value_text(dict(value=e.value, interval=None, bound=e.bound, unit="share"))
-             + f" at {size}{_over(runs_of(e.records, runs))}" for size, e in _known("memory_saving", runs)]
+             + f"{_post_hoc(e, after.get(size), 'share')} at {size}{_over(runs_of(e.records, runs))}"
+             for size, e in _known("memory_saving", runs)]
     if not found: return "not measured at an equal micro-batch"
     return ("the stack (FlashAdamW, bf16 weights, a fused loss) peaks lower than compiled PyTorch with fused AdamW "
-            f"(`baseline_strong`) at an equal micro-batch, by {', '.join(found)}")
+            f"(`baseline_strong`) at equal micro-batch, by {', '.join(found)}")
 
 def _speed_words(runs: list[Run]) -> str:
     after = _later("throughput_ratio", runs)
-    def post_hoc(size, e):
-        if not e.bound or size not in after: return ""
-        later = estimate_text(after[size], "x")
-        return f" (post hoc {later.removeprefix(value_text(dict(value=e.value, interval=None, unit='x'))).strip()})"
-    found = [f"{estimate_text(e, 'x')}{post_hoc(size, e)} at {size}" for size, e in _known("throughput_ratio", runs)]
+    found = [f"{estimate_text(e, 'x')}{_post_hoc(e, after.get(size), 'x')} at {size}"
+             for size, e in _known("throughput_ratio", runs)]
     if not found: return "not measured"
     card = best_evidence_of(runs=runs).device
     return f"tokens a second over the same reference's, on {CARD.get(card, card)}s: {', '.join(found)}"
@@ -382,7 +395,7 @@ def _room_words(cells: pd.DataFrame) -> str:
                     for one in seen[-1:])
     def count(key, ones=won): return sum(one[key] for one in ones)
     return (f"in {len(won)} of the chart's {len(places)} places it fits and 16-byte AdamW does not. It ran in "
-            f"{len(seen)} of them{where}, AdamW tried in {count('refused', seen) or 'none'}; the rest is predicted. "
+            f"{len(seen)}{where}, AdamW tried in {count('refused', seen) or 'none'}; the rest predicted. "
             f"bf16 AdamW would fit in {count('bf16')}; {count('host')} take states on the host")
 
 # %% ../../nbs/report/16_frontier.ipynb #c3d9fbf6

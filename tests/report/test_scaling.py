@@ -53,9 +53,12 @@ RUNS = [SEARCHED, *TRAINED, of_30b()]
 
 
 def test_cells_of_four_gpus_are_measured_and_those_of_eight_predicted():
-    cells = frontier(RUNS).set_index(["gpus", "budget", "size", "way"])
-    full = cells.loc[4, 80, "13B", "flash"]
+    place = ["gpus", "budget", "size", "way"]
+    trained_too = frontier([*RUNS, trained("13B", "baseline_strong", 4, 0, 15_000.0, 70e9, micro=1)]).set_index(place)
+    full = trained_too.loc[4, 80, "13B", "flash"]
     assert (full["state"], full["tokens_per_s"], full["peak"]) == ("measured", 5_000.0, 51e9)  # of a GPU; as trained
+    cells = frontier(RUNS).set_index(place)
+    assert cells.loc[4, 80, "13B", "flash"]["tokens_per_s"] == 4_500.0  # beside a reference that was searched alone
     assert cells.loc[4, 40, "13B", "flash"]["tokens_per_s"] == 3_750.0  # the search's smaller candidate
     assert cells.loc[4, 80, "30B", "release"]["tokens_per_s"] == 1_750.0
     assert cells.loc[4, 80, "30B", "release"]["device"] == CARD

@@ -45,7 +45,8 @@ H1_CHANGES = (
     Change("2026-11-28", "A reference for which no micro-batch fits makes no pair.",
            "Added when 7B had been tried on one H100, whose memory 16 bytes a parameter exceed, as was known before. The "
            "registered estimator counts a pair that the reference lost and leaves 7B open, though over two GPUs the "
-           "reference trains. A run of the stack that does not fit is a loss in either reading."))
+           "reference trains; so, later that day, 13B over two, and 7B's memory. A run of the stack that does not fit is "
+           "a loss in either reading."))
 
 # %% ../../../nbs/study/h1/09_posthoc.ipynb #9dfafe02
 _MOST_OF_IT = "prose"  # the set that most training tokens are of, below the protocol's own scale
