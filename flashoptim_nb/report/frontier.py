@@ -22,8 +22,8 @@ from ..measure.cost import cost_per_token, rate_of
 from ..measure.memory import HEADROOM
 from .render import Rendered, attributes, given_runs, runs_of
 from .rows import candidates, show_rows
-from .tables import best_evidence_of, by_card, estimate_text, gaps_by_card, in_nats, judged, measured_saving
-from ..study.evidence import Estimate, Evidence, gpus_of
+from .tables import best_evidence_of, by_card, estimate_text, gaps_by_card, in_nats, judged, measured_saving, paired_gpus
+from ..study.evidence import Estimate, Evidence
 from ..study.expression import Q, readable
 from ..study.h1.criteria import CRITERIA, H1
 from ..study.h1.posthoc import H1_POST_HOC
@@ -197,7 +197,8 @@ _NOTES = (
     "bytes) and of its card. A size in a budget",
     "has one card; bold: its fastest, to 1 %. FlashAdamW's rows take the loss by a fused kernel, AdamW's does not. Release "
     "frees gradients where a batch is one",
-    "micro-batch; over several, as in the study's batches at 1B, they add up, and a parameter takes 7 bytes.")
+    "micro-batch; in the study's, of several, they add up: 7 bytes. Where a budget refuses what a way's search chose, its "
+    "speeds are searches' timings, not runs'.")
 _SAID = {FITS: "fits", LOST: "out of", MAY: "may fit", NOT: "no room"}
 CARD = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA H200": "H200", "NVIDIA A100-SXM4-80GB": "A100"}
 _W, _H, _LEFT, _GAP = 60, 28, 166, 14  # of a cell, of the names, between panels
@@ -291,8 +292,8 @@ def _listed(words: Iterable) -> str:
 
 def _over(runs: list[Run]) -> str:
     "Over how many GPUs pairs of runs were divided, where it was more than one."
-    gpus = {gpus_of(run) for run in runs if run.header["config"] in H1.references and run.status == "finished"}
-    return f" over {_listed(sorted(gpus))} GPUs" * (max(gpus, default=1) > 1)
+    gpus = paired_gpus(runs)
+    return f" over {_listed(gpus)} GPUs" * (max(gpus, default=1) > 1)
 
 def _long(runs: list[Run]) -> str:
     "How many steps runs took."
@@ -309,6 +310,13 @@ def _known(quantity: str, runs: list[Run], hypothesis: Hypothesis = H1) -> Itera
 def _later(quantity: str, runs: list[Run]) -> dict[str, Estimate]:
     "What is known of a quantity post hoc, from a size's own runs, and no bound."
     return {size: e for size, e in _known(quantity, runs, H1_POST_HOC) if not e.projected and not e.bound}
+
+def _post_hoc(bound: str, value: float, later: Estimate | None, unit: str) -> str:
+    "What a bound is when it is read post hoc; of that which is the same value, the interval alone."
+    if not bound or later is None: return ""
+    said = estimate_text(later, unit)
+    interval = said.removeprefix(value_text(dict(value=value, interval=None, unit=unit))).strip()
+    return f" (post hoc {interval or said})"
 
 def _elsewhere(size: str, runs: list[Run]) -> Iterator[str]:
     "The saving at a size on other cards than the headline's."
@@ -327,7 +335,7 @@ def _cost_words(runs: list[Run]) -> str:
     sure = [size for size in known if established_saving(size, runs)]
     def open_at(size):  # as registered, then from the size's own runs as they are read post hoc
         later = after.get(size)
-        return at(size, saving(size) * bool(known[size]["bound"]), later and f"post hoc {estimate_text(later, 'share')}")
+        return at(size, saving(size) * bool(known[size]["bound"]), _post_hoc(known[size]["bound"], known[size]["value"], later, "share").strip(" ()"))
     after = _later("cost_saving", runs)
     open_ = ",".join(open_at(size) for size in known if size not in sure)
     if not sure: return f"that the stack lowers it is not established{open_ or ' at any size: no saving is measured'}"
@@ -352,17 +360,10 @@ def _token_words(cells: pd.DataFrame) -> str:
     return f"; a token at 1B costs less: {', '.join(found)} (one timing a side)" * bool(found)
 
 # %% ../../nbs/report/16_frontier.ipynb #f5971aa6
-def _post_hoc(e: Estimate, later: Estimate | None, unit: str) -> str:
-    "What a bound is when it is read post hoc; of that which is the same value, the interval alone."
-    if not e.bound or later is None: return ""
-    said = estimate_text(later, unit)
-    interval = said.removeprefix(value_text(dict(value=e.value, interval=None, unit=unit))).strip()
-    return f" (post hoc {interval or said})"
-
 def _memory_words(runs: list[Run]) -> str:
     after = _later("memory_saving", runs)
     found = [value_text(dict(value=e.value, interval=None, bound=e.bound, unit="share"))
-             + f"{_post_hoc(e, after.get(size), 'share')} at {size}{_over(runs_of(e.records, runs))}"
+             + f"{_post_hoc(e.bound, e.value, after.get(size), 'share')} at {size}{_over(runs_of(e.records, runs))}"
              for size, e in _known("memory_saving", runs)]
     if not found: return "not measured at an equal micro-batch"
     return ("the stack (FlashAdamW, bf16 weights, a fused loss) peaks lower than compiled PyTorch with fused AdamW "
@@ -370,11 +371,11 @@ def _memory_words(runs: list[Run]) -> str:
 
 def _speed_words(runs: list[Run]) -> str:
     after = _later("throughput_ratio", runs)
-    found = [f"{estimate_text(e, 'x')}{_post_hoc(e, after.get(size), 'x')} at {size}"
+    found = [f"{estimate_text(e, 'x')}{_post_hoc(e.bound, e.value, after.get(size), 'x')} at {size}"
              for size, e in _known("throughput_ratio", runs)]
     if not found: return "not measured"
     card = best_evidence_of(runs=runs).device
-    return f"tokens a second over the same reference's, on {CARD.get(card, card)}s: {', '.join(found)}"
+    return f"tokens a second over the same reference's, on as many {CARD.get(card, card)}s: {', '.join(found)}"
 
 # %% ../../nbs/report/16_frontier.ipynb #5d00ff4e
 def _room_words(cells: pd.DataFrame) -> str:
@@ -418,10 +419,13 @@ def _short_words(here: Evidence, runs: list[Run]) -> str:
         found = gaps_by_card(here, Q("quality_gap", size))
         if max((x for nats, _ in found.values() for x in nats), default=0) <= _HARM: continue
         steps = _long(runs_of([name for _, names in found.values() for name in names], runs))
-        each = ", ".join(f"{' '.join(f'{x:+.2f}' for x in nats)} ({CARD.get(card, card)})" for card, (nats, _) in found.items())
+        def place(card, names):
+            gpus = max(paired_gpus(runs_of(names, runs)), default=1)
+            return f"{gpus} {CARD.get(card, card)}s" if gpus > 1 else CARD.get(card, card)
+        each = ", ".join(f"{' '.join(f'{x:+.2f}' for x in nats)} ({place(card, names)})" for card, (nats, names) in found.items())
         told[size] = f"; at {size}, {steps}, by seed {each}"
     rest = [size for size in PROTOCOL_SIZES if size not in told]
-    return "".join(told.values()) + f"; {_listed(rest)} too short to tell" * bool(rest)
+    return "".join(told.values()) + f"; {', '.join(rest)} too short to tell" * bool(rest)
 
 def _also_words(here: Evidence, at: str, size: str = "350M") -> str:
     "On which texts a further size of long runs lies within S3's margin, by its 90 % interval."

@@ -7,7 +7,7 @@ __all__ = ['SIGNS', 'CRITERION_WORDS', 'WHOLE_WORDS', 'tone', 'chip', 'show_stat
            'judged', 'show_criteria', 'show_verdict', 'show_missing', 'part_frame', 'show_rules', 'decided_runs',
            'verdict_banner', 'unlike_manifest', 'altered_note', 'post_hoc', 'registration_note',
            'show_changed_criteria', 'measured_saving', 'best_evidence_of', 'paced_by', 'by_card', 'gaps_by_card',
-           'estimate_text', 'verdict_text', 'show_post_hoc', 'post_hoc_text']
+           'paired_gpus', 'estimate_text', 'verdict_text', 'show_post_hoc', 'post_hoc_text']
 
 # %% ../../nbs/report/02_tables.ipynb #ed3755d0
 import re
@@ -20,7 +20,7 @@ from textwrap import wrap
 import pandas as pd
 
 from ..base.records import REHEARSAL, Run
-from ..study.evidence import Evidence, evidence_table, rank_devices
+from ..study.evidence import Evidence, evidence_table, gpus_of, rank_devices
 from ..study.expression import Q, Status, quantities, readable
 from ..study.h1.criteria import H1
 from ..study.h1.posthoc import cards_of
@@ -481,6 +481,12 @@ def gaps_by_card(
     "The gaps of pairs in nats, by GPU model, the evidence's own first, with the names of their runs."
     found = {card: quality_gaps(replace(e, device=card), q) for card in cards_of(e)}
     return {card: (nats, pairs.records) for card, (_, nats, pairs) in found.items() if nats}
+
+def paired_gpus(
+    runs: Iterable[Run],  # that an estimate is made of
+) -> list[int]:
+    "Over how many GPUs its pairs were divided: a reference that did not fit makes none."
+    return sorted({gpus_of(run) for run in runs if run.header["config"] in H1.references and run.status == "finished"})
 
 def estimate_text(
     e: Estimate,
