@@ -145,6 +145,7 @@ def _trained(seen: pd.DataFrame, budget: int, card: str | None) -> bool:
                    & (inside["trained"].astype(bool) | inside["checkpointing"].notna())]
     return bool(study["trained"].astype(bool).groupby(study["way"]).any().all())
 
+# %% ../../nbs/report/16_frontier.ipynb #69c1a2af
 def _cell(mine: pd.DataFrame, size: str, way: str, gpus: int, budget: int, card: str | None, trained: bool = True) -> dict:
     "What is known of one cell; its speed is that of a card, in runs, or in the candidates of searches."
     limit, origin = HEADROOM * budget * 2**30, ["micro", "checkpointing", "study"]
@@ -318,6 +319,7 @@ def _post_hoc(bound: str, value: float, later: Estimate | None, unit: str) -> st
     interval = said.removeprefix(value_text(dict(value=value, interval=None, unit=unit))).strip()
     return f" (post hoc {interval or said})"
 
+# %% ../../nbs/report/16_frontier.ipynb #c11e87a1
 def _elsewhere(size: str, runs: list[Run]) -> Iterator[str]:
     "The saving at a size on other cards than the headline's."
     for card, e in [*by_card(Q("cost_saving", size), runs).items()][1:]:
