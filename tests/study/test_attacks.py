@@ -268,7 +268,9 @@ def test_a_run_over_four_gpus_is_not_called_one_over_others(gpus, tmp_path):
         return [rows[0] | dict(run=name, settings=settings, settings_hash=content_hash(settings)), *rows[1:]]
     for folder in runs_like(study, "13B-*-x4"):
         sealed(folder, called)
-        folder.rename(study / (folder.name.removesuffix("-x4") + end))
+        taken = study / (folder.name.removesuffix("-x4") + end)
+        shutil.rmtree(taken, ignore_errors=True)
+        folder.rename(taken)
     found = content_problems([examine(path.parent)[0] for path in study.glob(f"13B-*/{ROWS}")])
     assert any("a GPU held" in line for line in found), found
     assert any(f"does not deal 24 out to {gpus} GPUs" in line for line in found) == (gpus == 8)
