@@ -87,7 +87,7 @@ def _seen(run: Run) -> Iterator[dict]:
     for row in [*run.of("fit"), *run.of("host")]:  # the benchmarks
         if row.get("style", "gpt2") != "gpt2": continue
         yield dict(size=row["size"], seq=row["seq"], way=_WAY_OF.get(row.get("config", config)),
-                   micro=row["micro_batch"], gpus=row.get("gpus", 1), peak=row.get("peak"), checkpointing=None,
+                   micro=row["micro_batch"], gpus=row.get("gpus", 1), peak=row.get("peak"),
                    tokens_per_s=row.get("tokens_per_s"),
                    lost=bool(row.get("oom")) and row["checkpointing"] == "full" and row["micro_batch"] == 1)
     if run.header["hypothesis"] != "h1": return
@@ -99,7 +99,7 @@ def _seen(run: Run) -> Iterator[dict]:
     peaks = [row["peak"] for row in [*steps, *run.of("memory")] if row.get("peak")]
     about = dict(size=settings["size"], seq=settings["recipe"]["seq"], way=_WAY_OF.get(config),
                  gpus=settings.get("gpus", 1))
-    yield about | dict(checkpointing=None, micro=speed.get("micro_batch"), trained=timed, peak=max(peaks, default=None),
+    yield about | dict(micro=speed.get("micro_batch"), trained=timed, peak=max(peaks, default=None),
                        tokens_per_s=speed.get("tokens_per_s") if timed else None,
                        lost=run.status == "oom" and any(row["checkpointing"] == "full" for row in run.of("oom")))
 
@@ -111,15 +111,15 @@ def seen_trainings(
     runs: Iterable[Run] | None = None,  # None: all there are
 ) -> pd.DataFrame:
     """A row for each training on a GPU that says something of a cell: size, way, gpus, micro, trained (a run of the study,
-    not a candidate of a search or a benchmark), peak (bytes), tokens_per_s (a GPU), lost (one sequence with full checkpointing ran out of memory), room (bytes of the card),
-    allowed (bytes of a peak that the search allowed on its card), device, study, run, scale."""
+    not a candidate of a search or a benchmark), peak (bytes), tokens_per_s (a GPU), lost (one sequence
+    with full checkpointing ran out of memory), room (bytes of the card), allowed (bytes of a peak that the search allowed on its card), device, study, run, scale."""
     runs = given_runs(runs, None)
     runs = [run for run in runs if run.header["device_kind"] == "cuda" and run.header["scale"] != REHEARSAL]
     rows = [row | dict(device=run.header["device"], study=run.header["study"], run=run.id, scale=run.header["scale"],
                        room=_room(run)) for run in runs for row in _seen(run)]
     def each(row): return row | dict(tokens_per_s=row["tokens_per_s"] and row["tokens_per_s"] / row["gpus"])
-    return pd.DataFrame([dict(allowed=None, checkpointing=None, trained=False) | each(row) for row in rows if row["way"] and row["size"] in _SIZES
-                         and row["seq"] == sequence_of(row["size"])], columns=_SEEN)
+    return pd.DataFrame([dict(allowed=None, checkpointing=None, trained=False) | each(row) for row in rows
+                         if row["way"] and row["size"] in _SIZES and row["seq"] == sequence_of(row["size"])], columns=_SEEN)
 
 # %% ../../nbs/report/16_frontier.ipynb #50fd34f6
 MEASURED, FITS, LOST, MAY, NOT = "measured", "fits", "out of memory", "predicted to fit", "predicted not to fit"
@@ -316,8 +316,12 @@ def _post_hoc(bound: str, value: float, later: Estimate | None, unit: str) -> st
     "What a bound is when it is read post hoc; of that which is the same value, the interval alone."
     if not bound or later is None: return ""
     said = estimate_text(later, unit)
-    interval = said.removeprefix(value_text(dict(value=value, interval=None, unit=unit))).strip()
-    return f" (post hoc {interval or said})"
+    return "post hoc " + (said.removeprefix(value_text(dict(value=value, interval=None, unit=unit))).strip() or said)
+
+def _aside(*words: str | None) -> str:
+    "What there is of words, in brackets."
+    said = "; ".join(filter(None, words))
+    return f" ({said})" * bool(said)
 
 # %% ../../nbs/report/16_frontier.ipynb #c11e87a1
 def _elsewhere(size: str, runs: list[Run]) -> Iterator[str]:
@@ -327,17 +331,15 @@ def _elsewhere(size: str, runs: list[Run]) -> Iterator[str]:
 
 def _cost_words(runs: list[Run]) -> str:
     known = {size: found for size in _SIZES if (found := measured_saving(size, runs))}
-    def at(size, *more):
-        said = "; ".join(filter(None, [_long(runs_of(known[size]["runs"], runs)), *more]))
-        return f" at {size}{f' ({said})' * bool(said)}"
+    def at(size, *more): return f" at {size}{_aside(_long(runs_of(known[size]['runs'], runs)), *more)}"
     def saving(size):
         found = known[size]
         return value_text(dict(value=found["value"], interval=[found["lo"], found["hi"]], bound=found["bound"], unit="share"))
     def said(size): return saving(size) + at(size, *_elsewhere(size, runs))
     sure = [size for size in known if established_saving(size, runs)]
     def open_at(size):  # as registered, then from the size's own runs as they are read post hoc
-        later = after.get(size)
-        return at(size, saving(size) * bool(known[size]["bound"]), _post_hoc(known[size]["bound"], known[size]["value"], later, "share").strip(" ()"))
+        bound, value = known[size]["bound"], known[size]["value"]
+        return at(size, saving(size) * bool(bound), _post_hoc(bound, value, after.get(size), "share"))
     after = _later("cost_saving", runs)
     open_ = ",".join(open_at(size) for size in known if size not in sure)
     if not sure: return f"that the stack lowers it is not established{open_ or ' at any size: no saving is measured'}"
@@ -365,7 +367,7 @@ def _token_words(cells: pd.DataFrame) -> str:
 def _memory_words(runs: list[Run]) -> str:
     after = _later("memory_saving", runs)
     found = [value_text(dict(value=e.value, interval=None, bound=e.bound, unit="share"))
-             + f"{_post_hoc(e.bound, e.value, after.get(size), 'share')} at {size}{_over(runs_of(e.records, runs))}"
+             + f"{_aside(_post_hoc(e.bound, e.value, after.get(size), 'share'))} at {size}{_over(runs_of(e.records, runs))}"
              for size, e in _known("memory_saving", runs)]
     if not found: return "not measured at an equal micro-batch"
     return ("the stack (FlashAdamW, bf16 weights, a fused loss) peaks lower than compiled PyTorch with fused AdamW "
@@ -373,7 +375,7 @@ def _memory_words(runs: list[Run]) -> str:
 
 def _speed_words(runs: list[Run]) -> str:
     after = _later("throughput_ratio", runs)
-    found = [f"{estimate_text(e, 'x')}{_post_hoc(e.bound, e.value, after.get(size), 'x')} at {size}"
+    found = [f"{estimate_text(e, 'x')}{_aside(_post_hoc(e.bound, e.value, after.get(size), 'x'))} at {size}"
              for size, e in _known("throughput_ratio", runs)]
     if not found: return "not measured"
     card = best_evidence_of(runs=runs).device
