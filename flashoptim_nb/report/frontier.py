@@ -339,7 +339,7 @@ def _cost_words(runs: list[Run]) -> str:
     sure = [size for size in known if established_saving(size, runs)]
     def open_at(size):  # as registered, then from the size's own runs as they are read post hoc
         bound, value = known[size]["bound"], known[size]["value"]
-        return at(size, saving(size) * bool(bound), _post_hoc(bound, value, after.get(size), "share"))
+        return at(size, saving(size) * bool(bound), _post_hoc(bound, value, after.get(size), "share"), *_elsewhere(size, runs))
     after = _later("cost_saving", runs)
     open_ = ",".join(open_at(size) for size in known if size not in sure)
     if not sure: return f"that the stack lowers it is not established{open_ or ' at any size: no saving is measured'}"
@@ -491,7 +491,7 @@ def show_frontier(
     html = f'<div class="results frontier">{frontier_svg(cells)}</div><ul{mark}>'
     html += "".join(f"<li><strong>{what}</strong>: {escape(words.replace('`', ''))}.</li>" for what, words in said.items()) + "</ul>"
     listed = "\n".join(f"- **{what}**: {words}." for what, words in said.items())
-    alt = "What trains in how much memory, tokens a second a GPU, and dollars a million tokens"
+    alt = "What trains in how much memory, how fast, and for how many dollars"
     return Rendered(html, f"![{alt}]({DRAWING})\n\n{listed}")
 
 # %% ../../nbs/report/16_frontier.ipynb #2ac51b66
