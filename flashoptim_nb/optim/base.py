@@ -268,8 +268,9 @@ class FlashOptimizer(Optimizer):
     def __getstate__(self):
         "torch keeps only groups and states when an optimizer is copied or pickled; the options go with them."
         check_at_home(self)
+        coming = {} if self.release is None else dict(_next_clip=self.release._coming())  # between backward and step
         kept = {k: v for k, v in self.__dict__.items()
-                if k in self.options or k in ("grad_norm", "skipped_steps", "_made_for", "_next_clip")}
+                if k in self.options or k in ("grad_norm", "skipped_steps", "_made_for", "_next_clip")} | coming
         return super().__getstate__() | kept | {"release": None, "_largest": {}, "_cached": {}}
 
     def __setstate__(self, state: dict):
@@ -318,7 +319,7 @@ class FlashOptimizer(Optimizer):
         loss = None
         if closure is not None:
             with torch.enable_grad(): loss = closure()
-        if self.release is not None and self.release.active:
+        if self.release is not None and (self.release.active or self.release._seen):
             self.release._finish()
             return loss
         # of a step that is no longer the one before

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OptionError', 'ParametersError', 'GradientError', 'as_param_list', 'check_parameter', 'extent', 'has_memory',
            'placements_of', 'called', 'check_gradient', 'check_states', 'overlaps_itself', 'overlapping',
-           'check_parameters', 'check_group_form', 'one_slip', 'wrong_decay', 'check_decay', 'check_group_names',
-           'check_shared', 'check_options']
+           'check_parameters', 'check_group_form', 'one_slip', 'wrong_decay', 'check_decay', 'check_algorithm',
+           'check_group_names', 'check_shared', 'check_options']
 
 # %% ../../nbs/optim/18_checks.ipynb #c4ec0003
 from collections.abc import Iterable, Mapping, Sequence
@@ -295,15 +295,23 @@ def check_decay(
     if other and group.get("weight_decay", opt.defaults.get("weight_decay")):
         raise OptionError(wrong_decay(opt) + ", or take the key out of the group")
 
+def check_algorithm(
+    opt,  # a FlashOptimizer
+    group: dict,
+):
+    "Raises `OptionError` for a group of Muon's in an optimizer that steps all groups alike."
+    if group.get("algorithm") == "muon" and "algorithm" not in opt.defaults:
+        raise OptionError(f"algorithm=\"muon\" in a group of {type(opt).__name__}, which steps all alike: use FlashMuon")
+
+
 def check_group_names(
     opt,  # a FlashOptimizer
     group: dict,  # that is to be added
 ):
     "Raises `OptionError` for a key that is nearly an option's name; others are the user's own, as in torch.optim."
     check_decay(opt, group)
+    check_algorithm(opt, group)
     known = ("params", *opt.defaults, *opt.options)
-    if group.get("algorithm") == "muon" and "algorithm" not in known:
-        raise OptionError(f"algorithm=\"muon\" in a group of {type(opt).__name__}, which steps all alike: use FlashMuon")
     for key in (key for key in group if isinstance(key, str) and key not in known):
         if near := [name for name in known if key.casefold() == name or one_slip(key.casefold(), name)]:
             raise OptionError(f"{key!r} in a group: did you mean {near[0]!r}?")
@@ -343,6 +351,7 @@ def check_options(
     for group in groups:
         try:
             check_decay(opt, group)
+            check_algorithm(opt, group)
             if not opt.options.keys().isdisjoint(group): check_shared(opt, group)
             opt._check_group({k: 0.0 if k in ("lr", "weight_decay") and _far(x) else x for k, x in group.items()})
             opt._scalars(group)

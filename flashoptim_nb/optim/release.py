@@ -154,7 +154,9 @@ class GradientReleaseHandle:
                                "parts in one backward pass, and the first has been stepped: "
                                "train without release")
         if before is not None:
-            if self._stepped: raise ReleaseError(_SECOND)
+            if self._stepped:
+                p.grad = None  # no later step() is to take it
+                raise ReleaseError(_SECOND)
             self._close(self._mark)  # a loop without step(): the backward pass before was a step
             self._seen, self._repeated = {q: t for q, t in self._seen.items() if t == task}, True
         self._seen[p] = task
@@ -264,6 +266,9 @@ class GradientReleaseHandle:
             raise ReleaseError("gradient release with a GradScaler that it was not told of: gradients were used with "
                                "the loss scale still on them; enable_gradient_release(..., grad_scaler=scaler)")
         self._forget_failed()
+        if any(p.grad is not None for p in self._seen):  # what came after the release was to be added to what is used
+            self._seen, self._squares = {}, []
+            raise ReleaseError(_SECOND)
         for group in opt.param_groups:  # what only earlier micro-batches used has not been released yet
             for p in group["params"]:
                 if p.grad is not None: self._release(p, group)

@@ -105,11 +105,11 @@ def saved_state(opt) -> dict:
     own_states(opt, begun)  # as they would begin in the next step
     listed, every = {p for group in opt.param_groups for p in group["params"]}, opt.state
     # a parameter that left its group may come back, and has no number
+    clip = opt._next_clip if opt.release is None else opt.release._coming()  # which clips the first moments, too
     opt.state = {p: s for p, s in every.items() if p in listed}
     try: out = Optimizer.state_dict(opt)
     finally: opt.state = every
     out["state"] = {i: _exported(opt, s) for i, s in out["state"].items() if s}
-    clip = opt._next_clip if opt.release is None else opt.release._coming()
     for g, own in zip(out["param_groups"], opt.param_groups):
         # in a mark that was always there: tools refuse a key that an older file lacks
         g["state_format"] = _marked(" ".join([opt._state_format(own) + ("" if clip is None else f"-{clip.item()!r}"), *(
@@ -585,7 +585,15 @@ def _in_fp32(t, known, name):
         raise StateError(f"{name} is {t.dtype} {tuple(t.shape)} now and its error bits were made for {dtype} weights "
                          f"{tuple(error_bits.shape)}: take the fp32 weights before such a change, make the optimizer "
                          "anew after it")
-    return like(t, decode(local(narrow), local(error_bits).to(t.device)))
+    return like(t, _towards(local(narrow), decode(local(narrow), local(error_bits).to(t.device))))
+
+
+def _towards(narrow, theta):
+    """A master that rounds to the 16-bit weight it was joined from. A code of 8 bits carries it as far as halfway to
+    the neighbour, and below a power of two beyond."""
+    own, other = narrow.float(), theta.to(narrow.dtype).float()
+    strays = (other != own) & theta.isfinite() & own.isfinite()
+    return torch.where(strays, ((own + other) / 2).nextafter(own), theta)
 
 # %% ../../nbs/optim/09_state_dict.ipynb #a896d0e3
 @torch.no_grad()

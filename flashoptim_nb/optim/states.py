@@ -36,6 +36,8 @@ class CastError:
         self, module: torch.nn.Module, name: str, dtype: torch.dtype, error_bits: torch.Tensor, fold: torch.Tensor,
     ):
         self.module, self.name, self.dtype, self.error_bits, self.fold = ref(module), name, dtype, error_bits, fold
+        # by its id, which others may have after it: tensors that are weakly referenced cannot be swapped
+        self.made_of = id(module.__dict__.get("_parameters", {}).get(name))
         self.waiting.add(self)
 
     def __getstate__(self): return self.module(), self.name, self.dtype, self.error_bits, self.fold
@@ -66,10 +68,15 @@ def cast_error_of(p):
     "What waits for a parameter, or None."
     if not CastError.waiting: return None
     found = _PLACES.get(id(p))
-    if found is None or found.parameter() is not p:
-        _PLACES.update({id(q): r for r in CastError.waiting if (q := r.parameter()) is not None})
+    if found is None or not (found.parameter() is p and found.made_of == id(p)):
+        # a parameter may have been tied to another place, or moved to one: its own comes first, then what is at its place
+        _PLACES.update({kept.made_of: kept for kept in CastError.waiting})
+        for own in (False, True):
+            _PLACES.update({id(q): kept for kept in CastError.waiting
+                            if (q := kept.parameter()) is not None and (kept.made_of == id(q)) >= own})
         found = _PLACES.get(id(p))
-    return found if found is not None and (found.parameter() is p or isinstance(p, DTensor)) else None
+    known = found is not None and (id(p) == found.made_of or found.parameter() is p or isinstance(p, DTensor))
+    return found if known else None
 
 # %% ../../nbs/optim/17_states.ipynb #b850d97c
 def stash_cast_error(

@@ -4,6 +4,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.optim import AveragedMasters, FlashAdamW, FlashLion, FlashSGD, cast_model, enable_gradient_release
@@ -305,6 +306,21 @@ def test_while_averages_are_in_place_nothing_counts_on_the_weights():
     for p in model.parameters(): p.grad = None
     for name, t in optimizer.get_fp32_model_state_dict(model).items(): assert torch.equal(t, whole[name])
     average.update()
+
+
+@pytest.mark.parametrize("how", ("tied", "parametrized", "pruned"))
+def test_masters_know_what_the_cast_took_wherever_the_parameter_is_by_then(how):
+    for _ in range(8):  # by the order of addresses
+        model = nn.ModuleDict(dict(emb=nn.Embedding(64, 32), head=nn.Linear(32, 64, bias=False)))
+        weights = model.head.weight.detach().clone()
+        cast_model(model)
+        if how == "tied": model.emb.weight = model.head.weight
+        if how == "parametrized": parametrize.register_parametrization(model.head, "weight", nn.Identity())
+        if how == "pruned": prune.identity(model.head, "weight")
+        masters = FlashAdamW(model.parameters()).get_fp32_model_state_dict(model)
+        found = next(t for name, t in masters.items() if name.startswith("head") and "mask" not in name)
+        torch.testing.assert_close(found, weights, rtol=2.0**-15, atol=1e-8)
+
 
 
 RANK = """

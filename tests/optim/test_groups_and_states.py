@@ -669,3 +669,12 @@ def test_a_group_that_is_refused_changes_nothing(name, options, odd):
     assert all(group[key] is stated[key] for key in stated) and len(group["params"]) == 1
     opt.add_param_group(dict(params=[q], lr=0.1))
     assert len(opt.param_groups) == 2
+
+
+def test_a_group_that_is_called_muons_afterwards_is_refused():
+    p = nn.Parameter(torch.ones(4, 4))
+    opt = FlashAdamW([p])
+    p.grad = torch.ones(4, 4)
+    opt.step()
+    opt.param_groups[0]["algorithm"] = "muon"
+    with pytest.raises(OptionError, match="use FlashMuon"): opt.step()

@@ -378,6 +378,33 @@ def test_a_second_backward_pass_before_step_is_refused():
     r.step()
 
 
+@pytest.mark.parametrize("step_inside", (False, True))
+def test_gradients_that_come_after_the_release_are_refused(step_inside):
+    a, o, b, r, handle = pair()
+    b(0).backward()
+    with handle.accumulate():  # all but the first, where it has to be all but the last
+        b(1).backward()
+        before = copies(b)
+        if step_inside:
+            with pytest.raises(ReleaseError, match="accumulate"): r.step()
+    if not step_inside:
+        with pytest.raises(ReleaseError, match="accumulate"): r.step()
+    assert all(torch.equal(p, q) for p, q in zip(before, b.parameters()))
+    r.zero_grad()
+    b(2).backward(); r.step()
+
+
+def test_a_copy_between_backward_and_step_has_the_first_step_clipped():
+    m = nn.Linear(8, 8)
+    opt = FlashAdamW(m.parameters(), max_norm=0.01)
+    enable_gradient_release(m, opt)
+    (1e3 * m(torch.ones(4, 8))).square().mean().backward()
+    n, other = copy.deepcopy((m, opt))
+    opt.step(); other.step()
+    for p, q in zip(m.parameters(), n.parameters()):
+        assert all(torch.equal(opt.state[p][key], other.state[q][key]) for key in opt.state[p])
+
+
 def test_zero_grad_in_place_of_step_is_refused():
     "As where a generator's loss goes through a discriminator that is released."
     torch.manual_seed(0)

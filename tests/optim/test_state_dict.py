@@ -871,3 +871,25 @@ def test_a_graph_that_kept_a_stepped_weight_says_so():
     loss.backward(retain_graph=True)
     opt.step()
     with pytest.raises(RuntimeError, match="inplace"): loss.backward()
+
+
+@pytest.mark.parametrize("dtype", (BF16, torch.float16))
+@pytest.mark.parametrize("bits", (24, 32))
+def test_exported_weights_and_the_own_states_together_are_the_same_masters(bits, dtype):
+    "A code at its end lies halfway to a neighbour, or beyond below a power of two: the export rounds back all the same."
+    def made(weights=None):
+        model = nn.Sequential(nn.Linear(256, 256))
+        if weights: model.load_state_dict(weights)
+        cast_model(model, dtype)
+        return model, FlashAdamW(model.parameters(), master_weight_bits=bits)
+
+    torch.manual_seed(0)
+    model, opt = made()
+    for _ in range(5):
+        for p in model.parameters(): p.grad = torch.randn_like(p)
+        opt.step()
+    weights, states = opt.get_fp32_model_state_dict(model), copy.deepcopy(opt.state_dict())
+    for name, p in model.named_parameters(): assert torch.equal(weights[name].to(dtype), p)
+    again, other = made(weights)
+    other.load_state_dict(states)
+    for name, t in other.get_fp32_model_state_dict(again).items(): assert torch.equal(t, weights[name])
