@@ -279,6 +279,11 @@ class FlashOptimizer(Optimizer):
         if self.offload_states: self._host = HostStates()
         LIVE_OPTIMIZERS.add(self)
 
+    def _check_taken(self):
+        "Raises `ReleaseError` where nothing is left to step, since gradients are still released to another optimizer."
+        from flashoptim_nb.optim.release import check_free
+        check_free(p for group in self.param_groups for p in group["params"] if p.requires_grad)
+
     def _check_release(self):
         "Raises `OptionError` where parameters cannot be stepped one at a time, as their gradients come."
 
@@ -325,6 +330,7 @@ class FlashOptimizer(Optimizer):
         # of a step that is no longer the one before
         if self._next_clip is not None and self.release is None: self._next_clip = None
         work = self._collect()
+        if not work and self.release is None: self._check_taken()
         if self._host is not None: self._host.begin([bucket for _, bucket in work])
         scaling = compute_grad_scaling(self, [bucket for _, bucket in work])
         for group, bucket in work: self._apply(bucket, group, scaling[bucket.device])

@@ -681,6 +681,9 @@ def set_fp32_weights(
     given = {name: _taken(t, state_dict[name], name) for name, t in entries.items()}
     _tied_alike(entries, given)
     groups, counters = {p: group for group in opt.param_groups for p in group["params"]}, {}
+    if groups.keys().isdisjoint(entries.values()):
+        raise StateError("the optimizer steps none of the tensors in the model's state dict, and no weights would change: "
+                         "give the model that it was made for, without hooks that copy its state dict")
     if odd := [name for name, t in entries.items() if t in groups and not given[name][0].isfinite().all()]:
         warnings.warn(f"{', '.join(odd[:3])} has values that are not finite, from which no training goes on: is the "
                       "state dict damaged, or of a run that had diverged?")

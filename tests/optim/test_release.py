@@ -394,6 +394,20 @@ def test_gradients_that_come_after_the_release_are_refused(step_inside):
     b(2).backward(); r.step()
 
 
+def test_an_optimizer_whose_gradients_another_takes_says_so():
+    m = nn.Linear(8, 8)
+    handle = enable_gradient_release(m, FlashAdamW(m.parameters()))
+    new = FlashAdamW(m.parameters())  # in place of the first, which the handle keeps alive
+    m(torch.ones(4, 8)).square().mean().backward()
+    with pytest.raises(ReleaseError, match="call remove"): new.step()
+    handle.remove()
+    m(torch.ones(4, 8)).square().mean().backward()
+    before = copies(m)
+    new.step()
+    assert not any(torch.equal(p, q) for p, q in zip(before, m.parameters()))
+    new.zero_grad(); new.step()  # no gradients at all are no fault
+
+
 def test_a_copy_between_backward_and_step_has_the_first_step_clipped():
     m = nn.Linear(8, 8)
     opt = FlashAdamW(m.parameters(), max_norm=0.01)

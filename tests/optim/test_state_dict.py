@@ -893,3 +893,12 @@ def test_exported_weights_and_the_own_states_together_are_the_same_masters(bits,
     again, other = made(weights)
     other.load_state_dict(states)
     for name, t in other.get_fp32_model_state_dict(again).items(): assert torch.equal(t, weights[name])
+
+
+def test_weights_that_would_go_into_copies_are_refused():
+    model = nn.Sequential(nn.Linear(8, 8))
+    cast_model(model)
+    opt = FlashAdamW(model.parameters())
+    weights = opt.get_fp32_model_state_dict(model)
+    model.register_state_dict_post_hook(lambda module, state, prefix, local: state.update({k: v.clone() for k, v in state.items()}))
+    with pytest.raises(StateError, match="without hooks"): opt.set_fp32_model_state_dict(model, weights)
