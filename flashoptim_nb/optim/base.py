@@ -268,7 +268,9 @@ class FlashOptimizer(Optimizer):
     def __getstate__(self):
         "torch keeps only groups and states when an optimizer is copied or pickled; the options go with them."
         check_at_home(self)
-        coming = {} if self.release is None else dict(_next_clip=self.release._coming())  # between backward and step
+        # between backward and step; of shards other ranks would have to be asked
+        known = self.release is not None and not self.release._shards()
+        coming = dict(_next_clip=self.release._coming()) if known else {}
         kept = {k: v for k, v in self.__dict__.items()
                 if k in self.options or k in ("grad_norm", "skipped_steps", "_made_for", "_next_clip")} | coming
         return super().__getstate__() | kept | {"release": None, "_largest": {}, "_cached": {}}
@@ -281,8 +283,8 @@ class FlashOptimizer(Optimizer):
 
     def _check_taken(self):
         "Raises `ReleaseError` where nothing is left to step, since gradients are still released to another optimizer."
-        from flashoptim_nb.optim.release import check_free
-        check_free(p for group in self.param_groups for p in group["params"] if p.requires_grad)
+        from flashoptim_nb.optim.release import check_taken
+        check_taken(p for group in self.param_groups for p in group["params"] if p.requires_grad)
 
     def _check_release(self):
         "Raises `OptionError` where parameters cannot be stepped one at a time, as their gradients come."
@@ -324,7 +326,7 @@ class FlashOptimizer(Optimizer):
         loss = None
         if closure is not None:
             with torch.enable_grad(): loss = closure()
-        if self.release is not None and (self.release.active or self.release._seen):
+        if self.release is not None and (self.release.active or self.release._seen and not self.release._repeated):
             self.release._finish()
             return loss
         # of a step that is no longer the one before

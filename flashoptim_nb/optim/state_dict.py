@@ -591,9 +591,9 @@ def _in_fp32(t, known, name):
 def _towards(narrow, theta):
     """A master that rounds to the 16-bit weight it was joined from. A code of 8 bits carries it as far as halfway to
     the neighbour, and below a power of two beyond."""
-    own, other = narrow.float(), theta.to(narrow.dtype).float()
+    own, other, bound = narrow.float(), theta.to(narrow.dtype).float(), HALF_FORMATS[narrow.dtype].bound
     strays = (other != own) & theta.isfinite() & own.isfinite()
-    return torch.where(strays, ((own + other) / 2).nextafter(own), theta)
+    return torch.where(strays, (own / 2 + other / 2).nextafter(own).clamp(-bound, bound), theta)
 
 # %% ../../nbs/optim/09_state_dict.ipynb #a896d0e3
 @torch.no_grad()
@@ -681,9 +681,9 @@ def set_fp32_weights(
     given = {name: _taken(t, state_dict[name], name) for name, t in entries.items()}
     _tied_alike(entries, given)
     groups, counters = {p: group for group in opt.param_groups for p in group["params"]}, {}
-    if groups.keys().isdisjoint(entries.values()):
-        raise StateError("the optimizer steps none of the tensors in the model's state dict, and no weights would change: "
-                         "give the model that it was made for, without hooks that copy its state dict")
+    if (parameters := {*model.parameters()}) and parameters.isdisjoint(entries.values()):
+        raise StateError("the tensors in the model's state dict are none of its parameters, and no weights would change: "
+                         "take off the hooks that copy its state dict")
     if odd := [name for name, t in entries.items() if t in groups and not given[name][0].isfinite().all()]:
         warnings.warn(f"{', '.join(odd[:3])} has values that are not finite, from which no training goes on: is the "
                       "state dict damaged, or of a run that had diverged?")

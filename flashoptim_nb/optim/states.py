@@ -74,6 +74,8 @@ def cast_error_of(p):
         for own in (False, True):
             _PLACES.update({id(q): kept for kept in CastError.waiting
                             if (q := kept.parameter()) is not None and (kept.made_of == id(q)) >= own})
+        for kept in CastError.waiting:  # of a copy, or of what took the parameter's place
+            if (q := kept.parameter()) is not None and _PLACES.get(id(q)) is kept: kept.made_of = id(q)
         found = _PLACES.get(id(p))
     known = found is not None and (id(p) == found.made_of or found.parameter() is p or isinstance(p, DTensor))
     return found if known else None
@@ -99,14 +101,17 @@ def first_error_bits(
 ) -> torch.Tensor | None:  # int8 or int16, sharded as the parameter is; None where nothing is known
     "What was rounded away when the parameter was cast, if its weights are still those."
     if (kept := cast_error_of(p)) is None: return None
-    if not keep: kept.drop()
-    if not bits or kept.dtype != p.dtype or kept.error_bits.shape != p.shape: return None
-    error_bits, fold = held(p, kept.error_bits), held(p, kept.fold)
+    alike = kept.dtype == p.dtype and kept.error_bits.shape == p.shape
+    error_bits, fold = (held(p, kept.error_bits), held(p, kept.fold)) if alike else (None, None)
+    known = error_bits is not None and torch.equal(fold.to(local(p).device), _fold(p))
+    # one that was found by an id may be another's: it stays for that
+    if not keep and (known or kept.parameter() is p or isinstance(p, DTensor)): kept.drop()
+    if not bits or not alike: return None
     if error_bits is None: warnings.warn(f"{kept.name} was sharded again after the cast: its masters begin at its "
                                          "16-bit weights, not at the fp32 ones. Cast the model before "
                                          "parallelize_module and fully_shard")
+    if not known: return None
     device = local(p).device
-    if error_bits is None or not torch.equal(fold.to(device), _fold(p)): return None
     return like(p, error_bits.to(device) if bits == 8
                     else (error_bits.to(device).double() * (MAX_CODE[16] / MAX_CODE[8])).round().to(CODE_DTYPE[16]))
 

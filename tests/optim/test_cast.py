@@ -308,6 +308,21 @@ def test_while_averages_are_in_place_nothing_counts_on_the_weights():
     average.update()
 
 
+def test_a_parameter_at_anothers_former_address_takes_nothing_from_its_place():
+    kept = []
+    for _ in range(10):
+        model = nn.Sequential(nn.Linear(8, 8, bias=False))
+        weights = model[0].weight.detach().clone()
+        cast_model(model)
+        model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+        other = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))  # as a rule where the first had been
+        opt = FlashAdamW([other, *model.parameters()], lr=0.0)
+        for p in (other, model[0].weight): p.grad = torch.zeros_like(p)
+        opt.step()
+        torch.testing.assert_close(opt.get_fp32_model_state_dict(model)["0.weight"], weights, rtol=2.0**-15, atol=1e-8)
+        kept.append((model, opt))
+
+
 @pytest.mark.parametrize("how", ("tied", "parametrized", "pruned"))
 def test_masters_know_what_the_cast_took_wherever_the_parameter_is_by_then(how):
     for _ in range(8):  # by the order of addresses

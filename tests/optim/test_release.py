@@ -394,6 +394,24 @@ def test_gradients_that_come_after_the_release_are_refused(step_inside):
     b(2).backward(); r.step()
 
 
+def test_what_pre_step_drops_and_what_a_loop_without_step_did_are_no_second_pass():
+    m, x, wanted = nn.Linear(4, 4), torch.ones(2, 4), []
+    opt = FlashAdamW(m.parameters())
+    handle = enable_gradient_release(m, opt, pre_step=lambda p, group: bool(wanted))
+    m(x).sum().backward(); wanted.append(True)
+    with handle.accumulate(): m(x).sum().backward()
+    opt.step()
+    assert opt.state[m.weight]["step"] == 1
+    m = nn.Linear(4, 4)
+    opt = FlashAdamW(m.parameters())
+    handle = enable_gradient_release(m, opt)
+    for _ in range(3): m(x).sum().backward()
+    with handle.accumulate():
+        m(x).sum().backward()
+        opt.step()
+    assert opt.state[m.weight]["step"] == 4
+
+
 def test_an_optimizer_whose_gradients_another_takes_says_so():
     m = nn.Linear(8, 8)
     handle = enable_gradient_release(m, FlashAdamW(m.parameters()))

@@ -901,4 +901,14 @@ def test_weights_that_would_go_into_copies_are_refused():
     opt = FlashAdamW(model.parameters())
     weights = opt.get_fp32_model_state_dict(model)
     model.register_state_dict_post_hook(lambda module, state, prefix, local: state.update({k: v.clone() for k, v in state.items()}))
-    with pytest.raises(StateError, match="without hooks"): opt.set_fp32_model_state_dict(model, weights)
+    with pytest.raises(StateError, match="take off the hooks"): opt.set_fp32_model_state_dict(model, weights)
+
+
+@pytest.mark.parametrize("value, dtype", [(65519.99609375, torch.float16), (3.0238e38, BF16), (-65519.99609375, torch.float16)])
+def test_the_largest_weights_are_exported_within_their_range(value, dtype):
+    model = nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(value)
+    cast_model(model, dtype)
+    exported = FlashAdamW(model.parameters()).get_fp32_model_state_dict(model)["weight"]
+    assert torch.equal(exported.to(dtype), model.weight)
+    torch.testing.assert_close(exported, torch.full((1, 1), value), rtol=2.0**-8, atol=0)
