@@ -374,13 +374,14 @@ SAME_PEAK = 0.01  # of a peak: how far others of the same training may lie from 
 def odd_peaks(
     runs: Sequence[Run],  # of one study, its journal among them
 ) -> Iterator[tuple[Run, str]]:
-    "Runs of hypothesis 1 whose peak of memory is not that of other seeds, or of the search, at the same training."
+    "Registered runs of hypothesis 1 whose peak of memory is not that of other seeds, or of the search, at the same training."
     peaks, whole = defaultdict(list), _whole(next((run for run in runs if run.is_journal), None))
     def at(role, config, gpus, row, micro):
         role = ((whole.get("parts") or {}).get(role) or {}).get("search_of") or role
         return role, config, gpus, row.get("checkpointing"), row.get(micro)
     for run in runs:
         header = run.header
+        if not header.get("registration"): continue
         for row in run.of("search") if run.is_journal else ():
             for one in row.get("tried") or ():
                 if one.get("peak") and not one.get("oom"): peaks[at(*_about(row), one, "micro_batch")].append((None, one["peak"]))
