@@ -295,6 +295,7 @@ def check_decay(
     if other and group.get("weight_decay", opt.defaults.get("weight_decay")):
         raise OptionError(wrong_decay(opt) + ", or take the key out of the group")
 
+# %% ../../nbs/optim/18_checks.ipynb #c67df896
 def check_algorithm(
     opt,  # a FlashOptimizer
     group: dict,
@@ -303,7 +304,7 @@ def check_algorithm(
     if group.get("algorithm") == "muon" and "algorithm" not in opt.defaults:
         raise OptionError(f"algorithm=\"muon\" in a group of {type(opt).__name__}, which steps all alike: use FlashMuon")
 
-
+# %% ../../nbs/optim/18_checks.ipynb #e6c186cc
 def check_group_names(
     opt,  # a FlashOptimizer
     group: dict,  # that is to be added

@@ -94,7 +94,7 @@ def bucket_squares(bucket) -> list[tuple[torch.Tensor, torch.Tensor]]:
     if bucket.sharded: return list(zip(bucket.params, squares_of(bucket.grads)))
     return [(bucket.params[0], sum_of_squares(bucket.grads))]
 
-
+# %% ../../nbs/optim/05_gradients.ipynb #e90590a4
 def looks_at_gradients(
     opt,  # a FlashOptimizer
     clip: bool = True,  # whether `max_norm` applies
@@ -102,7 +102,7 @@ def looks_at_gradients(
     "Whether a step forms the gradients' norm, and passes over one that is not finite."
     return clip and opt.max_norm is not None or opt.skip_nonfinite
 
-
+# %% ../../nbs/optim/05_gradients.ipynb #a4e4c6ba
 def compute_grad_scaling(
     opt,  # a FlashOptimizer
     buckets: Sequence,  # all that step now, with their gradients
