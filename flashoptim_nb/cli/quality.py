@@ -49,6 +49,7 @@ def quality_role(
     "What runs of a preset under a schedule are called in records."
     return "optimizer" + "_long" * (preset == "long") + SCHEDULES[schedule]["role"]
 
+# %% ../../nbs/cli/01_quality.ipynb #abdc52b3
 def _texts(preset: str) -> LMPreset:
     "The texts that a preset trains and is judged on."
     whole = LM_PRESETS[_SCALES[preset]]

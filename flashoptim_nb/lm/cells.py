@@ -63,6 +63,7 @@ class Cell(Config):
         "The configuration that is trained."
         return FIT_CONFIGS[self.config].replace(loss=self.loss, checkpointing=self.checkpointing)
 
+# %% ../../nbs/lm/15_cells.ipynb #5b6f135b
 _LLAMA = {
     # size -> the shape of a Llama of transformers
     "1B": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,

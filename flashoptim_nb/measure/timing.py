@@ -128,6 +128,7 @@ class BusyWindow:
                    and not e.is_user_annotation()]
         return busy_time((e.start_ns(), e.end_ns()) for e in ran) / 1e9
 
+# %% ../../nbs/measure/01_timing.ipynb #cddfc446
 def measure_utilization(
     step_fn: Callable[[], object],  # runs one training step
     device: torch.device | str,

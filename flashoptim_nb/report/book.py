@@ -56,6 +56,7 @@ def is_chapter(
     "Whether a page argues from records; the others are recipes or belong to the library."
     return "/" not in path or path.partition("/")[0] in CHAPTERS
 
+# %% ../../nbs/report/13_book.ipynb #476979a8
 def title_lead(
     path: str,  # of a notebook, relative to `nbs`
 ) -> str:
@@ -63,6 +64,7 @@ def title_lead(
     folder = path.partition("/")[0]
     return f"{folder.upper()}: " if folder in HYPOTHESES else ""
 
+# %% ../../nbs/report/13_book.ipynb #2084f709
 def notebook_paths(
     nbs: Path,  # the folder of notebooks
 ) -> list[str]:
@@ -70,6 +72,7 @@ def notebook_paths(
     return sorted(p.relative_to(nbs).as_posix() for p in nbs.rglob("*.ipynb")
                   if not any(part[0] in "._" for part in p.relative_to(nbs).parts))
 
+# %% ../../nbs/report/13_book.ipynb #c0500031
 def book_toc(
     nbs: Path,  # the folder of notebooks
 ) -> dict:
@@ -184,6 +187,7 @@ def _vega(
         path.with_suffix(".part").replace(path)
     return path
 
+# %% ../../nbs/report/13_book.ipynb #2e5c2bec
 _SPHINX = """
 import os, threading
 threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()  # leaves with the process that asked for it

@@ -37,6 +37,7 @@ def peak_today(
     return predict(model, config, micro, seq, checkpointing=checkpointing, gpus=gpus,
                    accumulate=batch > micro * gpus)["peak"]
 
+# %% ../../nbs/report/15_fits.ipynb #2450cdb1
 def _of_the_study(runs: Iterable[Run]) -> pd.DataFrame:
     "The rows of memory of the study of language models, with what is predicted of each."
     runs = [run for run in runs if run.header["device_kind"] == "cuda"

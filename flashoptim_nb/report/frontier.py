@@ -416,6 +416,7 @@ def _gaps(here: Evidence, size: str) -> dict[str, list[float]]:
     found = {name: quality_gaps(here, Q("quality_gap", size, split=text))[1] for text, name in _TEXTS.items()}
     return {name: nats for name, nats in found.items() if len(nats) > 1}
 
+# %% ../../nbs/report/16_frontier.ipynb #0c762ba7
 def _short_words(here: Evidence, runs: list[Run]) -> str:
     "The sizes that are too short of training to be judged and of which a seed is beyond what F2 calls harm."
     told = {}
@@ -431,6 +432,7 @@ def _short_words(here: Evidence, runs: list[Run]) -> str:
     rest = [size for size in PROTOCOL_SIZES if size not in told]
     return "".join(told.values()) + f"; {', '.join(rest)} too short to tell" * bool(rest)
 
+# %% ../../nbs/report/16_frontier.ipynb #d9e57021
 def _also_words(here: Evidence, at: str, size: str = "350M") -> str:
     "On which texts a further size of long runs lies within S3's margin, by its 90 % interval."
     ends = {name: paired_interval(nats, 0.90) for name, nats in _gaps(here, size).items()}
@@ -440,6 +442,7 @@ def _also_words(here: Evidence, at: str, size: str = "350M") -> str:
     said = {f"within {MARGIN_NATS:g}": within, "open": beyond}
     return f"; at {size} " + ", ".join(f"{words} on {_listed(names)}" for words, names in said.items() if names)
 
+# %% ../../nbs/report/16_frontier.ipynb #013b657f
 def _long_words(runs: list[Run]) -> str:
     "What the sizes show whose runs are long enough for it, read post hoc: the gap on each text, in nats."
     found = next((e for e in judged(runs, H1_POST_HOC) if e["id"] == "H1-D2" and e["headline"]), None)
@@ -452,6 +455,7 @@ def _long_words(runs: list[Run]) -> str:
     return (f"at {at}, {' or '.join(f'{n:,}' for n in sorted(steps))} steps, the stack's held-out loss less {found['against']}'s is, "
             f"in nats, {told} (post hoc, {first['n']} pairs, 90 %){_also_words(here, at)}{_short_words(here, runs)}")
 
+# %% ../../nbs/report/16_frontier.ipynb #8cd706a1
 def _quality_words(runs: list[Run]) -> str:
     found = next((e for e in judged(runs) if e["id"] == "H1-S3" and e["headline"]), None)
     parts = found["parts"] if found else []

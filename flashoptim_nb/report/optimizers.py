@@ -183,7 +183,7 @@ def final_losses(
                 else joined(run.status, short_reason(run.reason)))
     return pd.DataFrame(list(found.values()))
 
-
+# %% ../../nbs/report/05_optimizers.ipynb #40407203
 _seeds = cache(seeds_needed)  # a page asks for the same comparisons again and again
 
 
@@ -266,6 +266,7 @@ def paired_paths(
         gap=("gap", "mean"), ratio=("ratio", "max"), scale=("scale", "first"))
     return means.assign(config=config, runs=[[named[config, s], named[against, s]] for s in means["seed"]])
 
+# %% ../../nbs/report/05_optimizers.ipynb #223d4117
 def gap_paths(
     rows: pd.DataFrame,  # from `paired_paths`
     title: str = "Training loss above the other's",
@@ -282,6 +283,7 @@ def gap_paths(
     return titled(zero + base.mark_line(opacity=0.5) + marks, title, rows,
                   "right of a large mark the two runs had different histories")
 
+# %% ../../nbs/report/05_optimizers.ipynb #21c6d577
 def paths_sentence(
     rows: pd.DataFrame,  # from `paired_paths`
     runs: Iterable[Run],

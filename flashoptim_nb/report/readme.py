@@ -48,6 +48,7 @@ ROLES = {
     ".github": "the same check on GitHub",
 }
 
+# %% ../../nbs/report/14_readme.ipynb #17d7d5b5
 def notebook_summary(
     path: Path,  # a notebook
 ) -> str:
@@ -57,6 +58,7 @@ def notebook_summary(
         if quoted := [line[1:].strip() for line in lines if line.startswith(">")]: return " ".join(quoted)
     return ""
 
+# %% ../../nbs/report/14_readme.ipynb #49ff6bc1
 def top_level(
     repo: Path,
 ) -> list[str]:

@@ -62,12 +62,14 @@ def summarize(
     return rows.groupby(list(dict.fromkeys([*by, "scale"])), as_index=False, sort=False).agg(
         **columns, runs=("runs", lambda names: sorted(set(names))))
 
+# %% ../../nbs/report/01_rows.ipynb #b6246542
 def gpus_named(
     runs: pd.Series,  # ids of the study's runs
 ) -> pd.Series:
     "Over how many GPUs each is divided, by its name."
     return runs.str.extract(r"-x(\d+)$")[0].fillna("1").astype(int)
 
+# %% ../../nbs/report/01_rows.ipynb #d15e8e83
 def by_place(
     rows: pd.DataFrame,  # from `rows_of`
 ) -> dict[str, pd.DataFrame]:
@@ -76,6 +78,7 @@ def by_place(
     groups = sorted(rows.groupby(["role", gpus_named(rows["run"])]), key=lambda one: ([*SIZES].index(one[0][0]), one[0][1]))
     return {f"in the role of {size}" + f", over {n} GPUs" * (n > 1): group for (size, n), group in groups}
 
+# %% ../../nbs/report/01_rows.ipynb #49d1ca29
 def beside(
     rows: pd.DataFrame,  # from `rows_of`
     config: str,
@@ -85,6 +88,7 @@ def beside(
     place = pd.Series([*zip(rows["device"], rows["role"], rows["arm"], rows["seed"], gpus_named(rows["run"]))], rows.index)
     return rows[place.isin(set(place[rows["config"] == config]))].reset_index(drop=True)
 
+# %% ../../nbs/report/01_rows.ipynb #5be8ab5a
 def named_runs(
     rows: pd.DataFrame,  # from `rows_of`
     runs: Iterable[Run] | None = None,
@@ -94,6 +98,7 @@ def named_runs(
     names = {name for _, row in rows.iterrows() for name in _names(row)}
     return runs_of(names, runs)
 
+# %% ../../nbs/report/01_rows.ipynb #fc199ad9
 def candidates(
     run: Run,  # of hypothesis 1
 ) -> Iterator[dict]:
@@ -105,6 +110,7 @@ def candidates(
         for row in search["tried"]:
             yield about | row | dict(chosen=row["fits"] and (row["micro_batch"], row["checkpointing"]) == choice)
 
+# %% ../../nbs/report/01_rows.ipynb #7d6b1f3e
 def show_rows(
     rows: pd.DataFrame,  # from `rows_of`
     columns: Mapping[str, str],  # column of the frame -> heading
@@ -158,6 +164,7 @@ def show_decisions(
         rows, columns | ({"otherwise": f"against {other} it says"} if len(hypothesis.references) > 1 else {}),
         "decision", runs, "No decision of these checkpoints is recorded.")
 
+# %% ../../nbs/report/01_rows.ipynb #2dd465d7
 def checkpoint_rules(
     hypothesis: str = "h1",
 ) -> Rendered:

@@ -194,6 +194,7 @@ def pace_rows(
     return ordered(
         pd.concat(ways, ignore_index=True).assign(reason=lambda d: d["reason"].fillna("") if "reason" in d else ""))
 
+# %% ../../nbs/report/07_surrogate_costs.ipynb #494eab3d
 def pace_table(rows: pd.DataFrame) -> pd.DataFrame:
     """A row for each configuration and batch: ms launched and from a graph, the gain, speed over fp32's,
     and what bounds the step."""

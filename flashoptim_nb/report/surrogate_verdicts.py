@@ -145,6 +145,7 @@ def show_open(runs: Iterable[Run] | None = None) -> Rendered:
         pd.DataFrame(rows), dict(side="verdict", id="criterion", title="about", status="status", why="because"), "open",
         runs, "Every criterion that applies is decided.")
 
+# %% ../../nbs/report/09_surrogate_verdicts.ipynb #12e4d5df
 def _statements(entries: list[dict], kinds: tuple[str, ...], status: str) -> list[str]:
     "The parts by which criteria have a status, in words, with the criteria that they belong to."
     said = {}

@@ -171,6 +171,7 @@ def judged(
         _JUDGED[key] = verdict(runs, hypothesis)
     return _JUDGED[key]
 
+# %% ../../nbs/report/02_tables.ipynb #48ce956b
 def _titled(criterion: Criterion) -> Rendered:
     return Rendered(
         f"<strong>{criterion.id}</strong><br>{escape(criterion.title)}", f"**{criterion.id}** {criterion.title}")
@@ -312,6 +313,7 @@ def decided_runs(
     return sorted({name for e in entries if e["kind"] != "overall" and e["status"] in ("met", "not met", "inconclusive")
                    for name in e["records"]})
 
+# %% ../../nbs/report/02_tables.ipynb #f013dc16
 def _in_words(whole: dict, entries: list[dict]) -> str:
     "What decides, as statements with the places where they hold; how much is open where nothing does."
     if not whole["decided_by"]:
@@ -358,6 +360,7 @@ def unlike_manifest(
     whole = by_study([*load_runs(places, None), *load_runs(places, None, unfinished=True)])
     return [place for place in places if manifest_problems(place, whole[place], PROTOCOLS)]
 
+# %% ../../nbs/report/02_tables.ipynb #c723299d
 def altered_note(
     runs: Iterable[Run],
 ) -> str:
@@ -365,6 +368,7 @@ def altered_note(
     names = ", ".join(place.name for place in unlike_manifest(runs))
     return f"The records of {names} differ from their manifest; `flashoptim-nb check` says where." if names else ""
 
+# %% ../../nbs/report/02_tables.ipynb #77df1dc5
 def post_hoc(
     hypothesis: Hypothesis = H1,
     runs: Iterable[Run] | None = None,
@@ -377,6 +381,7 @@ def post_hoc(
     sides = {one["side"] for one, _ in apart}
     return [pair for pair in pairs if pair in apart or pair[0]["kind"] == "overall" and pair[0]["side"] in sides]
 
+# %% ../../nbs/report/02_tables.ipynb #68f4c9bd
 def registration_note(
     hypothesis: Hypothesis = H1,
     runs: Iterable[Run] | None = None,

@@ -74,6 +74,7 @@ def mean_loss(
         skipped += bad
     return torch.stack(losses).mean(), dict(score=torch.cat(scores).mean().item(), skipped=skipped)
 
+# %% ../../nbs/surrogates/05_reinforce.ipynb #1166bd8f
 def train_reinforce(
     problem: Problem,
     seed: int,
@@ -114,6 +115,7 @@ def propose(
     with torch.no_grad(): drawn = policy(instance, samples, generator)
     return verify(problem, instance, drawn.x, method, most, skipped)
 
+# %% ../../nbs/surrogates/05_reinforce.ipynb #71d57d93
 def propose_all(
     problem: Problem,
     policy: nn.Module,
@@ -128,6 +130,7 @@ def propose_all(
     return [propose(problem, policy, t, method, seed, skipped=bad, **how)
             for t in (range(problem.instances) if instances is None else instances)]
 
+# %% ../../nbs/surrogates/05_reinforce.ipynb #52f196e0
 def reinforce(
     problem: Problem,
     seed: int,  # of weights, instances and samples

@@ -46,6 +46,7 @@ def check_structures(
     if (bad := ~((z_N >= 1) & (z_N <= ELEMENTS) & (z_N == z_N.long()))).any():
         raise UserError(f"{whose(bad)} has the atomic number {z_N[bad][0].item()}; known are 1 to {ELEMENTS}")
 
+# %% ../../../../nbs/surrogates/domains/molecules/00_geometry.ipynb #1456cecd
 def edges_within(
     pos_N3: torch.Tensor,  # fp32, Angstrom: molecules one after the other
     counts_M: torch.Tensor,  # int64: atoms of each
@@ -73,7 +74,6 @@ def edges_within(
         _, target, source = near.nonzero(as_tuple=True)
         found.append((source.short(), target.short(), near.sum((1, 2))))
     return tuple(map(torch.cat, zip(*found)))
-
 
 # %% ../../../../nbs/surrogates/domains/molecules/00_geometry.ipynb #6d0c0009
 @dataclass(frozen=True)

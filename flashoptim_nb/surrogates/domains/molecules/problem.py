@@ -97,11 +97,13 @@ def gaps(self: WantedGap) -> Tensor:  # fp32, eV
                 [self.predict(self.data.batch_of(part))[:, self.column].float() for part in parts]).to(self.device)
     return self._predicted
 
+# %% ../../../../nbs/surrogates/domains/molecules/08_problem.ipynb #dee6195a
 @patch
 def predicted(self: WantedGap, instance: int, x: Tensor) -> Tensor:  # fp32 (n,)
     "Scores by the surrogate's gaps."
     return self.score(instance, self.gaps()[x])
 
+# %% ../../../../nbs/surrogates/domains/molecules/08_problem.ipynb #2a9c2ea1
 @patch
 def objective(self: WantedGap, instance: int, x: Tensor) -> Tensor:  # fp64 (n,)
     "Scores by the true gaps; 0 where there is none."
@@ -114,17 +116,20 @@ def objective(self: WantedGap, instance: int, x: Tensor) -> Tensor:  # fp64 (n,)
         self.failed |= {todo[n]: why for n, why in failed}
     return self.score(instance, self.true[x]).nan_to_num(0.0)
 
+# %% ../../../../nbs/surrogates/domains/molecules/08_problem.ipynb #99f09bcd
 @patch
 def features(self: WantedGap, instance: int, x: Tensor) -> Tensor:  # fp32 (n, 13)
     "What is known of candidates at a glance, standardized over the pool."
     return self.seen[x]
 
+# %% ../../../../nbs/surrogates/domains/molecules/08_problem.ipynb #ee275e8d
 @patch
 def describe(self: WantedGap, instance: int, x: Tensor, i: int) -> str:
     "SMILES, gap, and what was wanted."
     m = int(x[i])
     return f"{self.pool.smiles[m]}: {self.true[m]:.2f} eV, wanted {self.wanted[instance]:.2f} eV"
 
+# %% ../../../../nbs/surrogates/domains/molecules/08_problem.ipynb #eb4328a4
 def molecule_problems(
     domain: MoleculeDomain,
     predict: Callable,  # batch -> (n, targets) in units
