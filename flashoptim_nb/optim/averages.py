@@ -20,7 +20,7 @@ from .base import FlashOptimizer, explained
 from .checks import OptionError
 from .states import error_bit_width, first_error_bits
 from .shards import held, like, local
-from .state_dict import StateError
+from .state_dict import StateError, tell_of_others
 
 # %% ../../nbs/optim/14_averages.ipynb #09a10007
 _CHUNK = 2**25  # values that are joined at a time, unless one parameter alone has more
@@ -73,6 +73,7 @@ class AveragedMasters:
         if strange := len(stepped) - len(self.params):
             raise OptionError(f"{strange} of the optimizer's {len(stepped)} parameters are not the model's: "
                               "give the model that it steps, as it is now (fully_shard makes new parameters)")
+        tell_of_others(optimizer, model, "they are not averaged, and stay as they are", (torch.float32, *HALF_FORMATS))
         self.chunks = [
             (chunk, torch.zeros(sum(local(self.params[n]).numel() for n in chunk), dtype=torch.float32,
                                 device=self.params[chunk[0]].device))

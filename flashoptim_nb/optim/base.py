@@ -462,7 +462,8 @@ class FlashOptimizer(Optimizer):
 
     def state_dict(self) -> dict:
         """As in torch.optim; waits for the device, since step counters leave it.
-        Tensors are the live ones, not copies, but for the counters."""
+        Tensors are the live ones, not copies, but for the counters: of what is to be loaded again after further
+        steps, keep a `copy.deepcopy`."""
         return saved_state(self)
 
     def load_state_dict(

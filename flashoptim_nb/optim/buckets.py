@@ -61,6 +61,7 @@ def own_states(
     opt,  # a FlashOptimizer
     # groups, and those of their parameters that step now, with gradients; their states have been checked
     pairs: Sequence[tuple[dict, list]],
+    keep: bool = False,  # leave what a cast rounded away where it is; else it is handed out once
 ):
     "Makes each state complete, its tensors contiguous, and nobody else's."
     others = [other.state for other in LIVE_OPTIMIZERS if other is not opt]
@@ -80,7 +81,7 @@ def own_states(
                 own["step"] = counters.setdefault(
                     (n if step is None else id(step), p.device), _counter(0.0 if step is None else step, p.device))
             if missing := kinds.keys() - own.keys():
-                own |= {k: t for k, t in new_state(opt, group, p, step).items() if k in missing}
+                own |= {k: t for k, t in new_state(opt, group, p, step, keep).items() if k in missing}
             if state is not opt.state.get(p) or uses[id(state)] > 1: opt.state[p] = state = dict(state)
             if any(state.get(k) is not t for k, t in own.items()): state.update(own)
             # of a group that was given another algorithm; one that keeps none for now may take its own up again

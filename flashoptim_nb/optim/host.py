@@ -443,7 +443,7 @@ class HostStates:
         packs, parts = _spans(sizes, each, most, whole), []
         if whole: packs = [[Span(i, 0, held[i]) for i, _, _ in pack] for pack in packs]
         for n, spans in enumerate(packs, 1):
-            slices = [_slices(kinds[span.index], opt._state_shapes(p := bucket.params[span.index]), self.places[p],
+            slices = [_slices(kinds[span.index], opt._state_shapes(p := bucket.params[span.index]), self.places.get(p, {}),
                               span, whole) for span in spans]
             parts.append(Part(bucket, spans, slices, n == len(packs)))
             if len(spans) == 1: parts[-1].states = [opt.state[p][key] for key in kinds[spans[0].index]]

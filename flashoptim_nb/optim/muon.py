@@ -294,6 +294,8 @@ class FlashMuon(FlashOptimizer):
                          decouple_lr=decouple_lr, max_norm=max_norm, skip_nonfinite=skip_nonfinite,
                          companded=companded, offload_states=offload_states, rounding=rounding)
 
+    def __getstate__(self): return super().__getstate__() | dict(_of_adamw=self._of_adamw)
+
     def _fill_group(self, group: dict):
         "A group of AdamW has AdamW's eps unless it says another."
         adamw = group.get("algorithm", self.defaults["algorithm"]) == "adamw"

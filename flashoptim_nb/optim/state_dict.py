@@ -98,17 +98,19 @@ def _marked(mark, group):
 
 def saved_state(opt) -> dict:
     """As in torch.optim; waits for the device, since step counters leave it.
-    Tensors are the live ones, not copies, but for the counters.
+    Tensors are the live ones, not copies, but for the counters: of what is to be loaded again after further
+    steps, keep a `copy.deepcopy`.
     Raises `StateError` while averages are in the weights' place."""
     check_at_home(opt)
     begun = [(group, [p for p in group["params"] if _begins(opt, group, p)]) for group in opt.param_groups]
-    own_states(opt, begun)  # as they would begin in the next step
-    listed, every = {p for group in opt.param_groups for p in group["params"]}, opt.state
-    # a parameter that left its group may come back, and has no number
     clip = opt._next_clip if opt.release is None else opt.release._coming()  # which clips the first moments, too
-    opt.state = {p: s for p, s in every.items() if p in listed}
-    try: out = Optimizer.state_dict(opt)
-    finally: opt.state = every
+    listed, every, made_for = {p for group in opt.param_groups for p in group["params"]}, opt.state, opt._made_for
+    # a parameter that left its group may come back, and has no number
+    opt.state, opt._made_for = {p: dict(s) for p, s in every.items() if p in listed}, dict(made_for)
+    try:
+        own_states(opt, begun, keep=True)  # as they would begin in the next step, which begins its own
+        out = Optimizer.state_dict(opt)
+    finally: opt.state, opt._made_for = every, made_for
     out["state"] = {i: _exported(opt, s) for i, s in out["state"].items() if s}
     for g, own in zip(out["param_groups"], opt.param_groups):
         # in a mark that was always there: tools refuse a key that an older file lacks
@@ -596,6 +598,20 @@ def _towards(narrow, theta):
     return torch.where(strays, (own / 2 + other / 2).nextafter(own).clamp(-bound, bound), theta)
 
 # %% ../../nbs/optim/09_state_dict.ipynb #a896d0e3
+def tell_of_others(
+    opt,  # a FlashOptimizer
+    model: nn.Module,
+    what: str,  # is not done to parameters of the model that it does not step
+    dtypes=HALF_FORMATS,  # of which that matters
+):
+    "Warns of parameters that are trained and not by this optimizer."
+    own = {_memory(p) for group in opt.param_groups for p in group["params"]}
+    if left := [name for name, p in model.named_parameters()
+                if p.requires_grad and p.dtype in dtypes and _memory(p) not in own]:
+        warnings.warn(f"{len(left)} trained parameters of the model, such as {left[0]}, are not this optimizer's: {what}. "
+                      "FlashMuon steps matrices and the rest in one optimizer; what nobody trains has requires_grad=False")
+
+
 @torch.no_grad()
 def fp32_weights(
     opt,  # a FlashOptimizer
@@ -606,6 +622,7 @@ def fp32_weights(
     kept = {p: error_bits for p, state in opt.state.items() if (error_bits := state.get("error_bits")) is not None}
     known = {_memory(p): (error_bits, opt._made_for.get(p, p.dtype)) for p, error_bits in kept.items()}
     entries = model.state_dict(keep_vars=True).items()
+    tell_of_others(opt, model, "their 16-bit weights are widened, without the lower bits that another optimizer may have")
     if known and known.keys().isdisjoint(_memory(t) for _, t in entries):
         raise StateError("the optimizer steps none of the model's parameters, so that their error bits are not known: "
                          "give the model that it was made for, or make it anew after the model got new parameters")
@@ -681,23 +698,29 @@ def set_fp32_weights(
     given = {name: _taken(t, state_dict[name], name) for name, t in entries.items()}
     _tied_alike(entries, given)
     groups, counters = {p: group for group in opt.param_groups for p in group["params"]}, {}
+    def begin(t):
+        # one counter for all new ones
+        step = counters.setdefault((id(groups[t]), t.device), torch.zeros((), dtype=torch.float32, device=t.device))
+        opt.state[t] = new_state(opt, groups[t], t, step)
     if (parameters := {*model.parameters()}) and parameters.isdisjoint(entries.values()):
         raise StateError("the tensors in the model's state dict are none of its parameters, and no weights would change: "
                          "take off the hooks that copy its state dict")
     if odd := [name for name, t in entries.items() if t in groups and not given[name][0].isfinite().all()]:
         warnings.warn(f"{', '.join(odd[:3])} has values that are not finite, from which no training goes on: is the "
                       "state dict damaged, or of a run that had diverged?")
+    tell_of_others(opt, model, "lower bits that another optimizer keeps beside them stay those of the old weights")
     beside = {name: _split(opt, t, *given[name], name) for name, t in entries.items() if t in groups}
     for name in own.keys() - entries.keys():  # what modules keep beside tensors
         model.get_submodule(name.rpartition(".")[0]).set_extra_state(state_dict[name])
     for name, t in entries.items():
         local(t.detach()).copy_(given[name][1])
         if (error_bits := beside.get(name)) is None: continue
-        # one for all new ones
-        step = counters.setdefault((id(groups[t]), t.device), torch.zeros((), dtype=torch.float32, device=t.device))
-        if not opt.state.get(t): opt.state[t] = new_state(opt, groups[t], t, step)
+        if not opt.state.get(t): begin(t)
         if "error_bits" in opt.state[t]: local(opt.state[t]["error_bits"]).copy_(error_bits)
         else: opt.state[t]["error_bits"] = like(t, error_bits)
     for t in entries.values(): first_error_bits(t, None)  # of the weights that were there before
+    # all or none: torch.distributed.checkpoint takes what has no state beside what has one for never trained
+    for p in groups if counters else ():
+        if p.requires_grad and not opt.state.get(p): begin(p)
     opt._largest = {}
     opt.invalidate()

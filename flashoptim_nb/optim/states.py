@@ -142,12 +142,13 @@ def new_state(
     group: dict,  # the parameter's
     p: torch.Tensor,  # the parameter
     step: torch.Tensor,  # 0-d fp32, shared
+    keep: bool = False,  # leave what a cast rounded away where it is; else it is handed out once
 ) -> dict[str, torch.Tensor]:
     "The state of a parameter that has not been stepped."
     where = state_device(opt, p)
     zeros = lambda dtype: like(p, torch.zeros(local(p).shape, dtype=dtype, device=where))
     state, opt._made_for[p] = {"step": step}, p.dtype
-    rounded = first_error_bits(p, bits := error_bit_width(p.dtype, opt.master_weight_bits))
+    rounded = first_error_bits(p, bits := error_bit_width(p.dtype, opt.master_weight_bits), keep)
     if bits: state["error_bits"] = zeros(CODE_DTYPE[bits]) if rounded is None else rounded
     for key, code in opt._moments_of(group).items():
         if opt.quantize:

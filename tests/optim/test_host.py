@@ -534,3 +534,10 @@ def test_what_states_take_on_the_host_is_said_for_each_class(name):
     assert f"costs {held()} bytes a " in said
     if "momentum" in OPTIONS.get(getattr(optim, name), {}): assert f", {held(momentum=0.0)} without momentum" in said
     if name == "FlashMuon": assert f"and {held(algorithm='adamw')} of AdamW's groups" in said
+
+
+def test_parameters_without_any_state_are_stepped():
+    weight = nn.Parameter(torch.ones(40))
+    weight.grad = torch.ones_like(weight)
+    FlashSGD([weight], lr=0.5, offload_states=True).step()
+    assert weight.tolist() == [0.5] * 40

@@ -380,3 +380,9 @@ def test_check_numerics_knows_the_size_of_a_step():
         with pytest.raises(NumericsError, match="at least"):
             FlashMuon([p], lr=lost, rounding=rounding, check_numerics=True).step()
     FlashMuon([p], lr=2e-2, check_numerics=True).step()
+
+
+def test_a_copy_takes_further_groups():
+    opt = copy.deepcopy(FlashMuon([dict(params=matrices()), dict(params=[nn.Parameter(torch.ones(3))], algorithm="adamw")], betas=(0.8, 0.9)))
+    opt.add_param_group(dict(params=[nn.Parameter(torch.ones(5))], algorithm="adamw"))
+    assert opt.param_groups[-1]["betas"] == (0.8, 0.9) and opt.param_groups[-1]["eps"] == opt.param_groups[1]["eps"]

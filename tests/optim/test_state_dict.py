@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import io
 import json
+import warnings
 
 import pytest
 import torch
@@ -912,3 +913,52 @@ def test_the_largest_weights_are_exported_within_their_range(value, dtype):
     exported = FlashAdamW(model.parameters()).get_fp32_model_state_dict(model)["weight"]
     assert torch.equal(exported.to(dtype), model.weight)
     torch.testing.assert_close(exported, torch.full((1, 1), value), rtol=2.0**-8, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fresh_optimizers_state_dict_that_was_kept_resets_it(kind):
+    cls, options = KINDS[kind]
+    def begun():
+        torch.manual_seed(0)
+        cast_model(model := nn.Sequential(nn.Linear(33, 8), nn.LayerNorm(8)))
+        return [*model.parameters()], cls(model.parameters(), lr=1e-3, **options)
+    (params, opt), (others, new) = begun(), begun()
+    initial, weights = opt.state_dict(), [p.detach().clone() for p in params]
+    assert not opt.state  # saving begins nothing
+    take_steps(params, opt, 5)
+    for p, w in zip(params, weights): p.data.copy_(w)
+    opt.load_state_dict(initial)
+    for ps, one in ((params, opt), (others, new)): take_steps(ps, one, 3, first=9)
+    for p, q in zip(params, others): assert torch.equal(p, q)
+    same_states(opt, new)
+
+
+def test_weights_that_come_after_a_save_begin_without_the_casts_lower_bits():
+    cast_model(layer := nn.Linear(33, 8))
+    opt = FlashAdamW(layer.parameters(), lr=1e-3)
+    opt.state_dict()
+    with torch.no_grad(): layer.weight.copy_(torch.randn(8, 33))
+    assert torch.equal(opt.get_fp32_model_state_dict(layer)["weight"], layer.weight.float())
+
+
+def test_fp32_weights_begin_the_states_of_all_that_is_trained():
+    cast_model(model := nn.Sequential(nn.Linear(33, 8), nn.BatchNorm1d(8), nn.Linear(8, 2).requires_grad_(False)))
+    opt = FlashAdamW(model.parameters(), lr=1e-3)
+    opt.set_fp32_model_state_dict(model, {name: t.float() if t.is_floating_point() else t for name, t in model.state_dict().items()})
+    assert {*opt.state} >= {p for p in model.parameters() if p.requires_grad} and model[1].weight.dtype == FP32
+    take_steps([p for p in model.parameters() if p.requires_grad], opt, 2)
+    assert {float(opt.state[p]["step"]) for p in model.parameters() if p.requires_grad} == {2.0}
+
+
+@pytest.mark.parametrize("asked", ["get", "set", "average"])
+def test_what_another_optimizer_trains_is_told_of(asked):
+    cast_model(model := nn.Sequential(nn.Linear(33, 8), nn.Linear(8, 8)))
+    opt, other = FlashAdamW(model[0].parameters(), lr=1e-3), FlashAdamW(model[1].parameters(), lr=1e-3)
+    fp32 = {name: t.float() for name, t in model.state_dict().items()}
+    ask = {"get": lambda: opt.get_fp32_model_state_dict(model), "set": lambda: opt.set_fp32_model_state_dict(model, fp32),
+           "average": lambda: AveragedMasters(opt, model)}[asked]
+    with pytest.warns(UserWarning, match="2 trained parameters of the model, such as 1.weight, are not this optimizer's"): ask()
+    model[1].requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ask()
