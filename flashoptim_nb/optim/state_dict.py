@@ -106,7 +106,8 @@ def saved_state(opt) -> dict:
     clip = opt._next_clip if opt.release is None else opt.release._coming()  # which clips the first moments, too
     listed, every, made_for = {p for group in opt.param_groups for p in group["params"]}, opt.state, opt._made_for
     # a parameter that left its group may come back, and has no number
-    opt.state, opt._made_for = {p: dict(s) for p, s in every.items() if p in listed}, dict(made_for)
+    opt.state = {p: dict(s) if isinstance(s, dict) else s for p, s in every.items() if p in listed}
+    opt._made_for = dict(made_for)
     try:
         own_states(opt, begun, keep=True)  # as they would begin in the next step, which begins its own
         out = Optimizer.state_dict(opt)
