@@ -132,6 +132,16 @@ def _tell_rates(given: list[str], priced: list[str], why: str):
         hint = f" (did you mean {names[near[0]]}?)" if near else ""
         print(visible(f"--rate {text} is not used{hint}: {why}"), file=sys.stderr)
 
+# %% ../../nbs/cli/02_main.ipynb #9865e245
+def _tell_lower(given: list[str]):
+    "Says which rates are not used because one's own file has a lower one for the same GPU."
+    from flashoptim_nb.measure.cost import known_platforms, own_rate, rate_of
+    for gpu, text in {own_rate(text).gpu: text for text in given}.items():
+        if (used := rate_of(gpu)) != known_platforms()[f"your {gpu}"]:
+            print(visible(f"--rate {text} is not used: FLASHOPTIM_PLATFORMS has {gpu} at {used.name} for "
+                          f"${used.per_gpu_hour:g} a GPU-hour, and the lowest of your rates counts; leave it out there"),
+                  file=sys.stderr)
+
 # %% ../../nbs/cli/02_main.ipynb #057b68f2
 class _Stop:
     "Remembers that a signal asked the study to stop."
@@ -179,8 +189,9 @@ def _h1_preset(preset, args):
     else: gpus = args.gpus
     if gpus is None and (ranks := launched()[1]) > 1: gpus = ranks
     if args.style is not None:
+        for size in args.sizes or (): choose("size", size, preset.plans)
         preset = in_style(preset, args.style)
-        args.sizes = args.sizes and [f"{size}-{args.style}" for size in args.sizes]
+        args.sizes = args.sizes and [size if size in preset.plans else f"{size}-{args.style}" for size in args.sizes]
     if gpus is not None:
         if gpus < 1: raise UserError(f"--gpus is {gpus}; at least 1 is needed")
         preset = preset.replace(plans={size: plan.replace(gpus=gpus) for size, plan in preset.plans.items()})
@@ -410,7 +421,8 @@ def _verdict_parser(command):
     verdict.add_argument("--statements", action="store_true", help="say under each criterion what it asks, in words")
     verdict.add_argument(
         "--json", action="store_true",
-        help="a list: id, statement, status, value, threshold, interval, scale, records, given (registered, or read post hoc)")
+        help="a list: id, statement, status, value, threshold, interval, bound (at most: the interval is open below; at "
+             "least: open above, whatever number stands there), scale, records, given (registered, or read post hoc)")
     _preset(verdict, "judge the records of one preset only (default: each criterion from the largest that measured it)")
     verdict.add_argument("--records", **_RECORDS)
 
@@ -427,8 +439,10 @@ def _book(args) -> int:
     from flashoptim_nb.report.tables import altered_note
     if altered := altered_note(load_runs(studies, None)): print(visible(altered), file=sys.stderr)
     if args.rate:
+        from flashoptim_nb.measure.cost import own_rate
         measured = sorted({run.header["device"] for run in load_runs(studies, None) if run.header["device_kind"] == "cuda"})
         _tell_rates(args.rate, measured, f"the records are of {', '.join(measured) or 'no GPU'}")
+        _tell_lower([text for text in args.rate if own_rate(text).gpu in measured])
     # children are ended, and what is half made is removed
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try: out = build_book(args.out or repo_root() / "_book", studies if args.records else None)
@@ -696,7 +710,8 @@ def _fit(args) -> int:
     from flashoptim_nb.lm.fit import FIT_HELP, find_model, fit_words, what_fits
     model = find_model(args.params, args.config, args.build, args.style, args.seq)
     found = what_fits(
-        model, args.gpu, args.gpus, args.seq, configs=args.configs or tuple(FIT_HELP), loss=args.loss, micro=args.micro)
+        model, args.gpu, args.gpus, args.seq, configs=args.configs or tuple(FIT_HELP), loss=args.loss, micro=args.micro,
+        asked=args.params)
     print(json.dumps(found, indent=1) if args.json else visible(fit_words(found), keep="\n"))
     return 0
 
@@ -729,7 +744,8 @@ def _fit_parser(command):
                "  PYTHONPATH=. flashoptim-nb fit --build mymodels:make_small    what stands of any torch module")
     fit.add_argument(
         "--params", "--preset", dest="params", metavar="N",
-        help="a GPT of so many parameters, 124M to 70B: 1.5B, 30B")
+        help="a GPT of so many parameters, 50M to 1000B: the nearest, and by the names 124M, 350M, 1B, 3B, 7B, 13B, 30B, "
+             "70B the project's (1B: 1.3 billion, 70B: 65); the answer says how many it counts")
     fit.add_argument("--config", metavar="FILE", help="a config.json of Hugging Face's transformers, on this machine")
     fit.add_argument("--build", metavar="MODULE:FUNCTION",
                      help="a function that makes a model, called on the meta device; only its parameters are counted, "
@@ -754,13 +770,16 @@ def _fit_parser(command):
 
 # %% ../../nbs/cli/02_main.ipynb #77e1b620
 def _tell_gaps(runs: list, role: str):
-    "Prints how far the formats end from what they stand for, on each held-out text."
+    "Prints how far the formats end from what they stand for, on each held-out text, among runs of as many steps."
     from flashoptim_nb.study.h1.quantities import OPTIMIZER_MARGIN_NATS
     from flashoptim_nb.report.optimizers import format_gaps
-    for text in sorted({row["set"] for run in runs for row in run.of("eval") if "tracked" not in row["set"]}):
-        for _, gap in format_gaps(text, OPTIMIZER_MARGIN_NATS, runs, role).iterrows():
-            print(f"  {gap['what']}, {text}: {gap['value']:+.4f} nats a token over {gap['n']} "
-                  f"pair{'s' * (gap['n'] != 1)}, {gap['says']} at a margin of {OPTIMIZER_MARGIN_NATS}")
+    texts = sorted({row["set"] for run in runs for row in run.of("eval") if "tracked" not in row["set"]})
+    gaps = [(text, gap) for text in texts for _, gap in format_gaps(text, OPTIMIZER_MARGIN_NATS, runs, role).iterrows()]
+    for text, gap in gaps:
+        found = (f"{gap['value']:+.4f} nats a token over {gap['n']} pair{'s' * (gap['n'] != 1)} of {gap['step']} steps, "
+                 f"{gap['says']} at a margin of {OPTIMIZER_MARGIN_NATS}" if gap["n"] else f"no pair of {gap['step']} steps")
+        print(f"  {gap['what']}, {text}: {found}" + f" ({gap['lost']})" * bool(gap["lost"]))
+    if not gaps: print("  nothing to compare: it takes a format and its baseline, with the same seed and as many steps")
 
 # %% ../../nbs/cli/02_main.ipynb #30d38c4f
 def _quality(args) -> int:

@@ -127,12 +127,12 @@ def quality(
     so that what is cut off by time is whole pairs; returns the study's folder."""
     choose("preset", preset, QUALITY_PLANS)
     choose("schedule", schedule, SCHEDULES)
-    seeds = [*seeds]
+    seeds, configs = [*dict.fromkeys(seeds)], [*dict.fromkeys(configs)]
     if (steps is not None and steps < 1 or minutes is not None and not minutes > 0
             or any(not 0 <= seed < 2**32 for seed in seeds)):
         raise UserError(f"steps {steps}, minutes {minutes}, seeds {seeds}: "
                         f"steps are 1 or more, minutes above 0, seeds from 0 to {2**32 - 1}")
-    for config in (configs := [*configs]): choose("configuration", config, OPTIMIZER_CONFIGS)
+    for config in configs: choose("configuration", config, OPTIMIZER_CONFIGS)
     where, whole, part = pick_device(device), _texts(preset), QUALITY_PLANS[preset]
     make_current(where)
     origin = provenance(where)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'checked_targets', 'linear_cross_entropy_reference', 'softmax_minus_onehot_reference',
-           'softmax_minus_onehot_', 'chunk_rows_for', 'linear_cross_entropy']
+           'softmax_minus_onehot_', 'most_chunk_rows', 'chunk_rows_for', 'linear_cross_entropy']
 
 # %% ../../nbs/lm/05_linear_ce.ipynb #e499b1d1
 import math
@@ -119,14 +119,21 @@ def softmax_minus_onehot_(
 
 
 # %% ../../nbs/lm/05_linear_ce.ipynb #39c92c10
+def most_chunk_rows(
+    vocab_size: int,  # V
+    on_gpu: bool,
+) -> int:
+    "Most rows of a chunk: 2^28 logits on a GPU and 2^19 on a CPU."
+    return max(128, (2**28 if on_gpu else 2**19) // vocab_size)
+
 def chunk_rows_for(
     n_rows: int,  # N
     vocab_size: int,  # V
     on_gpu: bool,
 ) -> int:  # rows in a chunk
-    "Rows of a chunk: equal chunks of at most 2^28 logits on a GPU and 2^19 on a CPU, in multiples of 128 rows."
-    most = max(128, (2**28 if on_gpu else 2**19) // vocab_size)
-    return max(128, math.ceil(n_rows / max(1, math.ceil(n_rows / most)) / 128) * 128)
+    "Rows of a chunk: equal chunks of at most `most_chunk_rows`, in multiples of 128 rows."
+    n_chunks = max(1, math.ceil(n_rows / most_chunk_rows(vocab_size, on_gpu)))
+    return max(128, math.ceil(n_rows / n_chunks / 128) * 128)
 
 def _add_product(dw_VD, grad_CV, x_CD):
     "dw += grad^T x: products of narrow numbers, sums in fp32."

@@ -53,11 +53,13 @@ def plan_run(
     tokens: float,
     *,
     accelerator: Accelerator = A100_40,
-    platform: Platform = PLATFORMS["aws-p4d"],
+    platform: Platform | None = None,  # None: the first that is listed with this accelerator
     utilization: float = 0.45,
     attention: bool = False,  # count attention's own operations, too; the source counts 6N
 ) -> dict:
     "One run before it is run: size, parameters, tokens, flops, gpu_hours, dollars, label."
+    if not (platform := platform or next((p for p in PLATFORMS.values() if p.gpu == accelerator.name), None)):
+        raise UserError(f"no platform is listed with {accelerator.name}; give one: platform=Platform(...)")
     config = gpt_config(size)
     parameters = count_parameters(config)["total"]
     flops = (flops_per_token(config, SEQ) if attention else 6 * parameters) * tokens
@@ -104,6 +106,7 @@ def sequence_bytes(
     n_gpus: int,  # over which weights, gradients and states are sharded
 ) -> float:
     "Bytes on each GPU, estimated, to train on one sequence without checkpointing."
+    if n_gpus < 1: raise UserError(f"{n_gpus} GPUs were given; give at least 1, over which the model is divided")
     stack = choose("configuration", stack_name, LM_CONFIGS)
     attention = "flash" if stack.attention == "best" else stack.attention
     held = activation_bytes(
@@ -140,7 +143,7 @@ def _figures(n_gpus: int, accelerator: Accelerator) -> list[tuple]:
          lambda name: served / 1e9),
         ("inference cost", "7B, one stream, at most", "tokens/s", "bandwidth / (2 N + 4 L d T)",
          lambda name: accelerator.bandwidth / served),
-        ("70B scale", "weights, gradients and states", "GB", "bytes N", lambda name: big * config_bytes(name) / 1e9),
+        ("70B scale", f"weights, gradients and states of its {big / 1e9:.3g} billion parameters", "GB", "bytes N", lambda name: big * config_bytes(name) / 1e9),
         ("70B scale", holds, "GPUs", f"bytes N / ({HEADROOM:g} memory)", lambda name: gpus(big * config_bytes(name))),
         ("memory-efficient RLHF", "7B policy, value, reference and reward", "GB", "2 bytes N + 2 x 2 N",
          lambda name: four(name) / 1e9),

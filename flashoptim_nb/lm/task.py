@@ -26,7 +26,7 @@ from ..train.optimizers import cast_weights, make_optimizer
 # %% ../../nbs/lm/10_task.ipynb #ac0ab3ca
 class LMTask:
     """Trains a GPT on windows of tokens, one optimizer step at a time (a `study.loop.Task`);
-    raises `UserError` if the text repeats too often."""
+    raises `UserError` if the text repeats too often, or if the micro-batch does not divide the batch."""
     def __init__(
         self,
         # the GPT to build; or a network on its device that has `loss(inputs, targets, how)`, its weights drawn
@@ -59,9 +59,11 @@ class LMTask:
     def _micro_batches(self) -> int:
         "Forward and backward passes a step, on each rank."
         recipe, ranks = self.recipe, self.ranks
-        if ranks > 1 and recipe.batch % (recipe.micro * ranks):
-            raise UserError(f"a batch of {recipe.batch} sequences cannot be dealt out to {ranks} GPUs in micro-batches "
-                            f"of {recipe.micro}; take a batch that {recipe.micro * ranks} divides")
+        if min(recipe.batch, recipe.micro) < 1 or recipe.batch % (recipe.micro * ranks):
+            gpus = f" to {ranks} GPUs" * (ranks > 1)
+            raise UserError(f"a batch of {recipe.batch} sequences cannot be dealt out{gpus} in micro-batches of "
+                            f"{recipe.micro}; take a micro-batch of 1 or more, and a batch that is a multiple of "
+                            + (f"{ranks} of them" if ranks > 1 else "it"))
         return recipe.batch // (recipe.micro * ranks)
 
     def _build(self, model: GPTConfig, seed: int) -> GPT:

@@ -160,25 +160,24 @@ def final_losses(
     runs: Iterable[Run] | None = None,
     role: str = "optimizer",  # of the runs: the recipe, see `cli.quality.SCHEDULES`
 ) -> pd.DataFrame:
-    """The loss on a held-out set at the end of each run of the optimizers' comparison, in nats per token;
-    NaN for a run that did not come to one, with what became of it in `ended`."""
+    """The loss on a held-out set after the last step that each run of the optimizers' comparison planned, in nats per
+    token; NaN for a run that did not come to one, with what became of it in `ended`."""
     runs = given_runs(runs, "quality")
     rows = rows_of("eval", runs, every_device=True, arm="quality", role=role)
     rows = rows[rows["set"] == held_out] if len(rows) else rows
     if rows.empty: return pd.DataFrame()
-    lasts = rows.groupby("device")["step"].max()
-    place = dict(arm="quality", role=role, scale=rows["scale"].iloc[0])
-    found = {}
+    place, found = dict(arm="quality", role=role, scale=rows["scale"].iloc[0]), {}
     # of runs that were repeated the last counts
     for run in sorted(runs, key=lambda run: str(run.header.get("started"))):
         if run.status not in BEGAN or any(run.header.get(key) != value for key, value in place.items()): continue
-        if (last := lasts.get(run.header.get("device"))) is None: continue
+        if run.header.get("device") not in {*rows["device"]}: continue
+        last = run.header["settings"]["recipe"]["steps"]
         row = next(
             (row for row in reversed(run.of("eval")) if row.get("set") == held_out and row.get("step") == last), {})
         loss = per_token(row) if run.status == "finished" else float("nan")
         found[tuple(run.header.get(key) for key in ("device", "config", "seed"))] = {
             key: run.header.get(key) for key in ("run", "study", "scale", "device", "config", "seed")} | dict(
-            set=held_out, step=int(last), loss=loss, name=full_name(run), status=run.status, reason=short_reason(run.reason),
+            set=held_out, step=last, loss=loss, name=full_name(run), status=run.status, reason=short_reason(run.reason),
             ended="" if is_number(loss) else "no number" if run.status == "finished"
                 else joined(run.status, short_reason(run.reason)))
     return pd.DataFrame(list(found.values()))
@@ -193,15 +192,15 @@ def format_gaps(
     runs: Iterable[Run] | None = None,
     role: str = "optimizer",
 ) -> pd.DataFrame:
-    """Each format against the optimizer it stands for, paired by seed on each card: mean difference with its 90 %
-    interval, TOST, effect size, power, the seeds that would be needed, and what was lost."""
+    """Each format against the optimizer it stands for, paired by seed on each card among runs of as many steps: mean
+    difference with its 90 % interval, TOST, effect size, power, the seeds that would be needed, and what was lost."""
     losses = final_losses(held_out, runs, role)
     if losses.empty: return losses
-    by, found = {(row["device"], row["config"], row["seed"]): row for row in losses.to_dict("records")}, []
-    for config, against, card in ((config, against, card) for config, others in BASELINE_OF.items() for against in others
-                                  for card in losses["device"].unique()):
-        both = [(row, by[card, against, seed]) for (device, name, seed), row in by.items()
-                if (device, name) == (card, config) and (card, against, seed) in by]
+    by, found = {tuple(row[key] for key in ("device", "step", "config", "seed")): row for row in losses.to_dict("records")}, []
+    for config, against, at in ((config, against, at) for config, others in BASELINE_OF.items() for against in others
+                                for at in dict.fromkeys(key[:2] for key in by)):
+        both = [(row, by[*at, against, seed]) for (*place, name, seed), row in by.items()
+                if (*place, name) == (*at, config) and (*at, against, seed) in by]
         if not both: continue
         pairs = Sorted.of(both, lambda *pair: [is_number(row["loss"]) for row in pair])
         d = [new["loss"] - old["loss"] for new, old in pairs.good]
@@ -214,7 +213,7 @@ def format_gaps(
             dict(config=config, against=against, what=f"{config} against {against}",
                  value=float("nan") if e.value is None else e.value, lo=e.lo, hi=e.hi, n=len(d), p=test.p, spread=s,
                  effect=test.effect, power=test.power, needed=None if s is None else _seeds(s, margin), says=says,
-                 lost=pairs.note, scale=both[0][0]["scale"], device=card, runs=sorted(pairs.records)))
+                 lost=pairs.note, scale=both[0][0]["scale"], device=at[0], step=at[1], runs=sorted(pairs.records)))
     return pd.DataFrame(found)
 
 # %% ../../nbs/report/05_optimizers.ipynb #d2cb5767
@@ -225,14 +224,15 @@ def gap_sentence(
     against: str = "adamw",
     margin: float = OPTIMIZER_MARGIN_NATS,
 ) -> Rendered:
-    "One comparison on each held-out text it was made on, in a sentence for each card."
+    "One comparison on each held-out text it was made on, in a sentence for each card and number of steps."
     runs = given_runs(runs, "quality")
     rows = [(text, row) for text in HELD_OUT_TEXTS for _, row in format_gaps(text, margin, runs, role).iterrows()
             if (row["config"], row["against"]) == (config, against)]
     if not rows: return sentence(f"{config} against {against}: not measured.", [])
     def value(row): return f"{row['value']:+.4f}" if pd.notna(row["value"]) else "not measured"
-    def on(card):
-        found = [(text, row) for text, row in rows if row["device"] == card]
+    def place(row): return row["device"], row["step"]
+    def on(at):
+        found = [(text, row) for text, row in rows if place(row) == at]
         used = runs_of((name for _, row in found for name in row["runs"]), runs)
         recipe, size = used[0].header["settings"]["recipe"], used[0].header["size"]
         said = "; ".join(
@@ -241,8 +241,8 @@ def gap_sentence(
         pairs = int(max(row["n"] for _, row in found))
         return sentence(
             f"{config} against {against}, GPT of {size}, {pairs} pair{'s' * (pairs > 1)} of {recipe['steps']} steps "
-            f"at a peak rate of {recipe['lr']:g} on {card}; held-out loss, nats a token, margin {margin:g}: {said}.", used)
-    return reduce(add, map(on, dict.fromkeys(row["device"] for _, row in rows)))
+            f"at a peak rate of {recipe['lr']:g} on {at[0]}; held-out loss, nats a token, margin {margin:g}: {said}.", used)
+    return reduce(add, map(on, dict.fromkeys(place(row) for _, row in rows)))
 
 # %% ../../nbs/report/05_optimizers.ipynb #7d0e5a11
 def paired_paths(

@@ -6,6 +6,7 @@
 __all__ = ['Preset', 'select_runs', 'rates']
 
 # %% ../../nbs/study/09_presets.ipynb #3c845764
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..base.config import Config
@@ -35,6 +36,10 @@ class Preset(Config):
         "What a later registration added to the plan, by workload; it changes nothing of a study that is under way."
         return {}
 
+    def in_order(self, stages: Iterable) -> "Preset":
+        "The preset with the runs of these stages alone, for a plan that is counted from the preset."
+        return self
+
 # %% ../../nbs/study/09_presets.ipynb #05e35056
 def select_runs(
     preset: Preset,
@@ -45,20 +50,21 @@ def select_runs(
 ) -> Preset:
     "The preset with only some of its runs; raises `UserError` for what it does not have."
     if seeds: return _with_seeds(select_runs(preset, workloads, configs, what), seeds)
-    def chosen(plan): return tuple(c for c in plan.configs if not configs or c in configs)
+    def chosen(some): return tuple(c for c in some if not configs or c in configs)
     for name in workloads or (): choose(what, name, preset.plans)
     for config in configs or ():
         choose("configuration", config, sorted({c for plan in preset.plans.values() for c in plan.configs}))
     for name in workloads or ():
-        known = preset.plans[name].configs
-        if not known and not getattr(preset, "order", ()):
-            raise UserError(f"{name} has no runs of its own at scale {preset.name}: it is only searched, in a piece; "
-                            "`run --help` lists the pieces, and --piece NAME runs one")
-        if known and not chosen(preset.plans[name]):
+        known = [*dict.fromkeys(c for part in _listed(preset.plans[name]).values() for c in part)]
+        if known and not chosen(known):
             raise UserError(f"{name} has no {', '.join(configs)} at scale {preset.name}; choose of: {', '.join(known)}")
-    plans = {name: plan.replace(configs=chosen(plan)) for name, plan in preset.plans.items()
-             if not workloads or name in workloads}
+    plans = {name: plan.replace(**{part: chosen(some) for part, some in _listed(plan).items()})
+             for name, plan in preset.plans.items() if not workloads or name in workloads}
     return preset.replace(plans=plans)
+
+def _listed(plan: Config) -> dict[str, tuple[str, ...]]:
+    "The configurations of a plan by its field: those that it runs, and those that it only searches."
+    return {name: getattr(plan, name) for name in ("configs", "frontier") if hasattr(plan, name)}
 
 def _with_seeds(preset: Preset, seeds: list[int]) -> Preset:
     "The preset with some of its seeds only."

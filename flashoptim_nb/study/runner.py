@@ -628,7 +628,11 @@ def dry_run(
     *,
     as_json: bool = False,  # an object of preset, the whole configuration, and plan, the table's rows
 ) -> str:
-    "What a preset's runs would take, for people or for programs."
-    if not as_json: return protocol.plan_text(preset, experiments)
-    plan = protocol.projection(preset, experiments).to_dict("records")
+    "What a preset's runs would take, for people or for programs; raises `UserError` where there is none."
+    if not (stages := protocol.stages(preset, experiments)):
+        raise UserError(f"nothing is to be run: none of {', '.join(preset.plans)} has {', '.join(experiments or protocol.experiments)} "
+                        "with these configurations; choose others, or leave --experiments and --configs out")
+    made = preset.in_order(stages)
+    if not as_json: return protocol.plan_text(made, experiments)
+    plan = protocol.projection(made, experiments).to_dict("records")
     return json.dumps(dict(preset=preset.to_dict(), plan=plan), indent=1, allow_nan=False)

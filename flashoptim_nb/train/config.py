@@ -45,6 +45,8 @@ def standing_bytes(
 
 # %% ../../nbs/train/00_config.ipynb #2a14a7ae
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_KNOWN = dict(weights=WEIGHT_BYTES, states=STATE_BYTES, scaling=("none", "dynamic", "static"))
+_OR_NONE = dict(autocast=DTYPES, products=("float8",))  # or "", which is none of them
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
@@ -75,6 +77,11 @@ class TrainConfig(Config):
     fused_messages: bool = False  # fused message passing, where the network has it
     pyg: bool = False  # PyTorch Geometric's own blocks, where the network can: the reference at an equal budget
     times: float = 1.0  # parameters, as a multiple of the 1x network's
+
+    def __post_init__(self):
+        for name, known in _KNOWN.items(): choose(name, getattr(self, name), known)
+        for name, known in _OR_NONE.items():
+            if value := getattr(self, name): choose(name, value, known)
 
     @property
     def bytes_per_parameter(self) -> float:
@@ -184,6 +191,7 @@ class Recipe(Config):
     def __post_init__(self):
         if bool(self.steps) == bool(self.epochs):
             raise UserError(f"a recipe of {self.steps} steps and {self.epochs:g} epochs; give one of the two")
+        choose("schedule", self.schedule, ("cosine", "constant"))
 
     def steps_over(self, rows: int) -> int:
         "Optimizer steps in all, where there are so many rows."
@@ -193,6 +201,8 @@ class Recipe(Config):
         "Learning rate of step `n` (from 1) of so many; 0: of the recipe's own."
         steps = steps or self.steps
         if self.schedule == "constant": return self.lr
+        if not steps: raise UserError(f"a recipe of {self.epochs:g} epochs does not say how many steps they are; give "
+                                      "`steps`, of `steps_over(rows)`")
         warm = max(1, round(self.warmup * steps))
         if n <= warm: return self.lr * n / warm
         done, whole = n - warm, max(1, steps - warm)

@@ -15,10 +15,10 @@ from importlib import import_module
 
 import torch
 
-from ..base.errors import choose
+from ..base.errors import UserError, choose
 from ..optim.cast import cast_model
 from ..optim.muon import muon_groups
-from .config import Recipe, TrainConfig
+from .config import STATE_BYTES, Recipe, TrainConfig
 
 # %% ../../nbs/train/01_optimizers.ipynb #7dda6e1c
 def _by_shape(params):
@@ -215,6 +215,15 @@ def _own_options(config: TrainConfig, recipe: Recipe) -> dict:
                 rounding="dithered" if config.states == "int8_dithered" else "nearest",
                 master_weight_bits=24 if config.weights.startswith("split24") else None)
 
+# %% ../../nbs/train/01_optimizers.ipynb #8176b4d1
+def _check_formats(config: TrainConfig, ours: bool):
+    "Raises `UserError` for formats that an optimizer of this package, or another, does not have."
+    if ours: states = [name for name in STATE_BYTES if name != "bf16"]
+    else: states = ["bf16" if config.weights == "bf16" else "fp32"]  # of the weights' type
+    if config.states not in states or not ours and config.weights.startswith("split24"):
+        raise UserError(f"{config.optimizer} does not keep {config.states} states over {config.weights} weights; it keeps "
+                        + (", ".join(states) if ours else "fp32 over fp32, and bf16 over bf16"))
+
 # %% ../../nbs/train/01_optimizers.ipynb #222990a6
 def make_optimizer(
     model: torch.nn.Module,  # on its device, its weights as `cast_weights` left them
@@ -226,6 +235,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     "The configuration's optimizer over two parameter groups: decayed (two or more dimensions) and not."
     row = choose("optimizer", config.optimizer, OPTIMIZERS)
+    _check_formats(config, row.ours)
     takes = inspect.signature(row.cls).parameters
     params, groups = [p for p in model.parameters() if p.requires_grad], []
     rates, adamw = row.rates | dict(lr=recipe.lr if lr is None else lr, betas=recipe.betas), dict(eps=recipe.eps)

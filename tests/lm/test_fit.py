@@ -42,7 +42,7 @@ def test_the_command_answers_programs(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("words, said", [
-    ("--params 7B --gpu RTX4091", "did you mean 'RTX 4090'"), ("--params 7", "did you mean 7B?"), ("--params 7B --gpu 24", "did you mean 24GB"), ("--params seven", "350M, 1.3B or 7B"), ("", "which model?"), ("--params 7B --seq 0", "at least 1"),
+    ("--params 7B --gpu RTX4091", "did you mean 'RTX 4090'"), ("--params 7", "did you mean 7B?"), ("--params 10M", "the nearest gpt2 to '10M' has 6.9 million"), ("--params 20M --style llama2", "or for 50M or more"), ("--params 7B --gpu 24", "did you mean 24GB"), ("--params seven", "350M, 1.3B or 7B"), ("", "which model?"), ("--params 7B --seq 0", "at least 1"),
     ("--params 7B --gpus -1", "at least 1"), ("--params 7B --configs adam", "did you mean 'adamw'"), ("--config nowhere", "No such file"),
     ("--build torch.nn:Linear", "cannot be built on the meta device"), ("--build json:loads", "cannot be built"), ("--build nothing", "cannot be found"), ("--params 7B --micro 0", "at least 1"), ("--params 7B --micro 99999999", "at most"), ("--gpu 0GB --params 7B", "above 0"), ("--build antigravity.nothing:x", "cannot be found"),
     ("--build torch.nn:Module --style gpt2", "belongs to a model by its size"), ("--config nowhere --style gpt2", "belongs to a model by its size"), ("--params 7B --style gpt3", "did you mean 'gpt2'")])
@@ -154,6 +154,22 @@ def test_the_micro_batch_that_was_asked_for_is_named(capsys):
     _, said, _ = answer(capsys, "--params", "1B", "--configs", "adamw", "--micro", str(best))
     assert f"that was asked for, {best}." in said
     assert json.loads(answer(capsys, "--params", "1B", "--micro", str(best), "--json")[1])["micro"] == best
+
+
+@pytest.mark.parametrize("asked, counted", [("70B", "64.9 billion parameters where 70B was asked for"),
+                                            ("1B", "1.32 billion parameters where 1B was asked for"), ("30B", "30 billion parameters,")])
+def test_a_model_of_another_size_than_was_asked_for_is_named(capsys, asked, counted):
+    assert f"gpt2: {counted}" in answer(capsys, "--params", asked, "--configs", "flash_adamw")[1]
+    assert json.loads(answer(capsys, "--params", asked, "--json")[1])["model"]["asked"] == float(asked[:-1]) * 1e9
+
+
+@pytest.mark.parametrize("words", ["--micro 5000 --seq 16 --gpu H200 --configs flash_adamw",
+                                   "--gpu 4.2427GB --seq 256 --micro 21 --configs adamw"])
+def test_a_micro_batch_fits_where_its_own_peak_does(capsys, words):
+    found = json.loads(answer(capsys, "--params", "124M", *words.split(), "--json")[1])
+    usable, asked = found["gpu"]["usable"], found["micro"]
+    assert all(row["fits"] == (row["peak"] <= usable) for row in found["rows"])
+    assert any(row["fits"] and row["micro"] >= asked == row["shown"] for row in found["rows"])
 
 
 def test_each_row_says_whether_it_fits(capsys):

@@ -1,4 +1,5 @@
 """Somebody's own launcher: its scripts are sound, its first process makes the study, and what is not there is refused."""
+import json
 import subprocess
 
 import pytest
@@ -52,6 +53,23 @@ def test_a_plan_for_other_machines_can_be_made_anywhere(capsys, monkeypatch):
     assert "the plan takes" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words, runs, listed", [
+    ("--preset gpu --experiments frontier", 0, "30B, frontier"),
+    ("--preset gpu --experiments prerequisite", 0, "all, prerequisite"),
+    ("--preset gpu --piece cost-1B --experiments matched_batch", 0, "1B, matched batch"),
+    ("--preset gpu --experiments frontier --sizes 30B", 0, "30B, frontier: flashoptim_full, flashoptim_release"),
+    ("--preset gpu --experiments best_batch --sizes 7B", 3 * 4, "7B, best batch"),
+    ("--preset gpu --sizes 7B", 3 * 4, "7B, frontier"), ("--preset full --sizes 1B", 3 * 17, "1B-16384, long sequence"),
+])
+def test_a_dry_run_plans_the_runs_that_would_be_made_and_no_others(words, runs, listed, capsys, monkeypatch):
+    by_launcher(monkeypatch)
+    assert main(["run", "h1", *words.split(), "--dry-run"]) == 0
+    table, _, order = capsys.readouterr().out.partition("In this order:")
+    assert listed in order and bool(runs) == ("GPU-hours" in table and "In all: " in table)
+    assert main(["run", "h1", *words.split(), "--dry-run", "--json"]) == 0
+    assert sum(row["runs"] for row in json.loads(capsys.readouterr().out)["plan"]) == runs
+
+
 @pytest.mark.parametrize("words, told", [
     ("--preset gpu --piece cost-13B-x4 --gpus 2 --dry-run", "divides its runs over 4; leave --gpus out"),
     ("--preset gpu --piece cost-13B-4x --dry-run", "did you mean 'cost-13B-x4'?"),
@@ -60,6 +78,10 @@ def test_a_plan_for_other_machines_can_be_made_anywhere(capsys, monkeypatch):
     ("--preset gpu --piece cost-1b --dry-run", "unknown piece"),
     ("--preset laptop --seeds 9", "has no seed 9"), ("--preset laptop --steps 0", "at least 1 is needed"),
     ("--preset laptop --style gpt3", "unknown style"),
+    ("--preset gpu --sizes 7B --gpus 5 --dry-run", "deals 24 sequences out to 5 GPUs"),
+    ("--preset gpu --style llama2 --sizes 2B --dry-run", "unknown size '2B'"),
+    ("--preset full --experiments frontier --dry-run", "nothing is to be run"),
+    ("--preset gpu --sizes 30B --experiments matched_batch --dry-run", "none of 30B has matched_batch"),
 ])
 def test_what_cannot_be_run_is_refused(words, told, capsys, monkeypatch):
     by_launcher(monkeypatch)

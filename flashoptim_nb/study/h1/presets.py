@@ -7,6 +7,7 @@ __all__ = ['MAIN', 'BESIDE', 'STRONG', 'STACKS', 'LM_PRESETS', 'PIECES', 'halves
            'as_piece', 'in_style', 'stand_ins']
 
 # %% ../../../nbs/study/h1/02_presets.ipynb #2515daf7
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...base.config import Config
@@ -63,6 +64,16 @@ class SizePlan(Config):
         layers = dict(n_layer=self.layers) if self.layers else {}
         return gpt_config(self.size, self.style, **dict(max_seq=self.recipe.seq) | layers | over)
 
+    def check_dealt(self, name: str, experiment: str):
+        "Raises `UserError` for a batch that its GPUs cannot share."
+        batch, micros = self.recipe.batch, self.micros
+        if experiment == "matched_batch":
+            micros = (self.recipe.micro,)
+            batch = min(batch, 2 * self.recipe.micro * self.gpus)
+        if all(batch % (micro * self.gpus) for micro in micros):
+            raise UserError(f"no micro-batch of {name} deals {batch} sequences out to {self.gpus} GPUs ({experiment}); ask for "
+                            f"fewer GPUs, or leave {experiment} out by --experiments")
+
     @property
     def network(self) -> str:
         "Its name in records."
@@ -98,6 +109,12 @@ class LMPreset(Preset):
     def added(self) -> dict:
         return {size: plan.to_dict() if plan.later else dict(also_gpus=[*plan.later_gpus])
                 for size, plan in self.plans.items() if plan.later or plan.later_gpus}
+
+    def in_order(self, stages: Iterable) -> "LMPreset":
+        for stage, name in ((stage, name) for stage in stages for name, _ in stage.runs):
+            if plan := self.plans.get(stage.workload): plan.check_dealt(stage.workload, name)
+        return self.replace(order=tuple((stage.workload, name, stage.configs_of(name))
+                                        for stage in stages for name in dict.fromkeys(name for name, _ in stage.runs)))
 
 # %% ../../../nbs/study/h1/02_presets.ipynb #7f98da0f
 MAIN = ("baseline", "baseline_strong", "flashoptim_full")

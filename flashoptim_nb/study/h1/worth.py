@@ -36,6 +36,8 @@ def arithmetic(
             f"the formula {formula!r} holds {ast.unparse(node)!r}; allowed are numbers, names, + - * / and parentheses")
     try: return value(ast.parse(formula, mode="eval").body)
     except SyntaxError: raise UserError(f"the formula {formula!r} cannot be read as arithmetic") from None
+    except ZeroDivisionError:
+        raise UserError(f"the formula {formula!r} divides by 0 with {dict(values)}; put in other values") from None
 
 # %% ../../../nbs/study/h1/05_worth.ipynb #8e97657a
 @dataclass(frozen=True, kw_only=True)
