@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FRONTIER_SIZES', 'BUDGETS', 'WAYS', 'TIMED_STEPS', 'MEASURED', 'FITS', 'LOST', 'MAY', 'NOT', 'CARD', 'DRAWING', 'Way',
            'sequence_of', 'seen_trainings', 'frontier', 'frontier_svg', 'established_saving', 'token_savings',
-           'frontier_sentences', 'show_frontier', 'show_frontier_rows']
+           'cards_named', 'frontier_sentences', 'show_frontier', 'show_frontier_rows']
 
 # %% ../../nbs/report/16_frontier.ipynb #c4c3604b
 from collections.abc import Iterable, Iterator
@@ -417,6 +417,14 @@ def _gaps(here: Evidence, size: str) -> dict[str, list[float]]:
     return {name: nats for name, nats in found.items() if len(nats) > 1}
 
 # %% ../../nbs/report/16_frontier.ipynb #0c762ba7
+def cards_named(
+    gpus: int,
+    device: str,  # as torch reports it
+) -> str:
+    "A number of GPUs of one model, in words: 1 H100, 2 H200s."
+    return f"{gpus} {CARD.get(device, device)}{'s' if gpus > 1 else ''}"
+
+# %% ../../nbs/report/16_frontier.ipynb #5dcb27ae
 def _short_words(here: Evidence, runs: list[Run]) -> str:
     "The sizes that are too short of training to be judged and of which a seed is beyond what F2 calls harm."
     told = {}
@@ -426,7 +434,7 @@ def _short_words(here: Evidence, runs: list[Run]) -> str:
         steps = _long(runs_of([name for _, names in found.values() for name in names], runs))
         def place(card, names):
             gpus = max(paired_gpus(runs_of(names, runs)), default=1)
-            return f"{gpus} {CARD.get(card, card)}s" if gpus > 1 else CARD.get(card, card)
+            return cards_named(gpus, card) if gpus > 1 else CARD.get(card, card)
         each = ", ".join(f"{' '.join(f'{x:+.2f}' for x in nats)} ({place(card, names)})" for card, (nats, names) in found.items())
         told[size] = f"; at {size}, {steps}, by seed {each}"
     rest = [size for size in PROTOCOL_SIZES if size not in told]

@@ -166,11 +166,11 @@ def final_losses(
     rows = rows_of("eval", runs, every_device=True, arm="quality", role=role)
     rows = rows[rows["set"] == held_out] if len(rows) else rows
     if rows.empty: return pd.DataFrame()
-    place, found = dict(arm="quality", role=role, scale=rows["scale"].iloc[0]), {}
+    place, cards, found = dict(arm="quality", role=role, scale=rows["scale"].iloc[0]), {*rows["device"]}, {}
     # of runs that were repeated the last counts
     for run in sorted(runs, key=lambda run: str(run.header.get("started"))):
         if run.status not in BEGAN or any(run.header.get(key) != value for key, value in place.items()): continue
-        if run.header.get("device") not in {*rows["device"]}: continue
+        if run.header.get("device") not in cards: continue
         last = run.header["settings"]["recipe"]["steps"]
         row = next(
             (row for row in reversed(run.of("eval")) if row.get("set") == held_out and row.get("step") == last), {})

@@ -337,7 +337,6 @@ def test_masters_know_what_the_cast_took_wherever_the_parameter_is_by_then(how):
         torch.testing.assert_close(found, weights, rtol=2.0**-15, atol=1e-8)
 
 
-
 RANK = """
 import sys, torch, torch.distributed as dist
 from torch import nn
