@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['rows_of', 'summarize', 'gpus_named', 'by_place', 'beside', 'named_runs', 'candidates', 'show_rows', 'show_decisions',
-           'checkpoint_rules', 'judged_checkpoints', 'show_checkpoints', 'show_checks', 'show_skips', 'show_runs']
+           'checkpoint_rules', 'judged_checkpoints', 'show_checkpoints', 'show_checks', 'show_skips', 'show_runs',
+           'withdrawn_runs']
 
 # %% ../../nbs/report/01_rows.ipynb #560da814
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from html import escape
+from pathlib import Path
 
 import pandas as pd
 
-from ..base.records import REHEARSAL, Run, frame
+from ..base.machine import data_root
+from ..base.records import REHEARSAL, ROWS, Run, frame
 from ..base.schema import SCALES
 from ..lm.plan import plan_protocol
 from ..lm.sizes import SIZES
@@ -267,3 +271,20 @@ def show_runs(
     heads = dict(scale="scale", device="device", role="stands for", size="size run", arm="arm",
                  configs="configurations", seeds="seeds", ended="runs that ended")
     return show_rows(counted, heads, "runs", runs, "No run is recorded.")
+
+# %% ../../nbs/report/01_rows.ipynb #4f5b3c4d
+def withdrawn_runs(
+    folder: str | Path | None = None,  # by default data/withdrawn
+    runs: Iterable[Run] | None = None,  # that may be those made again; None: all there are
+) -> pd.DataFrame:
+    "A row for each run that was begun and set aside: why (its folder), steps it took, of how many, and whether it was made again, whole."
+    folder = Path(folder or data_root() / "withdrawn")
+    whole = {(run.header["study"], run.id) for run in given_runs(runs) if run.status in ("finished", "oom")}
+    begun = []
+    for path in sorted(folder.rglob(ROWS)):
+        for row in map(json.loads, path.read_text().splitlines()):
+            if row["kind"] == "header":
+                steps = (row["settings"].get("recipe") or {}).get("steps")
+                begun.append({key: row.get(key) for key in _BESIDE} | dict(why=path.relative_to(folder).parts[0], took=0, steps=steps, again=(row["study"], row["run"]) in whole))
+            begun[-1]["took"] += row["kind"] == "step"
+    return pd.DataFrame(begun)
