@@ -401,7 +401,7 @@ def registration_note(
     why = "".join(f" {row['day']}: {row['reason']}" for row in registered(name)
                   if not brief and f", with runs added on {row['day']} ({row['hash']})" in words)
     how = "Post hoc" if brief else "Read post hoc, with estimators that were changed after the runs"
-    reread = "".join(f" {how} ({POST_HOC[name][1][-1].day}): {other['status']}."
+    reread = "".join(f" {how} ({POST_HOC[name][1][-1].day}), against {one['against']}: {other['status']}."
                      for one, other in post_hoc(hypothesis, runs) if one["kind"] == "overall" and one["headline"])
     return sentence(f"{hypothesis.id}'s verdict is {words}.{reread}{f' {altered}' * bool(altered)}{why}{''.join(far)}"
                     f"{earlier}", runs)
