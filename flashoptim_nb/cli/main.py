@@ -225,6 +225,7 @@ def _run(args) -> int:
     from flashoptim_nb.train.ranks import launched
     if launched()[0]: return 0  # the first of those that were launched starts the ranks of each run
     from flashoptim_nb.base.machine import work_root
+    from flashoptim_nb.study.h1.projection import H1_PROJECTION
     from flashoptim_nb.study.hypotheses import hypothesis_of
     from flashoptim_nb.study.presets import rates, select_runs
     from flashoptim_nb.study.protocols import PROTOCOLS
@@ -247,8 +248,9 @@ def _run(args) -> int:
                         f"or see what it has: flashoptim-nb run h1 --preset gpu --piece {args.piece} --dry-run")
     if args.dry_run:
         _tell_gpus(asked, workers, args)
-        said, gpu = dry_run(protocol, asked, args.arms), asked.accelerator.name
-        print(dry_run(protocol, asked, args.arms, as_json=True) if args.json else said)
+        plans = H1_PROJECTION if args.hypothesis == "h1" else protocol
+        said, gpu = dry_run(plans, asked, args.arms), asked.accelerator.name
+        print(dry_run(plans, asked, args.arms, as_json=True) if args.json else said)
         if "'s rate" in said: _tell_rates(args.rate, [gpu], f"the plan is for {gpu}, at the rates of {', '.join(rates(asked))}")
         else: _tell_rates(args.rate, [], f"the plan for {gpu} shows no dollars")
         return 0

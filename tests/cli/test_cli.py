@@ -224,6 +224,52 @@ def test_the_dry_run_prints_what_it_would_take(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def planned(capsys, *words):
+    "The text of a dry run of hypothesis 1, and the rows that programs get of the same plan."
+    words = ("run", "h1", *words, "--dry-run")
+    (status, told, _), (also, out, _) = ran(capsys, *words), ran(capsys, *words, "--json")
+    assert status == also == 0
+    return told, json.loads(out)["plan"]
+
+
+@pytest.mark.parametrize("words, priced", [
+    ("--preset gpu", True), ("--preset gpu --sizes 124M", True), ("--preset full", True), ("--preset laptop", True),
+    ("--preset gpu --piece cost-1B", True), ("--preset gpu --experiments frontier", False)])
+def test_a_plan_says_that_searches_and_measurements_are_not_projected(words, priced, capsys):
+    told, _ = planned(capsys, *words.split())
+    assert told.count("What a search or a measurement takes is not projected.") == 1 and ("In all: " in told) == priced
+
+
+@pytest.mark.parametrize("words", ["--piece prerequisites", "--experiments prerequisite", "--experiments long_sequence"])
+def test_a_plan_without_a_training_says_that_it_has_none(words, capsys):
+    told, rows = planned(capsys, "--preset", "gpu", *words.split())
+    assert told.startswith("Nothing of it is a training whose time can be projected.\n\nIn this order:\n") and rows == []
+
+
+@pytest.mark.parametrize("words, out, smaller", [
+    ("--preset gpu --sizes 7B", ["baseline"], []), ("--preset gpu --sizes 124M", [], []), ("--preset gpu --sizes 30B", [], []),
+    ("--preset full --sizes 1B", ["baseline", "ablation_fused_only", "ablation_loss_only", "ablation_release_only"],
+     ["baseline_bf16", "ablation_attn_only", "ablation_compile_only", "ablation_states_only", "ablation_split_only"])])
+def test_what_is_too_large_at_every_micro_batch_counts_no_hours_and_no_dollars(words, out, smaller, capsys):
+    told, rows = planned(capsys, *words.split())
+    large = [row for row in rows if "too large" in row["checkpointing"] and row["runs"]]
+    assert [row["config"] for row in large if not row["hours"]] == out
+    assert [row["config"] for row in large if row["hours"]] == smaller
+    assert all(bool(value) == bool(row["hours"]) for row in rows for name, value in row.items() if name[0] == "$")
+    assert ("Left out of the hours" in told) == bool(out) and ("Not left out" in told) == bool(smaller)
+    if out: assert f"Left out of the hours: {len(out)} row" in told
+    if smaller: assert f"Not left out: {len(smaller)} row" in told
+    if hours := sum(row["hours"] for row in rows): assert f"In all: {hours:,.4g} hours" in told or f"In all: {hours:,.0f} hours" in told
+
+
+def test_a_plan_names_the_micro_batch_of_each_peak(capsys):
+    told, rows = planned(capsys, "--preset", "gpu", "--sizes", "124M", "1B", "7B")
+    assert {row["role"]: row["micro"] for row in rows} == {"124M": 16, "1B": 4, "7B": 2}
+    head, *lines = [line.split() for line in told.splitlines()[1:]]
+    assert {line[0]: line[head.index("micro")] for line in lines[:len(rows)]} == {"124M": "16", "1B": "4", "7B": "2"}
+    assert "micro: the matched micro-batch, in sequences on each GPU." in told
+
+
 @pytest.fixture
 def records(tmp_path):
     return shutil.copytree(RECORDS, tmp_path / "records" / "h1-laptop").parent
