@@ -126,11 +126,13 @@ def _tell_rates(given: list[str], priced: list[str], why: str):
     from flashoptim_nb.measure.cost import SHORT, known_platforms, own_rate
     known = {*SHORT, *(one.gpu for key, one in known_platforms().items() if key != f"your {one.gpu}")}
     names = {name.casefold(): name for name in known}
+    last = {own_rate(text).gpu: text for text in given}
     for text, gpu in ((text, own_rate(text).gpu) for text in given):
-        if gpu in priced: continue
+        if gpu in priced and text == last[gpu]: continue
         near = [] if gpu in known else get_close_matches(gpu.casefold(), names, n=1)
         hint = f" (did you mean {names[near[0]]}?)" if near else ""
-        print(visible(f"--rate {text} is not used{hint}: {why}"), file=sys.stderr)
+        because = f"--rate {last[gpu]}, of the same GPU, comes after it" if gpu in priced else why
+        print(visible(f"--rate {text} is not used{hint}: {because}"), file=sys.stderr)
 
 # %% ../../nbs/cli/02_main.ipynb #9865e245
 def _tell_lower(given: list[str]):
@@ -251,7 +253,7 @@ def _run(args) -> int:
         plans = H1_PROJECTION if args.hypothesis == "h1" else protocol
         said, gpu = dry_run(plans, asked, args.arms), asked.accelerator.name
         print(dry_run(plans, asked, args.arms, as_json=True) if args.json else said)
-        if "'s rate" in said: _tell_rates(args.rate, [gpu], f"the plan is for {gpu}, at the rates of {', '.join(rates(asked))}")
+        if "'s rate" in said: _tell_rates(args.rate, [gpu], f"the plan is priced for {gpu}, at the rates of {', '.join(rates(asked))}")
         else: _tell_rates(args.rate, [], f"the plan for {gpu} shows no dollars")
         return 0
     _tell_lacking(protocol, asked, args)

@@ -383,8 +383,13 @@ def test_a_rate_of_ones_own(place, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("words, rate, told", [
-    ("run h1 --preset gpu", "A100=2", "--rate A100=2 is not used: the plan is for NVIDIA H200, at the rates of aws-p5en, runpod-h200"),
-    ("run h1 --preset gpu", "H20=2", "--rate H20=2 is not used (did you mean H200?): the plan is for NVIDIA H200"),
+    ("run h1 --preset gpu", "A100=2", "--rate A100=2 is not used: the plan is priced for NVIDIA H200, at the rates of aws-p5en, runpod-h200"),
+    ("run h1 --preset gpu", "H20=2", "--rate H20=2 is not used (did you mean H200?): the plan is priced for NVIDIA H200"),
+    ("run h1 --preset gpu --json", "H100=3", "--rate H100=3 is not used: the plan is priced for NVIDIA H200"),
+    ("run h1 --preset gpu --piece prerequisites", "H100=3", "--rate H100=3 is not used: the plan for NVIDIA H200 shows no dollars"),
+    ("run h1 --preset gpu --sizes 7B --configs baseline", "H200=3", "--rate H200=3 is not used: the plan for NVIDIA H200 shows no dollars"),
+    ("run h1 --preset full", "A100=2", "--rate A100=2 is not used: the plan is priced for NVIDIA A100-SXM4-40GB"),
+    ("run h1 --preset gpu --rate H200=3", "H200=4", "--rate H200=3 is not used: --rate H200=4, of the same GPU, comes after it\n"),
     ("run h1 --preset gpu", "H200=2", ""), ("run h1 --preset laptop", "H200=2", "for two CPU cores shows no dollars"),
     ("run h2 --preset gpu", "H200=2", "the plan for NVIDIA H200 shows no dollars"), ("run h2 --preset full", "nvidia a100-sxm4-40gb=2", "did you mean NVIDIA A100-SXM4-40GB?")])
 def test_a_rate_that_is_not_used_is_told_of(place, capsys, monkeypatch, words, rate, told):
