@@ -162,7 +162,7 @@ _OTHERS = {
     # options of the other hypothesis, and why they are none here
     "h1": (("domains", "graphs"), "its runs are chosen by --sizes, --experiments, --configs and --seeds"),
     "h2": (("sizes", "gpus", "timeout", "piece", "steps", "style"),
-           "its runs are chosen by --domains, --configs and --arms, each on one device; "
+           "its runs are chosen by --domains, --configs and --experiments, each on one device; "
            "1x and 2x are part of a configuration's name"),
 }
 
@@ -238,7 +238,7 @@ def _run(args) -> int:
     protocol = PROTOCOLS[args.hypothesis]
     preset, workers = choose("scale", args.scale, protocol.presets), 1 if args.workers is None else args.workers
     if args.hypothesis == "h1": preset = _h1_preset(preset, args)
-    for arm in args.arms or (): choose("arm", arm, protocol.experiments)
+    for name in args.arms or (): choose("experiment", name, protocol.experiments)
     check_request(workers, args.minutes)
     if args.timeout is not None and not args.timeout > 0:
         raise UserError(f"--timeout is {args.timeout:g}; more than 0 seconds are needed")
