@@ -701,8 +701,9 @@ def _compat_names() -> str:
     return f"classes: {', '.join(CLASSES)}\nweights: {', '.join(CASES)}"
 
 def _host_names() -> str:
+    from flashoptim_nb.lm.fit import RANGE
     from flashoptim_nb.lm.sizes import SIZES
-    return f"sizes: {', '.join(SIZES)}, or any number of parameters between them"
+    return f"sizes: {', '.join(SIZES)}, or any number of parameters from {' to '.join(RANGE)}"
 
 def _capacity_names() -> str:
     from flashoptim_nb.cli.bench import LARGEST
@@ -721,10 +722,10 @@ def _fit(args) -> int:
 
 # %% ../../nbs/cli/02_main.ipynb #5c6d2f95
 def _fit_names() -> str:
-    from flashoptim_nb.lm.fit import FAMILIES, FIT_HELP, GPUS
+    from flashoptim_nb.lm.fit import FAMILIES, FIT_HELP, GPUS, RANGE
     memory = {name: f"{mib / 1024:.1f} GiB" for name, mib in GPUS.items()}
     return "\n\n".join(
-        (_listed("ways of training", FIT_HELP), _listed("GPUs", memory),
+        (f"sizes: {' to '.join(RANGE)} parameters", _listed("ways of training", FIT_HELP), _listed("GPUs", memory),
          _listed("architectures of a config.json", {name: family for name, (family, _) in FAMILIES.items()})))
 
 def _gpu_count(text: str) -> int:
@@ -748,8 +749,8 @@ def _fit_parser(command):
                "  PYTHONPATH=. flashoptim-nb fit --build mymodels:make_small    what stands of any torch module")
     fit.add_argument(
         "--params", "--preset", dest="params", metavar="N",
-        help="a GPT of so many parameters, 50M to 1000B: the nearest, and by the names 124M, 350M, 1B, 3B, 7B, 13B, 30B, "
-             "70B the project's (1B: 1.3 billion, 70B: 65); the answer says how many it counts")
+        help="a GPT of so many parameters, of the sizes below: the nearest, and by the names 124M, 350M, 1B, 3B, 7B, 13B, "
+             "30B, 70B the project's (1B: 1.3 billion, 70B: 65); the answer says how many it counts")
     fit.add_argument("--config", metavar="FILE", help="a config.json of Hugging Face's transformers, on this machine")
     fit.add_argument("--build", metavar="MODULE:FUNCTION",
                      help="a function that makes a model, called on the meta device; only its parameters are counted, "

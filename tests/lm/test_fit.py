@@ -42,13 +42,20 @@ def test_the_command_answers_programs(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("words, said", [
-    ("--params 7B --gpu RTX4091", "did you mean 'RTX 4090'"), ("--params 7", "did you mean 7B?"), ("--params 10M", "the nearest gpt2 to '10M' has 6.9 million"), ("--params 20M --style llama2", "or for 50M or more"), ("--params 7B --gpu 24", "did you mean 24GB"), ("--params seven", "350M, 1.3B or 7B"), ("", "which model?"), ("--params 7B --seq 0", "at least 1"),
+    ("--params 7B --gpu RTX4091", "did you mean 'RTX 4090'"), ("--params 7", "did you mean 7B?"), ("--params 10M", "'10M' is no size that a model is made by; give 50M to 1000B"), ("--params 49M --style llama2", "give 50M to 1000B"), ("--params 1001B", "give 50M to 1000B"), ("--params 2T", "give 50M to 1000B"), ("--params 7B --gpu 24", "did you mean 24GB"), ("--params seven", "350M, 1.3B or 7B"), ("", "which model?"), ("--params 7B --seq 0", "at least 1"),
     ("--params 7B --gpus -1", "at least 1"), ("--params 7B --configs adam", "did you mean 'adamw'"), ("--config nowhere", "No such file"),
     ("--build torch.nn:Linear", "cannot be built on the meta device"), ("--build json:loads", "cannot be built"), ("--build nothing", "cannot be found"), ("--params 7B --micro 0", "at least 1"), ("--params 7B --micro 99999999", "at most"), ("--gpu 0GB --params 7B", "above 0"), ("--build antigravity.nothing:x", "cannot be found"),
     ("--build torch.nn:Module --style gpt2", "belongs to a model by its size"), ("--config nowhere --style gpt2", "belongs to a model by its size"), ("--params 7B --style gpt3", "did you mean 'gpt2'")])
 def test_bad_input_is_answered_in_words(capsys, words, said):
     status, out, err = answer(capsys, *words.split())
     assert status == 2 and said in err and not out and "Traceback" not in err
+
+
+@pytest.mark.parametrize("size", ["50M", "1000B"])
+def test_the_sizes_that_the_help_names_are_taken(capsys, size):
+    answer(capsys, "--params", size, "--configs", "flash_adamw", "--json")
+    with pytest.raises(SystemExit): main(["fit", "--help"])
+    assert "sizes: 50M to 1000B parameters" in capsys.readouterr().out and gpt_of(size)
 
 
 LLAMA = dict(model_type="llama", hidden_size=64, num_attention_heads=4, num_hidden_layers=2, intermediate_size=128, vocab_size=512)
