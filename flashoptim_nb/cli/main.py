@@ -756,7 +756,8 @@ def _fit_parser(command):
                      help="a function that makes a model, called on the meta device; only its parameters are counted, "
                           "and what it prints goes to stderr")
     fit.add_argument(
-        "--gpu", default="H100", metavar="NAME", help="a GPU of the table below, or a size: 24GB (default: H100)")
+        "--gpu", default="H100", metavar="NAME",
+        help="a GPU of the table below (A100 and V100: the larger one), or a size: 24GB (default: H100)")
     fit.add_argument(
         "--gpus", type=_gpu_count, default=1, metavar="N", help="how many; FSDP2 divides the model over them (default: 1)")
     fit.add_argument("--seq", type=int, metavar="T",

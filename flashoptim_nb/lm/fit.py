@@ -345,19 +345,31 @@ GPUS = {
 _ALIASES = {"A100": "A100-80GB", "V100": "V100-32GB", "H100-80GB": "H100", "NVIDIA H100 80GB HBM3": "H100",
             "NVIDIA H200": "H200"}
 
+def _plain(gpu: str) -> str:
+    "A GPU's name without what it may be written with or without."
+    return re.sub(r"[^a-z0-9]", "", gpu.lower().replace("nvidia", "").replace("geforce", ""))
+
 def gpu_memory(
     name: str,  # of `GPUS`, in any case, with or without spaces; or a number of GB: 80GB
 ) -> tuple[str, float]:  # its name, and bytes
     "How much memory a GPU has; raises `UserError`, with the nearest names, for one that is not in the table."
-    def plain(text): return re.sub(r"[^a-z0-9]", "", text.lower().replace("nvidia", "").replace("geforce", ""))
     if found := re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*G(?:i)?B\s*", name, re.I):
         if not 0 < float(found[1]) <= 2**14: raise UserError(f"a GPU of {name}; write its memory as 80GB, above 0")
         return f"{float(found[1]):g} GB", float(found[1]) * 2**30
-    if re.fullmatch(r"\s*[0-9.]+\s*", name):
-        raise UserError(f"unknown GPU {name!r}; did you mean {name.strip()}GB of memory? Write the unit, or a GPU's name")
-    known = {plain(one): one for one in GPUS} | {plain(other): one for other, one in _ALIASES.items()}
-    if plain(name) in known: return known[plain(name)], GPUS[known[plain(name)]] * 2**20
-    choose("GPU", name, GPUS)
+    known = {_plain(one): one for one in GPUS} | {_plain(other): one for other, one in _ALIASES.items()}
+    if found := known.get(_plain(name)): return found, GPUS[found] * 2**20
+    try: choose("GPU", name, GPUS)
+    except UserError as error:
+        sizes = [text for text in (name.strip(), "24") if re.fullmatch("[1-9][0-9]{0,2}", text)]
+        raise UserError(f"{error}; or give its memory, with the unit: {sizes[0]}GB") from None
+
+def _others(
+    asked: str,  # as it was given
+    name: str,  # of `GPUS`, as it was taken
+) -> list[str]:
+    "The GPUs that a name without its memory may stand for, too."
+    family = name.partition("-")[0]
+    return [one for one in GPUS if one != name and one.startswith(f"{family}-")] if _plain(asked) == _plain(family) else []
 
 # %% ../../nbs/lm/09_fit.ipynb #f2787569
 def sold_as(
@@ -569,7 +581,7 @@ def what_fits(
     name, total = gpu_memory(gpu)
     configs, budget = [*configs], HEADROOM * total
     for one in configs: choose("configuration", one, FIT_HELP)
-    about = dict(gpu=dict(name=name, count=gpus, bytes=total, usable=budget), micro=micro, most=LARGEST_MICRO)
+    about = dict(gpu=dict(name=name, asked=gpu, count=gpus, bytes=total, usable=budget), micro=micro, most=LARGEST_MICRO)
     if isinstance(model, Counted):
         said = dict(name=model.name, parameters=model.total, trained=model.trained)
         return dict(model=said) | about | _found(
@@ -647,6 +659,8 @@ def _head_words(found: dict) -> list[str]:
         lines.append(f"loss {found['loss']}: {_LOSS_WORDS[found['loss']]} (--loss)")
     lines.append(f"{g['count']} x {g['name']}: {g['bytes'] / 2**30:.1f} GiB each, "
                  f"of which a plan fills {g['usable'] / 2**30:.1f}")
+    if others := _others(g["asked"], g["name"]):
+        lines.append(f"{g['asked']} is taken as {g['name']}; for the other: --gpu {others[0]}")
     if g["name"] not in GPUS and (less := sold_as(g["bytes"])):
         lines.append(f"{g['name']} are taken as GiB; GPUs sold as that show less: {', '.join(less)} (name yours)")
     return lines

@@ -42,13 +42,22 @@ def test_the_command_answers_programs(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("words, said", [
-    ("--params 7B --gpu RTX4091", "did you mean 'RTX 4090'"), ("--params 7", "did you mean 7B?"), ("--params 10M", "'10M' is no size that a model is made by; give 50M to 1000B"), ("--params 49M --style llama2", "give 50M to 1000B"), ("--params 1001B", "give 50M to 1000B"), ("--params 2T", "give 50M to 1000B"), ("--params 7B --gpu 24", "did you mean 24GB"), ("--params seven", "350M, 1.3B or 7B"), ("", "which model?"), ("--params 7B --seq 0", "at least 1"),
+    ("--params 7B --gpu RTX4091", "did you mean 'RTX 4090'"), ("--params 7", "did you mean 7B?"), ("--params 10M", "'10M' is no size that a model is made by; give 50M to 1000B"), ("--params 49M --style llama2", "give 50M to 1000B"), ("--params 1001B", "give 50M to 1000B"), ("--params 2T", "give 50M to 1000B"), ("--params 7B --gpu 24", "with the unit: 24GB"), ("--params 7B --gpu 4090", "(did you mean 'RTX 4090'?); choose one of: T4, "), ("--params 7B --gpu 4090", "B200; or give its memory, with the unit: 24GB"), ("--params seven", "350M, 1.3B or 7B"), ("", "which model?"), ("--params 7B --seq 0", "at least 1"),
     ("--params 7B --gpus -1", "at least 1"), ("--params 7B --configs adam", "did you mean 'adamw'"), ("--config nowhere", "No such file"),
     ("--build torch.nn:Linear", "cannot be built on the meta device"), ("--build json:loads", "cannot be built"), ("--build nothing", "cannot be found"), ("--params 7B --micro 0", "at least 1"), ("--params 7B --micro 99999999", "at most"), ("--gpu 0GB --params 7B", "above 0"), ("--build antigravity.nothing:x", "cannot be found"),
     ("--build torch.nn:Module --style gpt2", "belongs to a model by its size"), ("--config nowhere --style gpt2", "belongs to a model by its size"), ("--params 7B --style gpt3", "did you mean 'gpt2'")])
 def test_bad_input_is_answered_in_words(capsys, words, said):
     status, out, err = answer(capsys, *words.split())
     assert status == 2 and said in err and not out and "Traceback" not in err
+
+
+@pytest.mark.parametrize("gpu, taken, other", [("A100", "A100-80GB", "A100-40GB"), ("V100", "V100-32GB", "V100-16GB"),
+                                               ("A100-40GB", "A100-40GB", None), ("H100", "H100", None)])
+def test_which_of_two_gpus_of_a_name_is_taken_is_said(capsys, gpu, taken, other):
+    words = ("--params", "350M", "--configs", "adamw", "--gpu", gpu)
+    told, found = answer(capsys, *words)[1], json.loads(answer(capsys, *words, "--json")[1])["gpu"]
+    assert (found["name"], found["asked"]) == (taken, gpu)
+    assert f"{gpu} is taken as {taken}; for the other: --gpu {other}" in told if other else "is taken as" not in told
 
 
 @pytest.mark.parametrize("size", ["50M", "1000B"])
