@@ -632,15 +632,17 @@ def _given_up(row: dict) -> str:
 
 # %% ../../nbs/lm/09_fit.ipynb #4f9d28e4
 def _answer(found: dict) -> str:
-    "The answer in a line: the largest micro-batch, and the way of training that gives up least; or what does not fit."
+    """The answer in a line: the micro-batch that was asked for, or else the largest, and the way of training that gives
+    up least; or what does not fit."""
     fitting = [row for row in found["rows"] if row["fits"]]
     if not fitting: return _refusal(found)
     mildest = min(fitting, key=_cost)
     chosen = f"Of the ways that fit, this gives up least: {_row_words(mildest)}"
     if "seq" not in found: return f"{chosen} ({_given_up(mildest)}). Activations come on top."
     most = max(fitting, key=lambda row: row["micro"])
-    return (f"Largest micro-batch: {most['micro']}, by {_row_words(most)}. "
-            f"{chosen}, micro-batch up to {mildest['micro']} ({_given_up(mildest)}).")
+    largest = f"Largest micro-batch: {most['micro']}, by {_row_words(most)}."
+    chosen += f", micro-batch up to {mildest['micro']} ({_given_up(mildest)})."
+    return f"Micro-batch {found['micro']} fits. {chosen} {largest}" if found["micro"] else f"{largest} {chosen}"
 
 # %% ../../nbs/lm/09_fit.ipynb #b71c40e2
 _LOSS_WORDS = {"fused_linear": "the logits in pieces, this package's way and the default of its GPTs",

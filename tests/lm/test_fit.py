@@ -89,6 +89,13 @@ def test_the_answer_stands_in_the_first_line(capsys, words, first):
     assert answer(capsys, "--params", words)[1].startswith(first)
 
 
+@pytest.mark.parametrize("micro, least", [(2, "flash_adamw without checkpointing, micro-batch up to 4 "), (63, "flash_adamw_on_host with full checkpointing, micro-batch up to 63 ")])
+def test_the_answer_leads_with_the_micro_batch_that_was_asked_for(capsys, micro, least):
+    first = answer(capsys, "--params", "7B", "--micro", str(micro))[1].splitlines()[0]
+    assert first.startswith(f"Micro-batch {micro} fits. Of the ways that fit, this gives up least: {least}")
+    assert first.endswith(" Largest micro-batch: 63, by flash_adamw_on_host with full checkpointing.")
+
+
 @pytest.mark.parametrize("words, what, would", [
     ("7B --micro 64", "a micro-batch of 64 by any way of training on 1 x H100", "micro-batch 63 by flash_adamw_on_host with full "
      "checkpointing; or micro-batch 64 by flash_adamw_on_host with full checkpointing over 2 GPUs"),
