@@ -718,7 +718,7 @@ def _fit(args) -> int:
         model, args.gpu, args.gpus, args.seq, configs=args.configs or tuple(FIT_HELP), loss=args.loss, micro=args.micro,
         asked=args.params)
     print(json.dumps(found, indent=1) if args.json else visible(fit_words(found), keep="\n"))
-    return 0
+    return 0 if any(row["fits"] for row in found["rows"]) else 1
 
 # %% ../../nbs/cli/02_main.ipynb #5c6d2f95
 def _fit_names() -> str:
@@ -746,7 +746,8 @@ def _fit_parser(command):
                "  flashoptim-nb fit --params 3B --gpu 24GB --configs adamw flash_adamw_release\n"
                "  flashoptim-nb fit --config Llama-3.1-8B/config.json --gpu H200 --seq 4096\n"
                "  flashoptim-nb fit --config config.json --json              for programs; bytes\n"
-               "  PYTHONPATH=. flashoptim-nb fit --build mymodels:make_small    what stands of any torch module")
+               "  PYTHONPATH=. flashoptim-nb fit --build mymodels:make_small    what stands of any torch module\n\n"
+               "exit status: 0 if a way of training fits, 1 if none does, 2 if the question cannot be answered as it was put")
     fit.add_argument(
         "--params", "--preset", dest="params", metavar="N",
         help="a GPT of so many parameters, of the sizes below: the nearest, and by the names 124M, 350M, 1B, 3B, 7B, 13B, "

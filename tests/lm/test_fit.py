@@ -110,6 +110,15 @@ def test_what_does_not_fit_is_said_and_what_would(capsys, words, what, would):
     assert len(instead) == (len(would.split("; or ")) if would else 0)
 
 
+@pytest.mark.parametrize("words, status", [
+    ("7B", 0), ("7B --micro 63", 0), ("7B --micro 64", 1), ("70B", 1), ("3B --gpu 24GB --configs adamw", 1), ("3B --gpu 24GB", 0),
+    ("7B --gpu H1000", 2)])
+def test_the_exit_status_says_whether_it_fits(capsys, words, status):
+    for form in ((), ("--json",)): assert answer(capsys, "--params", *words.split(), *form)[0] == status
+    with pytest.raises(SystemExit): main(["fit", "--help"])
+    assert "exit status: 0 if a way of training fits, 1 if none does, 2 if the question cannot" in capsys.readouterr().out
+
+
 def test_a_name_in_the_place_of_a_number_of_gpus(capsys):
     with pytest.raises(SystemExit): main("fit --params 7B --gpus H100".split())
     assert "'H100' is no number of GPUs; which GPU goes with --gpu" in capsys.readouterr().err
