@@ -8,6 +8,7 @@ __all__ = ['MAX_LOGITS', 'windows', 'score', 'scoring', 'evaluate', 'lambada']
 # %% ../../nbs/lm/12_evaluate.ipynb #9333d757
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from ..base.errors import UserError, check_indices
 from .evalsets import EvalSet, LambadaSet
 from .linear_ce import IGNORE
+from ..train.modes import evaluating
 from ..train.ranks import over_ranks, world
 
 # %% ../../nbs/lm/12_evaluate.ipynb #27f30728
@@ -78,27 +80,16 @@ def _batches(pairs, batch, device, cut=False):
 def _exp(nats): return math.inf if nats >= 709 else math.exp(nats)  # NaN stays NaN
 
 # %% ../../nbs/lm/12_evaluate.ipynb #e8c44c37
-class scoring:
+@contextmanager
+def scoring(
+    model: torch.nn.Module,
+    device: torch.device | str,
+    autocast: torch.dtype | None,  # None: as the weights are
+) -> Iterator[None]:
     """A context in which `model` is in evaluation mode, without gradients, under autocast to a type or without;
-    the mode is put back after."""
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        device: torch.device | str,
-        autocast: torch.dtype | None,  # None: as the weights are
-    ):
-        kind = torch.device(device).type
-        self.model = model
-        self.contexts = (torch.no_grad(), torch.autocast(kind, dtype=autocast, enabled=autocast is not None))
-
-    def __enter__(self):
-        self.training = self.model.training
-        self.model.eval()
-        for context in self.contexts: context.__enter__()
-
-    def __exit__(self, *error):
-        for context in reversed(self.contexts): context.__exit__(*error)
-        self.model.train(self.training)
+    the modes are put back after."""
+    kind = torch.device(device).type
+    with evaluating(model), torch.no_grad(), torch.autocast(kind, dtype=autocast, enabled=autocast is not None): yield
 
 # %% ../../nbs/lm/12_evaluate.ipynb #60bd70c6
 def evaluate(

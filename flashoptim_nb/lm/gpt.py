@@ -22,6 +22,7 @@ from ..base.machine import capabilities
 from ..base.patch import patch
 from .attention import ATTENTION, attend
 from .linear_ce import checked_targets, linear_cross_entropy, linear_cross_entropy_reference
+from ..train.modes import evaluating
 
 # %% ../../nbs/lm/06_gpt.ipynb #a3081fc7
 @dataclass(frozen=True, kw_only=True)
@@ -382,11 +383,9 @@ def _check_copy(model: GPT, hf):
     "Refuses a copy that does not compute what its original computes."
     if (p := next(model.parameters())).dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise UserError(f"weights in {p.dtype} cannot be computed with; copy the model in another type")
-    c, training = model.config, hf.training
+    c = model.config
     tokens = torch.arange(3, 3 + 7 * min(c.max_seq, 16), 7, device=p.device)[None] % c.vocab_size
-    hf.eval()
-    try: theirs = hf(tokens).logits.double()
-    finally: hf.train(training)
+    with evaluating(hf): theirs = hf(tokens).logits.double()
     off = ((model(tokens).double() - theirs).norm() / theirs.norm()).item()
     if not off < (1e-3 if torch.finfo(p.dtype).eps < 1e-6 else 0.1):
         raise UserError(f"a copy of this model would not compute the same: the logits of {tokens.shape[1]} tokens are "

@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..train.modes import evaluating
+
 # %% ../../nbs/surrogates/03_problem.ipynb #a0000006
 class Samples(NamedTuple):
     "Candidates, and how likely it was to draw them so."
@@ -132,10 +134,5 @@ def frozen(
     """`predict` without gradients and with the model in evaluation mode;
     the mode it was in is given back after each call."""
     def call(*args):
-        modes = {module: module.training for module in model.modules()}
-        try:
-            model.eval()
-            with torch.no_grad(): return (predict or model)(*args)
-        finally:
-            for module, mode in modes.items(): module.training = mode
+        with evaluating(model), torch.no_grad(): return (predict or model)(*args)
     return call
