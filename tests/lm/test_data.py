@@ -21,7 +21,9 @@ from flashoptim_nb.lm.batches import Synthetic, Windows, check_repeats
 from flashoptim_nb.lm.evalsets import load_evalset
 from flashoptim_nb.base.files import DataUnavailable
 from flashoptim_nb.lm.text import SETS, load_text
-from flashoptim_nb.lm.tokenize import load_tokenizer, stream_tokens, token_set, tokens_of, train_bpe
+from flashoptim_nb.lm.tokenize import load_tokenizer, token_set, tokens_of, train_bpe
+from flashoptim_nb.study.h1.corpus import load_corpus
+from flashoptim_nb.study.h1.presets import LM_PRESETS
 
 GIVEN = os.environ.get("FLASHOPTIM_DATA")
 needs_folder = pytest.mark.skipif(not GIVEN, reason="FLASHOPTIM_DATA is not set: the protocol's own sets are not here")
@@ -218,10 +220,10 @@ def test_the_same_text_has_the_same_hash_from_anywhere(hub, monkeypatch, tmp_pat
 
 def test_a_stream_becomes_a_file_of_tokens(hub):
     tokenizer = load_tokenizer("sotu-2048")
-    tokens = stream_tokens("c4", "train", tokenizer, limit_tokens=100)
+    tokens = token_set("c4", "train", tokenizer, limit_tokens=100).tokens
     expected = tokenizer.encode_documents([row["text"] for row in ROWS["allenai/c4", "en", "train"]])[:100]
     assert isinstance(tokens, np.memmap) and np.array_equal(tokens, expected)
-    assert np.array_equal(stream_tokens("c4", "train", tokenizer, limit_tokens=100), expected)
+    assert np.array_equal(token_set("c4", "train", tokenizer, limit_tokens=100).tokens, expected)
 
 
 def test_a_hub_that_moved_on_is_streamed_again(hub):
@@ -260,6 +262,17 @@ def test_a_streamed_set_names_what_it_spoils(folder, monkeypatch, tmp_path):
     monkeypatch.setenv("FLASHOPTIM_CACHE", str(tmp_path / "cache"))
     for name in SETS["pile"]["train"].files: folder(name, [{"text": name}])
     assert token_set("pile", "train", load_tokenizer("sotu-2048"), 10).overlaps == SETS["pile"]["train"].overlaps
+
+
+@pytest.mark.parametrize("train_tokens", [0, 10], ids=["whole", "limited"])
+def test_what_is_trained_on_is_not_evaluated(folder, monkeypatch, tmp_path, train_tokens):
+    monkeypatch.setenv("FLASHOPTIM_CACHE", str(tmp_path / "cache"))
+    for name in SETS["pile"]["train"].files: folder(name, [{"text": name}])
+    folder("pile/pile_eval_14sets.jsonl.xz", [{"pile_set_name": k, "text": "some text"} for k in ("pile_cc", "github")])
+    corpus = load_corpus(LM_PRESETS["laptop"].replace(
+        tokenizer="sotu-2048", train_sets=(("pile", "train"),), train_tokens=train_tokens, eval_sets=(("pile", 100),), track_set=("sotu", 100)))
+    assert [one.name for one in corpus.evals] == ["pile/github"]
+    assert corpus.sources[0]["source"] == "folder" and len(corpus.train) == (train_tokens or corpus.sources[0]["tokens"])
 
 
 def test_a_set_that_is_taken_whole():
@@ -338,7 +351,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, tmp_path):
     monkeypatch.setenv("FLASHOPTIM_CACHE", str(tmp_path / "file"))
     tokenizer, text = load_tokenizer("sotu-2048"), load_text("sotu", limit_chars=5000)
     assert np.array_equal(tokens_of(text, tokenizer), tokenizer.encode_documents(text.documents))
-    with pytest.raises(UserError, match="FLASHOPTIM_CACHE"): stream_tokens("sotu", "train", tokenizer, 1000)
+    with pytest.raises(UserError, match="FLASHOPTIM_CACHE"): token_set("sotu", "train", tokenizer, 1000)
 
 
 # ---------- batches
@@ -458,7 +471,7 @@ def test_what_is_kept_in_memory_is_bounded(folder, monkeypatch):
     for module in (T, files): monkeypatch.setattr(module, "LARGEST_TEXT", 20_000)
     with pytest.raises(UserError, match="give limit_chars"): load_text("c4")
     assert load_text("c4", limit_chars=5_000).n_chars == 5_000
-    assert len(stream_tokens("c4", "train", load_tokenizer("sotu-2048"), 300)) == 300
+    assert len(token_set("c4", "train", load_tokenizer("sotu-2048"), 300).tokens) == 300
     with pytest.raises(UserError, match="cut it"):
         files.read_xz(Path(os.environ["FLASHOPTIM_DATA"]), "c4/c4_en_2k.jsonl.xz")
 

@@ -16,8 +16,7 @@ from ...base.errors import UserError
 from .presets import LMPreset
 from ...lm.evalsets import EvalSet, LambadaSet, load_evalset
 from ...base.files import DataUnavailable
-from ...lm.text import load_text
-from ...lm.tokenize import Tokenizer, load_tokenizer, stream_tokens, tokens_of
+from ...lm.tokenize import Tokenizer, load_tokenizer, token_set
 
 # %% ../../../nbs/study/h1/03_corpus.ipynb #458060c9
 @dataclass(frozen=True)
@@ -41,17 +40,12 @@ def _train(preset: LMPreset, tokenizer: Tokenizer):
     parts, notes, overlaps, skipped = [], [], set(), []
     for name, split in preset.train_sets:
         try:
-            if preset.train_tokens:
-                tokens = stream_tokens(name, split, tokenizer, preset.train_tokens)
-                source, sha256 = "hub", content_hash(tokens[:1_000_000].tolist())
-            else:
-                text = load_text(name, split)
-                tokens, source, sha256, overlaps = (tokens_of(text, tokenizer), text.source, text.sha256,
-                                                    overlaps | text.overlaps)
+            found = token_set(name, split, tokenizer, preset.train_tokens)
         except DataUnavailable as error: skipped.append(dict(what=f"{name}, {split}", reason=str(error)))
         else:
-            parts.append(tokens)
-            notes.append(dict(set=name, split=split, source=source, sha256=sha256, tokens=len(tokens)))
+            parts.append(found.tokens)
+            notes.append(found.note)
+            overlaps |= found.overlaps
     if not parts: raise UserError("there is no text to train on: " + "; ".join(skip["reason"] for skip in skipped))
     return np.concatenate(parts) if len(parts) > 1 else parts[0], notes, overlaps, skipped
 
