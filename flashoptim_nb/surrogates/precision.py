@@ -6,6 +6,7 @@
 __all__ = ['tf32', 'forward_in', 'LossScale', 'take_step']
 
 # %% ../../nbs/surrogates/00_precision.ipynb #6a10c003
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -57,6 +58,11 @@ class LossScale:
         "The loss scale now; 1 where nothing is scaled. Waits for the device."
         return float(self.scaler.get_scale())
 
+    def step(self, optimizer: torch.optim.Optimizer):
+        "The optimizer's step on gradients of a scaled loss, and the scale of the next."
+        self.scaler.step(optimizer)
+        self.scaler.update(self.static)
+
     def state_dict(self) -> dict: return self.scaler.state_dict()
     def load_state_dict(self, state: dict):
         if self.on: self.scaler.load_state_dict(state)
@@ -68,15 +74,15 @@ def take_step(
     clip: float,  # global gradient norm
 ) -> torch.Tensor:  # 0-d, on the device: the norm before clipping, not finite where the step was skipped
     "Unscales, clips and steps with the gradients at hand; a gradient that is not finite skips the step."
-    if isinstance(optimizer, FlashOptimizer):
-        optimizer.step()  # clips and skips inside
-        return optimizer.grad_norm
+    if isinstance(optimizer, FlashOptimizer):  # unscales, clips and skips inside
+        if scale.on and optimizer.release is None: optimizer.grad_norm = None  # a scaler that skips does not call it
+        scale.step(optimizer)
+        return torch.tensor(math.inf) if optimizer.grad_norm is None else optimizer.grad_norm
     if scale.on: scale.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
-    if scale.on:
-        scale.scaler.step(optimizer)
-        scale.scaler.update(scale.static)
-    else:
-        optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).to(torch.float32)
-        optimizer.step()
+    if scale.on or getattr(optimizer, "_step_supports_amp_scaling", False):
+        # a fused step skips on the device, without a wait
+        if not scale.on: optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).to(torch.float32)
+        scale.step(optimizer)
+    elif torch.isfinite(norm): optimizer.step()
     return norm

@@ -18,7 +18,9 @@ from torch import nn
 
 from ..base.errors import UserError, choose
 from ..base.patch import patch
+from ..optim import FlashOptimizer
 from ..optim.split import decode
+from ..optim.states import error_bit_width, first_error_bits
 from ..optim.release import enable_gradient_release
 from .precision import LossScale, forward_in, take_step, tf32
 from ..train.config import SURROGATE_CONFIGS, Recipe, TrainConfig
@@ -113,8 +115,9 @@ class SurrogateTask:
         self.rows, self.steps = domain.size("train"), recipe.steps_over(domain.size("train"))
         lr = torch.tensor(recipe.lr, device=self.device) if capturable else None
         self.optimizer = make_optimizer(self.model, config, recipe, lr=lr, capturable=capturable)
-        self.release = enable_gradient_release(self.model, self.optimizer) if config.release else None
         self.scale = LossScale(config, self.device)
+        scaler = self.scale.scaler if self.scale.on else None
+        self.release = enable_gradient_release(self.model, self.optimizer, grad_scaler=scaler) if config.release else None
         self.mean, self.std = domain.mean.to(self.device), domain.std.to(self.device)
         self.ema_weights = [w.clone() for w in self.weights()] if recipe.ema else None
         self.skipped, self._order = 0, (-1, None)
@@ -124,8 +127,11 @@ class SurrogateTask:
 @torch.no_grad()
 def weights(self: SurrogateTask) -> list[torch.Tensor]:
     "The weights in fp32, in the order of `model.parameters()`: narrow ones joined with their error bits."
-    found = [(p.detach(), self.optimizer.state.get(p, {}).get("error_bits")) for p in self.model.parameters()]
-    return [p.float() if error_bits is None else decode(p, error_bits) for p, error_bits in found]
+    def error_bits(p):  # before its first step a weight has those that the cast kept
+        if p in self.optimizer.state: return self.optimizer.state[p].get("error_bits")
+        return first_error_bits(p, error_bit_width(p.dtype, getattr(self.optimizer, "master_weight_bits", None)), keep=True)
+    found = [(p.detach(), error_bits(p)) for p in self.model.parameters()]
+    return [p.float() if bits is None else decode(p, bits) for p, bits in found]
 
 @patch
 def batch_indices(self: SurrogateTask, n: int) -> np.ndarray:
@@ -182,8 +188,9 @@ def set_lr(self: SurrogateTask, n: int) -> float:
 @patch
 @torch.no_grad()
 def average(self: SurrogateTask, n: int):
-    "Moves the mean of the weights, every few steps."
-    if self.ema_weights is not None and n % self.recipe.ema_every == 0:
+    "Moves the mean of the weights, every few steps; of a training shorter than that, at its last."
+    every = self.recipe.ema_every
+    if self.ema_weights is not None and (n % every == 0 or n == self.steps < every):
         torch._foreach_lerp_(self.ema_weights, self.weights(), 1 - self.recipe.decay_at(n))
 
 @patch
@@ -293,6 +300,10 @@ def begin_from(
     other: SurrogateTask,  # of the same width
 ):
     "Takes over the other's weights and their mean."
-    for p, w in zip(self.model.parameters(), other.weights(), strict=True): p.copy_(w)
     for mine, its in zip(self.model.buffers(), other.model.buffers(), strict=True): mine.copy_(its)
+    named = dict(zip((name for name, _ in self.model.named_parameters()), other.weights(), strict=True))
+    if isinstance(self.optimizer, FlashOptimizer):  # into weights and error bits
+        self.optimizer.set_fp32_model_state_dict(self.model, self.model.state_dict() | named)
+    else:
+        for name, p in self.model.named_parameters(): p.copy_(named[name])
     if self.ema_weights is not None: self.ema_weights = [w.clone() for w in (other.ema_weights or other.weights())]
