@@ -26,7 +26,7 @@ from .multi_tensor import read_weights, write_weights
 from .buckets import LIVE_OPTIMIZERS, ParamBucket, build_buckets, cached_buckets, next_step
 from .checks import (
     OptionError, ParametersError, as_param_list, called, check_gradient, check_group_form, check_group_names, check_options,
-    check_parameters, check_shared, check_states)
+    check_parameters, check_shared, check_states, check_taken)
 from .states import error_bit_width, read_state, write_state
 from .codec import SCALE_MAX
 from .shards import local
@@ -281,11 +281,6 @@ class FlashOptimizer(Optimizer):
         if self.offload_states: self._host = HostStates()
         LIVE_OPTIMIZERS.add(self)
 
-    def _check_taken(self):
-        "Raises `ReleaseError` where nothing is left to step, since gradients are still released to another optimizer."
-        from flashoptim_nb.optim.release import check_taken
-        check_taken(p for group in self.param_groups for p in group["params"] if p.requires_grad)
-
     def _check_release(self):
         "Raises `OptionError` where parameters cannot be stepped one at a time, as their gradients come."
 
@@ -332,7 +327,7 @@ class FlashOptimizer(Optimizer):
         # of a step that is no longer the one before
         if self._next_clip is not None and self.release is None: self._next_clip = None
         work = self._collect()
-        if not work and self.release is None: self._check_taken()
+        if not work and self.release is None: check_taken(self)
         if self._host is not None: self._host.begin([bucket for _, bucket in work])
         scaling = compute_grad_scaling(self, [bucket for _, bucket in work])
         for group, bucket in work: self._apply(bucket, group, scaling[bucket.device])
