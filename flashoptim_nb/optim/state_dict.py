@@ -105,7 +105,7 @@ def saved_state(opt) -> dict:
     begun = [(group, [p for p in group["params"] if _begins(opt, group, p)]) for group in opt.param_groups]
     clip = opt._next_clip if opt.release is None else opt.release._coming()  # which clips the first moments, too
     listed, every, made_for = {p for group in opt.param_groups for p in group["params"]}, opt.state, opt._made_for
-    # a parameter that left its group may come back, and has no number
+    # a parameter that left its group may come back, and has no number; copies, for a state dict's hooks may change them
     opt.state = {p: dict(s) if isinstance(s, dict) else s for p, s in every.items() if p in listed}
     opt._made_for = dict(made_for)
     try:

@@ -962,3 +962,12 @@ def test_what_another_optimizer_trains_is_told_of(asked):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ask()
+
+
+def test_what_a_hook_takes_out_of_a_state_dict_stays_in_the_optimizer():
+    (p,), opt = stepped(FlashAdamW)
+    before = {**opt.state[p]}
+    def taken_out(opt, saved):
+        for state in saved["state"].values(): del state["error_bits"]
+    opt.register_state_dict_post_hook(taken_out)
+    assert "error_bits" not in opt.state_dict()["state"][0] and opt.state[p] == before
