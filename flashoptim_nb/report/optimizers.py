@@ -155,13 +155,18 @@ def turns_sentence(
     return sentence(f"{what} over {TENSOR_SET_NAMES.get(work, work)}: {'; '.join(said) or 'not measured'}.", used)
 
 # %% ../../nbs/report/05_optimizers.ipynb #d2cb5766
+def _planned(run: Run) -> int:
+    "How many steps a run was to take."
+    return run.header["settings"]["recipe"]["steps"]
+
 def final_losses(
     held_out: str,  # an evaluation set
     runs: Iterable[Run] | None = None,
     role: str = "optimizer",  # of the runs: the recipe, see `cli.quality.SCHEDULES`
 ) -> pd.DataFrame:
     """The loss on a held-out set after the last step that each run of the optimizers' comparison planned, in nats per
-    token; NaN for a run that did not come to one, with what became of it in `ended`."""
+    token; NaN for a run that did not come to one, with what became of it in `ended`.
+    A configuration that was trained for several numbers of steps has a loss for each."""
     runs = given_runs(runs, "quality")
     rows = rows_of("eval", runs, every_device=True, arm="quality", role=role)
     rows = rows[rows["set"] == held_out] if len(rows) else rows
@@ -171,11 +176,11 @@ def final_losses(
     for run in sorted(runs, key=lambda run: str(run.header.get("started"))):
         if run.status not in BEGAN or any(run.header.get(key) != value for key, value in place.items()): continue
         if run.header.get("device") not in cards: continue
-        last = run.header["settings"]["recipe"]["steps"]
+        last = _planned(run)
         row = next(
             (row for row in reversed(run.of("eval")) if row.get("set") == held_out and row.get("step") == last), {})
         loss = per_token(row) if run.status == "finished" else float("nan")
-        found[tuple(run.header.get(key) for key in ("device", "config", "seed"))] = {
+        found[(last, *(run.header.get(key) for key in ("device", "config", "seed")))] = {
             key: run.header.get(key) for key in ("run", "study", "scale", "device", "config", "seed")} | dict(
             set=held_out, step=last, loss=loss, name=full_name(run), status=run.status, reason=short_reason(run.reason),
             ended="" if is_number(loss) else "no number" if run.status == "finished"
@@ -251,31 +256,35 @@ def paired_paths(
     role: str = "optimizer",
     against: str = "adamw",
 ) -> pd.DataFrame:
-    """For each seed and ten steps: how far the training loss is above that of the optimizer it is compared with,
-    and the largest ratio of the two gradient norms, whichever is larger."""
-    steps = rows_of("step", given_runs(runs, "quality"), arm="quality", role=role, config=(config, against))
+    """For each pair of a seed, of runs of as many steps (`length`), and ten steps: how far the training loss is above that
+    of the optimizer it is compared with, and the largest ratio of the two gradient norms, whichever is larger."""
+    runs = given_runs(runs, "quality")
+    steps = rows_of("step", runs, arm="quality", role=role, config=(config, against))
     if steps.empty: return steps
+    lengths = {full_name(run): _planned(run) for run in named_runs(steps, runs)}
+    steps = steps.assign(length=(steps["study"] + "/" + steps["run"]).map(lengths))
     both = steps[steps["config"] == config].merge(
-        steps[steps["config"] == against], on=["seed", "step"], suffixes=("", "_old"))
+        steps[steps["config"] == against], on=["length", "seed", "step"], suffixes=("", "_old"))
     ratio = both["grad_norm"] / both["grad_norm_old"]
     both = both.assign(gap=both["loss"] - both["loss_old"], ratio=ratio.where(ratio > 1, 1 / ratio),
                        step=(both["step"] - 1) // 10 * 10 + 10)
-    named = {(c, s): f"{study}/{run}"
-             for c, s, study, run in zip(steps["config"], steps["seed"], steps["study"], steps["run"])}
-    means = both.groupby(["seed", "step"], as_index=False).agg(
+    keys = zip(steps["config"], steps["length"], steps["seed"])
+    named = dict(zip(keys, steps["study"] + "/" + steps["run"]))
+    means = both.groupby(["length", "seed", "step"], as_index=False).agg(
         gap=("gap", "mean"), ratio=("ratio", "max"), scale=("scale", "first"))
-    return means.assign(config=config, runs=[[named[config, s], named[against, s]] for s in means["seed"]])
+    pairs = zip(means["length"], means["seed"])
+    return means.assign(config=config, runs=[[named[config, *pair], named[against, *pair]] for pair in pairs])
 
 # %% ../../nbs/report/05_optimizers.ipynb #223d4117
 def gap_paths(
     rows: pd.DataFrame,  # from `paired_paths`
     title: str = "Training loss above the other's",
 ) -> alt.LayerChart:
-    "A line for each seed; a mark is the larger, the more the two gradient norms differed within its steps."
-    base = alt.Chart(rows[["seed", "step", "gap", "ratio"]], width=480, height=240).encode(
+    "A line for each pair; a mark is the larger, the more the two gradient norms differed within its steps."
+    base = alt.Chart(rows[["length", "seed", "step", "gap", "ratio"]], width=480, height=240).encode(
         alt.X("step:Q", title="optimizer step", scale=alt.Scale(nice=False, padding=ROOM)),
         alt.Y("gap:Q", title="nats per token, mean of ten steps"),
-        color=alt.Color("seed:N", title="seed"))
+        color=alt.Color("seed:N", title="seed"), detail="length:N")
     marks = base.mark_point(filled=True, opacity=0.7).encode(
         size=alt.Size("ratio:Q", title="gradient norms, ratio", scale=alt.Scale(type="log", range=[10, 300])),
         tooltip=["seed", "step", alt.Tooltip("gap", format="+.4f"), alt.Tooltip("ratio", format=".1f")])
