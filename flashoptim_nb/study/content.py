@@ -212,6 +212,21 @@ def _asked(results: dict[int, dict], micros: list[int], start: int, budget: floa
     try: return asked, climb(attempt, micros, start, budget, timed=True)
     except KeyError: return asked, None
 
+# %% ../../nbs/study/16_content.ipynb #c49aaaa8
+def _strayed(row: dict, micros: list[int]) -> tuple[str, list[int], list[int]] | None:
+    """The kind of checkpointing at which a search first left its rule, the micro-batches that it tried there,
+    and those that the rule asks for next; None where it went by the rule to its end."""
+    went_on = {True}
+    for kind in kinds_of(LM_CONFIGS[row["config"]]):
+        results = {one["micro_batch"]: one for one in row["tried"] if one["checkpointing"] == kind}
+        if not results and False in went_on: return None
+        ways = [_asked(results, micros, start, row["tried"][0]["budget"]) for start in range(len(micros))]
+        went_on = {ended for asked, ended in ways if ended is not None and {*asked} == {*results}}
+        if went_on: continue
+        return kind, sorted(results), sorted({asked[-1] for asked, ended in ways if ended is None and {*asked[:-1]} == {*results}})
+    return None
+
+# %% ../../nbs/study/16_content.ipynb #145d91d8
 def odd_path(run: Run, journal: Run | None = None) -> Iterator[str]:
     "A journal's search that left out what its rule asks for next, or tried what it does not ask for."
     whole = _whole(run) if run.is_journal else {}
@@ -219,17 +234,11 @@ def odd_path(run: Run, journal: Run | None = None) -> Iterator[str]:
         part, gpus = whole["parts"].get(row.get("role")), row.get("gpus") or 1
         if not part or row.get("config") not in LM_CONFIGS or not row.get("tried"): continue
         micros = sorted(micro for micro in part["micros"] if part["recipe"]["batch"] % (micro * gpus) == 0)
-        what, went_on = f"its search for {row['config']} of {row['role']}" + f" over {gpus} GPUs" * (gpus > 1), {True}
-        for kind in kinds_of(LM_CONFIGS[row["config"]]):
-            results = {one["micro_batch"]: one for one in row["tried"] if one["checkpointing"] == kind}
-            if not results and False in went_on: break
-            ways = [_asked(results, micros, start, row["tried"][0]["budget"]) for start in range(len(micros))]
-            went_on = {ended for asked, ended in ways if ended is not None and {*asked} == {*results}}
-            if went_on: continue
-            lacking = sorted({asked[-1] for asked, ended in ways if ended is None and {*asked[:-1]} == {*results}})
-            yield f"{what} with checkpointing {kind} has the micro-batches {', '.join(map(str, sorted(results))) or 'none'}; " \
-                  + (f"by its rule {' or '.join(map(str, lacking))} had to be tried, too" if lacking else "its rule does not try these")
-            break
+        if (strayed := _strayed(row, micros)) is None: continue
+        kind, tried, lacking = strayed
+        yield f"its search for {row['config']} of {row['role']}" + f" over {gpus} GPUs" * (gpus > 1) \
+              + f" with checkpointing {kind} has the micro-batches {', '.join(map(str, tried)) or 'none'}; " \
+              + (f"by its rule {' or '.join(map(str, lacking))} had to be tried, too" if lacking else "its rule does not try these")
 
 # %% ../../nbs/study/16_content.ipynb #3f0a61db
 PACE = 0.05  # of the speed that the search timed: how far a run's may lie from it
