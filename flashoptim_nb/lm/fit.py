@@ -23,7 +23,7 @@ from ..base.config import Config, read_json
 from ..base.errors import UserError, choose
 from .gpt import CHECKPOINTING, GPTConfig, LOSSES
 from .linear_ce import chunk_rows_for, most_chunk_rows
-from .sizes import SIZES, gpt_config
+from .sizes import SIZES, STAND_INS, gpt_config
 from .sizing import activation_bytes, count_parameters
 from ..measure.memory import HEADROOM
 from ..optim.host import STAGING
@@ -54,6 +54,10 @@ def _nearest_width(n: float, n_layer: int, style: str, max_seq: int) -> GPTConfi
 _LADDER = ("124M", "1B", "7B", "13B", "70B")
 RANGE = "50M", "1000B"  # the least and the most parameters that a model is made of by its size
 
+def _rung(params: str) -> str | None:
+    "The project's size of this name, in small or large letters; None where there is none."
+    return next((size for size in SIZES if size.upper() == params.strip().upper()), None)
+
 def gpt_of(
     params: str,  # a rung of the ladder, or a number of parameters: 2B
     style: str = "gpt2",  # or "llama2"
@@ -61,9 +65,9 @@ def gpt_of(
 ) -> GPTConfig:
     """The GPT of a size: a shape of the project that bears this name, or the nearest to so many parameters;
     raises `UserError` for a number outside `RANGE`."""
-    rung = next((size for size in SIZES if size.upper() == params.strip().upper()), None)
+    rung = _rung(params)
     # the ladder's sizes are shapes of any style; the others have so many parameters in one style only
-    if rung and (style == "gpt2" or rung in _LADDER or rung.startswith("tiny")):
+    if rung and (style == "gpt2" or rung in {*_LADDER, *STAND_INS}):
         return gpt_config(rung, style, max_seq=max_seq)
     n, rungs = parameter_count(params), [gpt_config(size) for size in _LADDER]
     sizes = [count_parameters(c)["total"] for c in rungs]
@@ -595,7 +599,8 @@ def what_fits(
         return [_trained(model, one, budget, seq, loss, micro, checkpointing=kind, gpus=n) for one in names for kind in kinds]
     said = dict(parameters=_count(model)["total"], layers=model.n_layer, width=model.d_model,
                 name=model.family if isinstance(model, Architecture) else model.style)
-    if asked is not None and not asked.strip().lower().startswith("tiny"): said["asked"] = parameter_count(asked)
+    # a stand-in's name is no number of parameters
+    if asked is not None and _rung(asked) not in STAND_INS: said["asked"] = parameter_count(asked)
     return dict(model=said) | about | dict(seq=seq, loss=loss) | _found(rows_of, configs, gpus, micro)
 
 # %% ../../nbs/lm/09_fit.ipynb #5a328424
