@@ -36,6 +36,9 @@ class Preset(Config):
         "What a later registration added to the plan, by workload; it changes nothing of a study that is under way."
         return {}
 
+    def check_planned(self, stages: Iterable):
+        "Raises `UserError` for runs of these stages that cannot be made; each study looks at what it knows of them."
+
     def in_order(self, stages: Iterable) -> "Preset":
         "The preset with the runs of these stages alone, for a plan that is counted from the preset."
         return self

@@ -632,6 +632,7 @@ def dry_run(
     if not (stages := protocol.stages(preset, experiments)):
         raise UserError(f"nothing is to be run: none of {', '.join(preset.plans)} has {', '.join(experiments or protocol.experiments)} "
                         "with these configurations; choose others, or leave --experiments and --configs out")
+    preset.check_planned(stages)
     made = preset.in_order(stages)
     if not as_json: return protocol.plan_text(made, experiments)
     plan = protocol.projection(made, experiments).to_dict("records")

@@ -110,9 +110,11 @@ class LMPreset(Preset):
         return {size: plan.to_dict() if plan.later else dict(also_gpus=[*plan.later_gpus])
                 for size, plan in self.plans.items() if plan.later or plan.later_gpus}
 
-    def in_order(self, stages: Iterable) -> "LMPreset":
+    def check_planned(self, stages: Iterable):
         for stage, name in ((stage, name) for stage in stages for name, _ in stage.runs):
             if plan := self.plans.get(stage.workload): plan.check_dealt(stage.workload, name)
+
+    def in_order(self, stages: Iterable) -> "LMPreset":
         return self.replace(order=tuple((stage.workload, name, stage.configs_of(name))
                                         for stage in stages for name in dict.fromkeys(name for name, _ in stage.runs)))
 
