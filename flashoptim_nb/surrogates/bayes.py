@@ -81,6 +81,32 @@ def next_candidate(
     return best, model.state_dict()
 
 # %% ../../nbs/surrogates/07_bayes.ipynb #f000000d
+def _true(problem: Problem, instance: int, x) -> Tensor:
+    "True scores, fp64 on the CPU, 0 where they are not finite."
+    return problem.objective(instance, x).double().cpu().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+# %% ../../nbs/surrogates/07_bayes.ipynb #22593d18
+def _search(
+    problem: Problem, seed: int, instance: int, policy, samples: int, most: int, first: int, refit: int, bad: int,
+) -> Outcome:
+    "One instance."
+    generator = torch.Generator(problem.device).manual_seed(seed * 1_000_003 + instance)
+    x, predicted, features, skipped = _pool(problem, policy, instance, samples, generator)
+    if not len(x):
+        raise UserError(f"{problem.name}: the surrogate gives none of {skipped} candidates of instance {instance} "
+                        "a finite score; train it further, or look at its loss")
+    asked = predicted.argsort(descending=True, stable=True)[: min(first, most)].tolist()
+    true = _true(problem, instance, take(x, torch.tensor(asked)))
+    fitted = None
+    while len(asked) < min(most, len(x)):
+        if (len(asked) - first) % refit == 0: fitted = None
+        i, fitted = next_candidate(features, predicted, asked, true, fitted)
+        asked.append(i)
+        true = torch.cat([true, _true(problem, instance, take(x, torch.tensor([i])))])
+    index = torch.tensor(asked)
+    return outcome(problem, instance, "bayes", take(x, index), true, predicted[index], len(x), skipped + bad)
+
+# %% ../../nbs/surrogates/07_bayes.ipynb #fc1b474a
 def bayes(
     problem: Problem,
     seed: int,  # of the candidates
@@ -104,27 +130,3 @@ def bayes(
             bad = sum(row["skipped"] for row in rows)
         return [_search(problem, seed, t, policy, samples, most, max(2, first), refit, bad)
                 for t in (range(problem.instances) if instances is None else instances)]
-
-def _search(
-    problem: Problem, seed: int, instance: int, policy, samples: int, most: int, first: int, refit: int, bad: int,
-) -> Outcome:
-    "One instance."
-    generator = torch.Generator(problem.device).manual_seed(seed * 1_000_003 + instance)
-    x, predicted, features, skipped = _pool(problem, policy, instance, samples, generator)
-    if not len(x):
-        raise UserError(f"{problem.name}: the surrogate gives none of {skipped} candidates of instance {instance} "
-                        "a finite score; train it further, or look at its loss")
-    asked = predicted.argsort(descending=True, stable=True)[: min(first, most)].tolist()
-    true = _true(problem, instance, take(x, torch.tensor(asked)))
-    fitted = None
-    while len(asked) < min(most, len(x)):
-        if (len(asked) - first) % refit == 0: fitted = None
-        i, fitted = next_candidate(features, predicted, asked, true, fitted)
-        asked.append(i)
-        true = torch.cat([true, _true(problem, instance, take(x, torch.tensor([i])))])
-    index = torch.tensor(asked)
-    return outcome(problem, instance, "bayes", take(x, index), true, predicted[index], len(x), skipped + bad)
-
-def _true(problem: Problem, instance: int, x) -> Tensor:
-    "True scores, fp64 on the CPU, 0 where they are not finite."
-    return problem.objective(instance, x).double().cpu().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

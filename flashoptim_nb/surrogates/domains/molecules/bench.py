@@ -97,6 +97,7 @@ def _timed(step, device, steps: int, warmup: int) -> float:
         with watch: step(n)
     return 1000 * median(watch.seconds())
 
+# %% ../../../../nbs/surrogates/domains/molecules/09_bench.ipynb #2d487a5e
 def measure_molecule_step(
     domain: MoleculeDomain,
     implementation: str,

@@ -159,10 +159,12 @@ def _embed(smiles: str, seed: int, most: int = MOST_ATOMS):
     return (np.array([a.GetAtomicNum() for a in mol.GetAtoms()], np.uint8),
             mol.GetConformer().GetPositions().astype(np.float32))
 
+# %% ../../../../nbs/surrogates/domains/molecules/01_data.ipynb #bf24b64c
 def _missing(s) -> bool:
     "Whether it stands for no value in some table: None, NaN, pandas' NA."
     return s is None or (isinstance(s, (float, np.floating)) and s != s) or type(s).__name__ == "NAType"
 
+# %% ../../../../nbs/surrogates/domains/molecules/01_data.ipynb #fb4f42f0
 def from_smiles(
     smiles: list[str | None] | str,  # None or NaN where one is missing
     skip: bool = True,  # pass over what cannot be used, with its reason in `skipped`; False: raise
