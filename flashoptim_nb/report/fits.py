@@ -55,6 +55,7 @@ def _of_the_study(runs: Iterable[Run]) -> pd.DataFrame:
                        gpus=[gpus_of(run) for run in behind],
                        predicted=[guess(row, run) for (_, row), run in zip(rows.iterrows(), behind)])
 
+# %% ../../nbs/report/15_fits.ipynb #d27752dd
 def _of_the_benchmark(runs: Iterable[Run]) -> pd.DataFrame:
     "The rows of the benchmark that was made for it; the prediction is today's."
     runs = [run for run in runs if run.header["config"] == "memory" and run.header["device_kind"] == "cuda"]
@@ -67,6 +68,7 @@ def _of_the_benchmark(runs: Iterable[Run]) -> pd.DataFrame:
     return rows.assign(model=rows["size"] + " " + rows["style"], micro=rows["micro_batch"],
                        predicted=[guess(row) for _, row in rows.iterrows()])
 
+# %% ../../nbs/report/15_fits.ipynb #e135525b
 def predicted_rows(
     runs: Iterable[Run] | None = None,  # None: all there are
 ) -> pd.DataFrame:

@@ -129,6 +129,7 @@ def _outcome(job: Job, process) -> str | None:
     return (f"{job.name}: its process ended with exit code {process.exitcode} and no message "
             "(killed, out of memory, or a crash in native code)")
 
+# %% ../../nbs/report/04_notebooks.ipynb #6d7cc91f
 def _take_turns(jobs: list[Job], workers: int, limit: float, prepare: Callable[[], object] | None, told: Connection):
     "In the process from which those of the notebooks are forked: each begins with what was prepared."
     if prepare:
@@ -157,6 +158,7 @@ def _take_turns(jobs: list[Job], workers: int, limit: float, prepare: Callable[[
     finally:
         for _, process, _ in running.values(): process.kill()  # interrupted: nothing goes on behind the reader's back
 
+# %% ../../nbs/report/04_notebooks.ipynb #2f5370cd
 def execute_all(
     jobs: list[Job],
     workers: int = 2,  # processes at a time

@@ -42,6 +42,7 @@ def _ticks(lo: float, hi: float) -> list[float]:
     step = min((m * 10 ** np.floor(np.log10(raw)) for m in (1, 2, 5, 10)), key=lambda s: abs(s - raw))
     return [float(v) for v in np.arange(np.ceil(lo / step), np.floor(hi / step + 1e-9) + 1) * step]
 
+# %% ../../nbs/report/10_pictures.ipynb #f818ca0e
 def lines_svg(
     lines: Sequence[tuple[np.ndarray, str]],  # (n, 2) points and a name, each
     x: str = "",  # names of the axes; none: no axes

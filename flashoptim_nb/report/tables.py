@@ -232,6 +232,7 @@ def _lacking(entry: dict) -> list[tuple[str, tuple[str, ...], str]]:
     lacks = (one for part in entry["parts"] for one in part["missing"])
     return list(dict.fromkeys((one["at"], names(one), "" if one["configs"] else one["why"]) for one in lacks))
 
+# %% ../../nbs/report/02_tables.ipynb #29e9f297
 def _folded_lacks(kept: dict) -> list[tuple[str, tuple[str, ...]]]:
     "The same, each in words with the criteria that it keeps open: places and configurations that go together in one."
     places, runs = {}, {}
@@ -243,6 +244,7 @@ def _folded_lacks(kept: dict) -> list[tuple[str, tuple[str, ...]]]:
         return f"{at}: " * bool(at) + (why or f"runs of {', '.join(first)}{' and of ' * bool(first)}{last}")
     return [(words(at, why, names), ids) for (at, why, ids), names in runs.items()]
 
+# %% ../../nbs/report/02_tables.ipynb #988ba82b
 def show_missing(
     hypothesis: Hypothesis = H1,
     runs: Iterable[Run] | None = None,
