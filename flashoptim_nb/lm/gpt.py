@@ -375,9 +375,6 @@ def _from_llama(hf, w: _Weights) -> tuple[GPTConfig, dict]:
 
 
 # %% ../../nbs/lm/06_gpt.ipynb #8d9baf4f
-# buffers that older versions store: the causal mask, the rotary frequencies
-_DERIVED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
-
 @torch.no_grad()
 def _check_copy(model: GPT, hf):
     "Refuses a copy that does not compute what its original computes."
@@ -391,6 +388,10 @@ def _check_copy(model: GPT, hf):
         raise UserError(f"a copy of this model would not compute the same: the logits of {tokens.shape[1]} tokens are "
                         f"off by {off:.1%}. Something about it is neither in its configuration nor in its weights, "
                         "or they are not finite, or too rough in 16 bits: in that case copy it in fp32")
+
+# %% ../../nbs/lm/06_gpt.ipynb #f9a515fa
+# buffers that older versions store: the causal mask, the rotary frequencies
+_DERIVED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 def load_transformers(
     hf_model,  # a GPT2LMHeadModel or a LlamaForCausalLM
@@ -414,4 +415,3 @@ def load_transformers(
         {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in weights.items()}, assign=True)
     _check_copy(model, hf_model)
     return model
-
