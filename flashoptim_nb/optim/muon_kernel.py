@@ -96,7 +96,7 @@ def directions_reference(
     "Momentum and direction of many matrices in plain PyTorch; momentum in place."
     in_chunks(lambda x, spans: _direction_chunk(x, spans, h, multiplier, t), operands)
 
-
+# %% ../../nbs/optim/20_muon_kernel.ipynb #ddabb16a
 def _move_chunk(x, spans, h, ratio, t):
     "Moves one chunk of weights along its direction, which is in v."
     theta, lr = read_weights(x), float(h.lr)

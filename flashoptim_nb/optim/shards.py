@@ -79,7 +79,7 @@ def first_place(
     if len(cut) != 1: return first  # one piece, or in pieces of pieces, which are numbered as one
     return Place(first, *(torch.Size(sizes[cut[0]:]).numel() for sizes in (shape, p.shape)))
 
-
+# %% ../../nbs/optim/06_shards.ipynb #e318ba76
 def scale_count(
     p: torch.Tensor,  # a parameter
 ) -> int:

@@ -79,7 +79,7 @@ def _stated(opt):
     return dict(rounding=repr(opt.rounding), max_norm=repr(opt.max_norm and float(opt.max_norm)),
                 decouple_lr=repr(opt.decouple_lr), decoupled=repr(opt.decoupled))
 
-
+# %% ../../nbs/optim/09_state_dict.ipynb #222addf0
 def _ranks_of(group):
     "Over how many ranks a group's parameters are divided along their first dimension; None where none is, or otherwise."
     ranks = None
@@ -95,7 +95,7 @@ def _marked(mark, group):
     ranks = _ranks_of(group)
     return " ".join([part for part in mark.split(" ") if not part.startswith("ranks=")] + [f"ranks={ranks}"] * bool(ranks))
 
-
+# %% ../../nbs/optim/09_state_dict.ipynb #cfa929ce
 def saved_state(opt) -> dict:
     """As in torch.optim; waits for the device, since step counters leave it.
     Tensors are the live ones, not copies, but for the counters: of what is to be loaded again after further
