@@ -135,6 +135,7 @@ def drift(
     before, after = parts(old), parts(new)
     return [key for key in dict.fromkeys((*before, *after)) if before.get(key) != after.get(key)]
 
+# %% ../../nbs/study/17_registration.ipynb #78c8c6bd
 def extends(
     new: dict,  # a registration
     old: dict,
@@ -154,6 +155,7 @@ def extends(
                         if size in before or size in sizes))
     return rest(new) == rest(old) and all(map(kept, old["plan"]))
 
+# %% ../../nbs/study/17_registration.ipynb #75d25e9a
 @lru_cache
 def _now(protocol: StudyProtocol) -> tuple[str, dict]: return content_hash(now := registration(protocol)), now
 
@@ -184,8 +186,6 @@ def refuse_unregistered(
                     f"{', '.join(since)} changed; register it anew and commit it before the run")
 
 # %% ../../nbs/study/17_registration.ipynb #026721ca
-UNREGISTERED = "not registered beforehand"
-
 def _pooled(runs: Iterable[Run], order: list[str]) -> list[str]:
     """Sizes at which an estimate would take runs that a later registration added together with earlier ones:
     of the same arm, on other numbers of GPUs. What they show could have been known when they were added."""
@@ -194,6 +194,9 @@ def _pooled(runs: Iterable[Run], order: list[str]) -> list[str]:
         gpus, at = gpus_of(run), found.setdefault((run.header.get("role"), run.header.get("arm")), {})
         at[gpus] = min(at.get(gpus, len(order)), order.index(run.header["registration"]))
     return sorted({str(role) for (role, _), at in found.items() if len({*at.values()}) > 1})
+
+# %% ../../nbs/study/17_registration.ipynb #adfe0b31
+UNREGISTERED = "not registered beforehand"
 
 def registration_status(
     runs: Iterable[Run],  # those that a verdict rests on

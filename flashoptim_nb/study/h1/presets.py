@@ -33,6 +33,7 @@ def divisors(
     "All micro-batches that divide the batch, largest first."
     return tuple(n for n in range(batch, 0, -1) if batch % n == 0)
 
+# %% ../../../nbs/study/h1/02_presets.ipynb #cec0cb55
 @dataclass(frozen=True, kw_only=True)
 class SizePlan(Config):
     "What one size of the protocol runs."
@@ -227,6 +228,7 @@ PIECES = {
     **_over_many(4, "four"), **_over_many(8, "eight"),
 }
 
+# %% ../../../nbs/study/h1/02_presets.ipynb #b61ed998
 def as_piece(preset: LMPreset, piece: Piece) -> LMPreset:
     "The preset whose runs are made in a piece's order; raises `UserError` for one that has none of them."
     sizes = {preset.stress_role if name == "long_sequence" else size for size, name, _ in piece.order}
