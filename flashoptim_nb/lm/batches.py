@@ -38,36 +38,40 @@ class Windows:
             self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.n_windows)
         return self._order[1]
 
-    def rows(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        "Inputs and targets (count x T, int64) of windows first, first + 1, ... of all that a run goes through."
-        which = [self.order(n // self.n_windows)[n % self.n_windows] for n in range(first, first + count)]
-        rows = np.stack([self.tokens[w * self.seq : (w + 1) * self.seq + 1] for w in which]).astype(np.int64)
-        return torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])
+# %% ../../nbs/lm/02_batches.ipynb #1ef361dd
+@patch
+def rows(self: Windows, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    "Inputs and targets (count x T, int64) of windows first, first + 1, ... of all that a run goes through."
+    which = [self.order(n // self.n_windows)[n % self.n_windows] for n in range(first, first + count)]
+    rows = np.stack([self.tokens[w * self.seq : (w + 1) * self.seq + 1] for w in which]).astype(np.int64)
+    return torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])
 
-    def batch(
-        self,
-        step: int,  # from 0
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # inputs and targets, B x T, int64
-        "What this step trains on: a pure function of the step."
-        return self.rows(step * self.batch_size, self.batch_size)
+@patch
+def batch(
+    self: Windows,
+    step: int,  # from 0
+) -> tuple[torch.Tensor, torch.Tensor]:  # inputs and targets, B x T, int64
+    "What this step trains on: a pure function of the step."
+    return self.rows(step * self.batch_size, self.batch_size)
 
-    def slice(
-        self,
-        step: int,  # from 0
-        micro: int,  # which part, from 0
-        n_micro: int,  # into how many parts
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # B/n_micro x T, int64
-        "One micro-batch of a step; raises `UserError` if the batch does not divide evenly."
-        part = _part(self.batch_size, n_micro)
-        return self.rows(step * self.batch_size + micro * part, part)
-
-# %% ../../nbs/lm/02_batches.ipynb #54f492f2
+# %% ../../nbs/lm/02_batches.ipynb #ed467f88
 def _part(batch: int, n_micro: int) -> int:
     "Sequences in each of equal micro-batches."
     if batch % n_micro:
         raise UserError(
             f"a batch of {batch} sequences cannot be split into {n_micro} equal micro-batches; take a divisor")
     return batch // n_micro
+
+@patch
+def slice(
+    self: Windows,
+    step: int,  # from 0
+    micro: int,  # which part, from 0
+    n_micro: int,  # into how many parts
+) -> tuple[torch.Tensor, torch.Tensor]:  # B/n_micro x T, int64
+    "One micro-batch of a step; raises `UserError` if the batch does not divide evenly."
+    part = _part(self.batch_size, n_micro)
+    return self.rows(step * self.batch_size + micro * part, part)
 
 # %% ../../nbs/lm/02_batches.ipynb #62eeaadd
 MAX_EPOCHS = 4  # how often the protocol lets a run go through its text

@@ -56,24 +56,28 @@ class LMTask:
         self.release = enable_gradient_release(self.model, self.optimizer) if config.release else None
         self.skipped = 0
 
-    def _micro_batches(self) -> int:
-        "Forward and backward passes a step, on each rank."
-        recipe, ranks = self.recipe, self.ranks
-        if min(recipe.batch, recipe.micro) < 1 or recipe.batch % (recipe.micro * ranks):
-            gpus = f" to {ranks} GPUs" * (ranks > 1)
-            raise UserError(f"a batch of {recipe.batch} sequences cannot be dealt out{gpus} in micro-batches of "
-                            f"{recipe.micro}; take a micro-batch of 1 or more, and a batch that is a multiple of "
-                            + (f"{ranks} of them" if ranks > 1 else "it"))
-        return recipe.batch // (recipe.micro * ranks)
+# %% ../../nbs/lm/10_task.ipynb #0bd70c0e
+@patch
+def _micro_batches(self: LMTask) -> int:
+    "Forward and backward passes a step, on each rank."
+    recipe, ranks = self.recipe, self.ranks
+    if min(recipe.batch, recipe.micro) < 1 or recipe.batch % (recipe.micro * ranks):
+        gpus = f" to {ranks} GPUs" * (ranks > 1)
+        raise UserError(f"a batch of {recipe.batch} sequences cannot be dealt out{gpus} in micro-batches of "
+                        f"{recipe.micro}; take a micro-batch of 1 or more, and a batch that is a multiple of "
+                        + (f"{ranks} of them" if ranks > 1 else "it"))
+    return recipe.batch // (recipe.micro * ranks)
 
-    def _build(self, model: GPTConfig, seed: int) -> GPT:
-        "The network of a shape, its weights drawn; of one that is to be divided they are drawn shard by shard."
-        self.attention = on_first(lambda: resolve_attention(
-            self.config.attention, self.device, torch.bfloat16, model.d_model // model.n_head))
-        stream = torch.bfloat16 if self.config.weights == "fp32_stream16" else None
-        with self.device if self.ranks == 1 else torch.device("meta"):  # no rank has room for the whole
-            network = GPT(model, attention=self.attention, checkpointing=self.config.checkpointing, stream=stream)
-        return network.init_weights(seed) if self.ranks == 1 else network
+# %% ../../nbs/lm/10_task.ipynb #67310336
+@patch
+def _build(self: LMTask, model: GPTConfig, seed: int) -> GPT:
+    "The network of a shape, its weights drawn; of one that is to be divided they are drawn shard by shard."
+    self.attention = on_first(lambda: resolve_attention(
+        self.config.attention, self.device, torch.bfloat16, model.d_model // model.n_head))
+    stream = torch.bfloat16 if self.config.weights == "fp32_stream16" else None
+    with self.device if self.ranks == 1 else torch.device("meta"):  # no rank has room for the whole
+        network = GPT(model, attention=self.attention, checkpointing=self.config.checkpointing, stream=stream)
+    return network.init_weights(seed) if self.ranks == 1 else network
 
 # %% ../../nbs/lm/10_task.ipynb #13b268be
 @patch
