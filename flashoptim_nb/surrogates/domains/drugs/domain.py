@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ....base.errors import UserError, check_labels, choose
+from ....base.patch import patch
 from .data import (PLACES, PROPERTIES, Fragments, Zinc, fingerprints, fragments,
                                                          read_zinc)
 
@@ -84,26 +85,32 @@ class Drugs:
             used=len(used), skipped=zinc.counts["skipped"] | {"no molecule": int((~ok).sum())}) | {
             k: len(v) for k, v in self.rows.items()}
 
-    def size(self, split: str) -> int:
-        "Molecules of a split."
-        return len(choose("split", split, self.rows))
+# %% ../../../../nbs/surrogates/domains/drugs/01_domain.ipynb #1c65841d
+@patch
+def size(self: Drugs, split: str) -> int:
+    "Molecules of a split."
+    return len(choose("split", split, self.rows))
 
-    def batch(self, split: str, which: np.ndarray) -> CountBatch:
-        "Molecules of a split by number."
-        rows = torch.from_numpy(choose("split", split, self.rows)[which])
-        return CountBatch(self.fingerprint[rows].float() / 2, self.y[rows])
+@patch
+def batch(self: Drugs, split: str, which: np.ndarray) -> CountBatch:
+    "Molecules of a split by number."
+    rows = torch.from_numpy(choose("split", split, self.rows)[which])
+    return CountBatch(self.fingerprint[rows].float() / 2, self.y[rows])
 
-    def padded(self, batch: CountBatch) -> CountBatch:
-        "All batches of one length have one shape."
-        return batch
+@patch
+def padded(self: Drugs, batch: CountBatch) -> CountBatch:
+    "All batches of one length have one shape."
+    return batch
 
-    def build(self, width: int, **options) -> nn.Module:
-        "A network, weights from torch's generator."
-        return CountNet(width, **options)
+@patch
+def build(self: Drugs, width: int, **options) -> nn.Module:
+    "A network, weights from torch's generator."
+    return CountNet(width, **options)
 
-    def width_for(self, parameters: int) -> int:
-        "The width whose network has about so many parameters: places w + w^2 + 4 w + 2 = parameters."
-        return max(1, round((math.sqrt((PLACES + 4) ** 2 + 4 * (parameters - 2)) - PLACES - 4) / 2))
+@patch
+def width_for(self: Drugs, parameters: int) -> int:
+    "The width whose network has about so many parameters: places w + w^2 + 4 w + 2 = parameters."
+    return max(1, round((math.sqrt((PLACES + 4) ** 2 + 4 * (parameters - 2)) - PLACES - 4) / 2))
 
 # %% ../../../../nbs/surrogates/domains/drugs/01_domain.ipynb #13a00009
 def candidates(

@@ -77,13 +77,17 @@ class WantedGap:
         context = (self.wanted.float()[:, None] - data.mean[self.column]) / data.std[self.column]
         self.context = torch.cat([context, context**2 / 2], 1).to(self.device)
 
-    def policy(self, width: int) -> nn.Module: return PoolPolicy(self.context, self.seen, width).to(self.device)
+# %% ../../../../nbs/surrogates/domains/molecules/08_problem.ipynb #405805b0
+@patch
+def policy(self: WantedGap, width: int) -> nn.Module: return PoolPolicy(self.context, self.seen, width).to(self.device)
 
-    def random(self, instance: int, n: int, generator: torch.Generator) -> Tensor:  # int64 (n,)
-        return torch.randint(len(self.pool), (n,), generator=generator, device=generator.device).to(self.device)
+@patch
+def random(self: WantedGap, instance: int, n: int, generator: torch.Generator) -> Tensor:  # int64 (n,)
+    return torch.randint(len(self.pool), (n,), generator=generator, device=generator.device).to(self.device)
 
-    def score(self, instance: int, gap: Tensor) -> Tensor:
-        return torch.exp(-(gap - self.wanted[instance].to(gap)).abs() / SCORE_WIDTH)
+@patch
+def score(self: WantedGap, instance: int, gap: Tensor) -> Tensor:
+    return torch.exp(-(gap - self.wanted[instance].to(gap)).abs() / SCORE_WIDTH)
 
 # %% ../../../../nbs/surrogates/domains/molecules/08_problem.ipynb #6d0c900a
 @patch

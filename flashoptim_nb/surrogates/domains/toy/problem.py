@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...policies import BoxPolicy, PoolPolicy, SubsetPolicy, waves
 from ...problem import frozen
 from ....base.errors import choose
+from ....base.patch import patch
 
 # %% ../../../../nbs/surrogates/domains/toy/01_problem.ipynb #c0000006
 class ToyProblem:
@@ -47,29 +48,36 @@ class ToyProblem:
     def features(self, instance: int, x) -> Tensor:
         return self.table[x] if self.kind == "pool" else x.float() if self.kind == "box" else x.float() @ self.table / 3
 
-    def policy(self, width: int) -> nn.Module:
-        # which instance it is helps a policy that has few
-        context = torch.cat([waves(self.wanted), torch.eye(self.instances, device=self.device)], 1)
-        if self.kind == "pool": return PoolPolicy(context, self.table, width)
-        return BoxPolicy(context, self.dims, width) if self.kind == "box" else SubsetPolicy(context, 8, 3, width)
+# %% ../../../../nbs/surrogates/domains/toy/01_problem.ipynb #3fa9fc45
+@patch
+def objective(self: ToyProblem, instance: int, x) -> Tensor:
+    return (-(self.features(instance, x).double() - self.wanted[instance]).square().sum(1) / 0.05).exp()
 
-    def random(self, instance: int, n: int, generator: torch.Generator):
-        if self.kind == "box": return torch.rand(n, self.dims, generator=generator, device=self.device)
-        return self.enumerate()[
-            torch.randint(24 if self.kind == "pool" else 56, (n,), generator=generator, device=self.device)]
+@patch
+def predicted(self: ToyProblem, instance: int, x) -> Tensor:
+    if self.predict is None: return self.objective(instance, x).float()
+    with torch.no_grad():
+        return self.predict(
+            torch.cat([self.features(instance, x), self.wanted[instance].expand(len(x), -1)], 1)).float().squeeze(1)
 
-    def objective(self, instance: int, x) -> Tensor:
-        return (-(self.features(instance, x).double() - self.wanted[instance]).square().sum(1) / 0.05).exp()
+@patch
+def describe(self: ToyProblem, instance: int, x, i: int) -> str:
+    return (f"item {int(x[i])}" if self.kind == "pool" else f"items {x[i].nonzero().flatten().tolist()}"
+                if self.kind == "subset" else f"point ({x[i][0]:.3f}, {x[i][1]:.3f})")
 
-    def predicted(self, instance: int, x) -> Tensor:
-        if self.predict is None: return self.objective(instance, x).float()
-        with torch.no_grad():
-            return self.predict(
-                torch.cat([self.features(instance, x), self.wanted[instance].expand(len(x), -1)], 1)).float().squeeze(1)
+# %% ../../../../nbs/surrogates/domains/toy/01_problem.ipynb #3280f2a0
+@patch
+def policy(self: ToyProblem, width: int) -> nn.Module:
+    # which instance it is helps a policy that has few
+    context = torch.cat([waves(self.wanted), torch.eye(self.instances, device=self.device)], 1)
+    if self.kind == "pool": return PoolPolicy(context, self.table, width)
+    return BoxPolicy(context, self.dims, width) if self.kind == "box" else SubsetPolicy(context, 8, 3, width)
 
-    def describe(self, instance: int, x, i: int) -> str:
-        return (f"item {int(x[i])}" if self.kind == "pool" else f"items {x[i].nonzero().flatten().tolist()}"
-                    if self.kind == "subset" else f"point ({x[i][0]:.3f}, {x[i][1]:.3f})")
+@patch
+def random(self: ToyProblem, instance: int, n: int, generator: torch.Generator):
+    if self.kind == "box": return torch.rand(n, self.dims, generator=generator, device=self.device)
+    return self.enumerate()[
+        torch.randint(24 if self.kind == "pool" else 56, (n,), generator=generator, device=self.device)]
 
 # %% ../../../../nbs/surrogates/domains/toy/01_problem.ipynb #c0000009
 def toy_surrogate(
