@@ -15,6 +15,7 @@ import torch
 
 from ..base.config import Config
 from ..base.errors import UserError, choose
+from ..base.patch import patch
 
 # %% ../../nbs/train/00_config.ipynb #4f9178f5
 WEIGHT_BYTES = {  # format -> bytes of a weight, its gradient, its error bits, autocast's copy
@@ -83,43 +84,45 @@ class TrainConfig(Config):
         for name, known in _OR_NONE.items():
             if value := getattr(self, name): choose(name, value, known)
 
-    @property
-    def bytes_per_parameter(self) -> float:
-        "Weight, error bits, gradient and states with their scales, of one parameter under AdamW."
-        return standing_bytes(self.weights, self.states, self.release)
+# %% ../../nbs/train/00_config.ipynb #393de85b
+@patch(as_prop=True)
+def bytes_per_parameter(self: TrainConfig) -> float:
+    "Weight, error bits, gradient and states with their scales, of one parameter under AdamW."
+    return standing_bytes(self.weights, self.states, self.release)
 
-    @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        "What products are computed in over fp32 weights; None: in the weights' own type."
-        return None if self.narrow else DTYPES.get(self.autocast)
+@patch(as_prop=True)
+def autocast_dtype(self: TrainConfig) -> torch.dtype | None:
+    "What products are computed in over fp32 weights; None: in the weights' own type."
+    return None if self.narrow else DTYPES.get(self.autocast)
 
-    @property
-    def narrow(self) -> bool:
-        "Whether the weights themselves have 16 bits."
-        return not self.weights.startswith("fp32")
+@patch(as_prop=True)
+def narrow(self: TrainConfig) -> bool:
+    "Whether the weights themselves have 16 bits."
+    return not self.weights.startswith("fp32")
 
-    @property
-    def size(self) -> str: return f"{self.times:g}x"
+@patch(as_prop=True)
+def size(self: TrainConfig) -> str: return f"{self.times:g}x"
 
-    @property
-    def options(self) -> dict:
-        "What `Domain.build` is asked for."
-        asked = dict(checkpointing=self.checkpointing != "none", fused=self.fused_messages)
-        return {name: True for name, wanted in asked.items() if wanted}
-
-    def as_settings(self) -> dict:
-        """As it stands in records, whose hashes cover it,
-        under the words and in the fields of each subject's first study."""
-        if self.subject == "lm":
-            names = _LM_SETTINGS + tuple(name for name in ("products", "whole") if getattr(self, name))
-            return {name: getattr(self, name) for name in names}
-        found = {name: getattr(self, name) for name in _SURROGATE_SETTINGS}
-        return found | dict(checkpointing=self.checkpointing != "none", fused=self.fused_messages)
+@patch(as_prop=True)
+def options(self: TrainConfig) -> dict:
+    "What `Domain.build` is asked for."
+    asked = dict(checkpointing=self.checkpointing != "none", fused=self.fused_messages)
+    return {name: True for name, wanted in asked.items() if wanted}
 
 # %% ../../nbs/train/00_config.ipynb #323be6eb
 _LM_SETTINGS = ("attention", "checkpointing", "compile", "optimizer", "fused", "weights", "states", "loss", "release")
 _SURROGATE_SETTINGS = (
     "name", "autocast", "tf32", "optimizer", "scaling", "scale", "accumulate", "release", "pyg", "times")
+
+@patch
+def as_settings(self: TrainConfig) -> dict:
+    """As it stands in records, whose hashes cover it,
+    under the words and in the fields of each subject's first study."""
+    if self.subject == "lm":
+        names = _LM_SETTINGS + tuple(name for name in ("products", "whole") if getattr(self, name))
+        return {name: getattr(self, name) for name in names}
+    found = {name: getattr(self, name) for name in _SURROGATE_SETTINGS}
+    return found | dict(checkpointing=self.checkpointing != "none", fused=self.fused_messages)
 
 # %% ../../nbs/train/00_config.ipynb #aaf468f4
 def _named(configs): return {name: config.replace(name=name) for name, config in configs.items()}
@@ -197,31 +200,35 @@ class Recipe(Config):
         "Optimizer steps in all, where there are so many rows."
         return self.steps or max(1, math.ceil(self.epochs * rows / self.batch))
 
-    def lr_at(self, n: int, steps: int = 0) -> float:
-        "Learning rate of step `n` (from 1) of so many; 0: of the recipe's own."
-        steps = steps or self.steps
-        if self.schedule == "constant": return self.lr
-        if not steps: raise UserError(f"a recipe of {self.epochs:g} epochs does not say how many steps they are; give "
-                                      "`steps`, of `steps_over(rows)`")
-        warm = max(1, round(self.warmup * steps))
-        if n <= warm: return self.lr * n / warm
-        done, whole = n - warm, max(1, steps - warm)
-        # the last bit differs; old runs go on with theirs
-        turn = math.pi * done / whole if self.epochs else math.pi * (done / whole)
-        return self.lr * (self.floor + (1 - self.floor) * (1 + math.cos(turn)) / 2)
-
-    def decay_at(self, n: int) -> float:
-        """What the mean of the weights keeps at an update after step `n`:
-        little at first, when it still is the starting weights."""
-        return min(self.ema, (1 + n) / (10 + n)) ** self.ema_every
-
-    def as_settings(self) -> dict:
-        "As it stands in records: the fields of a recipe in steps, or in epochs."
-        return {name: getattr(self, name) for name in (*(_EPOCHS if self.epochs else _STEPS), *_EITHER)}
-
 # %% ../../nbs/train/00_config.ipynb #ac68013f
 _EITHER = ("batch", "lr", "betas", "eps", "weight_decay", "clip", "warmup", "floor")
 _STEPS, _EPOCHS = ("steps", "micro", "seq"), ("epochs", "schedule", "ema", "ema_every")
 
+@patch
+def as_settings(self: Recipe) -> dict:
+    "As it stands in records: the fields of a recipe in steps, or in epochs."
+    return {name: getattr(self, name) for name in (*(_EPOCHS if self.epochs else _STEPS), *_EITHER)}
+
 # the protocol's
 SURROGATE_RECIPE = Recipe(epochs=100, batch=64, betas=(0.9, 0.999), weight_decay=0.01, schedule="constant", ema=0.999)
+
+# %% ../../nbs/train/00_config.ipynb #b78fec6c
+@patch
+def lr_at(self: Recipe, n: int, steps: int = 0) -> float:
+    "Learning rate of step `n` (from 1) of so many; 0: of the recipe's own."
+    steps = steps or self.steps
+    if self.schedule == "constant": return self.lr
+    if not steps: raise UserError(f"a recipe of {self.epochs:g} epochs does not say how many steps they are; give "
+                                  "`steps`, of `steps_over(rows)`")
+    warm = max(1, round(self.warmup * steps))
+    if n <= warm: return self.lr * n / warm
+    done, whole = n - warm, max(1, steps - warm)
+    # the last bit differs; old runs go on with theirs
+    turn = math.pi * done / whole if self.epochs else math.pi * (done / whole)
+    return self.lr * (self.floor + (1 - self.floor) * (1 + math.cos(turn)) / 2)
+
+@patch
+def decay_at(self: Recipe, n: int) -> float:
+    """What the mean of the weights keeps at an update after step `n`:
+    little at first, when it still is the starting weights."""
+    return min(self.ema, (1 + n) / (10 + n)) ** self.ema_every

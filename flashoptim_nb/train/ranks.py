@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from ..base.errors import UserError
+from ..base.patch import patch
 
 # %% ../../nbs/train/02_ranks.ipynb #ecf9b0ab
 def world() -> tuple[int, int]:
@@ -136,55 +137,61 @@ class _Ranks:
         _put(folder / "work", work)
         return folder
 
-    def do(self, work: bytes, stopped, heard):
-        "What the first rank answers to a work. Ranks that fail are ended; others go on only where they are kept."
-        folder, goes_on = self.tell(work), False
-        if not self.kept: self.tell(_NO_MORE)
-        try:
-            if self.watch(folder, stopped, heard):
-                raise RanksFailed(f"{self.ranks} ranks gave no sign of life for {self.timeout:.0f} s, and were ended")
-            answer = _answer(self.process.returncode, folder, self.ranks)
-            goes_on = self.process.returncode is None
-        finally:
-            if not goes_on: self.end()
-        if goes_on and not all(map(pickle.loads, self.done(folder))): self.dismiss()
-        return answer
-
-    def watch(self, folder: Path, stopped, heard) -> bool:
-        "Waits until torchrun ends, or kept ranks have done a work; whether they had to be given up."
-        last, sign = time.monotonic(), None
-        while not (self.kept and all(self.done(folder))) and self.process.poll() is None:
-            if stopped(): (folder / "stop").touch()
-            if (now := _read(folder / "sign")) != sign:
-                last, sign = time.monotonic(), now
-                heard(pickle.loads(sign))
-            if time.monotonic() - last > self.timeout: return True
-            time.sleep(0.05)
-        return False
-
     def done(self, folder: Path) -> list[bytes | None]:
         "What each rank said when it had done a work: whether it is as good as new. None: it has not."
         return [_read(folder / f"done-{rank}") for rank in range(self.ranks)]
 
-    def dismiss(self):
-        "Ends ranks that wait for work: they leave by themselves."
-        if self.ended: return
-        try:
-            self.tell(_NO_MORE)
-            self.process.wait(timeout=20)
-        except subprocess.TimeoutExpired: pass
-        finally: self.end()
+# %% ../../nbs/train/02_ranks.ipynb #2529b358
+@patch
+def watch(self: _Ranks, folder: Path, stopped, heard) -> bool:
+    "Waits until torchrun ends, or kept ranks have done a work; whether they had to be given up."
+    last, sign = time.monotonic(), None
+    while not (self.kept and all(self.done(folder))) and self.process.poll() is None:
+        if stopped(): (folder / "stop").touch()
+        if (now := _read(folder / "sign")) != sign:
+            last, sign = time.monotonic(), now
+            heard(pickle.loads(sign))
+        if time.monotonic() - last > self.timeout: return True
+        time.sleep(0.05)
+    return False
 
-    def end(self):
-        "Ends torchrun and its ranks, which are sessions of their own, if they still run; one that was halted too."
-        self.ended = True
-        os.close(self.input)
-        if self.process.poll() is None: os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        for path in self.folder.glob("pid-*"):
-            try: os.kill(int(path.read_text()), signal.SIGKILL)
-            except (ProcessLookupError, ValueError): pass
-        self.place.cleanup()
+@patch
+def do(self: _Ranks, work: bytes, stopped, heard):
+    "What the first rank answers to a work. Ranks that fail are ended; others go on only where they are kept."
+    folder, goes_on = self.tell(work), False
+    if not self.kept: self.tell(_NO_MORE)
+    try:
+        if self.watch(folder, stopped, heard):
+            raise RanksFailed(f"{self.ranks} ranks gave no sign of life for {self.timeout:.0f} s, and were ended")
+        answer = _answer(self.process.returncode, folder, self.ranks)
+        goes_on = self.process.returncode is None
+    finally:
+        if not goes_on: self.end()
+    if goes_on and not all(map(pickle.loads, self.done(folder))): self.dismiss()
+    return answer
+
+# %% ../../nbs/train/02_ranks.ipynb #b09f844b
+@patch
+def dismiss(self: _Ranks):
+    "Ends ranks that wait for work: they leave by themselves."
+    if self.ended: return
+    try:
+        self.tell(_NO_MORE)
+        self.process.wait(timeout=20)
+    except subprocess.TimeoutExpired: pass
+    finally: self.end()
+
+@patch
+def end(self: _Ranks):
+    "Ends torchrun and its ranks, which are sessions of their own, if they still run; one that was halted too."
+    self.ended = True
+    os.close(self.input)
+    if self.process.poll() is None: os.killpg(self.process.pid, signal.SIGKILL)
+    self.process.wait()
+    for path in self.folder.glob("pid-*"):
+        try: os.kill(int(path.read_text()), signal.SIGKILL)
+        except (ProcessLookupError, ValueError): pass
+    self.place.cleanup()
 
 # %% ../../nbs/train/02_ranks.ipynb #7137a6e5
 # NCCL, cuBLAS and the driver take memory beside torch's allocator, and say so in words of their own
