@@ -28,6 +28,7 @@ if TYPE_CHECKING: import pandas as pd
 from .config import canonical_json, content_hash, read_json
 from .errors import UserError
 from .machine import data_root, work_root
+from .patch import patch
 from .schema import NUMBERS, lacking, misfits
 
 # %% ../../nbs/base/05_records.ipynb #4acbc4c1
@@ -280,43 +281,10 @@ class RunWriter:
             self.append("header", **header)
             path.with_suffix(".new").replace(path)
 
-    def _open(self, path: Path, header: dict | None, mark: tuple[int, str] | None):
-        "Opens the file where it is to be gone on with; what an earlier attempt left is set aside first."
-        record = path.with_name(ROWS)
-        there = read_run(self.folder) if header is None or record.exists() else None
-        if mark and not (mark[0] <= there.mark[0] and _stood_at(record, *mark)):
-            raise RecordError(f"{record} is not the record that its checkpoint was taken with (after {mark[0]} bytes "
-                              f"it should bear the seal {mark[1]}); delete {self.folder} and run again")
-        if there and (len(there.rows) > 1 if header is not None else mark and there.status != "unfinished"):
-            _set_aside(record)
-        elif there and header is None: _keep_tail(record, there.mark[0])
-        self.size, self.seal = (0, "") if header is not None else mark or there.before_end
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.ftruncate(self._file, self.size)
-
     @property
     def mark(self) -> tuple[int, str]:
         "Where the record stands: bytes and seal."
         return self.size, self.seal
-
-    def append(self, kind: str, **fields):
-        "Writes one row; raises `UserError` if the disk is full, with the record as it was before."
-        row = {"kind": kind} | finite(fields)
-        if odd := misfits(kind, row):
-            raise RowError(f"a row of kind {kind!r} that nobody could read back: {'; '.join(odd[:3])}")
-        seal = _seal(self.seal, row)
-        line = _line(row | {"seal": seal})
-        if len(line) >= LONGEST_ROW:
-            raise RowError(f"a row of kind {kind!r} takes {len(line):,} bytes; "
-                           f"a record's row has less than {LONGEST_ROW:,}: divide it")
-        try:
-            written = 0
-            while written < len(line): written += os.write(self._file, line[written:])
-        except OSError as error:
-            os.ftruncate(self._file, self.size)
-            raise disk_error(error, self.folder) from error
-        self.size, self.seal = self.size + len(line), seal
 
     def sync(self):
         "Returns when all rows are on the disk itself."
@@ -333,6 +301,43 @@ class RunWriter:
         self.sync()
         os.close(self._file)
         self._file = None
+
+# %% ../../nbs/base/05_records.ipynb #d31edce7
+@patch
+def append(self: RunWriter, kind: str, **fields):
+    "Writes one row; raises `UserError` if the disk is full, with the record as it was before."
+    row = {"kind": kind} | finite(fields)
+    if odd := misfits(kind, row):
+        raise RowError(f"a row of kind {kind!r} that nobody could read back: {'; '.join(odd[:3])}")
+    seal = _seal(self.seal, row)
+    line = _line(row | {"seal": seal})
+    if len(line) >= LONGEST_ROW:
+        raise RowError(f"a row of kind {kind!r} takes {len(line):,} bytes; "
+                       f"a record's row has less than {LONGEST_ROW:,}: divide it")
+    try:
+        written = 0
+        while written < len(line): written += os.write(self._file, line[written:])
+    except OSError as error:
+        os.ftruncate(self._file, self.size)
+        raise disk_error(error, self.folder) from error
+    self.size, self.seal = self.size + len(line), seal
+
+# %% ../../nbs/base/05_records.ipynb #1d0c2b9e
+@patch
+def _open(self: RunWriter, path: Path, header: dict | None, mark: tuple[int, str] | None):
+    "Opens the file where it is to be gone on with; what an earlier attempt left is set aside first."
+    record = path.with_name(ROWS)
+    there = read_run(self.folder) if header is None or record.exists() else None
+    if mark and not (mark[0] <= there.mark[0] and _stood_at(record, *mark)):
+        raise RecordError(f"{record} is not the record that its checkpoint was taken with (after {mark[0]} bytes "
+                          f"it should bear the seal {mark[1]}); delete {self.folder} and run again")
+    if there and (len(there.rows) > 1 if header is not None else mark and there.status != "unfinished"):
+        _set_aside(record)
+    elif there and header is None: _keep_tail(record, there.mark[0])
+    self.size, self.seal = (0, "") if header is not None else mark or there.before_end
+    self.folder.mkdir(parents=True, exist_ok=True)
+    self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.ftruncate(self._file, self.size)
 
 # %% ../../nbs/base/05_records.ipynb #65e36e5b
 RECORDS = "FLASHOPTIM_RECORDS"
