@@ -560,6 +560,13 @@ def _found(rows_of, configs: list[str], gpus: int, micro: int | None) -> dict:
         *cheapest([name for name in FIT_HELP if name not in configs], gpus),
         *next(filter(None, (cheapest(configs, n) for n in _MORE_GPUS if n > gpus)), [])])
 
+# %% ../../nbs/lm/09_fit.ipynb #f6e3bcfa
+def _check_counted(**given):
+    "Raises `UserError` for what would change nothing of a model whose parameters alone are known."
+    if idle := [what for what, value in given.items() if value is not None]:
+        raise UserError(f"of a model by module:function only parameters are known, and {' and '.join(idle)} "
+                        "changes nothing; leave it out")
+
 # %% ../../nbs/lm/09_fit.ipynb #72b77d07
 def what_fits(
     model: Model | Counted,  # see `find_model`
@@ -575,10 +582,7 @@ def what_fits(
     # and instead: where no row fits, what would, as config, checkpointing, micro and gpus
 ) -> dict:
     "What fits: a row for each way of training and kind of checkpointing."
-    if isinstance(model, Counted):
-        if idle := [what for what, given in dict(seq=seq, loss=loss, micro=micro).items() if given is not None]:
-            raise UserError(f"of a model by module:function only parameters are known, and {' and '.join(idle)} "
-                            "changes nothing; leave it out")
+    if isinstance(model, Counted): _check_counted(seq=seq, loss=loss, micro=micro)
     else: seq = min(2048, model.max_seq) if seq is None else seq
     for what, n in dict(gpus=gpus, seq=seq, micro=micro).items():
         if n is not None: _check_size(what, n)
