@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..base.errors import UserError, choose
+from ..base.patch import patch
 from ..base.records import RunWriter, read_study
 from .loop import Paused, same_origin
 from .run import recorded
@@ -58,39 +59,46 @@ class Journal:
         def alike(row): return row["kind"] == kind and all(row.get(k) == v for k, v in fields.items())
         return next((row for row in reversed(self.rows) if alike(row)), None)
 
-    def confirmed(self, decision: dict) -> bool:
-        "Whether somebody let the study go on after this decision to pause."
-        answer = dict(checkpoint=decision["checkpoint"], why=decision["why"])
-        return decision["action"] == "pause" and bool(self.last_event("confirm", **answer))
+# %% ../../nbs/study/12_journal.ipynb #915f3eaf
+@patch
+def confirmed(self: Journal, decision: dict) -> bool:
+    "Whether somebody let the study go on after this decision to pause."
+    answer = dict(checkpoint=decision["checkpoint"], why=decision["why"])
+    return decision["action"] == "pause" and bool(self.last_event("confirm", **answer))
 
-    def unconfirmed(self, rows: Iterable[dict]) -> list[dict]:
-        "The enforced decisions to pause, of some, that nobody has confirmed."
-        return [row for row in rows if row["enforced"] and row["action"] == "pause" and not self.confirmed(row)]
+@patch
+def unconfirmed(self: Journal, rows: Iterable[dict]) -> list[dict]:
+    "The enforced decisions to pause, of some, that nobody has confirmed."
+    return [row for row in rows if row["enforced"] and row["action"] == "pause" and not self.confirmed(row)]
 
-    def pauses(self) -> dict[str, dict]:
-        "What waits for a confirmation, by checkpoint: the last decisions, and those of runs that are held."
-        latest = {row["checkpoint"]: row for row in self.rows if row["kind"] == "decision"}
-        held = [run for run in read_study(self.study) if run.id != "protocol" and run.status == "unfinished"]
-        rows = [*latest.values(), *(row for run in held for row in run.of("decision"))]
-        return {row["checkpoint"]: row for row in self.unconfirmed(rows)}
+@patch
+def pauses(self: Journal) -> dict[str, dict]:
+    "What waits for a confirmation, by checkpoint: the last decisions, and those of runs that are held."
+    latest = {row["checkpoint"]: row for row in self.rows if row["kind"] == "decision"}
+    held = [run for run in read_study(self.study) if run.id != "protocol" and run.status == "unfinished"]
+    rows = [*latest.values(), *(row for run in held for row in run.of("decision"))]
+    return {row["checkpoint"]: row for row in self.unconfirmed(rows)}
 
-    def waiting(self, ids: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-        """Why each of these checkpoints, of those that are known, waits to be confirmed;
-        raises `UserError` for one that nothing waits for."""
-        waits = self.pauses() if (ids := [*ids]) else {}
-        told = f"what waits: {', '.join(waits)}" if waits else "leave --confirm out"
-        for id in ids:
-            choose("checkpoint", id, known)
-            if id not in waits: raise UserError(f"nothing waits for {id} to be confirmed; {told}")
-        return {id: waits[id]["why"] for id in ids}
+@patch
+def waiting(self: Journal, ids: Iterable[str], known: Iterable[str]) -> dict[str, str]:
+    """Why each of these checkpoints, of those that are known, waits to be confirmed;
+    raises `UserError` for one that nothing waits for."""
+    waits = self.pauses() if (ids := [*ids]) else {}
+    told = f"what waits: {', '.join(waits)}" if waits else "leave --confirm out"
+    for id in ids:
+        choose("checkpoint", id, known)
+        if id not in waits: raise UserError(f"nothing waits for {id} to be confirmed; {told}")
+    return {id: waits[id]["why"] for id in ids}
 
-    def confirm(self, ids: Iterable[str], known: Iterable[str]):
-        "Lets the study go on after pauses, all of them or none."
-        for id, why in self.waiting(ids, known).items(): self.note("confirm", checkpoint=id, why=why)
+@patch
+def confirm(self: Journal, ids: Iterable[str], known: Iterable[str]):
+    "Lets the study go on after pauses, all of them or none."
+    for id, why in self.waiting(ids, known).items(): self.note("confirm", checkpoint=id, why=why)
 
-    def hold(self, folder: Path):
-        "Raises `Paused` if the run in a folder waits for a confirmation."
-        begun = recorded(folder)
-        if not begun or begun.status != "unfinished": return
-        for row in self.unconfirmed(begun.of("decision")):
-            raise Paused(f"{begun.id} is paused by {row['checkpoint']}: {row['why']}")
+@patch
+def hold(self: Journal, folder: Path):
+    "Raises `Paused` if the run in a folder waits for a confirmation."
+    begun = recorded(folder)
+    if not begun or begun.status != "unfinished": return
+    for row in self.unconfirmed(begun.of("decision")):
+        raise Paused(f"{begun.id} is paused by {row['checkpoint']}: {row['why']}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ...base.config import Config
 from ...base.errors import UserError, choose
+from ...base.patch import patch
 from ...lm.gpt import GPTConfig
 from ...lm.plan import A100_40, Accelerator, H200
 from ...lm.prerequisites import PREREQUISITES
@@ -65,16 +66,6 @@ class SizePlan(Config):
         layers = dict(n_layer=self.layers) if self.layers else {}
         return gpt_config(self.size, self.style, **dict(max_seq=self.recipe.seq) | layers | over)
 
-    def check_dealt(self, name: str, experiment: str):
-        "Raises `UserError` for a batch that its GPUs cannot share."
-        batch, micros = self.recipe.batch, self.micros
-        if experiment == "matched_batch":
-            micros = (self.recipe.micro,)
-            batch = min(batch, 2 * self.recipe.micro * self.gpus)
-        if all(batch % (micro * self.gpus) for micro in micros):
-            raise UserError(f"no micro-batch of {name} deals {batch} sequences out to {self.gpus} GPUs ({experiment}); ask for "
-                            f"fewer GPUs, or leave {experiment} out by --experiments")
-
     @property
     def network(self) -> str:
         "Its name in records."
@@ -82,6 +73,18 @@ class SizePlan(Config):
 
 _OF_THE_PLAN = ("gpus", "later", "later_gpus")  # and not of what a run or a study under way is
 _UNCHANGED = dict(also_gpus=(), seeds=None, layers=0, search_of="", frontier=())
+
+# %% ../../../nbs/study/h1/02_presets.ipynb #f8cad2db
+@patch
+def check_dealt(self: SizePlan, name: str, experiment: str):
+    "Raises `UserError` for a batch that its GPUs cannot share."
+    batch, micros = self.recipe.batch, self.micros
+    if experiment == "matched_batch":
+        micros = (self.recipe.micro,)
+        batch = min(batch, 2 * self.recipe.micro * self.gpus)
+    if all(batch % (micro * self.gpus) for micro in micros):
+        raise UserError(f"no micro-batch of {name} deals {batch} sequences out to {self.gpus} GPUs ({experiment}); ask for "
+                        f"fewer GPUs, or leave {experiment} out by --experiments")
 
 # %% ../../../nbs/study/h1/02_presets.ipynb #9ae91fa7
 @dataclass(frozen=True, kw_only=True)
