@@ -84,12 +84,12 @@ class TrainConfig(Config):
         for name, known in _OR_NONE.items():
             if value := getattr(self, name): choose(name, value, known)
 
-# %% ../../nbs/train/00_config.ipynb #393de85b
-@patch(as_prop=True)
-def bytes_per_parameter(self: TrainConfig) -> float:
-    "Weight, error bits, gradient and states with their scales, of one parameter under AdamW."
-    return standing_bytes(self.weights, self.states, self.release)
+    @property
+    def bytes_per_parameter(self) -> float:
+        "Weight, error bits, gradient and states with their scales, of one parameter under AdamW."
+        return standing_bytes(self.weights, self.states, self.release)
 
+# %% ../../nbs/train/00_config.ipynb #393de85b
 @patch(as_prop=True)
 def autocast_dtype(self: TrainConfig) -> torch.dtype | None:
     "What products are computed in over fp32 weights; None: in the weights' own type."
@@ -172,6 +172,9 @@ SURROGATE_CONFIGS = PRECISIONS | TWICE | ABLATIONS | FUSED | REFERENCE
 CONFIGS = LM_CONFIGS | SURROGATE_CONFIGS
 
 # %% ../../nbs/train/00_config.ipynb #65c5675d
+_EITHER = ("batch", "lr", "betas", "eps", "weight_decay", "clip", "warmup", "floor")
+_STEPS, _EPOCHS = ("steps", "micro", "seq"), ("epochs", "schedule", "ema", "ema_every")
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Config):
     "How long, how much at a time, and with which hyperparameters."
@@ -200,15 +203,11 @@ class Recipe(Config):
         "Optimizer steps in all, where there are so many rows."
         return self.steps or max(1, math.ceil(self.epochs * rows / self.batch))
 
+    def as_settings(self) -> dict:
+        "As it stands in records: the fields of a recipe in steps, or in epochs."
+        return {name: getattr(self, name) for name in (*(_EPOCHS if self.epochs else _STEPS), *_EITHER)}
+
 # %% ../../nbs/train/00_config.ipynb #ac68013f
-_EITHER = ("batch", "lr", "betas", "eps", "weight_decay", "clip", "warmup", "floor")
-_STEPS, _EPOCHS = ("steps", "micro", "seq"), ("epochs", "schedule", "ema", "ema_every")
-
-@patch
-def as_settings(self: Recipe) -> dict:
-    "As it stands in records: the fields of a recipe in steps, or in epochs."
-    return {name: getattr(self, name) for name in (*(_EPOCHS if self.epochs else _STEPS), *_EITHER)}
-
 # the protocol's
 SURROGATE_RECIPE = Recipe(epochs=100, batch=64, betas=(0.9, 0.999), weight_decay=0.01, schedule="constant", ema=0.999)
 
