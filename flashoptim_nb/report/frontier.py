@@ -361,11 +361,15 @@ def token_savings(
     if not {"adamw", "flash"} <= {*speeds.columns}: return {}
     return (1 - speeds["adamw"] / speeds["flash"]).dropna().to_dict()
 
-def _token_words(cells: pd.DataFrame) -> str:
+def _token_words(cells: pd.DataFrame, runs: list[Run]) -> str:
     # in all of a card's memory it is the runs' own cost a token, of which the saving to equal loss is made
-    found = [f"{readable(saving, 'share', 2)} in {budget} GB" for budget, saving in token_savings(cells).items()
-             if budget not in CARDS]
-    return f"; a token at 1B costs less: {', '.join(found)} (one timing a side)" * bool(found)
+    def saved(cells): return {budget: readable(saving, "share", 2) for budget, saving in token_savings(cells).items() if budget not in CARDS}
+    if not (found := saved(cells)): return ""
+    cards = sorted({run.header["device"] for run in runs if run.header["device_kind"] == "cuda"})
+    alone = {card: saved(frontier([run for run in runs if run.header["device"] == card])) for card in cards}
+    beside = [f"{CARD.get(card, card)}: {', '.join(one.values())}" for card, one in alone.items() if one != found and one.keys() == found.keys()]
+    return (f"; a token at 1B costs less: {', '.join(f'{saving} in {budget} GB' for budget, saving in found.items())}"
+            + _aside(*beside, "one timing a side"))
 
 # %% ../../nbs/report/16_frontier.ipynb #f5971aa6
 def _memory_words(runs: list[Run]) -> str:
@@ -404,7 +408,7 @@ def _room_words(cells: pd.DataFrame) -> str:
                     for one in seen[-1:])
     def count(key, ones=won): return sum(one[key] for one in ones)
     return (f"in {len(won)} of the chart's {len(places)} places it fits and 16-byte AdamW does not. It ran in "
-            f"{len(seen)}{where}, AdamW tried in {count('refused', seen) or 'none'}; the rest predicted. "
+            f"{len(seen)}{where}, AdamW shown not to in {count('refused', seen) or 'none'}; the rest predicted. "
             f"bf16 AdamW would fit in {count('bf16')}; {count('host')} take states on the host")
 
 # %% ../../nbs/report/16_frontier.ipynb #c3d9fbf6
@@ -487,7 +491,7 @@ def frontier_sentences(
     "What it saves of memory, time and cost, where it makes room, and what that costs in quality."
     runs = given_runs(runs, None)
     ours = [run for run in runs if run.header["hypothesis"] == "h1"]
-    return dict(Memory=_memory_words(ours), Speed=_speed_words(ours), Cost=_cost_words(ours) + _token_words(cells),
+    return dict(Memory=_memory_words(ours), Speed=_speed_words(ours), Cost=_cost_words(ours) + _token_words(cells, ours),
                 Room=_room_words(cells), Quality=_quality_words(ours))
 
 # %% ../../nbs/report/16_frontier.ipynb #f47408ce
@@ -523,7 +527,7 @@ def show_frontier_rows(
     words = {name: way.words.replace("…", WAYS["release"].words) for name, way in WAYS.items()}
     cells = cells.assign(way=cells["way"].map(words), peak=cells["peak"] / 1e9).drop_duplicates(
         ["size", "way", "gpus", "device", "tokens_per_s"])
-    heads = dict(size="size", way="trained by", gpus="GPUs", budget="fits a card of, GiB", device="measured on",
+    heads = dict(size="size", way="trained by", gpus="GPUs", budget="within, GiB", device="measured on",
                  micro="micro-batch", peak="peak, GB (1e9)", tokens_per_s="tokens/s a GPU",
                  dollars="USD per 1e6 tokens", rate="at USD a GPU-hour",
                  platform="rate of")

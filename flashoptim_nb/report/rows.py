@@ -250,9 +250,11 @@ def show_skips(
     "What was left out at each scale and why: data that was not there, and stacks that the machine cannot run."
     runs = given_runs(runs)
     rows = rows_of("skip", runs, every_scale=True)
+    def what(run):
+        place = f" on {gpus} GPU{'s' * (gpus > 1)} ({run.header['device']})" if (gpus := gpus_of(run)) and run.header["device_kind"] == "cuda" else ""
+        return f"{run.header['config']} at {run.header.get('role')}{place}"
     ended = [
-        {key: run.header.get(key) for key in _BESIDE} | dict(what=f"{run.header['config']} at {run.header.get('role')}",
-                                                             reason=f"{run.status}: {short_reason(run.reason)}")
+        {key: run.header.get(key) for key in _BESIDE} | dict(what=what(run), reason=f"{run.status}: {short_reason(run.reason)}")
         for run in runs if run.status in ("unavailable", "oom", "failed", "aborted")]
     both = pd.concat([rows, pd.DataFrame(ended)], ignore_index=True) if len(ended) + len(rows) else rows
     if not both.empty: both = both.drop_duplicates(["scale", "what", "reason"])
