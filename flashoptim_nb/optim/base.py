@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..base.errors import UserError, choose, is_number
+from ..base.patch import patch
 from .backend import HAS_TRITON, outside_autocast, warn_without_triton
 from .split import HALF_FORMATS, MAX_CODE
 from .multi_tensor import read_weights, write_weights
@@ -188,64 +189,7 @@ class FlashOptimizer(Optimizer):
     def __setattr__(self, name: str, x: object):
         """Options of the whole optimizer are checked when they are set, and hold from the next step on;
         those that states are made by stay as they are."""
-        if name in self.options:
-            check_option(name, x)
-            if name in FORMATS and x != getattr(self, name):
-                raise OptionError(f"{name}={x!r} of an optimizer that was made with {getattr(self, name)!r}: make a "
-                                  "new optimizer with it, and load this one's state_dict() into that")
-            if name == "fused": self.invalidate()
-            # "as you think best": the norm tells, where it is formed anyway
-            if x is None and name in ("fused", "skip_nonfinite"): x = name == "fused" or self.max_norm is not None
-        super().__setattr__(name, x)
-
-    def add_param_group(self, param_group: dict):
-        """As in torch.optim, after checking the parameters; remembers the group's lr for `decouple_lr`.
-        Where it raises, the optimizer and the group are as they were before."""
-        check_group_form(param_group)
-        given, count = param_group["params"], len(self.param_groups)
-        before = param_group | dict(params=[given] if isinstance(given, torch.Tensor) else as_param_list(given))
-        try: self._add_group(param_group, before["params"])
-        except BaseException:
-            del self.param_groups[count:]
-            param_group.clear()
-            param_group.update(before)
-            raise
-
-    def _add_group(self, group: dict, params: list):
-        check_group_names(self, group)
-        check_shared(self, group)
-        self._fill_group(group)
-        tensors = [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in params]
-        check_parameters([*(known["params"] for known in self.param_groups), tensors])
-        group["params"] = params
-        group.pop("decoupled_weight_decay", None)  # the class says it
-        super().add_param_group(group)
-        group = self.param_groups[-1]
-        self._check_group(group)
-        group["state_format"] = self._state_format(group)
-        if self.decouple_lr and not self.decoupled:
-            raise OptionError(f"decouple_lr=True: {type(self).__name__} has its weight decay in the gradient; "
-                              "use the class with a W")
-        if self.decouple_lr: self._keep_lr(group)
-        if self.release is not None:
-            self._check_release()
-            self.release._watch(group["params"])
-
-    def _fill_group(self, group: dict):
-        "Puts into a new group what its defaults depend on; subclasses that have such add theirs."
-
-    def _keep_lr(self, group: dict):
-        """Keeps the lr at which `decouple_lr` takes weight decay as it is given:
-        the constructor's, under a key that no scheduler writes."""
-        group.setdefault("reference_lr", float(group.get("initial_lr", group["lr"])))
-        self._decays(group)
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Whether GradScaler leaves unscaling to `step()`: of fp16 gradients, which it refuses, and of released ones,
-        which are gone. Others it unscales itself, so that they can be clipped."""
-        return (self.release is not None
-                or any(p.dtype == torch.float16 for group in self.param_groups for p in group["params"]))
+        super().__setattr__(name, self._checked(name, x) if name in self.options else x)
 
     @torch.compiler.disable
     def zero_grad(self, set_to_none: bool = True):
@@ -253,17 +197,6 @@ class FlashOptimizer(Optimizer):
         under gradient release raises `ReleaseError` where the gradients to be dropped were used already."""
         if self.release is not None: self.release._drop()
         super().zero_grad(set_to_none)
-
-    def _check_group(self, group: dict):
-        "Raises `OptionError` for options of a group that cannot work; subclasses add theirs."
-        # read here, and not in a step
-        given = [x.item() if isinstance(x, torch.Tensor) and x.numel() == 1 else x
-                 for x in (group["lr"], group["weight_decay"])]
-        if not isinstance(group.get("maximize", False), bool):
-            raise OptionError(f"maximize={group['maximize']!r}: True or False is needed")
-        if not all(is_number(x, 0) for x in given):
-            raise OptionError(f"lr={group['lr']!r}, weight_decay={group['weight_decay']!r}: "
-                              "both must be finite numbers, 0 or more (or 0-d tensors of such)")
 
     def __getstate__(self):
         "torch keeps only groups and states when an optimizer is copied or pickled; the options go with them."
@@ -281,62 +214,6 @@ class FlashOptimizer(Optimizer):
         if self.offload_states: self._host = HostStates()
         LIVE_OPTIMIZERS.add(self)
 
-    def _check_release(self):
-        "Raises `OptionError` where parameters cannot be stepped one at a time, as their gradients come."
-
-    def _least_change(self, group: dict, p: torch.Tensor) -> float:
-        "How far a step carries a value of a parameter, as a rule."
-        return float(group["lr"])
-
-    def _moments_of(self, group: dict) -> dict[str, torch.dtype]:
-        "The moments that a group's parameters have: all, unless a subclass knows better."
-        return self.moments
-
-    def _decays(self, group: dict) -> dict[str, float]:
-        "A group's weight decay: of the weights, times lr, or coupled with the gradient."
-        if not self.decoupled: return dict(weight_decay=0.0, l2=group["weight_decay"])
-        if not self.decouple_lr: return dict(weight_decay=group["weight_decay"], l2=0.0)
-        # the second of an optimizer that an earlier version pickled
-        lr = group.get("reference_lr", group.get("initial_lr"))
-        if lr: return dict(weight_decay=group["weight_decay"] / lr, l2=0.0)
-        if not float(group["weight_decay"]): return dict(weight_decay=0.0, l2=0.0)
-        raise OptionError("decouple_lr=True with lr=0: weight decay is relative to the lr that a group was made "
-                          "with; give its largest lr and let a scheduler warm up, or weight_decay=0")
-
-    def _state_format(self, group: dict) -> str:
-        """What the tensors of a group's states are, to go with them in a state dict:
-        `companded-24-bfloat16` says coding, master weights' width and the weights' dtypes,
-        `companded+dithered-24-bfloat16` also how the steps round."""
-        made_for = {self._made_for.get(p, p.dtype) for p in group["params"]}
-        dtypes = {str(dtype).removeprefix("torch.") for dtype in made_for if dtype in HALF_FORMATS}
-        coding = ("companded" if self.companded else "linear") + ("+dithered" if self.rounding == "dithered" else "")
-        return f"{coding}-{self.master_weight_bits}-{'+'.join(sorted(dtypes))}"
-
-    def invalidate(self):
-        "Lets go of what was remembered of parameters and states: they were replaced."
-        self._cached.clear()
-
-    def _step(self, closure=None):
-        "One step, without hooks."
-        loss = None
-        if closure is not None:
-            with torch.enable_grad(): loss = closure()
-        if self.release is not None and (self.release.active or self.release._seen and not self.release._repeated):
-            self.release._finish()
-            return loss
-        # of a step that is no longer the one before
-        if self._next_clip is not None and self.release is None: self._next_clip = None
-        work = self._collect()
-        if not work and self.release is None: check_taken(self)
-        if self._host is not None: self._host.begin([bucket for _, bucket in work])
-        scaling = compute_grad_scaling(self, [bucket for _, bucket in work])
-        for group, bucket in work: self._apply(bucket, group, scaling[bucket.device])
-        if self._host is not None: self._host.finish()
-        return loss
-
-    # torch's: with hooks, inside a range of the profiler
-    _watched_step = torch.compiler.disable(Optimizer.profile_hook_step(_step))
-
     def step(
         self,
         closure: Callable | None = None,  # evaluates the model again and returns the loss
@@ -350,144 +227,300 @@ class FlashOptimizer(Optimizer):
 
     step.hooked = True  # torch need not wrap it: what it does for who watches a step costs the host a third of the step
 
-    @torch.compiler.disable
-    def step_param(
-        self,
-        p: torch.Tensor,  # one parameter; without a gradient nothing happens
-        group: dict | None = None,  # its parameter group; None: looked for
-        multiplier: torch.Tensor | None = None,  # 0-d fp32 factor of the gradient, say a clip coefficient
-    ):
-        "Takes one step of a single parameter (what gradient release does); `max_norm` does not apply."
-        if p.grad is None: return
-        check_at_home(self)
-        if group is None: group = next((g for g in self.param_groups if any(q is p for q in g["params"])), None)
-        if group is None:
-            raise OptionError(f"a parameter of shape {tuple(p.shape)} that this optimizer does not step: add "
-                              "it with add_param_group")
-        for bucket in self._collect_one(p, group):
-            scaling = compute_grad_scaling(self, [bucket], clip=False)[bucket.device]
-            self._apply(bucket, group,
-                        GradScaling(multiplier if scaling.multiplier is None else scaling.multiplier, scaling.skip))
-        if self._host is not None: self._host.finish()
+# %% ../../nbs/optim/08_base.ipynb #a8741b86
+@patch
+def _fill_group(self: FlashOptimizer, group: dict):
+    "Puts into a new group what its defaults depend on; subclasses that have such add theirs."
 
-    def _collect(self) -> list[tuple[dict, ParamBucket]]:
-        """Each group's buckets with the gradients at hand;
-        whatever is wrong with groups, states or gradients is raised before anything changes."""
-        if self._host is not None: check_capture()
-        made = None if self.check_numerics else cached_buckets(self, self.param_groups)
-        if made is None:
-            check_groups(self)
-            work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-            for group, params in work:
-                check_states(self, group, params)
-                for p in params: check_gradient(self, p)
-            if self.check_numerics: check_numbers(self, work)
-            made = build_buckets(self, [(group, group["params"]) for group in self.param_groups])
-        return [(group, bucket) for group, buckets in zip(self.param_groups, made) for bucket in buckets]
+@patch
+def _check_release(self: FlashOptimizer):
+    "Raises `OptionError` where parameters cannot be stepped one at a time, as their gradients come."
 
-    def _collect_one(self, p: torch.Tensor, group: dict) -> list[ParamBucket]:
-        "A single parameter with its gradient, as a bucket."
-        if self._host is not None: check_capture()
-        made = None if self.check_numerics else cached_buckets(self, [group], p)
-        if made is None:
-            check_options(self, [group])
-            check_parameters([[p]])
-            check_states(self, group, [p])
-            check_gradient(self, p)
-            if self.check_numerics: check_numbers(self, [(group, [p])], clips=self.release is not None)
-            made = build_buckets(self, [(group, [p])], p)
-        return made[0]
+@patch
+def _least_change(self: FlashOptimizer, group: dict, p: torch.Tensor) -> float:
+    "How far a step carries a value of a parameter, as a rule."
+    return float(group["lr"])
 
-    def _apply(
-        self,
-        bucket: ParamBucket,  # with the gradients of this step
-        group: dict,  # whose options apply
-        scaling: GradScaling,  # multiplier and skip flag, on the bucket's device
-    ):
-        "One step of a bucket, in place."
-        with outside_autocast():
-            if self._host is not None: self._host.step(self, bucket, group, scaling)
-            elif bucket.tensors is not None: self._update_fused(bucket, group, scaling)
-            elif scaling.skip is None or not scaling.skip > 0:
-                self._update(bucket, group, next_step(bucket.step), scaling.multiplier)
-            bucket.write_back()
-        # kernels write unnoticed, and what is still to be differentiated may have kept the old values
-        if bucket.tensors is not None and not bucket.sharded: increment_version(bucket.params)
-        bucket.drop()
+@patch
+def _moments_of(self: FlashOptimizer, group: dict) -> dict[str, torch.dtype]:
+    "The moments that a group's parameters have: all, unless a subclass knows better."
+    return self.moments
 
-    def _update(
-        self,
-        bucket: ParamBucket,  # with the gradients of this step
-        group: dict,  # whose options apply
-        t: float,  # the step's number, from 1
-        multiplier: torch.Tensor | None,  # 0-d factor of every gradient
-    ):
-        "A bucket's step in plain PyTorch, in place: here one parameter after the other, by `_update_one`."
-        for p, x in zip(bucket.params, bucket.with_grads()):
-            grad = x.grad.to(torch.float32, copy=True).view(p.shape)
-            if multiplier is not None: grad.mul_(multiplier)
-            if group.get("maximize"): grad.neg_()
-            theta, state = read_weights(x), read_state(self, group, p)
-            self._update_one(theta.view(p.shape), grad, state, group, t)
-            dither = dithers(t, [(x.place, theta.numel())], p.device) if self.rounding == "dithered" else [None] * 3
-            write_weights(x, theta, dither[0])
-            write_state(self, group, p, state, dither[1:])
+@patch
+def _state_shapes(self: FlashOptimizer, p: torch.Tensor) -> dict[str, tuple[int, ...]]:
+    "Shapes of the fp32 states that `_update_one` keeps beside the moments, of any shape: rows, columns, none."
+    return {}
 
-    def _state_shapes(self, p: torch.Tensor) -> dict[str, tuple[int, ...]]:
-        "Shapes of the fp32 states that `_update_one` keeps beside the moments, of any shape: rows, columns, none."
-        return {}
+@patch
+def _whole(self: FlashOptimizer, group: dict) -> bool:
+    "Whether parameters are stepped in their own shapes, so that none may be cut."
+    return self._update_one is not None
 
-    def _whole(self, group: dict) -> bool:
-        "Whether parameters are stepped in their own shapes, so that none may be cut."
-        return self._update_one is not None
+@patch
+def _scalars(self: FlashOptimizer, group: dict) -> object:
+    "What is the same for every value of a step, for an elementwise kernel."
+    return None
 
-    def _scalars(self, group: dict) -> object:
-        "What is the same for every value of a step, for an elementwise kernel."
-        return None
+# %% ../../nbs/optim/08_base.ipynb #639cca19
+@patch
+def _checked(self: FlashOptimizer, name: str, x: object) -> object:
+    "What an option becomes that is set to `x`; raises `OptionError` for what it cannot be, or can no longer become."
+    check_option(name, x)
+    if name in FORMATS and x != getattr(self, name):
+        raise OptionError(f"{name}={x!r} of an optimizer that was made with {getattr(self, name)!r}: make a "
+                          "new optimizer with it, and load this one's state_dict() into that")
+    if name == "fused": self.invalidate()
+    # "as you think best": the norm tells, where it is formed anyway
+    if x is None and name in ("fused", "skip_nonfinite"): x = name == "fused" or self.max_norm is not None
+    return x
 
-    def recompute_param_stats(self):
-        "Looks up the largest weight of each parameter anew, for `check_numerics`."
-        ps = [p for group in self.param_groups for p in group["params"] if p.numel()]
-        self._largest = {p: float(p.detach().abs().max()) for p in ps}
+@patch
+def invalidate(self: FlashOptimizer):
+    "Lets go of what was remembered of parameters and states: they were replaced."
+    self._cached.clear()
 
-    def bytes_per_parameter(self) -> dict[str, float]:
-        """Resident bytes of each class, over the number of values optimized:
-        weights, gradients, masters, states, scales, and total; beside them what is on the host instead."""
-        return resident_bytes(self)
+# %% ../../nbs/optim/08_base.ipynb #95f38440
+@patch
+def _check_group(self: FlashOptimizer, group: dict):
+    "Raises `OptionError` for options of a group that cannot work; subclasses add theirs."
+    # read here, and not in a step
+    given = [x.item() if isinstance(x, torch.Tensor) and x.numel() == 1 else x
+             for x in (group["lr"], group["weight_decay"])]
+    if not isinstance(group.get("maximize", False), bool):
+        raise OptionError(f"maximize={group['maximize']!r}: True or False is needed")
+    if not all(is_number(x, 0) for x in given):
+        raise OptionError(f"lr={group['lr']!r}, weight_decay={group['weight_decay']!r}: "
+                          "both must be finite numbers, 0 or more (or 0-d tensors of such)")
 
-    def state_dict(self) -> dict:
-        """As in torch.optim; waits for the device, since step counters leave it.
-        Tensors are the live ones, not copies, but for the counters: of what is to be loaded again after further
-        steps, keep a `copy.deepcopy`."""
-        return saved_state(self)
+# %% ../../nbs/optim/08_base.ipynb #aff90ef3
+@patch
+def _decays(self: FlashOptimizer, group: dict) -> dict[str, float]:
+    "A group's weight decay: of the weights, times lr, or coupled with the gradient."
+    if not self.decoupled: return dict(weight_decay=0.0, l2=group["weight_decay"])
+    if not self.decouple_lr: return dict(weight_decay=group["weight_decay"], l2=0.0)
+    # the second of an optimizer that an earlier version pickled
+    lr = group.get("reference_lr", group.get("initial_lr"))
+    if lr: return dict(weight_decay=group["weight_decay"] / lr, l2=0.0)
+    if not float(group["weight_decay"]): return dict(weight_decay=0.0, l2=0.0)
+    raise OptionError("decouple_lr=True with lr=0: weight decay is relative to the lr that a group was made "
+                      "with; give its largest lr and let a scheduler warm up, or weight_decay=0")
 
-    def load_state_dict(
-        self,
-        state_dict: Mapping,  # of this class, of torch.optim's or of the public package's; tensors are copied
-    ):
-        """Loads states and groups, converting what is kept otherwise; steps go on with this optimizer's `rounding`,
-        and a warning says where this package saved them under another. The public package's and torch's do not say.
-        Raises `StateError`, with nothing changed, where it does not fit."""
-        load_state(self, state_dict)
+@patch
+def _keep_lr(self: FlashOptimizer, group: dict):
+    """Keeps the lr at which `decouple_lr` takes weight decay as it is given:
+    the constructor's, under a key that no scheduler writes."""
+    group.setdefault("reference_lr", float(group.get("initial_lr", group["lr"])))
+    self._decays(group)
 
-    def public_state_dict(self) -> dict:
-        "A state dict that the public package loads bit for bit; raises `StateError` for what that package lacks."
-        return saved_public_state(self)
+# %% ../../nbs/optim/08_base.ipynb #32990269
+@patch
+def _state_format(self: FlashOptimizer, group: dict) -> str:
+    """What the tensors of a group's states are, to go with them in a state dict:
+    `companded-24-bfloat16` says coding, master weights' width and the weights' dtypes,
+    `companded+dithered-24-bfloat16` also how the steps round."""
+    made_for = {self._made_for.get(p, p.dtype) for p in group["params"]}
+    dtypes = {str(dtype).removeprefix("torch.") for dtype in made_for if dtype in HALF_FORMATS}
+    coding = ("companded" if self.companded else "linear") + ("+dithered" if self.rounding == "dithered" else "")
+    return f"{coding}-{self.master_weight_bits}-{'+'.join(sorted(dtypes))}"
 
-    def get_fp32_model_state_dict(
-        self,
-        model: torch.nn.Module,  # whose parameters this optimizer steps
-    ) -> dict[str, torch.Tensor]:  # names as in model.state_dict(), new tensors
-        "The model's state dict in fp32, masters joined with their error bits; what is not floating point stays."
-        return fp32_weights(self, model)
+# %% ../../nbs/optim/08_base.ipynb #5d3878a7
+@patch
+def add_param_group(self: FlashOptimizer, param_group: dict):
+    """As in torch.optim, after checking the parameters; remembers the group's lr for `decouple_lr`.
+    Where it raises, the optimizer and the group are as they were before."""
+    check_group_form(param_group)
+    given, count = param_group["params"], len(self.param_groups)
+    before = param_group | dict(params=[given] if isinstance(given, torch.Tensor) else as_param_list(given))
+    try: self._add_group(param_group, before["params"])
+    except BaseException:
+        del self.param_groups[count:]
+        param_group.clear()
+        param_group.update(before)
+        raise
 
-    def set_fp32_model_state_dict(
-        self,
-        model: torch.nn.Module,  # whose parameters this optimizer steps
-        state_dict: Mapping[str, torch.Tensor],  # fp32, named as in model.state_dict(); whole or sharded, on any device
-    ):
-        "Puts fp32 weights into model and error bits; raises `StateError`, with nothing changed, where they do not fit."
-        set_fp32_weights(self, model, state_dict)
+@patch
+def _add_group(self: FlashOptimizer, group: dict, params: list):
+    check_group_names(self, group)
+    check_shared(self, group)
+    self._fill_group(group)
+    tensors = [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in params]
+    check_parameters([*(known["params"] for known in self.param_groups), tensors])
+    group["params"] = params
+    group.pop("decoupled_weight_decay", None)  # the class says it
+    super(FlashOptimizer, self).add_param_group(group)
+    group = self.param_groups[-1]
+    self._check_group(group)
+    group["state_format"] = self._state_format(group)
+    if self.decouple_lr and not self.decoupled:
+        raise OptionError(f"decouple_lr=True: {type(self).__name__} has its weight decay in the gradient; "
+                          "use the class with a W")
+    if self.decouple_lr: self._keep_lr(group)
+    if self.release is not None:
+        self._check_release()
+        self.release._watch(group["params"])
+
+# %% ../../nbs/optim/08_base.ipynb #4e67509b
+@patch
+def _collect(self: FlashOptimizer) -> list[tuple[dict, ParamBucket]]:
+    """Each group's buckets with the gradients at hand;
+    whatever is wrong with groups, states or gradients is raised before anything changes."""
+    if self._host is not None: check_capture()
+    made = None if self.check_numerics else cached_buckets(self, self.param_groups)
+    if made is None:
+        check_groups(self)
+        work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        for group, params in work:
+            check_states(self, group, params)
+            for p in params: check_gradient(self, p)
+        if self.check_numerics: check_numbers(self, work)
+        made = build_buckets(self, [(group, group["params"]) for group in self.param_groups])
+    return [(group, bucket) for group, buckets in zip(self.param_groups, made) for bucket in buckets]
+
+@patch
+def _collect_one(self: FlashOptimizer, p: torch.Tensor, group: dict) -> list[ParamBucket]:
+    "A single parameter with its gradient, as a bucket."
+    if self._host is not None: check_capture()
+    made = None if self.check_numerics else cached_buckets(self, [group], p)
+    if made is None:
+        check_options(self, [group])
+        check_parameters([[p]])
+        check_states(self, group, [p])
+        check_gradient(self, p)
+        if self.check_numerics: check_numbers(self, [(group, [p])], clips=self.release is not None)
+        made = build_buckets(self, [(group, [p])], p)
+    return made[0]
+
+# %% ../../nbs/optim/08_base.ipynb #4c8cf9aa
+@patch
+def _apply(
+    self: FlashOptimizer,
+    bucket: ParamBucket,  # with the gradients of this step
+    group: dict,  # whose options apply
+    scaling: GradScaling,  # multiplier and skip flag, on the bucket's device
+):
+    "One step of a bucket, in place."
+    with outside_autocast():
+        if self._host is not None: self._host.step(self, bucket, group, scaling)
+        elif bucket.tensors is not None: self._update_fused(bucket, group, scaling)
+        elif scaling.skip is None or not scaling.skip > 0:
+            self._update(bucket, group, next_step(bucket.step), scaling.multiplier)
+        bucket.write_back()
+    # kernels write unnoticed, and what is still to be differentiated may have kept the old values
+    if bucket.tensors is not None and not bucket.sharded: increment_version(bucket.params)
+    bucket.drop()
+
+@patch
+def _update(
+    self: FlashOptimizer,
+    bucket: ParamBucket,  # with the gradients of this step
+    group: dict,  # whose options apply
+    t: float,  # the step's number, from 1
+    multiplier: torch.Tensor | None,  # 0-d factor of every gradient
+):
+    "A bucket's step in plain PyTorch, in place: here one parameter after the other, by `_update_one`."
+    for p, x in zip(bucket.params, bucket.with_grads()):
+        grad = x.grad.to(torch.float32, copy=True).view(p.shape)
+        if multiplier is not None: grad.mul_(multiplier)
+        if group.get("maximize"): grad.neg_()
+        theta, state = read_weights(x), read_state(self, group, p)
+        self._update_one(theta.view(p.shape), grad, state, group, t)
+        dither = dithers(t, [(x.place, theta.numel())], p.device) if self.rounding == "dithered" else [None] * 3
+        write_weights(x, theta, dither[0])
+        write_state(self, group, p, state, dither[1:])
+
+# %% ../../nbs/optim/08_base.ipynb #836c8a51
+@patch
+def _step(self: FlashOptimizer, closure=None):
+    "One step, without hooks."
+    loss = None
+    if closure is not None:
+        with torch.enable_grad(): loss = closure()
+    if self.release is not None and (self.release.active or self.release._seen and not self.release._repeated):
+        self.release._finish()
+        return loss
+    # of a step that is no longer the one before
+    if self._next_clip is not None and self.release is None: self._next_clip = None
+    work = self._collect()
+    if not work and self.release is None: check_taken(self)
+    if self._host is not None: self._host.begin([bucket for _, bucket in work])
+    scaling = compute_grad_scaling(self, [bucket for _, bucket in work])
+    for group, bucket in work: self._apply(bucket, group, scaling[bucket.device])
+    if self._host is not None: self._host.finish()
+    return loss
+
+# torch's: with hooks, inside a range of the profiler
+FlashOptimizer._watched_step = torch.compiler.disable(Optimizer.profile_hook_step(FlashOptimizer._step))
+
+# %% ../../nbs/optim/08_base.ipynb #298a2141
+@patch
+@torch.compiler.disable
+def step_param(
+    self: FlashOptimizer,
+    p: torch.Tensor,  # one parameter; without a gradient nothing happens
+    group: dict | None = None,  # its parameter group; None: looked for
+    multiplier: torch.Tensor | None = None,  # 0-d fp32 factor of the gradient, say a clip coefficient
+):
+    "Takes one step of a single parameter (what gradient release does); `max_norm` does not apply."
+    if p.grad is None: return
+    check_at_home(self)
+    if group is None: group = next((g for g in self.param_groups if any(q is p for q in g["params"])), None)
+    if group is None:
+        raise OptionError(f"a parameter of shape {tuple(p.shape)} that this optimizer does not step: add "
+                          "it with add_param_group")
+    for bucket in self._collect_one(p, group):
+        scaling = compute_grad_scaling(self, [bucket], clip=False)[bucket.device]
+        self._apply(bucket, group,
+                    GradScaling(multiplier if scaling.multiplier is None else scaling.multiplier, scaling.skip))
+    if self._host is not None: self._host.finish()
+
+# %% ../../nbs/optim/08_base.ipynb #31c659ee
+@patch(as_prop=True)
+def _step_supports_amp_scaling(self: FlashOptimizer) -> bool:
+    """Whether GradScaler leaves unscaling to `step()`: of fp16 gradients, which it refuses, and of released ones,
+    which are gone. Others it unscales itself, so that they can be clipped."""
+    return (self.release is not None
+            or any(p.dtype == torch.float16 for group in self.param_groups for p in group["params"]))
+
+# %% ../../nbs/optim/08_base.ipynb #0bd9612e
+@patch
+def state_dict(self: FlashOptimizer) -> dict:
+    """As in torch.optim; waits for the device, since step counters leave it.
+    Tensors are the live ones, not copies, but for the counters: of what is to be loaded again after further
+    steps, keep a `copy.deepcopy`."""
+    return saved_state(self)
+
+@patch
+def load_state_dict(
+    self: FlashOptimizer,
+    state_dict: Mapping,  # of this class, of torch.optim's or of the public package's; tensors are copied
+):
+    """Loads states and groups, converting what is kept otherwise; steps go on with this optimizer's `rounding`,
+    and a warning says where this package saved them under another. The public package's and torch's do not say.
+    Raises `StateError`, with nothing changed, where it does not fit."""
+    load_state(self, state_dict)
+
+@patch
+def public_state_dict(self: FlashOptimizer) -> dict:
+    "A state dict that the public package loads bit for bit; raises `StateError` for what that package lacks."
+    return saved_public_state(self)
+
+# %% ../../nbs/optim/08_base.ipynb #88cb8d51
+@patch
+def get_fp32_model_state_dict(
+    self: FlashOptimizer,
+    model: torch.nn.Module,  # whose parameters this optimizer steps
+) -> dict[str, torch.Tensor]:  # names as in model.state_dict(), new tensors
+    "The model's state dict in fp32, masters joined with their error bits; what is not floating point stays."
+    return fp32_weights(self, model)
+
+@patch
+def set_fp32_model_state_dict(
+    self: FlashOptimizer,
+    model: torch.nn.Module,  # whose parameters this optimizer steps
+    state_dict: Mapping[str, torch.Tensor],  # fp32, named as in model.state_dict(); whole or sharded, on any device
+):
+    "Puts fp32 weights into model and error bits; raises `StateError`, with nothing changed, where they do not fit."
+    set_fp32_weights(self, model, state_dict)
 
 # %% ../../nbs/optim/08_base.ipynb #817b9ef1
 def min_step(
@@ -498,6 +531,13 @@ def min_step(
     "Distance from a weight of this size to the next that its format can hold."
     ulp = torch.finfo(dtype).eps * 2.0 ** (torch.tensor(largest, dtype=torch.float64).frexp().exponent.item() - 1)
     return ulp / (2 * MAX_CODE[bits]) if bits else ulp
+
+# %% ../../nbs/optim/08_base.ipynb #58850c00
+@patch
+def recompute_param_stats(self: FlashOptimizer):
+    "Looks up the largest weight of each parameter anew, for `check_numerics`."
+    ps = [p for group in self.param_groups for p in group["params"] if p.numel()]
+    self._largest = {p: float(p.detach().abs().max()) for p in ps}
 
 # %% ../../nbs/optim/08_base.ipynb #ba5e0001
 def check_least_step(
@@ -575,3 +615,9 @@ def resident_bytes(
                 total[kind] += 0 if key == "step" else t.numel() * t.element_size()
     device = sum(total.values()) - total["host"]
     return {kind: size / max(n, 1) for kind, size in (total | {"total": device}).items()}
+
+@patch
+def bytes_per_parameter(self: FlashOptimizer) -> dict[str, float]:
+    """Resident bytes of each class, over the number of values optimized:
+    weights, gradients, masters, states, scales, and total; beside them what is on the host instead."""
+    return resident_bytes(self)
