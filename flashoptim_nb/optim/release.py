@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..base.errors import UserError
+from ..base.patch import patch
 from .base import FlashOptimizer, explained
 from .checks import Arrival, ReleaseError, called, check_free, releaser
 from .gradients import GradScaling, grad_scaling, looks_at_gradients, over_all, sharding, sum_of_squares
@@ -38,12 +39,6 @@ def in_nested_backward() -> bool:
     return False
 
 # %% ../../nbs/optim/12_release.ipynb #b15080c5
-_SECOND = ("gradient release: a second backward pass over the same parameters before step(), whose gradients should "
-           "have been added up, and the first were used already: "
-           "wrap all but the last in `with handle.accumulate():`, call step() after each, or freeze with "
-           "requires_grad_(False) what a pass is not to train")
-
-
 class GradientReleaseHandle:
     "Gradient release on an optimizer, until `remove()`, or as long as there is the optimizer."
 
@@ -71,17 +66,6 @@ class GradientReleaseHandle:
         self._hooks = []
         for group in optimizer.param_groups: self._watch(group["params"])
 
-    def _watch(self, params: Iterable[torch.Tensor]):
-        "Hooks parameters, those that are frozen now among them: they may be thawed."
-        params = [p for p in params if releaser(p) is not self]
-        check_free(p for p in params if p.requires_grad)
-        for p in params:
-            if frozen := not p.requires_grad:
-                if releaser(p) is not None or p.is_inference(): continue
-                p.requires_grad_(True)  # torch hooks no others
-            self._hooks.append(p.register_post_accumulate_grad_hook(Arrival(self)))
-            if frozen: p.requires_grad_(False)
-
     @property
     def clip(self) -> torch.Tensor | None:
         """The coefficient by which the next step is clipped, 0-d fp32, from the norm of the step before;
@@ -91,224 +75,273 @@ class GradientReleaseHandle:
     @clip.setter
     def clip(self, coefficient): self.optimizer._next_clip = coefficient
 
-    @contextmanager
-    def accumulate(self) -> Iterator[None]:
-        "Backward passes inside only add up gradients: for all micro-batches but the last."
-        before, self.active = self.active, False
-        try: yield
-        finally: self.active = before
+# %% ../../nbs/optim/12_release.ipynb #22497a2d
+@patch
+def _watch(self: GradientReleaseHandle, params: Iterable[torch.Tensor]):
+    "Hooks parameters, those that are frozen now among them: they may be thawed."
+    params = [p for p in params if releaser(p) is not self]
+    check_free(p for p in params if p.requires_grad)
+    for p in params:
+        if frozen := not p.requires_grad:
+            if releaser(p) is not None or p.is_inference(): continue
+            p.requires_grad_(True)  # torch hooks no others
+        self._hooks.append(p.register_post_accumulate_grad_hook(Arrival(self)))
+        if frozen: p.requires_grad_(False)
 
-    def remove(self):
-        "Back to ordinary steps."
-        if self._unclipped and self._squares: self._coming()
-        for hook in self._hooks: hook.remove()
-        self._hooks, self.active = [], False
-        if self.optimizer.release is self: self.optimizer.release = self.clip = None  # and not a later handle
+@patch
+def remove(self: GradientReleaseHandle):
+    "Back to ordinary steps."
+    if self._unclipped and self._squares: self._coming()
+    for hook in self._hooks: hook.remove()
+    self._hooks, self.active = [], False
+    if self.optimizer.release is self: self.optimizer.release = self.clip = None  # and not a later handle
 
-    def _arrived(
-        self,
-        p: torch.Tensor,  # to whose gradient something has been added
-    ):
-        "What autograd calls, and FSDP2 after its reduction: releases the gradient, unless that cannot be right."
-        if not self.active: return
-        if self.optimizer._lent:
-            raise ReleaseError("a released backward pass, which steps, while averages are in the weights' "
-                               "place: leave applied() before training goes on")
-        if (task := torch._C._current_graph_task_id()) != self._task: self._begin(task)
-        if (group := self._groups.get(p)) is None: return  # taken out of the optimizer
-        # micro-batches came without a reduction, the layer was called again, and there is more to come
-        if getattr(self._units.get(p), "_post_forward_indices", ()): return
-        if (before := self._seen.get(p)) == task:
-            raise ReleaseError(f"gradient release: the gradient of {called(self.optimizer, p)} came in two "
-                               "parts in one backward pass, and the first has been stepped: "
-                               "train without release")
-        if before is not None:
-            if self._stepped: self._refuse_second([p])
-            self._close(self._mark)  # a loop without step(): the backward pass before was a step
-            self._seen, self._repeated = {q: t for q, t in self._seen.items() if t == task}, True
-        self._seen[p] = task
-        self._release(p, group)
+@patch
+@contextmanager
+def accumulate(self: GradientReleaseHandle) -> Iterator[None]:
+    "Backward passes inside only add up gradients: for all micro-batches but the last."
+    before, self.active = self.active, False
+    try: yield
+    finally: self.active = before
 
-    def _begin(self, task: int):
-        "Begins a backward pass."
-        if in_nested_backward():
-            raise ReleaseError("gradient release under reentrant checkpointing, where a layer that is used twice "
-                               "gets its gradient in parts: "
-                               "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False) "
-                               "(gradient_checkpointing_kwargs in Hugging Face's Trainer)")
-        self._forget_failed()
-        self._task, self._mark, self._running = task, len(self._squares), True
-        self._groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
-        if self.optimizer._host is not None: self.optimizer._host.begin()
-        torch.autograd.Variable._execution_engine.queue_callback(self._ended)
+# %% ../../nbs/optim/12_release.ipynb #8c0b0a32
+@patch
+def _begin(self: GradientReleaseHandle, task: int):
+    "Begins a backward pass."
+    if in_nested_backward():
+        raise ReleaseError("gradient release under reentrant checkpointing, where a layer that is used twice "
+                           "gets its gradient in parts: "
+                           "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False) "
+                           "(gradient_checkpointing_kwargs in Hugging Face's Trainer)")
+    self._forget_failed()
+    self._task, self._mark, self._running = task, len(self._squares), True
+    self._groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
+    if self.optimizer._host is not None: self.optimizer._host.begin()
+    torch.autograd.Variable._execution_engine.queue_callback(self._ended)
 
-    def _ended(self):
-        "Ends a backward pass."
-        self._running = False
-        self._join()
-        if self.optimizer._host is not None: self.optimizer._host.finish()
+@patch
+def _ended(self: GradientReleaseHandle):
+    "Ends a backward pass."
+    self._running = False
+    self._join()
+    if self.optimizer._host is not None: self.optimizer._host.finish()
 
-    def _join(self):
-        """The caller's stream goes on behind the hooks' steps:
-        FSDP2 calls hooks on a stream of its own, and the next forward pass reads what they wrote."""
-        while self._streams:
-            stream = self._streams.pop()
-            torch.cuda.current_stream(stream.device).wait_stream(stream)
+@patch
+def _join(self: GradientReleaseHandle):
+    """The caller's stream goes on behind the hooks' steps:
+    FSDP2 calls hooks on a stream of its own, and the next forward pass reads what they wrote."""
+    while self._streams:
+        stream = self._streams.pop()
+        torch.cuda.current_stream(stream.device).wait_stream(stream)
 
-    def _forget_failed(self):
-        "Lets go of what a backward pass left that did not come to its end."
-        if not self._running: return
-        self._seen = {p: t for p, t in self._seen.items() if t != self._task}
-        self._squares, self._running = self._squares[:self._mark], False
+@patch
+def _forget_failed(self: GradientReleaseHandle):
+    "Lets go of what a backward pass left that did not come to its end."
+    if not self._running: return
+    self._seen = {p: t for p, t in self._seen.items() if t != self._task}
+    self._squares, self._running = self._squares[:self._mark], False
 
-    def _drop(self):
-        "What zero_grad() asks for; raises `ReleaseError` where the gradients to be dropped have been used."
-        self._forget_failed()
-        if self._stepped and self._seen:
-            raise ReleaseError("gradient release: zero_grad() after a backward pass, without step(): its gradients "
-                               "were used already. Call step() after each backward pass; "
-                               "where a pass is not to train these parameters, freeze them with "
-                               "requires_grad_(False) or wrap it in `with handle.accumulate():`")
+# %% ../../nbs/optim/12_release.ipynb #1e16bb02
+@patch
+def _looks(self: GradientReleaseHandle) -> bool:
+    "Whether the gradients' norm is formed."
+    return looks_at_gradients(self.optimizer) or self._scaled
 
-    @torch.compiler.disable
-    @torch.no_grad()
-    def _release(
-        self,
-        p: torch.Tensor,  # whose gradient is complete
-        group: dict,  # its parameter group
-    ):
-        "Steps one parameter and frees its gradient."
-        if p.grad.requires_grad:
-            raise ReleaseError("gradient release of a backward pass with create_graph=True: what it keeps for "
-                               "a second derivative would be changed by the step; train without release")
-        if self.pre_step is not None and not self._wanted(p, group):
-            p.grad = None
-            self._seen.pop(p, None)  # a gradient that is dropped has not been used
-            return
-        opt, scale, grad = self.optimizer, self._scale(p.device), local(p.grad)
-        c = grad_scaling(sum_of_squares([grad]) if self._looks() else None, None, scale)
-        if c.norm is not None: self._squares.append((p, c.norm.square()))
-        # an empty shard counts the steps of the others
-        if c.skip is not None and isinstance(p, DTensor) and not grad.numel(): c.skip = torch.ones_like(c.skip)
-        if self.clip is not None and opt.max_norm is not None:
-            clip = self.clip.to(p.device)
-            c.multiplier = clip if c.multiplier is None else c.multiplier * clip
-        first = self.clip is None and opt.max_norm is not None and (p in self._unclipped or at_rest(opt, group, p))
-        for bucket in opt._collect_one(p, group): opt._apply(bucket, group, c)
-        if first: self._unclipped[p] = group, opt.state[p]
-        if p.device.type == "cuda": self._stepped_on(torch.cuda.current_stream(p.device), grad)
+@patch(as_prop=True)
+def _scaled(self: GradientReleaseHandle) -> bool:
+    "Whether gradients carry a loss scale."
+    return self.grad_scaler is not None and self.grad_scaler.is_enabled()
+
+@patch
+def _scale(self: GradientReleaseHandle, device: torch.device) -> torch.Tensor | None:
+    "The scaler's current loss scale, or None without one."
+    return self.grad_scaler.scale(torch.ones((), dtype=torch.float32, device=device)) if self._scaled else None
+
+# %% ../../nbs/optim/12_release.ipynb #24898f51
+@patch
+@torch.compiler.disable
+@torch.no_grad()
+def _release(
+    self: GradientReleaseHandle,
+    p: torch.Tensor,  # whose gradient is complete
+    group: dict,  # its parameter group
+):
+    "Steps one parameter and frees its gradient."
+    if p.grad.requires_grad:
+        raise ReleaseError("gradient release of a backward pass with create_graph=True: what it keeps for "
+                           "a second derivative would be changed by the step; train without release")
+    if self.pre_step is not None and not self._wanted(p, group):
         p.grad = None
+        self._seen.pop(p, None)  # a gradient that is dropped has not been used
+        return
+    opt, scale, grad = self.optimizer, self._scale(p.device), local(p.grad)
+    c = grad_scaling(sum_of_squares([grad]) if self._looks() else None, None, scale)
+    if c.norm is not None: self._squares.append((p, c.norm.square()))
+    # an empty shard counts the steps of the others
+    if c.skip is not None and isinstance(p, DTensor) and not grad.numel(): c.skip = torch.ones_like(c.skip)
+    if self.clip is not None and opt.max_norm is not None:
+        clip = self.clip.to(p.device)
+        c.multiplier = clip if c.multiplier is None else c.multiplier * clip
+    first = self.clip is None and opt.max_norm is not None and (p in self._unclipped or at_rest(opt, group, p))
+    for bucket in opt._collect_one(p, group): opt._apply(bucket, group, c)
+    if first: self._unclipped[p] = group, opt.state[p]
+    if p.device.type == "cuda": self._stepped_on(torch.cuda.current_stream(p.device), grad)
+    p.grad = None
 
-    def _stepped_on(self, stream: torch.cuda.Stream, grad: torch.Tensor):
-        """Keeps a gradient's memory until the step has read it:
-        HSDP reduces on one stream what it allocated on another, which would give it away."""
-        self._streams.add(stream)
-        grad.record_stream(stream)
+@patch
+def _stepped_on(self: GradientReleaseHandle, stream: torch.cuda.Stream, grad: torch.Tensor):
+    """Keeps a gradient's memory until the step has read it:
+    HSDP reduces on one stream what it allocated on another, which would give it away."""
+    self._streams.add(stream)
+    grad.record_stream(stream)
 
-    def _wanted(self, p: torch.Tensor, group: dict) -> bool:
-        "Whether `pre_step` lets the parameter be stepped."
-        if (answer := self.pre_step(p, group)) is None:
-            raise ReleaseError("pre_step returned None: return True for the parameter to be stepped, or False "
-                               "to drop its gradient")
-        return bool(answer)
+@patch
+def _wanted(self: GradientReleaseHandle, p: torch.Tensor, group: dict) -> bool:
+    "Whether `pre_step` lets the parameter be stepped."
+    if (answer := self.pre_step(p, group)) is None:
+        raise ReleaseError("pre_step returned None: return True for the parameter to be stepped, or False "
+                           "to drop its gradient")
+    return bool(answer)
 
-    def _looks(self) -> bool:
-        "Whether the gradients' norm is formed."
-        return looks_at_gradients(self.optimizer) or self._scaled
+# %% ../../nbs/optim/12_release.ipynb #51e195c8
+@patch
+def _shards(self: GradientReleaseHandle) -> list[torch.Tensor]:
+    "Parameters that other ranks may have gradients of, where the norm is formed."
+    return ([p for group in self.optimizer.param_groups for p in group["params"] if isinstance(p, DTensor)]
+            if self._looks() else [])
 
-    @property
-    def _scaled(self) -> bool:
-        "Whether gradients carry a loss scale."
-        return self.grad_scaler is not None and self.grad_scaler.is_enabled()
+@patch
+def _agree(self: GradientReleaseHandle, shards: list[torch.Tensor]):
+    """All shards of a parameter count alike:
+    one that was left as it is, or is empty, counts what the others counted."""
+    alike, state = {}, self.optimizer.state
+    for p in shards: alike.setdefault(sharding(p), []).append(p)
+    for params in alike.values():
+        zero = torch.zeros((), dtype=torch.float32, device=params[0].device)
+        own = [state[p]["step"] if p in state and "step" in state[p] else zero for p in params]
+        torch._foreach_copy_(own, list(over_shards(torch.stack(own), params[0], dist.ReduceOp.MAX).unbind()))
 
-    def _scale(self, device: torch.device) -> torch.Tensor | None:
-        "The scaler's current loss scale, or None without one."
-        return self.grad_scaler.scale(torch.ones((), dtype=torch.float32, device=device)) if self._scaled else None
+# %% ../../nbs/optim/12_release.ipynb #0dda4411
+@patch
+def _judged(self: GradientReleaseHandle, squares: list[tuple]) -> GradScaling:
+    "Norm, clip coefficient and skip flag of a step with these squares."
+    return grad_scaling(
+        over_all(squares, self.optimizer.skipped_steps.device, among=self._shards()), self.optimizer.max_norm)
 
-    @torch.no_grad()
-    def _finish(self):
-        "Ends a step: keeps its norm, counts it if a gradient was not finite, readies the next clip coefficient."
-        self._join()
-        opt = self.optimizer
-        if not self._scaled and hasattr(opt, "found_inf"):  # which GradScaler sets while it calls step()
-            del opt.grad_scale, opt.found_inf
-            raise ReleaseError("gradient release with a GradScaler that it was not told of: gradients were used with "
-                               "the loss scale still on them; enable_gradient_release(..., grad_scaler=scaler)")
-        self._forget_failed()
-        if any(p.grad is not None for p in self._seen):  # what came after the release was to be added to what is used
-            seen, self._seen, self._squares = self._seen, {}, []
-            self._refuse_second(seen)
-        for group in opt.param_groups:  # what only earlier micro-batches used has not been released yet
-            for p in group["params"]:
-                if p.grad is not None: self._release(p, group)
-        if opt._host is not None: opt._host.finish()
-        self._close(len(self._squares))
-        self._seen, self._stepped, repeated, self._repeated = {}, True, self._repeated, False
-        if repeated: self._refuse_second()
-
-    def _refuse_second(self, params: Iterable[torch.Tensor] = ()):
-        "Refuses a second backward pass and drops its gradients, which no later `step()` is to take."
-        for p in params: p.grad = None
-        raise ReleaseError(_SECOND)
-
-    def _close(self, count: int):
-        "Ends a step of which the first `count` squares are."
-        done, self._squares, self._mark = self._squares[:count], self._squares[count:], 0
-        opt, shards = self.optimizer, self._shards()
-        if not done and not shards:
-            opt.grad_norm = None
-            return
-        c = self._judged(done)
-        opt.grad_norm = c.norm
-        opt.skipped_steps += (c.skip > 0)
-        if opt.max_norm is not None: self.clip = self._clip_after(c)
-        if shards: self._agree(shards)
-        if self._scaled: self._tell_scaler(c.skip)
-
-    def _shards(self) -> list[torch.Tensor]:
-        "Parameters that other ranks may have gradients of, where the norm is formed."
-        return ([p for group in self.optimizer.param_groups for p in group["params"] if isinstance(p, DTensor)]
-                if self._looks() else [])
-
-    def _judged(self, squares: list[tuple]) -> GradScaling:
-        "Norm, clip coefficient and skip flag of a step with these squares."
-        return grad_scaling(
-            over_all(squares, self.optimizer.skipped_steps.device, among=self._shards()), self.optimizer.max_norm)
-
-    def _clip_after(self, c: GradScaling) -> torch.Tensor | None:
-        """By what the step after one with this norm is clipped, and the first step is now that it has been taken.
-        A norm that is not finite changes nothing, nor does, before any other, that of gradients which are all zero."""
-        if self.clip is not None:
-            self._unclipped = {}
-            return torch.where(c.skip > 0, self.clip, c.multiplier)
-        if c.skip > 0 or not c.norm > 0: return None
-        for p, (group, state) in self._unclipped.items():
-            # a state that was loaded since is another
-            if self.optimizer.state.get(p) is state and not self.optimizer._state_shapes(p):
-                scale_moments(self.optimizer, group, p, c.multiplier)
+@patch
+def _clip_after(self: GradientReleaseHandle, c: GradScaling) -> torch.Tensor | None:
+    """By what the step after one with this norm is clipped, and the first step is now that it has been taken.
+    A norm that is not finite changes nothing, nor does, before any other, that of gradients which are all zero."""
+    if self.clip is not None:
         self._unclipped = {}
-        return c.multiplier
+        return torch.where(c.skip > 0, self.clip, c.multiplier)
+    if c.skip > 0 or not c.norm > 0: return None
+    for p, (group, state) in self._unclipped.items():
+        # a state that was loaded since is another
+        if self.optimizer.state.get(p) is state and not self.optimizer._state_shapes(p):
+            scale_moments(self.optimizer, group, p, c.multiplier)
+    self._unclipped = {}
+    return c.multiplier
 
-    def _coming(self) -> torch.Tensor | None:
-        """By what the next step is clipped, for a state dict:
-        also where the last one was taken and no `step()` has ended it yet."""
-        return (self.clip if self.optimizer.max_norm is None or not self._squares
-                else self._clip_after(self._judged(self._squares)))
+@patch
+def _coming(self: GradientReleaseHandle) -> torch.Tensor | None:
+    """By what the next step is clipped, for a state dict:
+    also where the last one was taken and no `step()` has ended it yet."""
+    return (self.clip if self.optimizer.max_norm is None or not self._squares
+            else self._clip_after(self._judged(self._squares)))
 
-    def _agree(self, shards: list[torch.Tensor]):
-        """All shards of a parameter count alike:
-        one that was left as it is, or is empty, counts what the others counted."""
-        alike, state = {}, self.optimizer.state
-        for p in shards: alike.setdefault(sharding(p), []).append(p)
-        for params in alike.values():
-            zero = torch.zeros((), dtype=torch.float32, device=params[0].device)
-            own = [state[p]["step"] if p in state and "step" in state[p] else zero for p in params]
-            torch._foreach_copy_(own, list(over_shards(torch.stack(own), params[0], dist.ReduceOp.MAX).unbind()))
+# %% ../../nbs/optim/12_release.ipynb #20ff1601
+@patch
+def _close(self: GradientReleaseHandle, count: int):
+    "Ends a step of which the first `count` squares are."
+    done, self._squares, self._mark = self._squares[:count], self._squares[count:], 0
+    opt, shards = self.optimizer, self._shards()
+    if not done and not shards:
+        opt.grad_norm = None
+        return
+    c = self._judged(done)
+    opt.grad_norm = c.norm
+    opt.skipped_steps += (c.skip > 0)
+    if opt.max_norm is not None: self.clip = self._clip_after(c)
+    if shards: self._agree(shards)
+    if self._scaled: self._tell_scaler(c.skip)
 
-    def _tell_scaler(self, found_inf: torch.Tensor):
-        "What GradScaler.unscale_ would have recorded, had there been gradients left to look at."
-        state = self.grad_scaler._per_optimizer_states[id(self.optimizer)]
-        state["found_inf_per_device"] = {found_inf.device: found_inf.reshape(1).float()}
+@patch
+def _tell_scaler(self: GradientReleaseHandle, found_inf: torch.Tensor):
+    "What GradScaler.unscale_ would have recorded, had there been gradients left to look at."
+    state = self.grad_scaler._per_optimizer_states[id(self.optimizer)]
+    state["found_inf_per_device"] = {found_inf.device: found_inf.reshape(1).float()}
+
+# %% ../../nbs/optim/12_release.ipynb #a1c19abc
+_SECOND = ("gradient release: a second backward pass over the same parameters before step(), whose gradients should "
+           "have been added up, and the first were used already: "
+           "wrap all but the last in `with handle.accumulate():`, call step() after each, or freeze with "
+           "requires_grad_(False) what a pass is not to train")
+
+
+@patch
+def _refuse_second(self: GradientReleaseHandle, params: Iterable[torch.Tensor] = ()):
+    "Refuses a second backward pass and drops its gradients, which no later `step()` is to take."
+    for p in params: p.grad = None
+    raise ReleaseError(_SECOND)
+
+@patch
+@torch.no_grad()
+def _finish(self: GradientReleaseHandle):
+    "Ends a step: keeps its norm, counts it if a gradient was not finite, readies the next clip coefficient."
+    self._join()
+    opt = self.optimizer
+    if not self._scaled and hasattr(opt, "found_inf"):  # which GradScaler sets while it calls step()
+        del opt.grad_scale, opt.found_inf
+        raise ReleaseError("gradient release with a GradScaler that it was not told of: gradients were used with "
+                           "the loss scale still on them; enable_gradient_release(..., grad_scaler=scaler)")
+    self._forget_failed()
+    if any(p.grad is not None for p in self._seen):  # what came after the release was to be added to what is used
+        seen, self._seen, self._squares = self._seen, {}, []
+        self._refuse_second(seen)
+    for group in opt.param_groups:  # what only earlier micro-batches used has not been released yet
+        for p in group["params"]:
+            if p.grad is not None: self._release(p, group)
+    if opt._host is not None: opt._host.finish()
+    self._close(len(self._squares))
+    self._seen, self._stepped, repeated, self._repeated = {}, True, self._repeated, False
+    if repeated: self._refuse_second()
+
+# %% ../../nbs/optim/12_release.ipynb #e2bab406
+@patch
+def _arrived(
+    self: GradientReleaseHandle,
+    p: torch.Tensor,  # to whose gradient something has been added
+):
+    "What autograd calls, and FSDP2 after its reduction: releases the gradient, unless that cannot be right."
+    if not self.active: return
+    if self.optimizer._lent:
+        raise ReleaseError("a released backward pass, which steps, while averages are in the weights' "
+                           "place: leave applied() before training goes on")
+    if (task := torch._C._current_graph_task_id()) != self._task: self._begin(task)
+    if (group := self._groups.get(p)) is None: return  # taken out of the optimizer
+    # micro-batches came without a reduction, the layer was called again, and there is more to come
+    if getattr(self._units.get(p), "_post_forward_indices", ()): return
+    if (before := self._seen.get(p)) == task:
+        raise ReleaseError(f"gradient release: the gradient of {called(self.optimizer, p)} came in two "
+                           "parts in one backward pass, and the first has been stepped: "
+                           "train without release")
+    if before is not None:
+        if self._stepped: self._refuse_second([p])
+        self._close(self._mark)  # a loop without step(): the backward pass before was a step
+        self._seen, self._repeated = {q: t for q, t in self._seen.items() if t == task}, True
+    self._seen[p] = task
+    self._release(p, group)
+
+@patch
+def _drop(self: GradientReleaseHandle):
+    "What zero_grad() asks for; raises `ReleaseError` where the gradients to be dropped have been used."
+    self._forget_failed()
+    if self._stepped and self._seen:
+        raise ReleaseError("gradient release: zero_grad() after a backward pass, without step(): its gradients "
+                           "were used already. Call step() after each backward pass; "
+                           "where a pass is not to train these parameters, freeze them with "
+                           "requires_grad_(False) or wrap it in `with handle.accumulate():`")
 
 # %% ../../nbs/optim/12_release.ipynb #55811bbe
 def _check_wrapper(part: nn.Module):
