@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from ..base.patch import patch
 from .buckets import next_step
 from .checks import OptionError
 from .codec import GROUP
@@ -395,93 +396,103 @@ class HostStates:
         values = sum(local(p.detach()).numel() for p in {p: 0 for p, *_ in missing})
         check_room(sum(self._bytes(missing)), values, ranks)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def reserve(self, opt):
-        "Takes memory for all states that have none; raises `HostMemoryError`, with nothing changed, where it fails."
-        if not (missing := self._missing(opt)): return
-        self.check_room(opt)
-        made = []
-        for pinned in (True, False):
-            mine = [m for m in missing if (m[0].device.type == "cuda") == pinned]
-            sizes, at = _slab_sizes(self._bytes(mine))
-            slabs = [_slab(size, pinned) for size in sizes]
-            for (p, key, shape, dtype), (i, start) in zip(mine, at):
-                t = _carved(slabs[i], start, shape, dtype) if slabs else torch.empty(shape, dtype=dtype)
-                sharded = scales_like if key.endswith("::scales") else like
-                shown = t if key in opt._state_shapes(p) else sharded(p, t)
-                made.append((p, key, Place(t, shown, slabs[i], start)))
-        for p, key, place in made: self.places.setdefault(p, {})[key] = place
+# %% ../../nbs/optim/19_host.ipynb #183ba634
+@patch
+@torch.inference_mode(False)
+@torch.no_grad()
+def reserve(self: HostStates, opt):
+    "Takes memory for all states that have none; raises `HostMemoryError`, with nothing changed, where it fails."
+    if not (missing := self._missing(opt)): return
+    self.check_room(opt)
+    made = []
+    for pinned in (True, False):
+        mine = [m for m in missing if (m[0].device.type == "cuda") == pinned]
+        sizes, at = _slab_sizes(self._bytes(mine))
+        slabs = [_slab(size, pinned) for size in sizes]
+        for (p, key, shape, dtype), (i, start) in zip(mine, at):
+            t = _carved(slabs[i], start, shape, dtype) if slabs else torch.empty(shape, dtype=dtype)
+            sharded = scales_like if key.endswith("::scales") else like
+            shown = t if key in opt._state_shapes(p) else sharded(p, t)
+            made.append((p, key, Place(t, shown, slabs[i], start)))
+    for p, key, place in made: self.places.setdefault(p, {})[key] = place
 
-    @torch.no_grad()
-    def adopt(
-        self,
-        opt,
-        pairs: Sequence[tuple[dict, list]],  # groups, and those of their parameters whose states are complete
-    ):
-        "Moves states that lie elsewhere to their places."
-        for group, params in pairs:
-            for p in params:
-                state = opt.state[p]
-                for key in state_kinds(opt, group, p):
-                    place = self.places[p][key]
-                    if state[key] is place.shown: continue
-                    place.tensor.copy_(local(state[key]).reshape(place.tensor.shape))
-                    state[key] = place.shown
+@patch
+@torch.no_grad()
+def adopt(
+    self: HostStates,
+    opt,
+    pairs: Sequence[tuple[dict, list]],  # groups, and those of their parameters whose states are complete
+):
+    "Moves states that lie elsewhere to their places."
+    for group, params in pairs:
+        for p in params:
+            state = opt.state[p]
+            for key in state_kinds(opt, group, p):
+                place = self.places[p][key]
+                if state[key] is place.shown: continue
+                place.tensor.copy_(local(state[key]).reshape(place.tensor.shape))
+                state[key] = place.shown
 
-    def parts_of(self, opt, group: dict, bucket) -> list[Part]:
-        "Cuts a bucket into parts."
-        whole, most = opt._whole(group), STAGING // PARTS
-        kinds = [state_kinds(opt, group, p) for p in bucket.params]
-        held = [flat.numel() for flat in bucket.flat]
-        if whole:  # the same parts on all ranks: some step together
-            sizes, each = [p.numel() for p in bucket.params], [sum(t.itemsize for t in keys.values()) for keys in kinds]
-        else:
-            sizes = held
-            each = [sum(_lined(self.places[p][key].tensor.nbytes) for key in keys) / max(n, 1)
-                    for p, keys, n in zip(bucket.params, kinds, sizes)]
-        packs, parts = _spans(sizes, each, most, whole), []
-        if whole: packs = [[Span(i, 0, held[i]) for i, _, _ in pack] for pack in packs]
-        for n, spans in enumerate(packs, 1):
-            slices = [_slices(kinds[span.index], opt._state_shapes(p := bucket.params[span.index]), self.places.get(p, {}),
-                              span, whole) for span in spans]
-            parts.append(Part(bucket, spans, slices, n == len(packs)))
-            if len(spans) == 1: parts[-1].states = [opt.state[p][key] for key in kinds[spans[0].index]]
-        return parts
+# %% ../../nbs/optim/19_host.ipynb #87620b3d
+@patch
+def parts_of(self: HostStates, opt, group: dict, bucket) -> list[Part]:
+    "Cuts a bucket into parts."
+    whole, most = opt._whole(group), STAGING // PARTS
+    kinds = [state_kinds(opt, group, p) for p in bucket.params]
+    held = [flat.numel() for flat in bucket.flat]
+    if whole:  # the same parts on all ranks: some step together
+        sizes, each = [p.numel() for p in bucket.params], [sum(t.itemsize for t in keys.values()) for keys in kinds]
+    else:
+        sizes = held
+        each = [sum(_lined(self.places[p][key].tensor.nbytes) for key in keys) / max(n, 1)
+                for p, keys, n in zip(bucket.params, kinds, sizes)]
+    packs, parts = _spans(sizes, each, most, whole), []
+    if whole: packs = [[Span(i, 0, held[i]) for i, _, _ in pack] for pack in packs]
+    for n, spans in enumerate(packs, 1):
+        slices = [_slices(kinds[span.index], opt._state_shapes(p := bucket.params[span.index]), self.places.get(p, {}),
+                          span, whole) for span in spans]
+        parts.append(Part(bucket, spans, slices, n == len(packs)))
+        if len(spans) == 1: parts[-1].states = [opt.state[p][key] for key in kinds[spans[0].index]]
+    return parts
 
-    def pipe(self, bucket) -> Pipe:
-        "The way to and from a bucket's device, wide enough for its parts."
-        least, pipe = max(part.size for part in bucket.parts), self.pipes.get(bucket.device)
-        if pipe is None or len(pipe.ring) < least:
-            if pipe is not None: pipe.finish()
-            held = sum(_lined(place.tensor.nbytes) for p, places in self.places.items() if p.device == bucket.device
-                       for place in places.values())
-            self.pipes[bucket.device] = pipe = Pipe(bucket.device, max(least, min(STAGING, held), LINE))
-        return pipe
+@patch
+def pipe(self: HostStates, bucket) -> Pipe:
+    "The way to and from a bucket's device, wide enough for its parts."
+    least, pipe = max(part.size for part in bucket.parts), self.pipes.get(bucket.device)
+    if pipe is None or len(pipe.ring) < least:
+        if pipe is not None: pipe.finish()
+        held = sum(_lined(place.tensor.nbytes) for p, places in self.places.items() if p.device == bucket.device
+                   for place in places.values())
+        self.pipes[bucket.device] = pipe = Pipe(bucket.device, max(least, min(STAGING, held), LINE))
+    return pipe
 
-    def begin(self, buckets: Iterable | None = None):
-        "Begins a pass over these buckets; None: over what the last one had, in its order."
-        expected = {}
-        for bucket in buckets or ():
-            expected.setdefault(self.pipe(bucket), []).extend(bucket.parts)
-        for pipe in self.pipes.values():
-            if pipe.loads: pipe.finish()  # of a pass that failed
-            pipe.begin(pipe.order if buckets is None else expected.get(pipe, ()))
+# %% ../../nbs/optim/19_host.ipynb #9edfe85b
+@patch
+def begin(self: HostStates, buckets: Iterable | None = None):
+    "Begins a pass over these buckets; None: over what the last one had, in its order."
+    expected = {}
+    for bucket in buckets or ():
+        expected.setdefault(self.pipe(bucket), []).extend(bucket.parts)
+    for pipe in self.pipes.values():
+        if pipe.loads: pipe.finish()  # of a pass that failed
+        pipe.begin(pipe.order if buckets is None else expected.get(pipe, ()))
 
-    def step(self, opt, bucket, group: dict, scaling):
-        "One step of a bucket, part by part."
-        t, fused = None, bucket.tensors is not None
-        if not fused:
-            if scaling.skip is not None and scaling.skip > 0: return
-            t = next_step(bucket.step)
-        (pipe := self.pipe(bucket)).coming.extendleft(reversed(bucket.parts))
-        for part in bucket.parts:
-            with pipe.staged(part) as memory:
-                part.stage(opt, group, memory)
-                with part.standing_in(opt, memory) if opt._update_one is not None else nullcontext():
-                    if fused: opt._update_fused(part, group, scaling)
-                    else: opt._update(part, group, t, scaling.multiplier)
+@patch
+def step(self: HostStates, opt, bucket, group: dict, scaling):
+    "One step of a bucket, part by part."
+    t, fused = None, bucket.tensors is not None
+    if not fused:
+        if scaling.skip is not None and scaling.skip > 0: return
+        t = next_step(bucket.step)
+    (pipe := self.pipe(bucket)).coming.extendleft(reversed(bucket.parts))
+    for part in bucket.parts:
+        with pipe.staged(part) as memory:
+            part.stage(opt, group, memory)
+            with part.standing_in(opt, memory) if opt._update_one is not None else nullcontext():
+                if fused: opt._update_fused(part, group, scaling)
+                else: opt._update(part, group, t, scaling.multiplier)
 
-    def finish(self):
-        "Ends a pass: when this returns, the host has all states."
-        for pipe in self.pipes.values(): pipe.finish()
+@patch
+def finish(self: HostStates):
+    "Ends a pass: when this returns, the host has all states."
+    for pipe in self.pipes.values(): pipe.finish()
