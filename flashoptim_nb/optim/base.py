@@ -214,6 +214,10 @@ class FlashOptimizer(Optimizer):
         if self.offload_states: self._host = HostStates()
         LIVE_OPTIMIZERS.add(self)
 
+    def invalidate(self):
+        "Lets go of what was remembered of parameters and states: they were replaced."
+        self._cached.clear()
+
     def step(
         self,
         closure: Callable | None = None,  # evaluates the model again and returns the loss
@@ -226,6 +230,70 @@ class FlashOptimizer(Optimizer):
         return (self._watched_step if watched else self._step)(closure)
 
     step.hooked = True  # torch need not wrap it: what it does for who watches a step costs the host a third of the step
+
+    @torch.compiler.disable
+    def step_param(
+        self,
+        p: torch.Tensor,  # one parameter; without a gradient nothing happens
+        group: dict | None = None,  # its parameter group; None: looked for
+        multiplier: torch.Tensor | None = None,  # 0-d fp32 factor of the gradient, say a clip coefficient
+    ):
+        "Takes one step of a single parameter (what gradient release does); `max_norm` does not apply."
+        if p.grad is None: return
+        check_at_home(self)
+        if group is None: group = next((g for g in self.param_groups if any(q is p for q in g["params"])), None)
+        if group is None:
+            raise OptionError(f"a parameter of shape {tuple(p.shape)} that this optimizer does not step: add "
+                              "it with add_param_group")
+        for bucket in self._collect_one(p, group):
+            scaling = compute_grad_scaling(self, [bucket], clip=False)[bucket.device]
+            self._apply(bucket, group,
+                        GradScaling(multiplier if scaling.multiplier is None else scaling.multiplier, scaling.skip))
+        if self._host is not None: self._host.finish()
+
+    def recompute_param_stats(self):
+        "Looks up the largest weight of each parameter anew, for `check_numerics`."
+        ps = [p for group in self.param_groups for p in group["params"] if p.numel()]
+        self._largest = {p: float(p.detach().abs().max()) for p in ps}
+
+    def bytes_per_parameter(self) -> dict[str, float]:
+        """Resident bytes of each class, over the number of values optimized:
+        weights, gradients, masters, states, scales, and total; beside them what is on the host instead."""
+        return resident_bytes(self)
+
+    def state_dict(self) -> dict:
+        """As in torch.optim; waits for the device, since step counters leave it.
+        Tensors are the live ones, not copies, but for the counters: of what is to be loaded again after further
+        steps, keep a `copy.deepcopy`."""
+        return saved_state(self)
+
+    def load_state_dict(
+        self,
+        state_dict: Mapping,  # of this class, of torch.optim's or of the public package's; tensors are copied
+    ):
+        """Loads states and groups, converting what is kept otherwise; steps go on with this optimizer's `rounding`,
+        and a warning says where this package saved them under another. The public package's and torch's do not say.
+        Raises `StateError`, with nothing changed, where it does not fit."""
+        load_state(self, state_dict)
+
+    def public_state_dict(self) -> dict:
+        "A state dict that the public package loads bit for bit; raises `StateError` for what that package lacks."
+        return saved_public_state(self)
+
+    def get_fp32_model_state_dict(
+        self,
+        model: torch.nn.Module,  # whose parameters this optimizer steps
+    ) -> dict[str, torch.Tensor]:  # names as in model.state_dict(), new tensors
+        "The model's state dict in fp32, masters joined with their error bits; what is not floating point stays."
+        return fp32_weights(self, model)
+
+    def set_fp32_model_state_dict(
+        self,
+        model: torch.nn.Module,  # whose parameters this optimizer steps
+        state_dict: Mapping[str, torch.Tensor],  # fp32, named as in model.state_dict(); whole or sharded, on any device
+    ):
+        "Puts fp32 weights into model and error bits; raises `StateError`, with nothing changed, where they do not fit."
+        set_fp32_weights(self, model, state_dict)
 
 # %% ../../nbs/optim/08_base.ipynb #a8741b86
 @patch
@@ -261,7 +329,7 @@ def _scalars(self: FlashOptimizer, group: dict) -> object:
     "What is the same for every value of a step, for an elementwise kernel."
     return None
 
-# %% ../../nbs/optim/08_base.ipynb #639cca19
+# %% ../../nbs/optim/08_base.ipynb #f48c5f0a
 @patch
 def _checked(self: FlashOptimizer, name: str, x: object) -> object:
     "What an option becomes that is set to `x`; raises `OptionError` for what it cannot be, or can no longer become."
@@ -273,11 +341,6 @@ def _checked(self: FlashOptimizer, name: str, x: object) -> object:
     # "as you think best": the norm tells, where it is formed anyway
     if x is None and name in ("fused", "skip_nonfinite"): x = name == "fused" or self.max_norm is not None
     return x
-
-@patch
-def invalidate(self: FlashOptimizer):
-    "Lets go of what was remembered of parameters and states: they were replaced."
-    self._cached.clear()
 
 # %% ../../nbs/optim/08_base.ipynb #95f38440
 @patch
@@ -451,28 +514,6 @@ def _step(self: FlashOptimizer, closure=None):
 # torch's: with hooks, inside a range of the profiler
 FlashOptimizer._watched_step = torch.compiler.disable(Optimizer.profile_hook_step(FlashOptimizer._step))
 
-# %% ../../nbs/optim/08_base.ipynb #298a2141
-@patch
-@torch.compiler.disable
-def step_param(
-    self: FlashOptimizer,
-    p: torch.Tensor,  # one parameter; without a gradient nothing happens
-    group: dict | None = None,  # its parameter group; None: looked for
-    multiplier: torch.Tensor | None = None,  # 0-d fp32 factor of the gradient, say a clip coefficient
-):
-    "Takes one step of a single parameter (what gradient release does); `max_norm` does not apply."
-    if p.grad is None: return
-    check_at_home(self)
-    if group is None: group = next((g for g in self.param_groups if any(q is p for q in g["params"])), None)
-    if group is None:
-        raise OptionError(f"a parameter of shape {tuple(p.shape)} that this optimizer does not step: add "
-                          "it with add_param_group")
-    for bucket in self._collect_one(p, group):
-        scaling = compute_grad_scaling(self, [bucket], clip=False)[bucket.device]
-        self._apply(bucket, group,
-                    GradScaling(multiplier if scaling.multiplier is None else scaling.multiplier, scaling.skip))
-    if self._host is not None: self._host.finish()
-
 # %% ../../nbs/optim/08_base.ipynb #31c659ee
 @patch(as_prop=True)
 def _step_supports_amp_scaling(self: FlashOptimizer) -> bool:
@@ -480,47 +521,6 @@ def _step_supports_amp_scaling(self: FlashOptimizer) -> bool:
     which are gone. Others it unscales itself, so that they can be clipped."""
     return (self.release is not None
             or any(p.dtype == torch.float16 for group in self.param_groups for p in group["params"]))
-
-# %% ../../nbs/optim/08_base.ipynb #0bd9612e
-@patch
-def state_dict(self: FlashOptimizer) -> dict:
-    """As in torch.optim; waits for the device, since step counters leave it.
-    Tensors are the live ones, not copies, but for the counters: of what is to be loaded again after further
-    steps, keep a `copy.deepcopy`."""
-    return saved_state(self)
-
-@patch
-def load_state_dict(
-    self: FlashOptimizer,
-    state_dict: Mapping,  # of this class, of torch.optim's or of the public package's; tensors are copied
-):
-    """Loads states and groups, converting what is kept otherwise; steps go on with this optimizer's `rounding`,
-    and a warning says where this package saved them under another. The public package's and torch's do not say.
-    Raises `StateError`, with nothing changed, where it does not fit."""
-    load_state(self, state_dict)
-
-@patch
-def public_state_dict(self: FlashOptimizer) -> dict:
-    "A state dict that the public package loads bit for bit; raises `StateError` for what that package lacks."
-    return saved_public_state(self)
-
-# %% ../../nbs/optim/08_base.ipynb #88cb8d51
-@patch
-def get_fp32_model_state_dict(
-    self: FlashOptimizer,
-    model: torch.nn.Module,  # whose parameters this optimizer steps
-) -> dict[str, torch.Tensor]:  # names as in model.state_dict(), new tensors
-    "The model's state dict in fp32, masters joined with their error bits; what is not floating point stays."
-    return fp32_weights(self, model)
-
-@patch
-def set_fp32_model_state_dict(
-    self: FlashOptimizer,
-    model: torch.nn.Module,  # whose parameters this optimizer steps
-    state_dict: Mapping[str, torch.Tensor],  # fp32, named as in model.state_dict(); whole or sharded, on any device
-):
-    "Puts fp32 weights into model and error bits; raises `StateError`, with nothing changed, where they do not fit."
-    set_fp32_weights(self, model, state_dict)
 
 # %% ../../nbs/optim/08_base.ipynb #817b9ef1
 def min_step(
@@ -531,13 +531,6 @@ def min_step(
     "Distance from a weight of this size to the next that its format can hold."
     ulp = torch.finfo(dtype).eps * 2.0 ** (torch.tensor(largest, dtype=torch.float64).frexp().exponent.item() - 1)
     return ulp / (2 * MAX_CODE[bits]) if bits else ulp
-
-# %% ../../nbs/optim/08_base.ipynb #58850c00
-@patch
-def recompute_param_stats(self: FlashOptimizer):
-    "Looks up the largest weight of each parameter anew, for `check_numerics`."
-    ps = [p for group in self.param_groups for p in group["params"] if p.numel()]
-    self._largest = {p: float(p.detach().abs().max()) for p in ps}
 
 # %% ../../nbs/optim/08_base.ipynb #ba5e0001
 def check_least_step(
@@ -615,9 +608,3 @@ def resident_bytes(
                 total[kind] += 0 if key == "step" else t.numel() * t.element_size()
     device = sum(total.values()) - total["host"]
     return {kind: size / max(n, 1) for kind, size in (total | {"total": device}).items()}
-
-@patch
-def bytes_per_parameter(self: FlashOptimizer) -> dict[str, float]:
-    """Resident bytes of each class, over the number of values optimized:
-    weights, gradients, masters, states, scales, and total; beside them what is on the host instead."""
-    return resident_bytes(self)

@@ -75,7 +75,21 @@ class GradientReleaseHandle:
     @clip.setter
     def clip(self, coefficient): self.optimizer._next_clip = coefficient
 
-# %% ../../nbs/optim/12_release.ipynb #22497a2d
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        "Backward passes inside only add up gradients: for all micro-batches but the last."
+        before, self.active = self.active, False
+        try: yield
+        finally: self.active = before
+
+    def remove(self):
+        "Back to ordinary steps."
+        if self._unclipped and self._squares: self._coming()
+        for hook in self._hooks: hook.remove()
+        self._hooks, self.active = [], False
+        if self.optimizer.release is self: self.optimizer.release = self.clip = None  # and not a later handle
+
+# %% ../../nbs/optim/12_release.ipynb #1db1d459
 @patch
 def _watch(self: GradientReleaseHandle, params: Iterable[torch.Tensor]):
     "Hooks parameters, those that are frozen now among them: they may be thawed."
@@ -87,22 +101,6 @@ def _watch(self: GradientReleaseHandle, params: Iterable[torch.Tensor]):
             p.requires_grad_(True)  # torch hooks no others
         self._hooks.append(p.register_post_accumulate_grad_hook(Arrival(self)))
         if frozen: p.requires_grad_(False)
-
-@patch
-def remove(self: GradientReleaseHandle):
-    "Back to ordinary steps."
-    if self._unclipped and self._squares: self._coming()
-    for hook in self._hooks: hook.remove()
-    self._hooks, self.active = [], False
-    if self.optimizer.release is self: self.optimizer.release = self.clip = None  # and not a later handle
-
-@patch
-@contextmanager
-def accumulate(self: GradientReleaseHandle) -> Iterator[None]:
-    "Backward passes inside only add up gradients: for all micro-batches but the last."
-    before, self.active = self.active, False
-    try: yield
-    finally: self.active = before
 
 # %% ../../nbs/optim/12_release.ipynb #8c0b0a32
 @patch
