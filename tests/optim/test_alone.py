@@ -30,7 +30,7 @@ class Alone:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in blocked: return None
         ours = re.match(r"flashoptim_nb\.(.*)", name)
-        if ours and not re.match(r"optim\b|base$|base\.errors$", ours[1]): raise AssertionError(f"the optimizers import {name}")
+        if ours and not re.match(r"optim\b|base$|base\.(errors|patch)$", ours[1]): raise AssertionError(f"the optimizers import {name}")
         return next((spec for finder in self.finders if (spec := finder.find_spec(name, path, target))), None)
 
 
