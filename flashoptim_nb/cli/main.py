@@ -112,7 +112,8 @@ def _check_surroundings(args):
     if given := getattr(args, "rate", None):
         for text in given: own_rate(text)
         os.environ[RATES] = "\n".join(given)
-    data_folder(), known_platforms(), record_folders(), commit()
+    if getattr(args, "command", "") != "doctor": data_folder()  # which tells of it with all else
+    known_platforms(), record_folders(), commit()
     if cache := os.environ.get("FLASHOPTIM_CACHE"):
         try: check_place(cache)
         except UserError as error:
@@ -180,6 +181,7 @@ def _h1_preset(preset, args):
     from flashoptim_nb.train.ranks import check_ranks, launched
     if args.steps is not None:
         if args.steps < 1: raise UserError(f"--steps is {args.steps}; at least 1 is needed")
+        if not args.out: raise UserError("--steps makes a plan of your own, which would take the preset's place; name a folder for it with --out")
         preset = preset.replace(plans={size: plan.replace(recipe=plan.recipe.replace(steps=args.steps))
                                        for size, plan in preset.plans.items()})
     if args.piece is not None:
@@ -426,7 +428,7 @@ def _verdict_parser(command):
     verdict.add_argument(
         "--json", action="store_true",
         help="a list: id, statement, status, value, threshold, interval, bound (at most: the interval is open below; at "
-             "least: open above, whatever number stands there), scale, records, given (registered, or read post hoc)")
+             "least: open above, whatever number stands there), scale, records, given (registered, or read post hoc); an id stands there once for each `against` and `given`")
     _preset(verdict, "judge the records of one preset only (default: each criterion from the largest that measured it)")
     verdict.add_argument("--records", **_RECORDS)
 
@@ -849,7 +851,7 @@ def _data() -> dict[str, dict]:
     def found(name, split):
         try: return dict(ok=True, why=find_text(name, split)[0])
         except UserError as error:
-            return dict(ok=False, why=str(error).split(". Set")[0].partition(" is not available: ")[2] or str(error))
+            return dict(ok=False, why=str(error).split(". Set")[0].partition(" is not available: ")[2] or str(error).replace("; ", ": "))
     return {f"{name} {split}": found(name, split) for name, splits in SETS.items() for split in splits}
 
 # %% ../../nbs/cli/02_main.ipynb #35a3cdb2

@@ -33,10 +33,10 @@ from ..train.config import TrainConfig, bytes_per_parameter
 _UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 def parameter_count(
-    text: str,  # 7B, 1.3b, 350M, 7000000000
+    text: str,  # 7B, 1.3b, 350M, 1.3e9, 7000000000
 ) -> float:
     "The number of parameters that a text names; raises `UserError` for one that names none."
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMBT]?)\s*", text.upper())
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:E[0-9]{1,2})?)\s*([KMBT]?)\s*", text.upper())
     if not found or not (n := float(found[1]) * _UNITS.get(found[2], 1)):
         raise UserError(f"{text!r} is no number of parameters; write it as 350M, 1.3B or 7B")
     return n

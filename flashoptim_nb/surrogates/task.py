@@ -97,6 +97,7 @@ class SurrogateTask:
         # a throw-away network: drawn on the device, which is quicker where it is large, and never evaluated in fp32
         trial: bool = False,
     ):
+        if not domain.size("train"): raise UserError(f"{domain.name} has no rows to train on")
         self.domain, self.config, self.recipe, self.seed = domain, config, recipe, seed
         self.device = torch.device(device)
         self.width = width or sized(domain, config.times)[0]
@@ -157,9 +158,12 @@ def micros(self: SurrogateTask, n: int) -> list:
 
 @patch
 def error(self: SurrogateTask, batch) -> torch.Tensor:
-    "Mean squared error of the standardized targets of a batch, in fp32."
+    "Mean squared error of the standardized targets of a batch, in fp32; raises `UserError` for shapes that are not (n, targets)."
+    found, shape = self.model(batch), (len(batch), len(self.domain.targets))
+    for what, has in (("labels", batch.y), ("the network's answers", found)):
+        if has.shape != shape: raise UserError(f"{what} of {len(batch)} rows of {self.domain.name} have the shape {tuple(has.shape)}; {shape} is needed, a column for each target")
     with torch.autocast(self.device.type, enabled=False): wanted = (batch.y - self.mean) / self.std
-    return nn.functional.mse_loss(self.model(batch).float(), wanted)
+    return nn.functional.mse_loss(found.float(), wanted)
 
 @patch
 def train_batch(self: SurrogateTask, micros: list) -> tuple[torch.Tensor, torch.Tensor]:
@@ -253,6 +257,7 @@ def errors(
 ) -> list[dict]:
     "Mean absolute and root mean square error of each target over a split, in its unit."
     domain, n = surrogate.domain, min(surrogate.domain.size(split), limit or math.inf)
+    if not n: raise UserError(f"{domain.name} has no rows in its split {split}")
     absolute, square = torch.zeros(2, len(domain.targets), dtype=torch.float64)
     for first in range(0, n, batch):
         rows = domain.batch(split, np.arange(first, min(n, first + batch)))
