@@ -77,7 +77,8 @@ def take_step(
     if isinstance(optimizer, FlashOptimizer):  # unscales, clips and skips inside
         if scale.on and optimizer.release is None: optimizer.grad_norm = None  # a scaler that skips does not call it
         scale.step(optimizer)
-        return torch.tensor(math.inf) if optimizer.grad_norm is None else optimizer.grad_norm
+        skipped = optimizer.grad_norm is None
+        return torch.tensor(math.inf, device=optimizer.param_groups[0]["params"][0].device) if skipped else optimizer.grad_norm
     if scale.on: scale.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
     if scale.on or getattr(optimizer, "_step_supports_amp_scaling", False):
