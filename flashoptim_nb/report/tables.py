@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIGNS', 'CRITERION_WORDS', 'WHOLE_WORDS', 'tone', 'chip', 'show_statuses', 'in_nats', 'part_text', 'verdict_cell',
            'judged', 'show_criteria', 'show_verdict', 'show_missing', 'part_frame', 'show_rules', 'decided_runs',
-           'verdict_banner', 'unlike_manifest', 'altered_note', 'post_hoc', 'registration_note',
+           'verdict_banner', 'show_reasons', 'unlike_manifest', 'altered_note', 'post_hoc', 'registration_note',
            'show_changed_criteria', 'measured_saving', 'best_evidence_of', 'paced_by', 'by_card', 'gaps_by_card',
            'paired_gpus', 'estimate_text', 'verdict_text', 'show_post_hoc', 'post_hoc_text']
 
@@ -31,7 +31,7 @@ from ..study.protocols import PROTOCOLS
 from ..study.manifest import manifest_problems, under_way
 from ..study.registration import history, registered, registration_status
 from ..study.statistics import Estimate
-from ..study.verdict import NOT_APPLICABLE, side_text, value_text, verdict
+from ..study.verdict import NOT_APPLICABLE, side_text, tally, value_text, verdict
 from .render import (
     Rendered, attributes, by_study, given_runs, load_runs, provenance_note, runs_of, sentence, table)
 
@@ -330,20 +330,25 @@ def _in_words(whole: dict, entries: list[dict]) -> str:
         said.append(f"{words} ({e['id']}{f': {at}' if (at := ', '.join(places)) else ''})")
     return ". ".join(said)
 
+def _head(whole: dict) -> str:
+    "The side that a verdict is on."
+    said = side_text(whole)
+    return ((said if _stack(whole) else said.replace("against", "Against", 1))
+            + (" (the headline)" if whole["headline"] else ""))
+
+# %% ../../nbs/report/02_tables.ipynb #2c53b05c
 def verdict_banner(
     runs: Iterable[Run] | None = None,
     hypothesis: Hypothesis = H1,
     brief: bool = False,  # only what decides, in words; the provenance stands elsewhere on the page
 ) -> Rendered:
-    "The verdict on each side, the headline first, with what decides it and the provenance of all runs."
+    "The verdict on each side, the headline first: what decides it, how much is open, the provenance of all runs."
     runs = _runs(runs, hypothesis)
     entries, parts = judged(runs, hypothesis), []
     for whole in (e for e in entries if e["kind"] == "overall"):
-        mine, said = [e for e in entries if e["side"] == whole["side"]], side_text(whole)
-        head = ((said if _stack(whole) else said.replace("against", "Against", 1))
-                + (" (the headline)" if whole["headline"] else ""))
-        reason = _in_words(whole, mine) if brief else whole["reason"]
-        reason = reason[:1].upper() + reason[1:]
+        mine, head = [e for e in entries if e["side"] == whole["side"]], _head(whole)
+        said = [_in_words(whole, mine)] * (brief or bool(whole["decided_by"])) + [tally([e for e in mine if e["kind"] != "overall"])] * (not brief)
+        reason = ". ".join(words[:1].upper() + words[1:] for words in said)
         mark = attributes(dict(verdict=whole["id"], against=whole["against"], stack=_stack(whole),
                                status=whole["status"], runs=decided_runs(mine) or None))
         html = (f'<div class="verdict {tone(whole["status"])}"{mark}><p><strong>{escape(head)}: '
@@ -351,6 +356,17 @@ def verdict_banner(
         parts.append(Rendered(html, f"- **{head}: {whole['status']}**. {reason}."))
     whole = Rendered("\n".join(p.html for p in parts), "\n".join(p.markdown for p in parts))
     return whole if brief else whole + provenance_note(runs, judged=True)
+
+# %% ../../nbs/report/02_tables.ipynb #3eca7376
+def show_reasons(
+    hypothesis: Hypothesis = H1,
+    runs: Iterable[Run] | None = None,
+) -> Rendered:
+    "The verdict on each side in the judge's own words, with the runs that it rests on."
+    runs = _runs(runs, hypothesis)
+    said = [(_head(whole), whole["reason"]) for whole in judged(runs, hypothesis) if whole["kind"] == "overall"]
+    html = "".join(f"<p><strong>{escape(head)}</strong>: {escape(reason)}.</p>" for head, reason in said)
+    return Rendered(html, "\n".join(f"- **{head}**: {reason}." for head, reason in said)) + provenance_note(runs, judged=True)
 
 # %% ../../nbs/report/02_tables.ipynb #7e61a002
 def unlike_manifest(
