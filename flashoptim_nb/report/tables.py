@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SIGNS', 'CRITERION_WORDS', 'WHOLE_WORDS', 'tone', 'chip', 'show_statuses', 'in_nats', 'part_text', 'verdict_cell',
-           'judged', 'show_criteria', 'show_verdict', 'show_missing', 'part_frame', 'show_rules', 'decided_runs',
-           'verdict_banner', 'show_reasons', 'unlike_manifest', 'altered_note', 'post_hoc', 'registration_note',
-           'show_changed_criteria', 'measured_saving', 'best_evidence_of', 'paced_by', 'by_card', 'gaps_by_card',
-           'paired_gpus', 'estimate_text', 'verdict_text', 'show_post_hoc', 'post_hoc_text']
+           'judged', 'show_criteria', 'show_verdict', 'plainly', 'show_missing', 'part_frame', 'show_rules',
+           'decided_runs', 'verdict_banner', 'show_reasons', 'unlike_manifest', 'altered_note', 'post_hoc',
+           'registration_note', 'show_changed_criteria', 'measured_saving', 'best_evidence_of', 'paced_by', 'by_card',
+           'gaps_by_card', 'paired_gpus', 'estimate_text', 'verdict_text', 'show_post_hoc', 'post_hoc_text']
 
 # %% ../../nbs/report/02_tables.ipynb #ed3755d0
 import re
@@ -225,12 +225,19 @@ def show_verdict(
     used = {name for e in entries for name in e["records"]}
     return table(rows, kind="criteria") + provenance_note(runs_of(used, runs))
 
+# %% ../../nbs/report/02_tables.ipynb #e654b207
+def plainly(
+    note: str,  # of an estimate
+) -> str:
+    "A judge's note in which runs that a card could not hold are told by their names."
+    return re.sub(r"[\w.-]+/([\w.-]+) \(\w+, seed \d+, oom: [^)]*\)", r"\1 (out of memory)", note)
+
 # %% ../../nbs/report/02_tables.ipynb #f2070024
 def _lacking(entry: dict) -> list[tuple[str, tuple[str, ...], str]]:
     "What keeps a criterion open: where, of which configurations runs are missing; or why, if they are there."
     def names(one): return tuple(dict.fromkeys("the reference" if c == entry["against"] else c for c in one["configs"]))
     lacks = (one for part in entry["parts"] for one in part["missing"])
-    return list(dict.fromkeys((one["at"], names(one), "" if one["configs"] else one["why"]) for one in lacks))
+    return list(dict.fromkeys((one["at"], names(one), "" if one["configs"] else plainly(one["why"])) for one in lacks))
 
 # %% ../../nbs/report/02_tables.ipynb #29e9f297
 def _folded_lacks(kept: dict) -> list[tuple[str, tuple[str, ...]]]:
