@@ -171,9 +171,10 @@ def _common(config: dict, tied: bool) -> dict:
 def _llama(config: dict) -> dict:
     c, family = _common(config, config["family"] == "gemma"), config["family"]
     q, k = c["n_head"] * c["head_dim"], c["n_kv_head"] * c["head_dim"]
-    biases = q + 2 * k if family == "qwen2" else (q + 2 * k + c["d_model"]) * _flag(config, "attention_bias")
+    biased = family != "mistral" and _flag(config, "attention_bias")
+    biases = q + 2 * k if family == "qwen2" else (q + 2 * k + c["d_model"]) * biased
     return (c | dict(vectors=2 * c["d_model"] + biases + 2 * c["head_dim"] * (family == "qwen3")
-                     + (2 * c["ffn_width"] + c["d_model"]) * _flag(config, "mlp_bias")))
+                     + (2 * c["ffn_width"] + c["d_model"]) * (family == "llama" and _flag(config, "mlp_bias"))))
 
 def _neox(config: dict) -> dict:
     c = _common(config, False)

@@ -78,11 +78,20 @@ class AveragedMasters:
             (chunk, torch.zeros(sum(local(self.params[n]).numel() for n in chunk), dtype=torch.float32,
                                 device=self.params[chunk[0]].device))
             for chunk in _chunks(self.params)]
-        self.average = {}  # name -> fp32, this rank's part of a parameter
-        for chunk, flat in self.chunks:
-            shapes = [local(self.params[name]).shape for name in chunk]
-            self.average |= {name: part.view(shape)
-                             for name, part, shape in zip(chunk, flat.split([s.numel() for s in shapes]), shapes)}
+        self.average = self._parts()
+
+    def _parts(self):
+        "Each parameter's average by its name, this rank's part in fp32: views of the chunks."
+        shapes = {name: local(p).shape for name, p in self.params.items()}
+        return {name: part.view(shapes[name]) for chunk, flat in self.chunks
+                for name, part in zip(chunk, flat.split([shapes[name].numel() for name in chunk]))}
+
+    # pickle would write the views as memory of their own
+    def __getstate__(self): return {key: kept for key, kept in self.__dict__.items() if key != "average"}
+
+    def __setstate__(self, state):
+        self.__dict__ |= state
+        self.average = self._parts()
 
     @torch.no_grad()
     def update(self):

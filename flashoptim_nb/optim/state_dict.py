@@ -449,6 +449,13 @@ def _warn_of_options(before, own, states):
     warnings.warn(f"the state dict was saved under {was}, and this optimizer goes on with {goes}: "
                   f"make it with {was} to go on as before")
 
+# %% ../../nbs/optim/09_state_dict.ipynb #cc4dad0a
+def _warn_of_reference(mine, saved, public):
+    "Warns where the public layout's one key for decay's reference and a scheduler's first rate is not this optimizer's rate."
+    if not public or mine is None or mine == saved: return
+    warnings.warn(f"weight decay goes by lr / {saved:g}, the initial_lr of the state dict, and not by lr / {mine:g} as this "
+                  "optimizer was made: a scheduler writes that key, too; if it did, set reference_lr of the groups back")
+
 # %% ../../nbs/optim/09_state_dict.ipynb #86e05282
 def _has_16_bits(p):
     "Whether the weights are as if they had been rounded to 16 bits."
@@ -502,8 +509,11 @@ def load_state(
     for own, new, g in zip(opt.param_groups, options, groups):
         # elsewhere a scheduler has written it, which may begin far below
         ours = not {"state_format", "master_bytewidth"}.isdisjoint(g)
-        # what had no key of its own kept it there
-        if opt.decouple_lr and ours and new.get("initial_lr"): own["reference_lr"] = float(new["initial_lr"])
+        # what had no key of its own kept it there; steps that did not go by it kept none
+        kept = _origin(g, "").options.get("decouple_lr") != "False"
+        if opt.decouple_lr and ours and kept and new.get("initial_lr"):
+            _warn_of_reference(own.get("reference_lr"), float(new["initial_lr"]), public="master_bytewidth" in g)
+            own["reference_lr"] = float(new["initial_lr"])
         own.update(new)
     opt.state.clear(); opt.state.update(states)
     opt._made_for = {p: p.dtype for p in states}

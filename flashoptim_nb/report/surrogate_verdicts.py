@@ -38,9 +38,9 @@ def stability_rows(
         steps=("steps", "sum"), skipped=("skipped", "sum"), above=("scaled_above", "sum"), least=("least_scale", "min"),
         last=("loss_scale", "last"))
     table = evidence_table(named_runs(epochs, runs), H2)
-    grew = {row["run"]: diverged(row) for _, row in table.iterrows()}
+    grew = {row["name"]: diverged(row) for _, row in table.iterrows()}
     scaled = rows["config"].str.contains("fp16")
-    return ordered(rows.assign(diverged=[bool(grew.get(name)) for name in rows["run"]],
+    return ordered(rows.assign(diverged=[bool(grew.get(name)) for name in rows["study"] + "/" + rows["run"]],
                                above=(rows["above"] / rows["steps"]).where(scaled), least=rows["least"].where(scaled),
                                last=rows["last"].where(scaled)))
 
@@ -52,7 +52,7 @@ def show_stability(
     runs = given_runs(runs, "h2")
     rows = stability_rows(runs, **where)
     table = summarize(
-        rows, ["role", "config"], n=("run", "nunique"), steps=("steps", "sum"), skipped=("skipped", "sum"),
+        rows, ["role", "config"], n=("run", "size"), steps=("steps", "sum"), skipped=("skipped", "sum"),
         above=("above", "mean"), least=("least", "min"), last=("last", "median"), diverged=("diverged", "sum"))
     heads = dict(scale="scale", role="domain", config="configuration", n="training runs", steps="steps", skipped="skipped",
                  above="steps with a scale above 1", least="least scale", last="median scale at the end",

@@ -98,6 +98,9 @@ class SurrogateTask:
         trial: bool = False,
     ):
         if not domain.size("train"): raise UserError(f"{domain.name} has no rows to train on")
+        if recipe.batch < config.accumulate:
+            raise UserError(f"a batch of {recipe.batch} rows cannot be divided into {config.accumulate} micro-batches: "
+                            f"give batch={config.accumulate} at least, or a configuration with a smaller `accumulate`")
         self.domain, self.config, self.recipe, self.seed = domain, config, recipe, seed
         self.device = torch.device(device)
         self.width = width or sized(domain, config.times)[0]

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from flashoptim_nb.cli.main import main
-from flashoptim_nb.lm.fit import FIT_CONFIGS, gpt_of, predict
+from flashoptim_nb.lm.fit import FIT_CONFIGS, architecture_of, gpt_of, predict
 from flashoptim_nb.report.fits import predicted_rows
 
 
@@ -21,6 +21,17 @@ def test_every_recorded_peak_is_predicted_within_5_percent():
 def test_known_peaks(size, config, micro, how, peak):
     found = predict(gpt_of(size), FIT_CONFIGS[config].replace(loss="fused_linear"), micro, 2048, **how)["peak"]
     assert found / 1e9 == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize("family, key, more", [  # transformers' classes of the others have no such parameters
+    ("Llama", "attention_bias", 192 + 64), ("Llama", "mlp_bias", 2 * 100 + 64), ("Qwen3", "attention_bias", 192 + 64),
+    ("Gemma", "attention_bias", 192 + 64), ("Mistral", "attention_bias", 0), ("Mistral", "mlp_bias", 0), ("Qwen2", "mlp_bias", 0),
+    ("Qwen2", "attention_bias", 0), ("Qwen3", "mlp_bias", 0), ("Gemma", "mlp_bias", 0)])
+def test_biases_are_counted_where_a_family_has_them(family, key, more):
+    config = dict(architectures=[f"{family}ForCausalLM"], hidden_size=64, num_hidden_layers=3, num_attention_heads=4, head_dim=16,
+                  num_key_value_heads=4, intermediate_size=100, vocab_size=500, max_position_embeddings=64)
+    count = lambda config: architecture_of(config).count()["total"]
+    assert count(config | {key: True}) - count(config) == 3 * more
 
 
 def answer(capsys, *words):

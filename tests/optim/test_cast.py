@@ -1,5 +1,6 @@
 """The cast: what it leaves exact, what goes on running, and what reaches the masters, on one rank and on two."""
 import copy
+import pickle
 
 import pytest
 import torch
@@ -285,6 +286,21 @@ def test_averages_of_mixed_models(make):
                 and torch.equal(model[1].weight, found["1.weight"]))
         1 / 0
     for name, t in model.state_dict().items(): assert torch.equal(t, before[name]), name
+
+
+def test_an_average_goes_on_after_pickle_as_without():
+    "Model, optimizer and average in one file, as one pickles a trainer."
+    model = nn.Linear(8, 8)
+    cast_model(model)
+    optimizer = FlashAdamW(model.parameters(), lr=0.1)
+    one = model, optimizer, AveragedMasters(optimizer, model, 0.5)
+    def go(model, optimizer, average):
+        model(torch.ones(2, 8, dtype=torch.bfloat16)).float().square().mean().backward()
+        optimizer.step(); optimizer.zero_grad(); average.update()
+    go(*one)
+    two = pickle.loads(pickle.dumps(one))
+    for _ in range(3): go(*one); go(*two)
+    for name, mean in one[2].model_state_dict().items(): assert torch.equal(mean, two[2].model_state_dict()[name])
 
 
 def test_while_averages_are_in_place_nothing_counts_on_the_weights():

@@ -747,8 +747,20 @@ def test_the_lr_that_decoupled_decay_refers_to_reaches_the_public_package():
     (group,) = opt.public_state_dict()["param_groups"]
     assert group["initial_lr"] == 1e-2 and "reference_lr" not in group
     again = FlashAdamW([p], lr=1.0, decouple_lr=True)
-    again.load_state_dict(opt.public_state_dict())
+    with pytest.warns(UserWarning, match="lr / 0.01, the initial_lr of the state dict, and not by lr / 1 "):
+        again.load_state_dict(opt.public_state_dict())
     assert again.param_groups[0]["reference_lr"] == 1e-2
+
+
+def test_a_first_rate_of_a_scheduler_is_not_what_decoupled_decay_refers_to():
+    "A checkpoint whose steps did not go by it has none, and its `initial_lr` is where a warm-up began."
+    p = nn.Parameter(torch.ones(32, dtype=BF16))
+    opt = FlashAdamW([p], lr=1e-2)
+    torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=1e-2, total_steps=10)
+    p.grad = torch.ones_like(p); opt.step()
+    again = FlashAdamW([p], lr=2e-2, decouple_lr=True)
+    with pytest.warns(UserWarning, match="decouple_lr=False"): again.load_state_dict(opt.state_dict())
+    assert again.param_groups[0]["reference_lr"] == 2e-2
 
 
 @pytest.mark.parametrize("bits", [24, 32])

@@ -186,3 +186,10 @@ def test_a_budget_is_enforced_by_the_allocator():
     del_me = torch.empty(3 << 29, dtype=torch.uint8, device="cuda")
     assert del_me.numel() == 3 << 29
     with pytest.raises(UserError, match="more than the"), enforced("cuda", 1 << 50): pass
+
+
+def test_a_batch_of_fewer_rows_than_micro_batches_is_refused(seed):
+    "An empty micro-batch has no mean error, and its NaN stood for the step's loss."
+    with pytest.raises(UserError, match="a batch of 3 rows cannot be divided into 4 micro-batches: give batch=4"):
+        task("mixed_bf16_accumulate", seed, batch=3)
+    assert np.isfinite(task("mixed_bf16_accumulate", seed, batch=4).step(1)["loss"])

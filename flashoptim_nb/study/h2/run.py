@@ -78,7 +78,7 @@ class EpochCallback(Callback):
         self.task, self.evaluated, self.workers = task, evaluated, workers
         self.on_gpu, self.state = task.device.type == "cuda", dict(epoch=0) | self._fresh()
 
-    def _fresh(self): return dict(seconds=0.0, steps=0, samples=0, skipped=0, partial=0, above=0, least=None, loss=0.0)
+    def _fresh(self): return dict(seconds=0.0, steps=0, samples=0, skipped=0, partial=0, above=0, least=None, loss=0.0, losses=0)
 
     def around(self, n, take):
         if self.on_gpu and not self.state["steps"]: torch.cuda.reset_peak_memory_stats(self.task.device)
@@ -87,11 +87,13 @@ class EpochCallback(Callback):
     def after(self, n, row):
         s, scale = self.state, row["loss_scale"]
         for key in ("seconds", "skipped", "partial", "loss"): s[key] += row[key] or 0
+        s["losses"] += row["loss"] is not None
         s["steps"], s["samples"], s["above"] = s["steps"] + 1, s["samples"] + row["tokens"], s["above"] + (scale > 1)
         s["least"] = scale if s["least"] is None else min(s["least"], scale)
         if (epoch := self.task.epoch_of(n)) > s["epoch"] or n == self.task.steps:
-            yield "epoch", self._row(epoch if epoch > s["epoch"] else epoch + 1, scale)
-            yield from _errors(self.task, "val", epoch, "own", None, self.evaluated)
+            number = _ended(self.task, n)
+            yield "epoch", self._row(number, scale)
+            yield from _errors(self.task, "val", number, "own", None, self.evaluated)
             self.state = dict(epoch=epoch) | self._fresh()
 
     def _row(self, epoch, scale):
@@ -101,10 +103,15 @@ class EpochCallback(Callback):
         return dict(epoch=epoch, loss_scale=scale, scaled_above=s["above"], least_scale=s["least"],
                     workers=self.workers, graphed=isinstance(self.task, GraphedTask)) | memory | {
             key: s[key] for key in ("seconds", "steps", "samples", "skipped", "partial")} | dict(
-            loss=s["loss"] / max(1, s["steps"] - s["skipped"]))
+            loss=s["loss"] / s["losses"] if s["losses"] else None)
 
     def state_dict(self): return dict(self.state)
-    def load_state_dict(self, state): self.state = dict(state)
+    def load_state_dict(self, state):  # one of before 28 November 2026 did not count losses
+        self.state = dict(losses=state["steps"] - state["skipped"]) | state
+
+def _ended(task: SurrogateTask, n: int) -> int:
+    "Number of the epoch that a step ends, or cuts short as the last one."
+    return max(task.epoch_of(n), task.epoch_of(n - 1) + 1)
 
 def _errors(task, split, epoch, precision, ema, limit=None) -> Iterator[tuple[str, dict]]:
     averaged = task.ema_weights is not None if ema is None else ema
@@ -128,7 +135,7 @@ class HeldOutCallback(Callback):
         task = self.task
         for ema in (True, False) if task.ema_weights is not None else (False,):
             for precision in ("own", "fp32"):
-                yield from _errors(task, "test", task.epoch_of(task.steps), precision, ema)
+                yield from _errors(task, "test", _ended(task, task.steps), precision, ema)
         if self.solve: yield from solutions(task, self.solve, self.domain, self.check)
 
 def solutions(
