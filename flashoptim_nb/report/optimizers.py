@@ -261,19 +261,20 @@ def paired_paths(
     runs = given_runs(runs, "quality")
     steps = rows_of("step", runs, arm="quality", role=role, config=(config, against))
     if steps.empty: return steps
-    lengths = {full_name(run): _planned(run) for run in named_runs(steps, runs)}
-    steps = steps.assign(length=(steps["study"] + "/" + steps["run"]).map(lengths))
+    # of runs that were repeated the last counts
+    one_each = {(run.header["config"], _planned(run), run.header["seed"]): full_name(run)
+                for run in sorted(named_runs(steps, runs), key=lambda run: str(run.header.get("started")))}
+    lengths = {name: length for (_, length, _), name in one_each.items()}
+    steps = steps.assign(length=(steps["study"] + "/" + steps["run"]).map(lengths)).dropna(subset="length").astype(dict(length=int))
     both = steps[steps["config"] == config].merge(
         steps[steps["config"] == against], on=["length", "seed", "step"], suffixes=("", "_old"))
     ratio = both["grad_norm"] / both["grad_norm_old"]
     both = both.assign(gap=both["loss"] - both["loss_old"], ratio=ratio.where(ratio > 1, 1 / ratio),
                        step=(both["step"] - 1) // 10 * 10 + 10)
-    keys = zip(steps["config"], steps["length"], steps["seed"])
-    named = dict(zip(keys, steps["study"] + "/" + steps["run"]))
     means = both.groupby(["length", "seed", "step"], as_index=False).agg(
         gap=("gap", "mean"), ratio=("ratio", "max"), scale=("scale", "first"))
     pairs = zip(means["length"], means["seed"])
-    return means.assign(config=config, runs=[[named[config, *pair], named[against, *pair]] for pair in pairs])
+    return means.assign(config=config, runs=[[one_each[config, *pair], one_each[against, *pair]] for pair in pairs])
 
 # %% ../../nbs/report/05_optimizers.ipynb #223d4117
 def gap_paths(
