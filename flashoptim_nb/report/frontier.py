@@ -8,7 +8,7 @@ __all__ = ['FRONTIER_SIZES', 'CARDS', 'BUDGETS', 'WAYS', 'TIMED_STEPS', 'MEASURE
            'token_savings', 'cards_named', 'frontier_sentences', 'show_frontier', 'show_frontier_rows']
 
 # %% ../../nbs/report/16_frontier.ipynb #c4c3604b
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 from itertools import product
@@ -177,13 +177,12 @@ def _cell(mine: pd.DataFrame, size: str, way: str, gpus: int, budget: int, card:
     return dict(state=MAY if fits else NOT, runs=[])
 
 # %% ../../nbs/report/16_frontier.ipynb #bff87163
-def frontier(
-    runs: Iterable[Run] | None = None,  # None: all there are
+def _cells(
+    seen: pd.DataFrame,  # of `seen_trainings`
+    places: Mapping[int, Iterable[str]] = FRONTIER_SIZES,  # number of GPUs -> sizes
 ) -> pd.DataFrame:
-    """A row for each cell: gpus, budget (GB), size, way, state, and where it is measured tokens_per_s (a GPU),
-    dollars (a million tokens), the rate and platform that they are priced at, device, micro, peak, runs."""
-    seen, cells = seen_trainings(runs), []
-    for (gpus, sizes), budget in product(FRONTIER_SIZES.items(), BUDGETS):
+    cells = []
+    for (gpus, sizes), budget in product(places.items(), BUDGETS):
         here = {size: seen[(seen["size"] == size) & (seen["gpus"] == gpus)] for size in sizes}
         cards = {size: _card(here[size], budget) for size in sizes}
         runs_alone = {size: _trained(here[size], budget, cards[size]) for size in sizes}
@@ -191,6 +190,13 @@ def frontier(
                   | _cell(here[size][here[size]["way"] == way], size, way, gpus, budget, cards[size], runs_alone[size])
                   for way in WAYS for size in sizes]
     return pd.DataFrame(cells)
+
+def frontier(
+    runs: Iterable[Run] | None = None,  # None: all there are
+) -> pd.DataFrame:
+    """A row for each cell: gpus, budget (GB), size, way, state, and where it is measured tokens_per_s (a GPU),
+    dollars (a million tokens), the rate and platform that they are priced at, device, micro, peak, runs."""
+    return _cells(seen_trainings(runs))
 
 # %% ../../nbs/report/16_frontier.ipynb #ac831b53
 _INK, _FAINT = "#1c2733", "#5c6773"
@@ -365,8 +371,7 @@ def _token_words(cells: pd.DataFrame, runs: list[Run]) -> str:
     # in all of a card's memory it is the runs' own cost a token, of which the saving to equal loss is made
     def saved(cells): return {budget: readable(saving, "share", 2) for budget, saving in token_savings(cells).items() if budget not in CARDS}
     if not (found := saved(cells)): return ""
-    cards = sorted({run.header["device"] for run in runs if run.header["device_kind"] == "cuda"})
-    alone = {card: saved(frontier([run for run in runs if run.header["device"] == card])) for card in cards}
+    alone = {card: saved(_cells(seen, {1: ["1B"]})) for card, seen in seen_trainings(runs).groupby("device")}
     beside = [f"{CARD.get(card, card)}: {', '.join(one.values())}" for card, one in alone.items() if one != found and one.keys() == found.keys()]
     return (f"; a token at 1B costs less: {', '.join(f'{saving} in {budget} GB' for budget, saving in found.items())}"
             + _aside(*beside, "one timing a side"))
