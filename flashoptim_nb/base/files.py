@@ -21,7 +21,10 @@ from .errors import UserError
 
 # %% ../../nbs/base/06_files.ipynb #5f11e004
 class DataUnavailable(UserError):
-    "A set that can be had neither here nor from a hub; the message says what was tried."
+    "A set that can be had neither here nor from a hub; the message says what was tried, `tried` each answer alone."
+    def __init__(self, message: str, tried: Iterable[str] = ()):
+        super().__init__(message)
+        self.tried = (*tried,) or (message,)
 
 # %% ../../nbs/base/06_files.ipynb #4e025855
 _SUM = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)?(.+)")  # as sha256sum writes it: digest, a mode, a name

@@ -837,21 +837,20 @@ def _quality_parser(command):
 
 # %% ../../nbs/cli/02_main.ipynb #867a14f3
 def _grouped(found: dict[str, dict]) -> list[tuple[bool, str, str]]:
-    "Whether, why (not), and the names of all of which that is so; a reason of several parts counts for each."
+    "Whether, why (not), and the names of all of which that is so; each of several reasons has its own."
     groups = defaultdict(list)
     for name, can in found.items():
-        for part in can["why"].split("; "): groups[can["ok"], part].append(name)
+        for reason in can["why"]: groups[can["ok"], reason].append(name)
     return [
         (ok, why, ", ".join(names)) for (ok, why), names in sorted(groups.items(), key=lambda group: not group[0][0])]
 
 # %% ../../nbs/cli/02_main.ipynb #4afe8875
 def _data() -> dict[str, dict]:
-    "Whether each split of each set can be had, and from where or why not."
+    "Whether each split of each set can be had, and from where or for which reasons not."
     from flashoptim_nb.lm.text import SETS, find_text
     def found(name, split):
-        try: return dict(ok=True, why=find_text(name, split)[0])
-        except UserError as error:
-            return dict(ok=False, why=str(error).split(". Set")[0].partition(" is not available: ")[2] or str(error).replace("; ", ": "))
+        try: return dict(ok=True, why=find_text(name, split)[:1])
+        except UserError as error: return dict(ok=False, why=getattr(error, "tried", (str(error),)))
     return {f"{name} {split}": found(name, split) for name, splits in SETS.items() for split in splits}
 
 # %% ../../nbs/cli/02_main.ipynb #35a3cdb2
@@ -879,7 +878,7 @@ def _doctor(args) -> int:
             | {f"attention {name}": one for name, one in attention_backends(device, torch.bfloat16, 64).items()})
     found = {name: dict(ok=one.ok, why=one.why) for name, one in able.items()}
     if args.json:
-        print(json.dumps(origin | {"can": found | {f"data {name}": can for name, can in data.items()}}, indent=1))
+        print(json.dumps(origin | {"can": found | {f"data {name}": can | dict(why="; ".join(can["why"])) for name, can in data.items()}}, indent=1))
         return 0
     print(f"flashoptim_nb {origin['package_version']}, commit {origin['commit'][:12]}\n"
           f"{origin['device']} ({'driver ' if device.type == 'cuda' else ''}{origin['driver']})")

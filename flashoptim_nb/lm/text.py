@@ -203,7 +203,7 @@ def _locate(name: str, split: str) -> tuple[Split, str, Path | None]:
         tried.append(hub.why)
     raise DataUnavailable(f"{name} ({split}) is not available: {'; '.join(tried)}. "
                           f"Set FLASHOPTIM_DATA to a folder that holds {', '.join(spec.files)}"
-                          + (f", or make the hub's {spec.hub[0]} reachable" if spec.hub else ""))
+                          + (f", or make the hub's {spec.hub[0]} reachable" if spec.hub else ""), tried)
 
 def find_text(
     name: str,  # a name in `SETS`
