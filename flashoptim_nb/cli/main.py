@@ -253,9 +253,10 @@ def _run(args) -> int:
     if args.dry_run:
         _tell_gpus(asked, workers, args)
         plans = H1_PROJECTION if args.hypothesis == "h1" else protocol
-        said, gpu = dry_run(plans, asked, args.arms), asked.accelerator.name
-        print(dry_run(plans, asked, args.arms, as_json=True) if args.json else said)
-        if "'s rate" in said: _tell_rates(args.rate, [gpu], f"the plan is priced for {gpu}, at the rates of {', '.join(rates(asked))}")
+        said, gpu = dry_run(plans, asked, args.arms, as_json=args.json), asked.accelerator.name
+        print(said)
+        priced = any(row[name] for row in json.loads(said)["plan"] for name in row if name[0] == "$") if args.json else "'s rate" in said
+        if priced: _tell_rates(args.rate, [gpu], f"the plan is priced for {gpu}, at the rates of {', '.join(rates(asked))}")
         else: _tell_rates(args.rate, [], f"the plan for {gpu} shows no dollars")
         return 0
     _tell_lacking(protocol, asked, args)

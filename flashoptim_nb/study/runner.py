@@ -635,6 +635,6 @@ def dry_run(
     preset.check_planned(stages)
     made = preset.in_order(stages)
     if not as_json: return protocol.plan_text(made, experiments)
-    def unknown(row): return {name: None for name in row if name == "hours" or name[0] == "$"} if row.get("runs") == 0 else {}
-    plan = [row | unknown(row) for row in protocol.projection(made, experiments).to_dict("records")]  # a search's time is not 0
+    plan = protocol.projection(made, experiments).astype(object)
+    plan = plan.where(plan.notna(), None).to_dict("records")
     return json.dumps(dict(preset=preset.to_dict(), plan=plan), indent=1, allow_nan=False)

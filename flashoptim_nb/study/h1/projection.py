@@ -6,6 +6,8 @@
 __all__ = ['NO_TRAINING', 'NOT_PROJECTED', 'H1_PROJECTION', 'trains', 'H1Projection']
 
 # %% ../../../nbs/study/h1/10_projection.ipynb #9d9d43c5
+import math
+
 import pandas as pd
 
 from ...measure.memory import HEADROOM
@@ -31,9 +33,10 @@ NO_TRAINING = "Nothing of it is a training whose time can be projected."
 NOT_PROJECTED = "What a search or a measurement takes is not projected."
 
 def _row(preset: LMPreset, row: dict) -> dict:
-    "A row with its micro-batch before the peak there; without hours and dollars where its training fits nowhere."
-    if "too large" in row["checkpointing"] and not trains(preset, row["role"], row["config"]):
-        row |= {name: 0 for name in row if name == "hours" or name[0] == "$"}
+    "A row with its micro-batch before the peak there; hours and dollars are 0 where its training fits nowhere, NaN where it has none."
+    lost = "too large" in row["checkpointing"] and not trains(preset, row["role"], row["config"])
+    if lost or not row["runs"]:
+        row |= {name: 0 if row["runs"] else math.nan for name in row if name == "hours" or name[0] == "$"}
     peak = {name: row.pop(name) for name in ("GB", "checkpointing")}
     return row | dict(micro=preset.plans[row["role"]].recipe.micro) | peak
 
@@ -51,13 +54,19 @@ def _notes(plan: pd.DataFrame) -> list[str]:
         "micro: the matched micro-batch, in sequences on each GPU.": True}
     return [note for note, holds in notes.items() if holds]
 
+class _Projected(H1Protocol):
+    "The protocol over a projection that was made before."
+    def __init__(self, plan: pd.DataFrame): self.plan = plan
+    def projection(self, preset, experiments=None): return self.plan
+
 class H1Projection(H1Protocol):
     "Hypothesis 1 as a dry run tells of it."
     def projection(self, preset, experiments=None):
         return pd.DataFrame([_row(preset, row) for row in super().projection(preset, experiments).to_dict("records")])
 
     def plan_text(self, preset, experiments=None):
-        told, plan = super().plan_text(preset, experiments), self.projection(preset, experiments)
+        plan = self.projection(preset, experiments)
+        told = _Projected(plan.fillna(0)).plan_text(preset, experiments)
         if plan.empty: return f"{NO_TRAINING}\n{told}"
         table, *order = told.partition("\n\nIn this order:")
         return "\n".join([table, *_notes(plan)]) + "".join(order)
