@@ -20,7 +20,8 @@ from .base import FlashOptimizer, explained
 from .checks import OptionError
 from .states import error_bit_width, first_error_bits
 from .shards import held, like, local
-from .state_dict import StateError, tell_of_others
+from .fp32_weights import tell_of_others
+from .state_dict import StateError
 
 # %% ../../nbs/optim/14_averages.ipynb #09a10007
 _CHUNK = 2**25  # values that are joined at a time, unless one parameter alone has more

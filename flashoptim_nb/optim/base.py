@@ -34,7 +34,8 @@ from .shards import local
 from .gradients import GradScaling, compute_grad_scaling, looks_at_gradients
 from .host import HostStates, check_capture, ranks_here
 from .rounding import ROUNDING, ROUNDINGS, dithers
-from .state_dict import check_at_home, fp32_weights, load_state, saved_public_state, saved_state, set_fp32_weights
+from .fp32_weights import fp32_weights, set_fp32_weights
+from .state_dict import check_at_home, load_state, saved_public_state, saved_state
 
 # %% ../../nbs/optim/08_base.ipynb #ec9ee8b9
 class NumericsError(UserError, ArithmeticError, RuntimeError):
