@@ -725,7 +725,8 @@ def _fit(args) -> int:
 
 # %% ../../nbs/cli/02_main.ipynb #5c6d2f95
 def _fit_names() -> str:
-    from flashoptim_nb.lm.fit import FAMILIES, FIT_HELP, GPUS, RANGE
+    from flashoptim_nb.lm.architecture import FAMILIES
+    from flashoptim_nb.lm.fit import FIT_HELP, GPUS, RANGE
     memory = {name: f"{mib / 1024:.1f} GiB" for name, mib in GPUS.items()}
     return "\n\n".join(
         (f"sizes: {' to '.join(RANGE)} parameters", _listed("ways of training", FIT_HELP), _listed("GPUs", memory),

@@ -16,7 +16,8 @@ from ..base.config import Config
 from ..base.errors import UserError, choose
 from ..base.machine import capabilities, pick_device
 from .batches import Synthetic
-from .fit import FIT_CONFIGS, architecture_of, gpt_of, predict
+from .architecture import architecture_of
+from .fit import FIT_CONFIGS, gpt_of, predict
 from .gpt import CHECKPOINTING, GPT, LOSSES
 from ..train.ranks import launch_ranks
 from .task import LMTask
