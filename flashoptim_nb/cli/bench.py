@@ -22,7 +22,8 @@ from ..base.machine import make_current, pick_device, provenance
 from ..base.records import REHEARSAL, RunWriter, only_writer, study_name
 from ..study.h2.run import keep_search
 from ..study.h1.criteria import CRITERIA_HASH
-from ..lm.fit import LARGEST_MICRO, gpt_of
+from ..lm.fit import gpt_of
+from ..lm.what_fits import LARGEST_MICRO
 from ..lm.host import ASIDE, host_words, train_on_host
 from ..lm.cells import CELLS, CELLS_TWO, Cell, cell_words, reason_to_skip, run_cell
 from ..surrogates.largest import largest

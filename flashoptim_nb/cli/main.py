@@ -715,7 +715,8 @@ def _capacity_names() -> str:
 
 # %% ../../nbs/cli/02_main.ipynb #dc3341d1
 def _fit(args) -> int:
-    from flashoptim_nb.lm.fit import FIT_HELP, find_model, fit_words, what_fits
+    from flashoptim_nb.lm.fit import FIT_HELP, find_model
+    from flashoptim_nb.lm.what_fits import fit_words, what_fits
     model = find_model(args.params, args.config, args.build, args.style, args.seq)
     found = what_fits(
         model, args.gpu, args.gpus, args.seq, configs=args.configs or tuple(FIT_HELP), loss=args.loss, micro=args.micro,

@@ -13,7 +13,8 @@ import pandas as pd
 
 from ..base.records import Run, frame
 from ..lm.cells import CELLS, CELLS_TWO, Cell, predicted
-from ..lm.fit import gpt_of, gpu_memory, largest_that_fits, predict
+from ..lm.fit import gpt_of, gpu_memory, predict
+from ..lm.what_fits import largest_that_fits
 from ..lm.gpt import GPTConfig
 from ..measure.memory import HEADROOM
 from ..study.evidence import gpus_of

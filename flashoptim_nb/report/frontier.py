@@ -17,7 +17,8 @@ import pandas as pd
 
 from ..base.errors import UserError
 from ..base.records import REHEARSAL, Run
-from ..lm.fit import gpt_of, gpu_memory, largest_that_fits
+from ..lm.fit import gpt_of, gpu_memory
+from ..lm.what_fits import largest_that_fits
 from ..measure.cost import cost_per_token, rate_of
 from ..measure.memory import HEADROOM
 from .render import Rendered, attributes, given_runs, runs_of
