@@ -311,11 +311,11 @@ def test_a_verdict_tells_of_runs_that_did_not_end(records):
 
 @pytest.mark.parametrize("terminal, quiet, shown", [(True, False, True), (True, True, False), (False, False, False)])
 def test_what_takes_long_shows_a_bar_on_a_terminal_alone(capsys, monkeypatch, terminal, quiet, shown):
-    from flashoptim_nb.cli import main
-    monkeypatch.setattr(main, "_PATIENCE", 0.0)
+    from flashoptim_nb.cli import judge
+    monkeypatch.setattr(judge, "_PATIENCE", 0.0)
     monkeypatch.setattr("rich.console.Console.is_terminal", terminal)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    with main._bar("checking", 2, quiet) as counted:
+    with judge._bar("checking", 2, quiet) as counted:
         for _ in range(2): time.sleep(0.1), counted()
     out, err = capsys.readouterr()
     assert not out and ("checking" in err) == shown

@@ -38,11 +38,11 @@ PRESET = SURROGATE_PRESETS["laptop"].replace(plans={"toy": plan}, seeds=(0, 1), 
 """
 DRIVER = COMMON + """
 import sys
-from flashoptim_nb.cli import main
+from flashoptim_nb.cli import main, run
 from flashoptim_nb.study.h2.experiments import H2_PROTOCOL
 from flashoptim_nb.study.runner import Study
 from flashoptim_nb.study.loop import Interrupted
-try: sys.exit(Study(H2_PROTOCOL, PRESET, sys.argv[1], device="cpu", stopped=main._Stop()).run())
+try: sys.exit(Study(H2_PROTOCOL, PRESET, sys.argv[1], device="cpu", stopped=run.Stop()).run())
 except Interrupted: sys.exit(130)
 """
 exec(COMMON)

@@ -17,7 +17,7 @@ from records_factory import rows_without
 # A small study of the real protocol: one prerequisite, three uncompiled stacks, one seed; signals as in the command.
 DRIVER = """
 import sys
-from flashoptim_nb.cli import main
+from flashoptim_nb.cli import main, run
 from flashoptim_nb.study.h1 import experiments as h1
 from flashoptim_nb.study.h1.presets import LM_PRESETS
 from flashoptim_nb.study.loop import Interrupted
@@ -28,7 +28,7 @@ plan = plan.replace(recipe=plan.recipe.replace(steps=10, batch=2, micro=1, seq=3
 preset = LM_PRESETS["laptop"].replace(plans={"1B": plan}, seeds=(0,), checkpoint_every=2, eval_sets=(("sotu", 512),),
                                       track_set=("sotu", 512), stress_lengths=(128,))
 for name in set(h1.PREREQUISITES) - {"checkpointing"}: del h1.PREREQUISITES[name]
-try: sys.exit(Study(h1.H1_PROTOCOL, preset, sys.argv[1], device="cpu", stopped=main._Stop()).run())
+try: sys.exit(Study(h1.H1_PROTOCOL, preset, sys.argv[1], device="cpu", stopped=run.Stop()).run())
 except Interrupted: sys.exit(130)
 """
 # Not promised: what a clock says, what is derived from it or decided on it, and what names the moment.

@@ -10,7 +10,7 @@ from processes import Forked
 DRIVER = """
 import sys, tempfile
 from dataclasses import replace
-from flashoptim_nb.cli import main
+from flashoptim_nb.cli import main, run
 from flashoptim_nb.study.h1 import experiments as h1
 from flashoptim_nb.study.h1.presets import LM_PRESETS
 from flashoptim_nb.study.runner import Study
@@ -23,7 +23,7 @@ h1.PREREQUISITES.clear()
 tempfile.tempdir = sys.argv[2]
 runs = h1.H1_PROTOCOL.experiments
 runs["matched_batch"] = replace(runs["matched_batch"], seeds=lambda preset, size: ())
-sys.exit(Study(h1.H1_PROTOCOL, preset, sys.argv[1], device="cpu", stopped=main._Stop()).run())
+sys.exit(Study(h1.H1_PROTOCOL, preset, sys.argv[1], device="cpu", stopped=run.Stop()).run())
 """
 
 
