@@ -6,15 +6,17 @@
 __all__ = ['ROWS', 'LONGEST_ROW', 'JOURNAL', 'REHEARSAL', 'DISK_FULL', 'RECORDS', 'REQUIRED', 'PLACEHOLDER', 'NO_SIZE',
            'RecordError', 'RowError', 'finite', 'Run', 'read_run', 'incomplete', 'complete', 'read_study', 'frame',
            'study_name', 'study_origin', 'find_studies', 'attempts', 'disk_error', 'RunWriter', 'record_folders',
-           'only_writer', 'check_place', 'examine', 'problems']
+           'only_writer', 'check_place', 'command_for', 'examine', 'problems']
 
 # %% ../../nbs/base/05_records.ipynb #d55de7ee
+import argparse
 import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable
@@ -124,6 +126,8 @@ def read_run(
 ) -> Run:
     "Reads and verifies one run; raises `RecordError` naming the file, the row and what is wrong with it."
     path = Path(folder) / name
+    if path.is_dir():
+        raise RecordError(f"{path} is a folder and no record; restore the file from a copy, or delete the directory and run again")
     if not path.is_file(): raise RecordError(f"{folder} holds no {name}: not the directory of a run")
     rows, before, mark = [], (0, ""), (0, "")
     def damaged(what):
@@ -417,6 +421,21 @@ def _origin_problems(header: dict) -> list[str]:
             + [f"its header says {key} {header[key]!r}, its settings {settings[key]!r}" for key in wanted
                if key in settings and key in header and settings[key] != header[key]])
 
+# %% ../../nbs/base/05_records.ipynb #fdcd8c79
+def command_for(
+    header: dict,  # of a run of the study
+    study: str | Path,  # where the study lies now
+) -> str:
+    "The command that a run was made by, as it goes on with the study where that lies now; what it confirmed then is left out."
+    study, command, told = Path(study).resolve(), str(header.get("command")), argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    told.add_argument("--out"), told.add_argument("--confirm", nargs="+")
+    try: kept = told.parse_known_args(shlex.split(command))[1]
+    except (ValueError, argparse.ArgumentError): kept = []
+    if kept[:1] != ["flashoptim-nb"] or kept[1:2] not in (["run"], ["quality"], ["bench"]): return f"{command} (with --out {study.parent})"
+    called = header.get("study") or study.name
+    return (shlex.join([*kept, "--out", str(study.parent)])
+            + f" (once the folder {study.name} is called {called} again)" * (called != study.name))
+
 # %% ../../nbs/base/05_records.ipynb #51517600
 def examine(
     folder: str | Path,  # a run's directory
@@ -424,15 +443,15 @@ def examine(
     "The run, or none where it cannot be read, and what is wrong with its record, in words."
     try: run, _ = read_run(folder), attempts(folder)
     except RecordError as error: return None, [str(error)]
+    except OSError as error: return None, [f"{error.filename or folder} cannot be read: {error.strerror or error}"]
     found = [*_origin_problems(run.header), *(words for words in incomplete(run) if not words.startswith("row 1,"))]
     if run.header.get("settings") and content_hash(run.header["settings"]) != run.header.get("settings_hash"):
         found.append("its settings do not have the hash that it states")
     if run.header.get("run") not in (None, Path(folder).resolve().name):
         found.append(f"holds the run {run.id}, so it was copied or renamed")
     if run.status == "unfinished" and not run.is_journal:
-        found.append(
-            "the run did not end, or its last rows are missing; on such a machine its command finishes it, with "
-            f"--out {Path(folder).resolve().parent.parent}: {run.header.get('command')}")
+        found.append("the run did not end, or its last rows are missing; on such a machine its command finishes it: "
+                     + command_for(run.header, Path(folder).parent))
     return run, [f"{folder}: {words}" for words in found]
 
 def problems(

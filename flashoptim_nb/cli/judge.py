@@ -191,11 +191,12 @@ def _replayed(study: Path, runs_of) -> list[str]:
 def _without_journal(study: Path, runs: list) -> list[str]:
     """Says that runs of a hypothesis lie in a study without the journal that each such study begins with:
     its decisions are lost, and what was cut."""
+    from flashoptim_nb.base.records import command_for
     judged = [run for run in runs if run.header.get("hypothesis") in ("h1", "h2")]
     if not judged or (study / "protocol").exists(): return []
     return [f"{study}: {len(judged)} runs of {judged[0].header['hypothesis']} and no protocol record, where "
-            "the study's decisions stand; restore the folder protocol from a copy, or give the study's command again, with "
-            f"--out {study.resolve().parent}: {judged[0].header.get('command')}"]
+            "the study's decisions stand; restore the folder protocol from a copy, or give the study's command again: "
+            f"{command_for(judged[0].header, study)}"]
 
 # %% ../../nbs/cli/05_judge.ipynb #09f1a2ed
 def _checked(study: Path, looked: list[tuple], runs_of, key: Path | None) -> tuple[list[str], list[str]]:
@@ -229,7 +230,10 @@ def _check(args) -> int:
     with _bar("checking the records", n, quiet=bool(args.sign)) as counted:  # ssh-keygen asks for a passphrase
         for study, paths in records.items():
             looked = [(examine(path.parent), counted())[0] for path in paths]
-            wrong, said = _checked(study, looked, runs_of, args.sign)
+            try: wrong, said = _checked(study, looked, runs_of, args.sign)
+            except OSError as error:  # what stands in the way of one study leaves the others to be looked at
+                wrong = [line for _, lines in looked for line in lines]
+                wrong, said = wrong + [f"{study}: {error.filename or study} cannot be read: {error.strerror or error}"], []
             found, told = found + wrong, told + said
             whole.append([run for run, _ in looked if run])
     found += twins(whole)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..base.config import read_json
 from ..base.machine import data_root
-from ..base.records import ROWS, Run, study_origin
+from ..base.records import ROWS, Run, command_for, study_origin
 from .experiment import StudyProtocol
 from .presets import Preset
 from .registration import extends, is_own, planned_runs, registered
@@ -26,8 +26,8 @@ def digests(
 ) -> dict[str, dict[str, str]]:
     "SHA-256 of each file of rows, earlier attempts among them, by run."
     return {path.parent.name: {file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-                               for file in sorted(path.parent.glob("rows*.jsonl"))}
-            for path in sorted(study.glob(f"*/{ROWS}"))}
+                               for file in sorted(path.parent.glob("rows*.jsonl")) if file.is_file()}
+            for path in sorted(study.glob(f"*/{ROWS}")) if path.is_file()}
 
 # %% ../../nbs/study/18_manifest.ipynb #63e90ecc
 def write_manifest(
@@ -97,6 +97,14 @@ def under_way(
     there = sum((study / run / ROWS).is_file() for run in planned)
     return f"has not ended; {there} of {len(planned)} planned runs are there"
 
+# %% ../../nbs/study/18_manifest.ipynb #ed9c3e4b
+def _mend(study: Path, runs: list[Run], shipped: bool) -> str:
+    "What to do where there is no manifest: a study that was killed has none yet, and one that is shipped is not gone on with."
+    last = max((run for run in runs if not shipped), key=lambda run: str(run.header.get("started")), default=None)
+    if not last: return "restore it from a copy"
+    return ("the study's own command writes it when it ends or is stopped, so give that again on such a machine: "
+            f"{command_for(last.header, study)}; or restore it from a copy, if there is one")
+
 # %% ../../nbs/study/18_manifest.ipynb #4e26ab85
 def manifest_problems(
     study: Path,
@@ -108,8 +116,8 @@ def manifest_problems(
     kept, shipped = _read(study), study.resolve().parent == (data_root() / "records").resolve()
     if kept is None:
         wanted = runs and (shipped or any(run.header.get("registration") for run in runs))
-        return [f"{study}: has no {MANIFEST}, which names its runs; restore it from a copy"] * bool(wanted)
-    if not kept: return [f"{study / MANIFEST}: is no manifest; restore it from a copy"]
+        return [f"{study}: has no {MANIFEST}, which names its runs; {_mend(study, runs, shipped)}"] * bool(wanted)
+    if not kept: return [f"{study / MANIFEST}: is no manifest; {_mend(study, runs, shipped)}"]
     there, was, found = digests(study), kept["runs"], _plan_problems(study, kept, runs, shipped, protocols)
     if under_way(study, runs) and not kept["absent"]:
         found.append(f"{study}: all runs are there, and its journal has no end: rows of it are missing")
@@ -124,4 +132,5 @@ def manifest_problems(
         else:
             found += [f"{study / run / name}: is not the file that the manifest has the digest of"
                       for name in sorted({*files, *was[run]}) if files.get(name) != was[run].get(name)]
-    return found
+    begun = any(run.is_journal and run.status == "unfinished" for run in runs) and not shipped
+    return found + [f"{study}: has not ended; where it was killed since the manifest was written, {_mend(study, runs, shipped)}"] * bool(found and begun)

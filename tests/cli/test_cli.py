@@ -422,3 +422,57 @@ def test_a_run_uses_no_rate(place, capsys, monkeypatch):
     monkeypatch.setattr(Study, "run", lambda study, confirm: 0)
     status, _, said = ran(capsys, *"run h1 --preset laptop --rate H200=2".split())
     assert status == 0 and "--rate H200=2 is not used: a run records seconds" in said
+
+
+def test_a_folder_in_a_records_place_is_a_problem_among_others(records, capsys):
+    study = records / "h1-laptop"
+    shutil.copytree(study.parent.parent / "records" / "h1-laptop", records.parent / "whole" / "h1-laptop")
+    (study / "1B-best-baseline-s0" / ROWS).unlink()
+    (study / "1B-best-baseline-s0" / ROWS).mkdir()
+    (study / "1B-best-baseline-s1" / "rows.1.jsonl").mkdir()  # in the place of an earlier attempt's
+    (study / "1B-best-baseline-s2" / ROWS).write_text("no record\n")
+    status, out, said = ran(capsys, "check", records)
+    assert status == 1 and " problems" in out
+    for words in (f"s0/{ROWS} is a folder and no record", "s1/rows.1.jsonl is a folder", f"s2/{ROWS}, row 1: is not JSON",
+                  "s0: is in the manifest and not there"):
+        assert words in said, words
+
+
+def test_what_cannot_be_read_leaves_the_rest_to_be_checked(records, capsys, monkeypatch):
+    from flashoptim_nb.study import manifest
+    def denied(study): raise PermissionError(13, "Permission denied", str(study / "x"))
+    monkeypatch.setattr(manifest, "digests", denied)
+    (records / "h1-laptop" / "1B-best-baseline-s2" / ROWS).write_text("no record\n")
+    status, out, said = ran(capsys, "check", records)
+    assert status == 1 and "2 problems" in out and "cannot be read: Permission denied" in said and "is not JSON" in said
+
+
+def cut_off(study, *names, **header):
+    "A study as it is when it is killed, copied from where its command wrote it: some runs and the journal do not end."
+    from flashoptim_nb.base.records import RunWriter, read_run
+    for folder in [path.parent for path in study.glob(f"*/{ROWS}")]:
+        first, *rows = read_run(folder).rows
+        if folder.name in (*names, "protocol"): rows = rows[:-1]
+        (folder / ROWS).unlink()
+        writer = RunWriter(folder, {key: value for key, value in first.items() if key != "kind"} | header)
+        for row in rows: writer.append(**row)
+        writer.close()
+
+
+def test_a_study_that_was_killed_is_told_its_own_command_and_one_place(records, capsys):
+    study = records / "h1-laptop"
+    cut_off(study, "1B-best-baseline-s0", command="flashoptim-nb run h1 --out /elsewhere --preset laptop", registration="x")
+    (study / "manifest.json").unlink()
+    _, _, said = ran(capsys, "check", records)
+    lines = said.splitlines()
+    without, unended = (next(line for line in lines if words in line) for words in ("has no manifest.json", "did not end"))
+    for line in (without, unended):
+        assert "flashoptim-nb run h1 --" in line and line.count("--out") == 1 and f"--out {records}" in line
+    assert "the study's own command writes it" in without
+
+
+def test_a_study_that_was_killed_since_its_manifest_is_not_called_altered_alone(records, capsys):
+    cut_off(records / "h1-laptop", "1B-best-baseline-s0")
+    _, _, said = ran(capsys, "check", records)
+    assert "is not the file that the manifest has the digest of" in said
+    assert "where it was killed since the manifest was written, the study's own command writes it" in said
