@@ -217,10 +217,13 @@ def gpu_memory(
         return f"{float(found[1]):g} GB", float(found[1]) * 2**30
     known = {_plain(one): one for one in GPUS} | {_plain(other): one for other, one in _ALIASES.items()}
     if found := known.get(_plain(name)): return found, GPUS[found] * 2**20
+    if found := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(|G|Gi|Mi?B?)", name.strip(), re.I):
+        size = float(found[1]) / (1024 if found[2][:1] in ("m", "M") else 1)
+        if 1 <= size < 1000:  # 4090 is no size
+            raise UserError(f"{size:.4g}GB? {name.strip()!r} is no GPU; a size is written with its unit, GB. "
+                            f"Or choose one of: {', '.join(GPUS)}")
     try: choose("GPU", name, GPUS)
-    except UserError as error:
-        sizes = [text for text in (name.strip(), "24") if re.fullmatch("[1-9][0-9]{0,2}", text)]
-        raise UserError(f"{error}; or give its memory, with the unit: {sizes[0]}GB") from None
+    except UserError as error: raise UserError(f"{error}; or give its memory, with the unit: 24GB") from None
 
 def other_gpus(
     asked: str,  # as it was given
