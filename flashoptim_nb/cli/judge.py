@@ -164,12 +164,28 @@ def _deciding(runs: list, wanted) -> list:
     return [replace(run, rows=[row for row in run.rows if row["kind"] != "decision" or wanted(row)]) for run in runs]
 
 def _standing(run) -> object:
-    "The run with the decisions that stand: in a journal, of each checkpoint the last."
+    "The run with the decisions that stand: in a journal, of each checkpoint the last, unless the study comes to it no more."
+    from flashoptim_nb.study.journal import standing_decisions
     if not run.is_journal: return run
-    last = {row["checkpoint"]: row for row in run.of("decision")}
-    return _deciding([run], lambda row: row is last[row["checkpoint"]])[0]
+    last = standing_decisions(run.rows)
+    return _deciding([run], lambda row: row is last.get(row["checkpoint"]))[0]
 
 # %% ../../nbs/cli/05_judge.ipynb #07ceb139
+def _way_out(study: Path, run, checkpoint: str) -> str:
+    "What to do about a decision that does not replay because runs that it rests on were made again."
+    from flashoptim_nb.base.machine import data_root
+    from flashoptim_nb.base.records import command_for
+    from flashoptim_nb.study.protocols import PROTOCOLS
+    if study.resolve().parent == (data_root() / "records").resolve(): return "restore the study from a copy"
+    protocol = PROTOCOLS.get(run.header.get("hypothesis"))
+    if not run.is_journal or not protocol:
+        return (f"where a run that it rests on was made again, move the folder {study / run.id} elsewhere and make that run, with its "
+                f"decision, again on such a machine: {command_for(run.header, study)}; else restore the runs from a copy")
+    preset = protocol.presets.get(run.header.get("scale"))
+    at = [stage.workload for stage in (protocol.stages(preset) if preset else ()) if stage.checkpoint == checkpoint]
+    return ("where runs that it rests on were made again, the study's command takes it anew on such a machine: "
+            f"{command_for(run.header, study, [f'--{protocol.workload}s', *at] if at else [])}; else restore the runs from a copy")
+
 def _replayed(study: Path, runs_of) -> list[str]:
     "What does not replay in a study of good records, in words; `runs_of` reads a study."
     from flashoptim_nb.base.records import study_origin
@@ -184,8 +200,9 @@ def _replayed(study: Path, runs_of) -> list[str]:
     others = _deciding([run for folder in beside for run in runs_of(folder)], lambda row: False)
     taken = (replay(_deciding(runs, lambda row: row["checkpoint"] != "H1-CF"), hypothesis)
              + replay(between + others, hypothesis))
-    return [f"{study / one['run']}: {one['checkpoint']} does not replay: {one['difference']}" for one in taken
-            if not one["agrees"]]
+    by_id = {run.id: run for run in runs}
+    return [f"{study / one['run']}: {one['checkpoint']} does not replay: {one['difference']}; "
+            f"{_way_out(study, by_id[one['run']], one['checkpoint'])}" for one in taken if not one["agrees"]]
 
 # %% ../../nbs/cli/05_judge.ipynb #c408bbfe
 def _without_journal(study: Path, runs: list) -> list[str]:

@@ -17,6 +17,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import count, islice
@@ -37,7 +38,7 @@ from ..measure.memory import free
 from .decisions import Decision, decide_from
 from .evidence import Evidence, evidence_table
 from .experiment import Stage, StudyProtocol, run_key
-from .journal import Journal
+from .journal import Journal, standing_decisions
 from .loop import CHECKPOINT, Callback, Interrupted, Paused
 from .presets import Preset, select_runs
 from .manifest import write_manifest
@@ -532,11 +533,11 @@ def record_decision(
         if not journal.last_event("skip", what=id, reason=reason): study.say(f"  {id} {reason}")
         journal.note_once("skip", what=id, reason=reason)
     else:
-        decision, last = decide_stage(study, stage), journal.last_event("decision", checkpoint=id)
+        decision, last = decide_stage(study, stage), standing_decisions(journal.rows).get(id)
         if last != dict(kind="decision") | (row := finite(asdict(decision))):
             journal.note("decision", **row)
             study.say(f"  {decision.words}")
-    row = journal.last_event("decision", checkpoint=id) or dict(enforced=False)
+    row = standing_decisions(journal.rows).get(id) or dict(enforced=False)
     return "continue" if not row["enforced"] or journal.confirmed(row) else row["action"]
 
 # %% ../../nbs/study/13_runner.ipynb #91406b01
@@ -562,10 +563,11 @@ def run_stages(
     if line := study.protocol.opening(study.preset): study.say(line)
     say_lacking(study)
     train_all_first(study)
-    failed, downgraded = 0, ""
-    for stage in study.protocol.stages(study.preset, study.experiments):
+    failed, downgraded, stages = 0, "", study.protocol.stages(study.preset, study.experiments)
+    for n, stage in enumerate(stages, 1):
         if downgraded and stage.workload in study.protocol.after_downgrade:
             study.journal.note_once("skip", what=stage.workload, reason=f"left out by {downgraded}")
+            study.journal.withdraw([stage.checkpoint], downgraded)
             continue
         study.check_stop()
         if stage.runs: note_stage(study, stage)
@@ -574,7 +576,9 @@ def run_stages(
         study.check_stop()
         action, id = record_decision(study, stage), stage.checkpoint
         study.check_stop()
-        if action == "abort": return failed, f"{id}: {action}"
+        if action == "abort":
+            study.journal.withdraw([after.checkpoint for after in stages[n:]], f"{id}: {action}")
+            return failed, f"{id}: {action}"
         if action == "pause":
             raise Paused(f"the study is paused by {id}: {study.journal.last_event('decision', checkpoint=id)['why']}")
         if action == "downgrade": downgraded = f"{id}: {action}"
@@ -606,15 +610,15 @@ def run_study(
         journal.confirm(confirm, known)
         for kind, fields in journal.first: journal.note_once(kind, **fields)
         try: failed, ended = run_stages(study)
-        except Interrupted:
-            write_manifest(study.folder, study.protocol, study.whole)
-            raise
         except Paused as pause:
             study.say(f"  {pause}\n  nothing is lost; to go on, "
                       "give the same command with --confirm and the checkpoint's name")
             journal.close("paused", str(pause))
             write_manifest(study.folder, study.protocol, study.whole)
             return 1
+        except (Exception, KeyboardInterrupt):  # also where the user has to mend something: the runs until then are there
+            with suppress(OSError): write_manifest(study.folder, study.protocol, study.whole)
+            raise
         journal.close("aborted" if ended else "finished", ended)
         write_manifest(study.folder, study.protocol, study.whole)
         _say_end(study, failed)

@@ -1,6 +1,7 @@
 """Interrupted work resumes: studies are killed for real, at random moments, and end as if nothing had happened."""
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,3 +185,69 @@ def test_a_checkpoint_that_could_not_be_written_leaves_nothing(tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save_checkpoint(tmp_path / "checkpoint.safetensors", dict(n=torch.zeros(3)))
     assert not list(tmp_path.iterdir())
+
+
+TWO = DRIVER.replace('("baseline", "ablation_split_only", "ablation_release_only")', '("baseline", "flashoptim_full")')
+TWO = TWO.replace("plan = LM", "h1.LM_CONFIGS['flashoptim_full'] = h1.LM_CONFIGS['flashoptim_full'].replace(compile=False)\nplan = LM", 1)
+
+
+def test_what_check_says_mends_a_decision_on_a_run_that_was_made_again(tmp_path, capsys):
+    "Checkpoint B stands in one run and looks at another; that of the stage, in the journal, looks at both."
+    from flashoptim_nb.base.records import read_run
+    from flashoptim_nb.cli.main import main
+    study = tmp_path / "studies" / "h1-laptop"
+    def made():
+        process = Forked(TWO, study.parent, FLASHOPTIM_DATA="")
+        told, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, told
+    def stale():
+        main(["check", str(study)])
+        return [line for line in capsys.readouterr().err.splitlines() if "does not replay" in line]
+    made()
+    early = "1B-best-flashoptim_full-s0"
+    assert "H1-CB" in {row["checkpoint"] for row in read_run(study / early).of("decision")} and not stale()
+    (study / "1B-best-baseline-s0" / "rows.jsonl").write_text("damaged\n")
+    shutil.rmtree(study / "1B-best-baseline-s0")
+    made()
+    (line,) = stale()
+    assert line.startswith(f"{study / early}: H1-CB") and f"move the folder {study / early} elsewhere and make that run" in line
+    (study / early).rename(tmp_path / "elsewhere")
+    made()
+    assert not stale()
+    kept = shutil.copytree(study / "protocol", tmp_path / "protocol")
+    shutil.rmtree(study / early)
+    made()
+    shutil.copyfile(kept / "rows.jsonl", study / "protocol" / "rows.jsonl")  # as if the journal had not seen it
+    (line,) = stale()
+    assert line.startswith(f"{study / 'protocol'}: H1-CC") and "the study's command takes it anew on such a machine: " in line
+    made()
+    assert not stale()
+
+
+def test_decisions_that_a_study_no_longer_comes_to_are_withdrawn(tmp_path, monkeypatch):
+    from flashoptim_nb.study import runner
+    from flashoptim_nb.study.experiment import Stage
+    from flashoptim_nb.study.journal import Journal, standing_decisions
+    journal, action = Journal(tmp_path), dict.fromkeys(("H1-CC", "H1-CD", "H1-CE"), "continue")
+    journal.reopen(dict(run="protocol"))
+    protocol = SimpleNamespace(stages=lambda *_: [Stage("1B", (), "H1-CC"), Stage("1B", (), "H1-CD"), Stage("7B", (), "H1-CE")],
+                               opening=lambda _: "", after_downgrade=("7B",))
+    study = SimpleNamespace(protocol=protocol, preset=SimpleNamespace(plans={}), experiments=None, journal=journal,
+                            specs=lambda stage: [], check_stop=lambda: None)
+    monkeypatch.setattr(runner, "train_all_first", lambda study: None)
+    monkeypatch.setattr(runner, "attempt_all", lambda *_: 0)
+    def decided(study, stage):
+        row = dict(checkpoint=stage.checkpoint, action=action[stage.checkpoint], enforced=True, why="", values={})
+        if standing_decisions(journal.rows).get(stage.checkpoint) != dict(kind="decision") | row: journal.note("decision", **row)
+        return row["action"]
+    monkeypatch.setattr(runner, "record_decision", decided)
+    def standing():
+        runner.run_stages(study)
+        return [*standing_decisions(journal.rows)]
+    assert standing() == ["H1-CC", "H1-CD", "H1-CE"]
+    action["H1-CC"] = "abort"
+    assert standing() == standing() == ["H1-CC"]
+    action["H1-CC"] = "downgrade"
+    assert standing() == ["H1-CC", "H1-CD"]
+    action["H1-CC"] = "continue"
+    assert standing() == ["H1-CC", "H1-CD", "H1-CE"], "and they are taken again where the study comes to them again"
