@@ -7,6 +7,7 @@ __all__ = ['QUALITY_PLANS', 'SCHEDULES', 'quality_role', 'quality_spec', 'predic
 
 # %% ../../nbs/cli/01_quality.ipynb #3b1f8e55
 import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -81,25 +82,30 @@ def quality_spec(
 def predicted_seconds(
     spec: LMSpec,
     runs: Iterable[Run],  # that ended
-) -> tuple[float, str] | None:  # seconds, and the device and configuration that they were measured with; None: no such run
-    "How long a run's steps are likely to take."
-    def kind(one): return (one["size"], one["stack"]["compile"], *(one["recipe"][k] for k in ("batch", "seq")))
+    device: str = "",  # whose runs go before those of others, as records have its name
+) -> tuple[float, str] | None:  # seconds, and the device that they were measured on; None: not measured
+    "How long a run's steps took with the same configuration: what another optimizer takes says nothing of this one."
+    def kind(one): return (one["config"], one["size"], one["stack"]["compile"], *(one["recipe"][k] for k in ("batch", "seq")))
     alike = [run for run in runs if run.status == "finished" and kind(run.header["settings"]) == kind(spec.to_dict())]
     if not alike: return None
-    like = max(alike, key=lambda run: (run.header["config"] == spec.config, run.header["started"]))
+    like = max(alike, key=lambda run: (run.header["device"] == device, run.header["started"]))
     took = [row["seconds"] for row in like.of("step")]
-    return sum(took) * spec.recipe.steps / len(took), f"{like.header['config']} on {like.header['device']}"
+    return sum(took) * spec.recipe.steps / len(took), like.header["device"]
 
 
-def _tell_plan(folder, specs, tell):
-    "Which runs would be made, and how long they are likely to take."
-    runs = [run for study in sorted((data_root() / "records").glob("quality-*")) for run in read_study(study)]
+def _tell_plan(folder, specs, tell, device):
+    "Which runs would be made, and how long they took where they were measured; no time is carried over to another device."
+    studies = [*sorted((data_root() / "records").glob("quality-*")), folder]
+    runs = [run for study in studies for run in read_study(study)]
     todo = [spec for spec in specs if not (run := recorded(folder / spec.id)) or run.status in AGAIN]
-    known = [predicted_seconds(spec, runs) for spec in todo]
+    known, total = [predicted_seconds(spec, runs, device) for spec in todo], Counter()
     for spec, found in zip(todo, known):
-        tell(f"{spec.id}: " + (f"{found[0]:,.0f} s of steps, as {found[1]}" if found else "no run of its kind is recorded"))
-    tell(f"{len(todo)} runs to make of {len(specs)}, {sum(found[0] for found in known if found):,.0f} s of steps beside "
-         f"evaluation{' and those that are not known' if None in known else ''}; nothing was run")
+        if found: total[found[1]] += found[0]
+        elsewhere = f", not measured on {device}" if found and found[1] != device else ""
+        tell(f"{spec.id}: " + (f"{found[0]:,.0f} s of steps on {found[1]}{elsewhere}" if found else "not measured"))
+    times = " and ".join(f"{seconds:,.0f} s of steps on {where}" for where, seconds in total.items())
+    told = [f"{times}, beside evaluation"] * bool(times) + [f"{n} not measured" for n in [known.count(None)] if n]
+    tell("; ".join([f"{len(todo)} runs to make of {len(specs)}", *told, "nothing was run"]))
 
 # %% ../../nbs/cli/01_quality.ipynb #7f52a0c8
 def _train(spec, folder, head, where, corpus, every, end) -> dict[str, float]:
@@ -141,7 +147,7 @@ def quality(
         return [quality_spec(preset, config, seed, vocab, whole.tokenizer, steps, schedule)
                 for seed in seeds for config in configs]
     if dry_run:
-        _tell_plan(folder, specs(64), tell)
+        _tell_plan(folder, specs(64), tell, origin["device"])
         return folder
     if whole.device == "cuda" and where.type != "cuda":
         raise UserError(f"preset {preset!r} is trained on a GPU, and there is none here; rehearse with --preset laptop")

@@ -476,3 +476,13 @@ def test_a_study_that_was_killed_since_its_manifest_is_not_called_altered_alone(
     _, _, said = ran(capsys, "check", records)
     assert "is not the file that the manifest has the digest of" in said
     assert "where it was killed since the manifest was written, the study's own command writes it" in said
+
+
+def test_a_plan_takes_no_other_optimizers_time_and_names_the_gpu_of_each(capsys):
+    words = "quality --preset long --schedule low --seeds 99 --dry-run --configs adamw lion flash_lion".split()
+    status, out, _ = ran(capsys, *words)
+    adamw, lion, flash_lion, total = out.splitlines()
+    assert status == 0 and flash_lion.endswith("flash_lion-s99: not measured"), "it was trained on no GPU"
+    for line in (adamw, lion): assert " s of steps on NVIDIA H" in line and ", not measured on " in line
+    assert total.startswith("3 runs to make of 3; ") and total.endswith("1 not measured; nothing was run")
+    assert all(line.split(" on ")[1].split(",")[0] in total for line in (adamw, lion))
