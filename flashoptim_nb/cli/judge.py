@@ -112,7 +112,8 @@ def _verdict(args) -> int:
 def verdict_parser(command):
     verdict = command("verdict", _verdict, help="judge the records",
                       description="Judges every criterion from the records: h1 against `baseline` and "
-                                  "`baseline_strong`, h2 for mixed_bf16 and for flash against fp32.")
+                                  "`baseline_strong`, h2 for mixed_bf16 and for flash against fp32.",
+                      epilog="exit status: 0 if there is a verdict, whatever it says; 2 if the records cannot be judged, 130 after Ctrl-C")
     verdict.add_argument("hypothesis", help="h1 or h2")
     verdict.add_argument("--statements", action="store_true", help="say under each criterion what it asks, in words")
     verdict.add_argument(
@@ -264,7 +265,9 @@ def _check(args) -> int:
 def check_parser(command):
     check = command(
         "check", _check, help="verify records",
-        description="Refuses records that miss their origin, are damaged, or whose decisions do not replay; says why.")
+        description="Refuses records that miss their origin, are damaged, or whose decisions do not replay; says why.",
+        epilog="exit status: 0 if there is no problem, 1 if there is one, each a line on stderr; 2 if there are no records to look at, "
+               "130 after Ctrl-C")
     check.add_argument(
         "folders", nargs="*", type=folder_name, metavar="FOLDER",
         help="folders of studies or runs (default: data/records and runs/)")

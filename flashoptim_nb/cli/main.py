@@ -21,7 +21,7 @@ from ..base.errors import EXTRAS, UserError, absent, choose, install_line, missi
 from .judge import book_parser, check_parser, verdict_parser
 from .optimizers import (bench_parser, capacity_names, compat_names, dimenet_names, fit_names, fit_parser, host_names,
                                           memory_names, quality_names, quality_parser, timed_names)
-from .options import NAMES, add_commands
+from .options import NAMES, TIME_UP, add_commands
 from .run import piece_names, run_parser
 
 # %% ../../nbs/cli/02_main.ipynb #ba429dc0
@@ -168,7 +168,8 @@ def main(
     except UserError as error:
         print(f"flashoptim-nb: {visible(str(error), keep=chr(10))}", file=sys.stderr)
         loop = sys.modules.get("flashoptim_nb.study.loop")  # nothing was interrupted that did not load it
-        return 130 if loop and isinstance(error, loop.Interrupted) else 2
+        if not loop or not isinstance(error, loop.Interrupted): return 2
+        return TIME_UP if isinstance(error, loop.TimeUp) else 130
     except ModuleNotFoundError as error:
         if not error.name or error.name.startswith("flashoptim_nb"): raise
         print(f"flashoptim-nb: {missing_module(error.name, what=f'`flashoptim-nb {args.command}`')}", file=sys.stderr)

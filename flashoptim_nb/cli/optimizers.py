@@ -12,7 +12,7 @@ import json
 import math
 
 from ..base.errors import UserError, absent, missing_module, visible
-from .options import add_preset, add_where, listing
+from .options import TIME_UP, add_preset, add_where, listing
 
 # %% ../../nbs/cli/06_optimizers.ipynb #5c6d2f94
 _BENCHMARKS = {
@@ -250,16 +250,20 @@ def _tell_gaps(runs: list, role: str):
 def _quality(args) -> int:
     from flashoptim_nb.base.machine import work_root
     from flashoptim_nb.base.records import read_study
-    from flashoptim_nb.cli.quality import quality, quality_role
+    from flashoptim_nb.cli.quality import quality, quality_folder, quality_role
+    from flashoptim_nb.study.loop import TimeUp
     chosen = dict(configs=args.configs) if args.configs else {}
-    folder = quality(args.out or work_root() / "runs", preset=args.scale, device=args.device, seeds=args.seeds,
-                     schedule=args.schedule, steps=args.steps, minutes=args.minutes, dry_run=args.dry_run, **chosen)
+    out, over = args.out or work_root() / "runs", ""
+    try: folder = quality(out, preset=args.scale, device=args.device, seeds=args.seeds, schedule=args.schedule,
+                          steps=args.steps, minutes=args.minutes, dry_run=args.dry_run, **chosen)
+    except TimeUp as error: folder, over = quality_folder(out, args.scale, args.device), str(error)
     if args.dry_run: return 0
+    if over: print(over)
     runs = read_study(folder)
     if lacks := absent(("altair", "IPython")): print(missing_module(*lacks, what="  the table of differences"))
     else: _tell_gaps(runs, quality_role(args.scale, args.schedule))
     print(f"recorded in {folder}; next: flashoptim-nb book --records {folder.parent}")
-    return 0
+    return TIME_UP if over else 0
 
 # %% ../../nbs/cli/06_optimizers.ipynb #fe101737
 def quality_names() -> str:
@@ -278,7 +282,9 @@ def quality_parser(command):
                                   "and by the same rules in FlashOptim's formats.",
                       epilog="examples:\n  flashoptim-nb quality --preset laptop\n"
                              "  flashoptim-nb quality --preset gpu --seeds 0 1 2 3 --configs adamw flash_adamw\n"
-                             "  flashoptim-nb quality --preset long --schedule low --dry-run")
+                             "  flashoptim-nb quality --preset long --schedule low --dry-run\n\n"
+                             f"exit status: 0 if all runs are there, 2 if it cannot be done as it was asked; {TIME_UP} if the time of\n"
+                             "  --minutes is over, 130 after Ctrl-C: the same command goes on")
     add_preset(quality, "how large a GPT, and for how long", required=True, metavar="NAME")
     quality.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="0 or more each (default: 0 1 2)")
     quality.add_argument("--configs", nargs="+", metavar="NAME", help="only these (default: all)")

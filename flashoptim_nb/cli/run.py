@@ -12,7 +12,7 @@ import signal
 import sys
 
 from ..base.errors import UserError, choose
-from .options import PRICES, add_preset, add_rates, add_where, listing, tell_rates
+from .options import PRICES, STATUS, add_preset, add_rates, add_where, listing, tell_rates
 
 # %% ../../nbs/cli/04_run.ipynb #057b68f2
 class Stop:
@@ -153,7 +153,7 @@ def run_parser(command):
                "  flashoptim-nb run h1 --preset gpu --piece cost-1B --minutes 28\n"
                "  flashoptim-nb run h2 --preset laptop --domains aerodynamics\n"
                "  flashoptim-nb run h2 --preset gpu --workers 8 --minutes 9     as much as fits into nine minutes\n"
-               + PRICES)
+               + STATUS + "\n" + PRICES)
     run.add_argument(
         "hypothesis", help="h1: the cost of training language models; h2: larger surrogates in reduced precision")
     add_preset(

@@ -39,7 +39,7 @@ from .decisions import Decision, decide_from
 from .evidence import Evidence, evidence_table
 from .experiment import Stage, StudyProtocol, run_key
 from .journal import Journal, standing_decisions
-from .loop import CHECKPOINT, Callback, Interrupted, Paused
+from .loop import CHECKPOINT, Callback, Interrupted, Paused, TimeUp
 from .presets import Preset, select_runs
 from .manifest import write_manifest
 from .registration import current, is_own, refuse_unregistered
@@ -114,6 +114,7 @@ class Study:
                                     device_for(preset, device))
         self.folder = study_folder(Path(out), preset.name, self.device, protocol.name)
         self.stopped, self.workers, self.graphs = lambda: stopped() or time.monotonic() > until, workers, graphs
+        self.time_up = lambda: time.monotonic() > until and not stopped()
         self.console, self.journal, self.loaded = console or Console(stderr=True), Journal(self.folder), {}
         self.rank_timeout = rank_timeout
         self.options = dict(out=str(out), device=device, workloads=workloads, configs=configs, experiments=experiments,
@@ -595,11 +596,16 @@ def _say_end(study: Study, failed: int):
         f"next: flashoptim-nb verdict {name}{where}, flashoptim-nb book{where}")
 
 # %% ../../nbs/study/13_runner.ipynb #455e89e1
+def _written(folder: Path) -> dict[Path, tuple]:
+    "What a study has written until now."
+    return {path: ((stat := path.stat()).st_size, stat.st_mtime_ns) for path in folder.glob("*/*")}
+
 def run_study(
     study: Study,
     confirm: Iterable[str] = (),  # checkpoints whose pause somebody has looked into
 ) -> int:
-    "Runs what is left of the protocol; returns 0, or 1 if a run failed or a decision ended or holds the study."
+    """Runs what is left of the protocol; returns 0, or 1 if a run failed or a decision ended or holds the study.
+    Raises `TimeUp` where its minutes are over, `Interrupted` where it was told to stop."""
     journal, known = study.journal, study.protocol.hypothesis.checkpoints
     refuse_unregistered(study.protocol, study.whole)
     make_current(study.device)
@@ -608,6 +614,7 @@ def run_study(
     with only_writer(study.folder), kept_ranks(renew_rank):
         study.open_journal()  # another process may have written meanwhile
         journal.confirm(confirm, known)
+        before = _written(study.folder)
         for kind, fields in journal.first: journal.note_once(kind, **fields)
         try: failed, ended = run_stages(study)
         except Paused as pause:
@@ -616,9 +623,12 @@ def run_study(
             journal.close("paused", str(pause))
             write_manifest(study.folder, study.protocol, study.whole)
             return 1
-        except (Exception, KeyboardInterrupt):  # also where the user has to mend something: the runs until then are there
+        except (Exception, KeyboardInterrupt) as error:  # also where the user has to mend something: the runs until then are there
             with suppress(OSError): write_manifest(study.folder, study.protocol, study.whole)
-            raise
+            if not isinstance(error, Interrupted) or not study.time_up(): raise
+            if _written(study.folder) == before: raise UserError(
+                "the time was up before anything could be done: it takes longer to begin; give more with --minutes") from None
+            raise TimeUp(f"the time is up: {error}") from None
         journal.close("aborted" if ended else "finished", ended)
         write_manifest(study.folder, study.protocol, study.whole)
         _say_end(study, failed)

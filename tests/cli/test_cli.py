@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -486,3 +487,39 @@ def test_a_plan_takes_no_other_optimizers_time_and_names_the_gpu_of_each(capsys)
     for line in (adamw, lion): assert " s of steps on NVIDIA H" in line and ", not measured on " in line
     assert total.startswith("3 runs to make of 3; ") and total.endswith("1 not measured; nothing was run")
     assert all(line.split(" on ")[1].split(",")[0] in total for line in (adamw, lion))
+
+
+@pytest.mark.parametrize("words", ["run h1 --preset laptop", "run h2 --preset laptop --domains aerodynamics"])
+def test_a_time_that_is_over_is_neither_done_nor_failed_nor_an_interruption(words, tmp_path, capsys, monkeypatch):
+    "A script goes on while the status says so; one that gets nowhere is told, so that it ends."
+    from flashoptim_nb.cli.main import TIME_UP
+    keep = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    command = [*words.split(), "--device", "cpu", "--minutes", "1e-5", "--out", tmp_path]
+    try:
+        first, second = ran(capsys, *command), ran(capsys, *command)
+        monkeypatch.setattr("flashoptim_nb.cli.main._Stop.__call__", lambda self, *_: True)  # as after Ctrl-C
+        stopped = ran(capsys, *command)
+    finally:
+        for number, how in keep.items(): signal.signal(number, how)
+    assert first[0] == TIME_UP == os.EX_TEMPFAIL and "the time is up" in "".join(first[1:])
+    assert second[0] == 2 and "give more with --minutes" in second[2]
+    assert stopped[0] == 130 and "the time is up" not in stopped[2]
+
+
+def test_a_comparison_whose_time_is_over_says_so_in_its_status(tmp_path, capsys, monkeypatch):
+    from flashoptim_nb.cli.main import TIME_UP
+    words = "quality --preset laptop --seeds 0 --configs adamw --device cpu --minutes 1 --steps 3 --out".split()
+    ticks = iter([0, 0, 0, 90])
+    with monkeypatch.context() as later:
+        later.setattr("flashoptim_nb.cli.quality.time", argparse.Namespace(monotonic=lambda: next(ticks, 90)))
+        status, out, _ = ran(capsys, *words, tmp_path)
+    assert status == TIME_UP and "the time is up during optimizer_gentle-quality-adamw-s0; the same command goes on" in out
+    assert ran(capsys, *words, tmp_path)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["run", "verdict", "check", "quality"])
+def test_the_help_names_the_exit_statuses(name, capsys):
+    status, out, _ = ran(capsys, name, "--help")
+    told = out[out.index("exit status: "):]
+    assert status == 0 and told.startswith("exit status: 0 if ") and "130" in told
+    assert ("75 if the time of" in told) == (name in ("run", "quality"))
