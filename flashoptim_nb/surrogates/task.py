@@ -9,6 +9,8 @@ __all__ = ['Domain', 'num_parameters', 'network', 'padded', 'sized', 'SurrogateT
 import copy
 import inspect
 import math
+import re
+import warnings
 from contextlib import nullcontext
 from typing import Protocol
 
@@ -125,6 +127,8 @@ class SurrogateTask:
         self.mean, self.std = domain.mean.to(self.device), domain.std.to(self.device)
         self.ema_weights = [w.clone() for w in self.weights()] if recipe.ema else None
         self.skipped, self._order = 0, (-1, None)
+        # the last step, the last that was skipped, how many in a row, what was warned of
+        self.at, self._bad_at, self._in_a_row, self._said = 0, 0, 0, set()
 
 # %% ../../nbs/surrogates/01_task.ipynb #6a30c00e
 @patch
@@ -153,6 +157,19 @@ def epoch_of(self: SurrogateTask, n: int) -> int:
     return n * self.recipe.batch // self.rows
 
 # %% ../../nbs/surrogates/01_task.ipynb #6a30c011
+_TWO_TYPES = re.compile("same (d|data|scalar )?type|should be the same|expected scalar type|mixed dtype", re.I)
+
+def _answers(domain: Domain, model: nn.Module, config: TrainConfig, batch) -> torch.Tensor:
+    "A network's answers to a batch; raises `UserError` where it does not take numbers of the configuration's type."
+    try: return model(batch)
+    except RuntimeError as error:
+        if not config.narrow or not _TWO_TYPES.search(str(error)): raise
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        raise UserError(
+            f"the network of {domain.name} mixes types of numbers under {config.name}, whose weights are {str(dtype).removeprefix('torch.')}: "
+            f"{str(error).splitlines()[0]}; cast what a batch holds in the network's forward, as in x = batch.x.to(self.first.weight.dtype), "
+            "and what is made there likewise, or train under a configuration of fp32 weights: fp32, tf32, mixed_bf16") from error
+
 @patch
 def micros(self: SurrogateTask, n: int) -> list:
     "The step's micro-batches, on the device."
@@ -162,7 +179,7 @@ def micros(self: SurrogateTask, n: int) -> list:
 @patch
 def error(self: SurrogateTask, batch) -> torch.Tensor:
     "Mean squared error of the standardized targets of a batch, in fp32; raises `UserError` for shapes that are not (n, targets)."
-    found, shape = self.model(batch), (len(batch), len(self.domain.targets))
+    found, shape = _answers(self.domain, self.model, self.config, batch), (len(batch), len(self.domain.targets))
     for what, has in (("labels", batch.y), ("the network's answers", found)):
         if has.shape != shape: raise UserError(f"{what} of {len(batch)} rows of {self.domain.name} have the shape {tuple(has.shape)}; {shape} is needed, a column for each target")
     with torch.autocast(self.device.type, enabled=False): wanted = (batch.y - self.mean) / self.std
@@ -183,6 +200,40 @@ def train_batch(self: SurrogateTask, micros: list) -> tuple[torch.Tensor, torch.
     return total, norm
 
 # %% ../../nbs/surrogates/01_task.ipynb #6a30c012
+_PATIENCE = 10  # steps in a row that teach nothing, after which it is said
+_TOLERATED = 0.01  # of all steps: what teaches nothing without being said at the end
+
+def _floats(batch) -> dict[str, torch.Tensor]:
+    "The tensors of a batch that may hold what is not finite, by their names."
+    named = batch._asdict() if hasattr(batch, "_asdict") else getattr(batch, "__dict__", {})
+    return {name: t for name, t in named.items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+
+@patch
+def _not_finite(self: SurrogateTask, n: int) -> str:
+    "Why the gradient of step `n` may not be finite, and what to do."
+    parts, found = np.array_split(self.batch_indices(n), self.config.accumulate), {}
+    for rows, batch in zip(parts, self.micros(n)):
+        for name, t in _floats(batch).items():
+            bad = (~t.isfinite()).reshape(len(t), -1).any(1).nonzero().flatten().tolist() if t.ndim else []
+            if bad: found.setdefault(name, f" (row {rows[bad[0]]} of the training rows)" if len(t) == len(rows) else "")
+    if not found: return f"what step {n} was given is finite, so lower the learning rate, or choose a precision of wider range"
+    return f"step {n} was given what is not finite in {', '.join(map(''.join, found.items()))}; leave such rows out, or mend them"
+
+@patch
+def _warn_of_skipped(self: SurrogateTask, n: int, scale: float):
+    "Warns once of steps in a row that taught nothing, and at the last of a share of all."
+    # the scaler lowers a scale by itself, halving it to 1 in so many steps
+    own = math.ceil(math.log2(max(1.0, self.config.scale))) + 1 if self.config.scaling == "dynamic" else 0
+    if self._in_a_row >= _PATIENCE and (not own or scale <= 1): self._warn("row", f"the last {self._in_a_row} of {n} steps")
+    elif n == self.steps and self.skipped > max(own, _TOLERATED * n): self._warn("share", f"{self.skipped} of {n} steps")
+
+@patch
+def _warn(self: SurrogateTask, kind: str, which: str):
+    if kind in self._said: return
+    self._said.add(kind)
+    warnings.warn(f"{which} of {self.domain.name} under {self.config.name} taught nothing{', or a part of the weights' * bool(self.release)}, "
+                  f"for their gradients are not finite; {self._not_finite(self._bad_at or self.at)}", stacklevel=4)
+
 @patch
 def set_lr(self: SurrogateTask, n: int) -> float:
     "Sets the learning rate of step `n`, in place where it lies on the device; returns it."
@@ -207,7 +258,8 @@ def step(self: SurrogateTask, n: int) -> dict:
     lr, scale = self.set_lr(n), self.scale.value
     loss, norm = (t.item() for t in self.train_batch(self.micros(n)))
     bad, released = not math.isfinite(norm), self.release is not None
-    self.skipped += bad
+    self.skipped, self._in_a_row, self._bad_at, self.at = self.skipped + bad, (self._in_a_row + 1) * bad, n if bad else self._bad_at, n
+    self._warn_of_skipped(n, scale)
     self.average(n)
     return dict(loss=loss, grad_norm=norm, lr=lr, skipped=bad and not released, partial=bad and released,
                 tokens=self.recipe.batch, loss_scale=scale)
@@ -227,7 +279,7 @@ class Surrogate:
 
     @torch.no_grad()
     def __call__(self, batch) -> torch.Tensor:  # (n, targets) fp32, in units, on the CPU
-        with forward_in(self.config, self.device): out = self.model(batch.to(self.device))
+        with forward_in(self.config, self.device): out = _answers(self.domain, self.model, self.config, batch.to(self.device))
         return out.float().cpu() * self.domain.std + self.domain.mean
 
 # %% ../../nbs/surrogates/01_task.ipynb #6a30c017
@@ -240,6 +292,7 @@ def surrogate(
 ) -> Surrogate:
     "A frozen copy of the network as it is now."
     whole = choose("precision", precision, {"own": False, "fp32": True})
+    if self.at and self.skipped >= self.at: self._warn("all", f"this network has learned nothing: all {self.at} steps")
     if ema and self.ema_weights is None:
         raise UserError("no mean of the weights is kept by this recipe (ema=0); leave `ema` out")
     narrow = whole and self.wide is not None
@@ -287,7 +340,7 @@ def predict(self: SurrogateTask, batch) -> torch.Tensor:  # (n, targets), in uni
 def state_dict(self: SurrogateTask) -> dict:
     "Weights, their mean, optimizer, loss scale, and what gradient release remembers."
     return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), shadow=self.ema_weights,
-                scale=self.scale.state_dict(), skipped=self.skipped)
+                scale=self.scale.state_dict(), skipped=self.skipped, at=self.at)
 
 @patch
 def load_state_dict(self: SurrogateTask, state: dict):
@@ -295,7 +348,7 @@ def load_state_dict(self: SurrogateTask, state: dict):
     self.model.load_state_dict(state["model"])
     self.optimizer.load_state_dict(state["optimizer"])
     self.scale.load_state_dict(state["scale"])
-    self.skipped = state["skipped"]
+    self.skipped, self.at, self._in_a_row = state["skipped"], state.get("at", 0), 0
     if self.ema_weights is not None:
         for mine, its in zip(self.ema_weights, state["shadow"], strict=True): mine.copy_(its)
     if self.release and state.get("clip") is not None: self.release.clip = state["clip"].to(self.device)

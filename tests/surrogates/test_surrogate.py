@@ -193,3 +193,51 @@ def test_a_batch_of_fewer_rows_than_micro_batches_is_refused(seed):
     with pytest.raises(UserError, match="a batch of 3 rows cannot be divided into 4 micro-batches: give batch=4"):
         task("mixed_bf16_accumulate", seed, batch=3)
     assert np.isfinite(task("mixed_bf16_accumulate", seed, batch=4).step(1)["loss"])
+
+
+class Holed(Toy):
+    "Some rows of the training split are not finite."
+    def __init__(self, bad): super().__init__(); self.bad = bad
+    def batch(self, split, which):
+        rows = super().batch(split, which)
+        bad = torch.tensor([split == "train" and self.bad(int(row)) for row in which])
+        return ToyBatch(rows.x.masked_fill(bad[:, None], torch.nan), rows.y)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_training_that_taught_nothing_is_told_and_never_handed_over_in_silence(name):
+    one = task(name, 0, domain=Holed(lambda row: True), epochs=3)
+    with pytest.warns(UserWarning, match=r"the last \d+ of \d+ steps of toy.*not finite in x \(row \d+ of the training rows\)"):
+        for n in range(1, one.steps + 1): one.step(n)
+    with pytest.warns(UserWarning, match=f"learned nothing: all {one.steps} steps"): one.surrogate()
+
+
+def test_few_rows_that_are_not_finite_are_named_at_the_end_and_none_is_no_word():
+    import warnings
+    one = task("flash", 0, domain=Holed(lambda row: row == 7), epochs=3)
+    with pytest.warns(UserWarning, match=r"^3 of 30 steps of toy under flash taught nothing, .* not finite in x \(row 7 of the training rows\); leave"):
+        for n in range(1, one.steps + 1): one.step(n)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = task("mixed_fp16", 0, epochs=1)
+        for n in range(1, whole.steps + 1): whole.step(n)
+        whole.evaluate()
+
+
+def test_a_network_that_does_not_cast_is_told_what_to_do():
+    from flashoptim_nb.surrogates.domains.toy.domain import ToyNet
+    class Uncast(ToyNet):
+        def forward(self, batch): return self.last(self.inner(batch.x))
+    class Mine(Toy):
+        def build(self, width, **options): return Uncast(width, **options)
+    for name in TRAINED:
+        one = task(name, 0, domain=Mine())
+        if not CONFIGS[name].narrow: one.step(1); continue
+        for do in (lambda: one.step(1), lambda: one.predict(Mine().batch("test", np.arange(2)))):
+            with pytest.raises(UserError, match="weights are bfloat16.*cast what a batch holds in the network's forward"): do()
+    class Broken(ToyNet):
+        def forward(self, batch): raise RuntimeError("a fault of its own")
+    class Faulty(Toy):
+        def build(self, width, **options): return Broken(width, **options)
+    broken = task("flash", 0, domain=Faulty())
+    with pytest.raises(RuntimeError, match="a fault of its own"): broken.step(1)
