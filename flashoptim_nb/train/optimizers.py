@@ -75,6 +75,8 @@ class OptimizerRow:
                               betas=self.betas or recipe.betas)
 
 # %% ../../nbs/train/01_optimizers.ipynb #a7c0de02
+_PARTS = dict(muon=torch.optim.Muon, adamw=torch.optim.AdamW)
+
 class MuonAdamW(torch.optim.Optimizer):
     "`torch.optim.Muon` for matrices and `torch.optim.AdamW` for groups with `algorithm=\"adamw\"`, as one optimizer."
 
@@ -88,20 +90,30 @@ class MuonAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),  # of the rest
         fused: bool | None = None,  # AdamW's kernel
     ):
+        self._options = dict(muon=dict(momentum=momentum, adjust_lr_fn=adjust_lr_fn), adamw=dict(betas=betas, fused=fused))
+        self._parts = {}
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, algorithm="muon"))
-        options = dict(muon=dict(momentum=momentum, adjust_lr_fn=adjust_lr_fn), adamw=dict(betas=betas, fused=fused))
-        classes = dict(muon=torch.optim.Muon, adamw=torch.optim.AdamW)
-        self._parts = {name: classes[name](groups, **options[name]) for name in classes if (groups := self._of(name))}
 
-    def _of(self, algorithm): return [group for group in self.param_groups if group["algorithm"] == algorithm]
+    def add_param_group(self, param_group: dict):
+        "Adds a group with what its algorithm's class asks of one; raises `UserError` for an algorithm that is neither."
+        group = self.defaults | param_group
+        name = group["algorithm"]
+        part = choose("algorithm", name, _PARTS)([group], **self._options[name])
+        super().add_param_group(part.param_groups[0])
+        self._parts.setdefault(name, part)
 
     def step(self, closure=None):
         "Steps both, on the groups and states of this one, which loading replaces."
         loss = None if closure is None else closure()
-        for name, part in self._parts.items():
-            part.state, part.param_groups = self.state, self._of(name)
-            part.step()
+        for name in _PARTS:
+            if not (groups := [group for group in self.param_groups if group["algorithm"] == name]): continue
+            if name not in self._parts: self._parts[name] = _PARTS[name](groups, **self._options[name])  # a copy has none
+            self._parts[name].state, self._parts[name].param_groups = self.state, groups
+            self._parts[name].step()
         return loss
+
+    def __getstate__(self) -> dict: return super().__getstate__() | dict(_options=self._options)
+    def __setstate__(self, state: dict): super().__setstate__(state | dict(_parts={}))
 
 # %% ../../nbs/train/01_optimizers.ipynb #5a061cbd
 _ADAMW = dict(rule="adamw", rates=dict(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1))

@@ -386,3 +386,29 @@ def test_a_copy_takes_further_groups():
     opt = copy.deepcopy(FlashMuon([dict(params=matrices()), dict(params=[nn.Parameter(torch.ones(3))], algorithm="adamw")], betas=(0.8, 0.9)))
     opt.add_param_group(dict(params=[nn.Parameter(torch.ones(5))], algorithm="adamw"))
     assert opt.param_groups[-1]["betas"] == (0.8, 0.9) and opt.param_groups[-1]["eps"] == opt.param_groups[1]["eps"]
+
+
+@pytest.mark.parametrize("copied", ["deepcopy", "pickle"])
+def test_the_reference_goes_on_as_a_copy_and_takes_groups_of_either_algorithm(copied):
+    from flashoptim_nb.base.errors import UserError
+    from flashoptim_nb.train.optimizers import MuonAdamW
+    model = nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5))
+    opt = MuonAdamW([dict(params=[model[0].weight])], lr=1e-2, adjust_lr_fn="match_rms_adamw", betas=(0.8, 0.9))
+    step(opt, [model[0].weight], 0)
+    opt.add_param_group(dict(params=[*model[1].parameters()], algorithm="adamw", weight_decay=0.0))
+    model, opt = copy.deepcopy((model, opt)) if copied == "deepcopy" else torch.load(_saved((model, opt)), weights_only=False)
+    opt.add_param_group(dict(params=[model[0].bias], algorithm="adamw", lr=1e-3))
+    assert [group["algorithm"] for group in opt.param_groups] == ["muon", "adamw", "adamw"]
+    assert opt.param_groups[-1]["betas"] == (0.8, 0.9) and opt.param_groups[0]["adjust_lr_fn"] == "match_rms_adamw"
+    twin, before = copy.deepcopy((model, opt)), [p.detach().clone() for p in model.parameters()]
+    for net, one in ((model, opt), twin): step(one, [*net.parameters()], 1)
+    for p, q, was in zip(model.parameters(), twin[0].parameters(), before): assert torch.equal(p, q) and not torch.equal(p, was)
+    with pytest.raises(UserError, match="did you mean 'adamw'"): opt.add_param_group(dict(params=[nn.Parameter(torch.ones(2))], algorithm="adam"))
+    with pytest.raises(ValueError, match="2D"): opt.add_param_group(dict(params=[nn.Parameter(torch.ones(2))]))
+    assert len(opt.param_groups) == 3, "a group that is refused is not there"
+
+
+def _saved(what):
+    torch.save(what, kept := io.BytesIO())
+    kept.seek(0)
+    return kept
