@@ -47,7 +47,8 @@ def _as_registered(runs: list, hypothesis: str, hash: str, studies: list[Path]) 
     from flashoptim_nb.study.registration import verdict_at
     commit = next(run.header["commit"] for run in runs if run.header.get("registration") == hash)
     mine = [study for study in studies if any(run.folder.resolve().parent == study for run in runs)]
-    try: return [entry | dict(given="registered", registration=hash) for entry in verdict_at(commit, hypothesis, mine)]
+    try: return [entry | dict(given="registered", registration=hash) for entry in verdict_at(commit, hypothesis, mine)
+                 if entry.get("given") != "read post hoc"]  # what that code itself read after the runs is not what was registered
     except UserError as error:
         print(visible(f"the verdict as registered is not to be had: {error}"), file=sys.stderr)
         return []
@@ -119,7 +120,8 @@ def verdict_parser(command):
     verdict.add_argument(
         "--json", action="store_true",
         help="a list: id, statement, status, value, threshold, interval, bound (at most: the interval is open below; at "
-             "least: open above, whatever number stands there), scale, records, given (registered, or read post hoc); an id stands there once for each `against` and `given`")
+             "least: open above, whatever number stands there), scale, records, given (registered, or read post hoc); an id stands there once for each `against` and `given`, so gather "
+             "by all three; what is registered comes last")
     add_preset(verdict, "judge the records of one preset only (default: each criterion from the largest that measured it)")
     verdict.add_argument("--records", **_RECORDS)
 

@@ -523,3 +523,13 @@ def test_the_help_names_the_exit_statuses(name, capsys):
     told = out[out.index("exit status: "):]
     assert status == 0 and told.startswith("exit status: 0 if ") and "130" in told
     assert ("75 if the time of" in told) == (name in ("run", "quality"))
+
+
+def test_what_an_older_commit_read_post_hoc_is_not_what_was_registered(records, capsys, monkeypatch):
+    from flashoptim_nb.cli.judge import _as_registered
+    from flashoptim_nb.study import registration
+    entries = json.loads(ran(capsys, "verdict", "h1", "--json", "--records", records)[1])
+    late = [entry | dict(given="read post hoc") for entry in entries[:2]]
+    monkeypatch.setattr(registration, "verdict_at", lambda *_: late + entries)
+    run = argparse.Namespace(header=dict(registration="x", commit="c"), folder=records)
+    assert len(_as_registered([run], "h1", "x", [])) == len(entries)
