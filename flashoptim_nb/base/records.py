@@ -422,16 +422,16 @@ def _origin_problems(header: dict) -> list[str]:
                if key in settings and key in header and settings[key] != header[key]])
 
 # %% ../../nbs/base/05_records.ipynb #fdcd8c79
-_NARROWING = dict.fromkeys(("--sizes", "--domains", "--configs", "--seeds", "--experiments", "--arms"), "+") | {"--piece": None, "--minutes": None}
+_NARROWING = dict.fromkeys(("--sizes", "--domains", "--configs", "--seeds", "--experiments", "--arms"), "+") | {"--piece": None}
 
 def command_for(
     header: dict,  # of a run of the study
     study: str | Path,  # where the study lies now
     only: Iterable[str] | None = None,  # options in the place of all that left out runs; None: those that it had
 ) -> str:
-    "The command that a run was made by, as it goes on with the study where that lies now; what it confirmed then is left out."
+    "The command that a run was made by, as it ends the study where that lies now; its limit of time and what it confirmed then are left out."
     study, command, told = Path(study).resolve(), str(header.get("command")), argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    for option, n in ({"--out": None, "--confirm": "+"} | (_NARROWING if only is not None else {})).items():
+    for option, n in ({"--out": None, "--minutes": None, "--confirm": "+"} | (_NARROWING if only is not None else {})).items():
         told.add_argument(option, nargs=n)
     try: kept = told.parse_known_args(shlex.split(command))[1]
     except (ValueError, argparse.ArgumentError): kept = []
