@@ -492,12 +492,12 @@ def test_a_plan_takes_no_other_optimizers_time_and_names_the_gpu_of_each(capsys)
 @pytest.mark.parametrize("words", ["run h1 --preset laptop", "run h2 --preset laptop --domains aerodynamics"])
 def test_a_time_that_is_over_is_neither_done_nor_failed_nor_an_interruption(words, tmp_path, capsys, monkeypatch):
     "A script goes on while the status says so; one that gets nowhere is told, so that it ends."
-    from flashoptim_nb.cli.main import TIME_UP
+    from flashoptim_nb.cli.options import TIME_UP
     keep = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     command = [*words.split(), "--device", "cpu", "--minutes", "1e-5", "--out", tmp_path]
     try:
         first, second = ran(capsys, *command), ran(capsys, *command)
-        monkeypatch.setattr("flashoptim_nb.cli.main._Stop.__call__", lambda self, *_: True)  # as after Ctrl-C
+        monkeypatch.setattr("flashoptim_nb.cli.run.Stop.__call__", lambda self, *_: True)  # as after Ctrl-C
         stopped = ran(capsys, *command)
     finally:
         for number, how in keep.items(): signal.signal(number, how)
@@ -507,7 +507,7 @@ def test_a_time_that_is_over_is_neither_done_nor_failed_nor_an_interruption(word
 
 
 def test_a_comparison_whose_time_is_over_says_so_in_its_status(tmp_path, capsys, monkeypatch):
-    from flashoptim_nb.cli.main import TIME_UP
+    from flashoptim_nb.cli.options import TIME_UP
     words = "quality --preset laptop --seeds 0 --configs adamw --device cpu --minutes 1 --steps 3 --out".split()
     ticks = iter([0, 0, 0, 90])
     with monkeypatch.context() as later:
