@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FRONTIER_SIZES', 'CARDS', 'BUDGETS', 'WAYS', 'TIMED_STEPS', 'MEASURED', 'FITS', 'LOST', 'MAY', 'NOT', 'DRAWING',
-           'Way', 'sequence_of', 'seen_trainings', 'frontier', 'frontier_svg', 'established_saving', 'token_savings',
-           'cards_named', 'frontier_sentences', 'show_frontier', 'show_frontier_rows']
+           'Way', 'sequence_of', 'seen_trainings', 'frontier', 'frontier_svg', 'established_saving', 'cards_named',
+           'stack_rows', 'token_savings', 'frontier_sentences', 'show_frontier', 'show_frontier_rows']
 
 # %% ../../nbs/report/16_frontier.ipynb #c4c3604b
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +21,7 @@ from ..lm.fit import gpt_of, gpu_memory
 from ..lm.what_fits import largest_that_fits
 from ..measure.cost import cost_per_token, rate_of
 from ..measure.memory import HEADROOM
-from .render import Rendered, attributes, given_runs, runs_of
+from .render import Rendered, attributes, given_runs, runs_of, table
 from .rows import CARD, candidates, show_rows
 from .tables import best_evidence_of, by_card, estimate_text, gaps_by_card, in_nats, judged, measured_saving, paired_gpus
 from ..study.evidence import Estimate, Evidence
@@ -301,11 +301,6 @@ def _listed(words: Iterable) -> str:
     words = [*map(str, words)]
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
-def _over(runs: list[Run]) -> str:
-    "Over how many GPUs pairs of runs were divided, where it was more than one."
-    gpus = paired_gpus(runs)
-    return f" over {_listed(gpus)} GPUs" * (max(gpus, default=1) > 1)
-
 def _long(runs: list[Run]) -> str:
     "How many steps runs took."
     steps = {run.header["settings"]["recipe"]["steps"] for run in runs}
@@ -333,27 +328,40 @@ def _aside(*words: str | None) -> str:
     said = "; ".join(filter(None, words))
     return f" ({said})" * bool(said)
 
-# %% ../../nbs/report/16_frontier.ipynb #c11e87a1
-def _elsewhere(size: str, runs: list[Run]) -> Iterator[str]:
-    "The saving at a size on other cards than the headline's."
-    for card, e in [*by_card(Q("cost_saving", size), runs).items()][1:]:
-        if not e.bound: yield f"{CARD.get(card, card)}: {estimate_text(e, 'share')}"
+# %% ../../nbs/report/16_frontier.ipynb #0c762ba7
+def cards_named(
+    gpus: int,
+    device: str,  # as torch reports it
+) -> str:
+    "A number of GPUs of one model, in words: 1 H100, 2 H200s."
+    return f"{gpus} {CARD.get(device, device)}{'s' if gpus > 1 else ''}"
 
-def _cost_words(runs: list[Run]) -> str:
-    known = {size: found for size in _SIZES if (found := measured_saving(size, runs))}
-    def at(size, *more): return f" at {size}{_aside(_long(runs_of(known[size]['runs'], runs)), *more)}"
-    def saving(size):
-        found = known[size]
-        return value_text(dict(value=found["value"], interval=[found["lo"], found["hi"]], bound=found["bound"], unit="share"))
-    def said(size): return saving(size) + at(size, *_elsewhere(size, runs))
-    sure = [size for size in known if established_saving(size, runs)]
-    def open_at(size):  # as registered, then from the size's own runs as they are read post hoc
-        bound, value = known[size]["bound"], known[size]["value"]
-        return at(size, saving(size) * bool(bound), _post_hoc(bound, value, after.get(size), "share"), *_elsewhere(size, runs))
-    after = _later("cost_saving", runs)
-    open_ = ",".join(open_at(size) for size in known if size not in sure)
-    if not sure: return f"that the stack lowers it is not established{open_ or ' at any size: no saving is measured'}"
-    return f"to equal loss it costs less by {', '.join(map(said, sure))}" + f"; not established{open_}" * bool(open_)
+# %% ../../nbs/report/16_frontier.ipynb #c11e87a1
+def _by_size(quantity: str, unit: str, runs: list[Run], intervals: bool = True) -> dict[str, str]:
+    "A quantity at each size as registered; what is only a bound also as its own runs are read post hoc."
+    after = _later(quantity, runs)
+    def said(e): return value_text(dict(value=e.value, interval=[e.lo, e.hi] if intervals else None, bound=e.bound, unit=unit))
+    return {size: said(e) + _aside(_post_hoc(e.bound, e.value, after.get(size), unit)) for size, e in _known(quantity, runs)}
+
+def _paired_on(size: str, runs: list[Run]) -> str:
+    "A size, the GPUs that its pairs took and the steps of its runs."
+    records = [name for quantity in ("memory_saving", "throughput_ratio") for at, e in _known(quantity, runs) if at == size for name in e.records]
+    used, card = runs_of(records, runs), best_evidence_of(runs=runs).device
+    return ", ".join(filter(None, [size, cards_named(max(paired_gpus(used), default=1), card), _long(used)]))
+
+def stack_rows(
+    runs: Iterable[Run] | None = None,  # None: all there are
+) -> list[dict[str, str]]:
+    "What the stack changes beside the headline's reference: a row for memory, for speed and for cost, a column for each size."
+    runs = [run for run in given_runs(runs, None) if run.header["hypothesis"] == "h1"]
+    cost = {size: "not established: " * (not established_saving(size, runs)) + words for size, words in _by_size("cost_saving", "share", runs).items()}
+    rows = {"peak memory at equal micro-batch, less by": _by_size("memory_saving", "share", runs, intervals=False),
+            "tokens a second": _by_size("throughput_ratio", "x", runs), "cost to equal loss, less by": cost}
+    for size in cost:
+        for card, e in [*by_card(Q("cost_saving", size), runs).items()][1:]:  # the first is the headline's own
+            if not e.bound: rows.setdefault(f"the same on {CARD.get(card, card)}s", {})[size] = estimate_text(e, "share")
+    heads = {size: _paired_on(size, runs) for size in PROTOCOL_SIZES if any(size in words for words in rows.values())}
+    return [{"": what} | {head: words.get(size, "") for size, head in heads.items()} for what, words in rows.items() if words]
 
 # %% ../../nbs/report/16_frontier.ipynb #76095b2e
 def token_savings(
@@ -373,26 +381,15 @@ def _token_words(cells: pd.DataFrame, runs: list[Run]) -> str:
     if not (found := saved(cells)): return ""
     alone = {card: saved(_cells(seen, {1: ["1B"]})) for card, seen in seen_trainings(runs).groupby("device")}
     beside = [f"{CARD.get(card, card)}: {', '.join(one.values())}" for card, one in alone.items() if one != found and one.keys() == found.keys()]
-    return (f"; a token at 1B costs less: {', '.join(f'{saving} in {budget} GB' for budget, saving in found.items())}"
+    return (f"a token at 1B costs less by {', '.join(f'{saving} in {budget} GB' for budget, saving in found.items())}"
             + _aside(*beside, "one timing a side"))
 
 # %% ../../nbs/report/16_frontier.ipynb #f5971aa6
-def _memory_words(runs: list[Run]) -> str:
-    after = _later("memory_saving", runs)
-    found = [value_text(dict(value=e.value, interval=None, bound=e.bound, unit="share"))
-             + f"{_aside(_post_hoc(e.bound, e.value, after.get(size), 'share'))} at {size}{_over(runs_of(e.records, runs))}"
-             for size, e in _known("memory_saving", runs)]
-    if not found: return "not measured at an equal micro-batch"
-    return ("the stack (FlashAdamW, bf16 weights, a fused loss) peaks lower than compiled PyTorch with fused AdamW "
-            f"(`baseline_strong`) at equal micro-batch, by {', '.join(found)}")
-
-def _speed_words(runs: list[Run]) -> str:
-    after = _later("throughput_ratio", runs)
-    found = [f"{estimate_text(e, 'x')}{_aside(_post_hoc(e.bound, e.value, after.get(size), 'x'))} at {size}"
-             for size, e in _known("throughput_ratio", runs)]
-    if not found: return "not measured"
-    card = best_evidence_of(runs=runs).device
-    return f"tokens a second over the same reference's, on as many {CARD.get(card, card)}s: {', '.join(found)}"
+def _claim_words(runs: list[Run]) -> str:
+    "What is claimed of the cost at the first size, and what was measured."
+    asked, found = readable(CRITERIA["H1-S1"].thresholds[0]["value"], "share"), measured_saving(runs=runs)
+    words = found and value_text(dict(value=found["value"], interval=[found["lo"], found["hi"]], bound=found["bound"], unit="share"))
+    return f"Claimed: at 1B the same loss costs at least {asked} less. Measured: {words or 'nothing yet'}."
 
 # %% ../../nbs/report/16_frontier.ipynb #5d00ff4e
 def _room_words(cells: pd.DataFrame) -> str:
@@ -428,14 +425,6 @@ def _gaps(here: Evidence, size: str) -> dict[str, list[float]]:
     "The stack's gaps in nats at a size, by the text's name, where more than one pair has them."
     found = {name: quality_gaps(here, Q("quality_gap", size, split=text))[1] for text, name in _TEXTS.items()}
     return {name: nats for name, nats in found.items() if len(nats) > 1}
-
-# %% ../../nbs/report/16_frontier.ipynb #0c762ba7
-def cards_named(
-    gpus: int,
-    device: str,  # as torch reports it
-) -> str:
-    "A number of GPUs of one model, in words: 1 H100, 2 H200s."
-    return f"{gpus} {CARD.get(device, device)}{'s' if gpus > 1 else ''}"
 
 # %% ../../nbs/report/16_frontier.ipynb #5dcb27ae
 def _short_words(here: Evidence, runs: list[Run]) -> str:
@@ -473,7 +462,7 @@ def _long_words(runs: list[Run]) -> str:
     steps = {run.header["settings"]["recipe"]["steps"] for run in runs_of(first["records"], runs)}
     here = best_evidence_of(runs=runs)
     told = ", ".join(f"{_interval(nats)} on {name}" for name, nats in _gaps(here, at).items())
-    return (f"at {at}, {' or '.join(f'{n:,}' for n in sorted(steps))} steps, the stack's held-out loss less {found['against']}'s is, "
+    return (f"at {at}, {' or '.join(f'{n:,}' for n in sorted(steps))} steps, the stack's held-out loss less the reference's is, "
             f"in nats, {told} (post hoc, {first['n']} pairs, 90 %){_also_words(here, at)}{_short_words(here, runs)}")
 
 # %% ../../nbs/report/16_frontier.ipynb #8cd706a1
@@ -493,14 +482,15 @@ def frontier_sentences(
     cells: pd.DataFrame,  # of `frontier`
     runs: Iterable[Run] | None = None,  # None: all there are
 ) -> dict[str, str]:
-    "What it saves of memory, time and cost, where it makes room, and what that costs in quality."
+    "Where it saves cost, where it makes room, and what that costs in quality."
     runs = given_runs(runs, None)
     ours = [run for run in runs if run.header["hypothesis"] == "h1"]
-    return dict(Memory=_memory_words(ours), Speed=_speed_words(ours), Cost=_cost_words(ours) + _token_words(cells, ours),
-                Room=_room_words(cells), Quality=_quality_words(ours))
+    words = {"Little memory": _token_words(cells, ours), "Room": _room_words(cells), "Quality": _quality_words(ours)}
+    return {what: said for what, said in words.items() if said}
 
 # %% ../../nbs/report/16_frontier.ipynb #f47408ce
 DRAWING = "nbs/_static/frontier.svg"  # in the repository
+_STACK = "The stack (FlashAdamW, bf16 weights, fused loss) beside compiled PyTorch with fused AdamW (baseline_strong):"
 
 def show_frontier(
     runs: Iterable[Run] | None = None,  # None: all there are
@@ -513,11 +503,12 @@ def show_frontier(
     used = runs_of(named, runs)
     scales = sorted({run.header["scale"] for run in used})
     mark = attributes(dict(result="frontier", scale=scales, runs=sorted(named))) if named else ""
-    html = f'<div class="results frontier">{frontier_svg(cells)}</div><ul{mark}>'
-    html += "".join(f"<li><strong>{what}</strong>: {escape(words.replace('`', ''))}.</li>" for what, words in said.items()) + "</ul>"
-    listed = "\n".join(f"- **{what}**: {words}." for what, words in said.items())
-    alt = "What trains in how much memory, how fast, and for how many dollars"
-    return Rendered(html, f"![{alt}]({DRAWING})\n\n{listed}")
+    html = f'<div class="results frontier">{frontier_svg(cells)}</div><p{mark}><strong>{escape(_claim_words(runs))}</strong> {escape(_STACK)}</p>'
+    listed = "".join(f"<li><strong>{what}</strong>: {escape(words)}.</li>" for what, words in said.items())
+    alt, words = "What trains in how much memory, how fast, for how much", "\n".join(f"- **{what}**: {words}." for what, words in said.items())
+    rows = table(stack_rows(runs))
+    return Rendered(f"{html}{rows.html}<ul{mark}>{listed}</ul>",
+                    f"![{alt}]({DRAWING})\n\n**{_claim_words(runs)}** {_STACK}\n\n{rows.markdown}\n\n{words}")
 
 # %% ../../nbs/report/16_frontier.ipynb #2ac51b66
 def show_frontier_rows(
