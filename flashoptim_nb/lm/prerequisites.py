@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import torch
 
 from ..base.compare import rel_err
-from ..base.errors import UserError
 from .batches import Synthetic
 from .attention import attend, attention_backends
 from ..optim.split import reconstruct_fp32_param

@@ -22,7 +22,7 @@ from ..lm.what_fits import largest_that_fits
 from ..measure.cost import cost_per_token, rate_of
 from ..measure.memory import HEADROOM
 from .render import Rendered, attributes, given_runs, runs_of, table
-from .rows import CARD, candidates, show_rows
+from .rows import CARD, candidates, card_name, show_rows
 from .tables import best_evidence_of, by_card, estimate_text, gaps_by_card, in_nats, judged, measured_saving, paired_gpus
 from ..study.evidence import Estimate, Evidence
 from ..study.expression import Q, readable
@@ -334,7 +334,7 @@ def cards_named(
     device: str,  # as torch reports it
 ) -> str:
     "A number of GPUs of one model, in words: 1 H100, 2 H200s."
-    return f"{gpus} {CARD.get(device, device)}{'s' if gpus > 1 else ''}"
+    return f"{gpus} {card_name(device)}{'s' if gpus > 1 else ''}"
 
 # %% ../../nbs/report/16_frontier.ipynb #c11e87a1
 def _by_size(quantity: str, unit: str, runs: list[Run], intervals: bool = True) -> dict[str, str]:
@@ -359,7 +359,7 @@ def stack_rows(
             "tokens a second": _by_size("throughput_ratio", "x", runs), "cost to equal loss, less by": cost}
     for size in cost:
         for card, e in [*by_card(Q("cost_saving", size), runs).items()][1:]:  # the first is the headline's own
-            if not e.bound: rows.setdefault(f"the same on {CARD.get(card, card)}s", {})[size] = estimate_text(e, "share")
+            if not e.bound: rows.setdefault(f"the same on {card_name(card)}s", {})[size] = estimate_text(e, "share")
     heads = {size: _paired_on(size, runs) for size in PROTOCOL_SIZES if any(size in words for words in rows.values())}
     return [{"": what} | {head: words.get(size, "") for size, head in heads.items()} for what, words in rows.items() if words]
 
@@ -380,7 +380,7 @@ def _token_words(cells: pd.DataFrame, runs: list[Run]) -> str:
     def saved(cells): return {budget: readable(saving, "share", 2) for budget, saving in token_savings(cells).items() if budget not in CARDS}
     if not (found := saved(cells)): return ""
     alone = {card: saved(_cells(seen, {1: ["1B"]})) for card, seen in seen_trainings(runs).groupby("device")}
-    beside = [f"{CARD.get(card, card)}: {', '.join(one.values())}" for card, one in alone.items() if one != found and one.keys() == found.keys()]
+    beside = [f"{card_name(card)}: {', '.join(one.values())}" for card, one in alone.items() if one != found and one.keys() == found.keys()]
     return (f"a token at 1B costs less by {', '.join(f'{saving} in {budget} GB' for budget, saving in found.items())}"
             + _aside(*beside, "one timing a side"))
 
@@ -436,7 +436,7 @@ def _short_words(here: Evidence, runs: list[Run]) -> str:
         steps = _long(runs_of([name for _, names in found.values() for name in names], runs))
         def place(card, names):
             gpus = max(paired_gpus(runs_of(names, runs)), default=1)
-            return cards_named(gpus, card) if gpus > 1 else CARD.get(card, card)
+            return cards_named(gpus, card) if gpus > 1 else card_name(card)
         each = ", ".join(f"{' '.join(f'{x:+.2f}' for x in nats)} ({place(card, names)})" for card, (nats, names) in found.items())
         told[size] = f"; at {size}, {steps}, by seed {each}"
     rest = [size for size in PROTOCOL_SIZES if size not in told]

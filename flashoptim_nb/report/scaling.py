@@ -15,9 +15,9 @@ from ..lm.gpt import GPTConfig
 from ..lm.sizes import gpt_config
 from .charts import by_size, draw, scaling_lines
 from .fits import peak_today
-from .frontier import CARD, TIMED_STEPS
+from .frontier import TIMED_STEPS
 from .render import Rendered, full_name, given_runs, sentence
-from .rows import candidates, show_rows
+from .rows import candidates, card_name, show_rows
 from .tables import part_frame
 from ..study.evidence import gpus_of
 from ..study.h1.presets import STACKS
@@ -127,7 +127,7 @@ def show_scaling(
     forms = dict(tokens_per_s=",.0f", kept=".0%", peak=".1f")
     found = scaling(runs)
     if not found.empty:
-        found = found.assign(card=found["device"].map(lambda name: CARD.get(name, name)), how=found.apply(_how, axis=1),
+        found = found.assign(card=found["device"].map(card_name), how=found.apply(_how, axis=1),
                              origin=found.apply(_origin, axis=1), before=_off(found["predicted"], found["off"]),
                              now=_off(found["today"], found["off_today"]))
         if not (found["numbers"] > 1).any(): del heads["kept"]
