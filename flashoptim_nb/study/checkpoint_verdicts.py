@@ -7,7 +7,6 @@ __all__ = ['monitored', 'checkpoint_verdicts']
 
 # %% ../../nbs/study/19_checkpoint_verdicts.ipynb #90ce5a03
 from collections.abc import Iterable, Mapping
-from functools import partial
 
 from ..base.records import Run
 from .decisions import _monitor_of, decide_from

@@ -1,7 +1,6 @@
 """FSDP2, with and without gradient release, distributed checkpoints and ZeroRedundancyOptimizer:
 two processes step shards, uneven and empty ones too, as one process steps the whole."""
 import pytest
-import torch
 
 from processes import on_ranks, ranks_agree
 

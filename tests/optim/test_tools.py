@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from every import CLASSES, MAKERS
-from flashoptim_nb.optim import FlashAdamW, FlashLion, FlashSGD, FlashSGDW, cast_model
+from flashoptim_nb.optim import FlashAdamW, cast_model
 
 KW = dict(lr=1e-2, weight_decay=0.1)
 X = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))

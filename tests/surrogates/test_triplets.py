@@ -17,7 +17,7 @@ from flashoptim_nb.surrogates.domains.molecules.geometry import Geometry
 from flashoptim_nb.surrogates.domains.molecules.bases import spherical_radial, spherical_radial_reference
 from flashoptim_nb.surrogates.domains.molecules.gathered import gated_sum, gated_sum_reference
 from flashoptim_nb.surrogates.domains.molecules.triplets import (
-    Edges, check_edges, meeting, triplet_errors, triplet_sum, triplet_sum_reference)
+    Edges, meeting, triplet_errors, triplet_sum, triplet_sum_reference)
 from processes import pass_in_the_interpreter
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
