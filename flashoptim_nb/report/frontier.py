@@ -23,7 +23,7 @@ from ..measure.cost import cost_per_token, rate_of
 from ..measure.memory import HEADROOM
 from .render import Rendered, attributes, given_runs, runs_of, table
 from .rows import CARD, candidates, card_name, show_rows
-from .tables import best_evidence_of, by_card, estimate_text, gaps_by_card, in_nats, judged, measured_saving, paired_gpus
+from .tables import best_evidence_of, by_card, gaps_by_card, in_nats, judged, measured_saving, paired_gpus
 from ..study.evidence import Estimate, Evidence
 from ..study.expression import Q, readable
 from ..study.h1.criteria import CRITERIA, H1
@@ -209,8 +209,8 @@ _NOTES = (
     "bytes) and of its card. A size in a budget",
     "has one card; bold: its fastest, to 1 %. FlashAdamW's rows take the loss by a fused kernel, AdamW's does not. Release "
     "frees gradients where a batch is one",
-    "micro-batch; in the study's, of several, they add up: 7 bytes. Where a budget refuses what a way's search chose, its "
-    "speeds are searches' timings, not runs'.")
+    "micro-batch; in the study's, of several, they add up: 7 bytes. Where some way of a size has no run, or a budget "
+    "refuses what its search chose, speeds are searches'.")
 _SAID = {FITS: "fits", LOST: "out of", MAY: "may fit", NOT: "no room"}
 _W, _H, _LEFT, _GAP = 60, 28, 166, 14  # of a cell, of the names, between panels
 _ROWS = [*([(gpus, budget) for gpus in (1, 2)] for budget in BUDGETS),
@@ -317,11 +317,13 @@ def _later(quantity: str, runs: list[Run]) -> dict[str, Estimate]:
     "What is known of a quantity post hoc, from a size's own runs, and no bound."
     return {size: e for size, e in _known(quantity, runs, H1_POST_HOC) if not e.projected and not e.bound}
 
-def _post_hoc(bound: str, value: float, later: Estimate | None, unit: str) -> str:
-    "What a bound is when it is read post hoc; of that which is the same value, the interval alone."
-    if not bound or later is None: return ""
-    said = estimate_text(later, unit)
-    return "post hoc " + (said.removeprefix(value_text(dict(value=value, interval=None, unit=unit))).strip() or said)
+def _said(e: Estimate, later: Estimate | None, unit: str, intervals: bool = True) -> str:
+    "An estimate; of a bound its value, with a star and the interval where it is no bound as its own runs are read post hoc."
+    def words(e, bound="", lo=None, hi=None): return value_text(dict(value=e.value, interval=[lo, hi] if intervals and lo is not None else None, bound=bound, unit=unit))
+    if not e.bound: return words(e, lo=e.lo, hi=e.hi)
+    if later is None: return words(e, e.bound)
+    again = words(later, lo=later.lo, hi=later.hi)
+    return f"{words(e, e.bound)}* {again.removeprefix(words(e)).strip()}".strip() if again.startswith(words(e)) else f"{words(e, e.bound)}; post hoc {again}"
 
 def _aside(*words: str | None) -> str:
     "What there is of words, in brackets."
@@ -340,8 +342,7 @@ def cards_named(
 def _by_size(quantity: str, unit: str, runs: list[Run], intervals: bool = True) -> dict[str, str]:
     "A quantity at each size as registered; what is only a bound also as its own runs are read post hoc."
     after = _later(quantity, runs)
-    def said(e): return value_text(dict(value=e.value, interval=[e.lo, e.hi] if intervals else None, bound=e.bound, unit=unit))
-    return {size: said(e) + _aside(_post_hoc(e.bound, e.value, after.get(size), unit)) for size, e in _known(quantity, runs)}
+    return {size: _said(e, after.get(size), unit, intervals) for size, e in _known(quantity, runs)}
 
 def _paired_on(size: str, runs: list[Run]) -> str:
     "A size, the GPUs that its pairs took and the steps of its runs."
@@ -355,11 +356,12 @@ def stack_rows(
     "What the stack changes beside the headline's reference: a row for memory, for speed and for cost, a column for each size."
     runs = [run for run in given_runs(runs, None) if run.header["hypothesis"] == "h1"]
     cost = {size: "not established: " * (not established_saving(size, runs)) + words for size, words in _by_size("cost_saving", "share", runs).items()}
-    rows = {"peak memory at equal micro-batch, less by": _by_size("memory_saving", "share", runs, intervals=False),
+    rows = {"peak memory, equal micro-batch, less by": _by_size("memory_saving", "share", runs, intervals=False),
             "tokens a second": _by_size("throughput_ratio", "x", runs), "cost to equal loss, less by": cost}
     for size in cost:
         for card, e in [*by_card(Q("cost_saving", size), runs).items()][1:]:  # the first is the headline's own
-            if not e.bound: rows.setdefault(f"the same on {card_name(card)}s", {})[size] = estimate_text(e, "share")
+            gpus = max(paired_gpus(runs_of(e.records, runs)), default=1)
+            rows.setdefault(f"the same on {card_name(card)}s", {})[size] = _said(e, None, "share") + _aside(cards_named(gpus, card) * (gpus > 1))
     heads = {size: _paired_on(size, runs) for size in PROTOCOL_SIZES if any(size in words for words in rows.values())}
     return [{"": what} | {head: words.get(size, "") for size, head in heads.items()} for what, words in rows.items() if words]
 
@@ -381,15 +383,19 @@ def _token_words(cells: pd.DataFrame, runs: list[Run]) -> str:
     if not (found := saved(cells)): return ""
     alone = {card: saved(_cells(seen, {1: ["1B"]})) for card, seen in seen_trainings(runs).groupby("device")}
     beside = [f"{card_name(card)}: {', '.join(one.values())}" for card, one in alone.items() if one != found and one.keys() == found.keys()]
-    return (f"a token at 1B costs less by {', '.join(f'{saving} in {budget} GB' for budget, saving in found.items())}"
-            + _aside(*beside, "one timing a side"))
+    first, *rest = found.items()
+    return f"of 1B, held to {first[0]} GB of a card, a token costs {first[1]} less{''.join(f', to {budget} GB {saving}' for budget, saving in rest)}" + _aside(*beside, "timed once")
 
 # %% ../../nbs/report/16_frontier.ipynb #f5971aa6
 def _claim_words(runs: list[Run]) -> str:
-    "What is claimed of the cost at the first size, and what was measured."
+    "What is claimed of the cost at the first size, and what was measured beside either reference."
     asked, found = readable(CRITERIA["H1-S1"].thresholds[0]["value"], "share"), measured_saving(runs=runs)
-    words = found and value_text(dict(value=found["value"], interval=[found["lo"], found["hi"]], bound=found["bound"], unit="share"))
-    return f"Claimed: at 1B the same loss costs at least {asked} less. Measured: {words or 'nothing yet'}."
+    if not found: return f"Hypothesis 1, at 1B: the same loss, {asked} cheaper. Not measured"
+    words = value_text(dict(value=found["value"], interval=[found["lo"], found["hi"]], bound=found["bound"], unit="share"))
+    eager = best_evidence_of("baseline", runs=runs)
+    plain = eager.estimate(Q("cost_saving", "1B")) if eager else Estimate()
+    return (f"Hypothesis 1, at 1B: the same loss, {asked} cheaper. Measured: {words}"
+            + f" ({readable(plain.value, 'share', 3)} beside eager AdamW)" * (plain.value is not None))
 
 # %% ../../nbs/report/16_frontier.ipynb #5d00ff4e
 def _room_words(cells: pd.DataFrame) -> str:
@@ -400,18 +406,18 @@ def _room_words(cells: pd.DataFrame) -> str:
         fits = [way for way, state in states.items() if state in here]
         places.append(size)
         if "adamw" not in fits and any(WAYS[way].ours for way in fits):
-            won.append(dict(budget=budget, gpus=gpus, size=size, bf16="bf16" in fits,
-                            host=[way for way in fits if WAYS[way].ours] == ["host"], refused=states["adamw"] == LOST,
-                            seen=any(states[way] in (MEASURED, FITS) for way in fits if WAYS[way].ours)))
+            won.append(dict(budget=budget, gpus=gpus, size=size, bf16="bf16" in fits, first=next(way for way in fits if WAYS[way].ours),
+                            refused=states["adamw"] == LOST, seen=any(states[way] in (MEASURED, FITS) for way in fits if WAYS[way].ours)))
     # the largest, in the least memory of all GPUs, on the fewest
     seen = sorted((one for one in won if one["seen"]),
                   key=lambda one: (_SIZES.index(one["size"]), -one["budget"] * one["gpus"], -one["gpus"]))
     where = "".join(f", up to {one['size']} on {one['gpus']} GPU{'s' * (one['gpus'] > 1)} of {one['budget']} GB"
                     for one in seen[-1:])
     def count(key, ones=won): return sum(one[key] for one in ones)
-    return (f"in {len(won)} of the chart's {len(places)} places it fits and 16-byte AdamW does not. It ran in "
-            f"{len(seen)}{where}, AdamW shown not to in {count('refused', seen) or 'none'}; the rest predicted. "
-            f"bf16 AdamW would fit in {count('bf16')}; {count('host')} take states on the host")
+    def by(way): return sum(one["first"] == way for one in won)
+    return (f"in {len(won)} of the chart's {len(places)} places it fits ({by('release')} by release, {by('host')} with states on the "
+            f"host), 16-byte AdamW not. {len(seen)} ran{where}, in {count('refused', seen) or 'none'} AdamW ran out of memory; "
+            f"the rest predicted. bf16 AdamW: {count('bf16')}")
 
 # %% ../../nbs/report/16_frontier.ipynb #c3d9fbf6
 _TEXTS = dict(wikitext103="WikiText-103", c4="C4", prose="prose")
@@ -438,9 +444,9 @@ def _short_words(here: Evidence, runs: list[Run]) -> str:
             gpus = max(paired_gpus(runs_of(names, runs)), default=1)
             return cards_named(gpus, card) if gpus > 1 else card_name(card)
         each = ", ".join(f"{' '.join(f'{x:+.2f}' for x in nats)} ({place(card, names)})" for card, (nats, names) in found.items())
-        told[size] = f"; at {size}, {steps}, by seed {each}"
+        told[size] = f"; WikiText-103 at {size}, {steps}, by seed {each}"
     rest = [size for size in PROTOCOL_SIZES if size not in told]
-    return "".join(told.values()) + f"; {', '.join(rest)} too short to tell" * bool(rest)
+    return "".join(told.values()) + f"; {', '.join(rest)} too short" * bool(rest)
 
 # %% ../../nbs/report/16_frontier.ipynb #d9e57021
 def _also_words(here: Evidence, at: str, size: str = "350M") -> str:
@@ -490,7 +496,8 @@ def frontier_sentences(
 
 # %% ../../nbs/report/16_frontier.ipynb #f47408ce
 DRAWING = "nbs/_static/frontier.svg"  # in the repository
-_STACK = "The stack (FlashAdamW, bf16 weights, fused loss) beside compiled PyTorch with fused AdamW (baseline_strong):"
+_STACK = "The stack (FlashAdamW, bf16, fused loss) beside compiled PyTorch with fused AdamW (baseline_strong):"
+_STAR = "As registered a bound: AdamW not fitting fewer GPUs counts as lost pairs. Post hoc the value, with that interval."
 
 def show_frontier(
     runs: Iterable[Run] | None = None,  # None: all there are
@@ -503,12 +510,14 @@ def show_frontier(
     used = runs_of(named, runs)
     scales = sorted({run.header["scale"] for run in used})
     mark = attributes(dict(result="frontier", scale=scales, runs=sorted(named))) if named else ""
-    html = f'<div class="results frontier">{frontier_svg(cells)}</div><p{mark}><strong>{escape(_claim_words(runs))}</strong> {escape(_STACK)}</p>'
+    html = f'<div class="results frontier">{frontier_svg(cells)}</div><p{mark}><strong>{escape(_claim_words(runs))}.</strong> {escape(_STACK)}</p>'
     listed = "".join(f"<li><strong>{what}</strong>: {escape(words)}.</li>" for what, words in said.items())
-    alt, words = "What trains in how much memory, how fast, for how much", "\n".join(f"- **{what}**: {words}." for what, words in said.items())
+    alt, words = "What trains, how fast, for how much", "\n".join(f"- **{what}**: {words}." for what, words in said.items())
     rows = table(stack_rows(runs))
-    return Rendered(f"{html}{rows.html}<ul{mark}>{listed}</ul>",
-                    f"![{alt}]({DRAWING})\n\n**{_claim_words(runs)}** {_STACK}\n\n{rows.markdown}\n\n{words}")
+    star = "*" in rows.markdown
+    return Rendered(f"{html}{rows.html}{f'<p>* {escape(_STAR)}</p>' * star}<ul{mark}>{listed}</ul>",
+                    f"![{alt}]({DRAWING})\n\n**{_claim_words(runs)}.** {_STACK}\n\n{rows.markdown}\n\n"
+                    + f"\\* {_STAR}\n\n" * star + words)
 
 # %% ../../nbs/report/16_frontier.ipynb #2ac51b66
 def show_frontier_rows(
