@@ -174,7 +174,7 @@ def _standing(run) -> object:
     return _deciding([run], lambda row: row is last.get(row["checkpoint"]))[0]
 
 # %% ../../nbs/cli/05_judge.ipynb #07ceb139
-def _way_out(study: Path, run, checkpoint: str) -> str:
+def _way_out(study: Path, run, checkpoint: str, runs: list) -> str:
     "What to do about a decision that does not replay because runs that it rests on were made again."
     from flashoptim_nb.base.machine import data_root
     from flashoptim_nb.base.records import command_for
@@ -186,6 +186,9 @@ def _way_out(study: Path, run, checkpoint: str) -> str:
                 f"decision, again on such a machine: {command_for(run.header, study)}; else restore the runs from a copy")
     preset = protocol.presets.get(run.header.get("scale"))
     at = [stage.workload for stage in (protocol.stages(preset) if preset else ()) if stage.checkpoint == checkpoint]
+    here = [one.header for one in runs if not one.is_journal and one.header.get("role") in at]
+    if here:  # of that stage what there is, and no more
+        at += ["--configs", *sorted({header["config"] for header in here}), "--seeds", *map(str, sorted({header["seed"] for header in here}))]
     return ("where runs that it rests on were made again, the study's command takes it anew on such a machine: "
             f"{command_for(run.header, study, [f'--{protocol.workload}s', *at] if at else [])}; else restore the runs from a copy")
 
@@ -205,7 +208,7 @@ def _replayed(study: Path, runs_of) -> list[str]:
              + replay(between + others, hypothesis))
     by_id = {run.id: run for run in runs}
     return [f"{study / one['run']}: {one['checkpoint']} does not replay: {one['difference']}; "
-            f"{_way_out(study, by_id[one['run']], one['checkpoint'])}" for one in taken if not one["agrees"]]
+            f"{_way_out(study, by_id[one['run']], one['checkpoint'], runs)}" for one in taken if not one["agrees"]]
 
 # %% ../../nbs/cli/05_judge.ipynb #c408bbfe
 def _without_journal(study: Path, runs: list) -> list[str]:

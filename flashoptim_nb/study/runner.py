@@ -114,7 +114,7 @@ class Study:
                                     device_for(preset, device))
         self.folder = study_folder(Path(out), preset.name, self.device, protocol.name)
         self.stopped, self.workers, self.graphs = lambda: stopped() or time.monotonic() > until, workers, graphs
-        self.time_up = lambda: time.monotonic() > until and not stopped()
+        self.told, self.time_up = stopped, lambda: time.monotonic() > until and not stopped()
         self.console, self.journal, self.loaded = console or Console(stderr=True), Journal(self.folder), {}
         self.rank_timeout = rank_timeout
         self.options = dict(out=str(out), device=device, workloads=workloads, configs=configs, experiments=experiments,
@@ -139,6 +139,11 @@ class Study:
     def check_stop(self):
         "Between runs: raises `Interrupted` if the study was told to stop."
         if self.stopped(): raise Interrupted("stopped; give the same command again to go on")
+
+    def lift_limit(self):
+        "Lets a study end whatever its minutes are, where no run is left to make."
+        stages = self.protocol.stages(self.preset, self.experiments)
+        if all(self.is_done(spec) for stage in stages for spec in self.specs(stage)): self.stopped, self.time_up = self.told, lambda: False
 
     def data(self, workload: str):
         """A workload's data, loaded once; `Missing` where they cannot be had,
@@ -597,8 +602,8 @@ def _say_end(study: Study, failed: int):
 
 # %% ../../nbs/study/13_runner.ipynb #455e89e1
 def _written(folder: Path) -> dict[Path, tuple]:
-    "What a study has written until now."
-    return {path: ((stat := path.stat()).st_size, stat.st_mtime_ns) for path in folder.glob("*/*")}
+    "What a study has written of its runs until now; what its journal opens with is no progress."
+    return {path: ((stat := path.stat()).st_size, stat.st_mtime_ns) for path in folder.glob("*/*") if path.parent.name != "protocol"}
 
 def run_study(
     study: Study,
@@ -615,6 +620,7 @@ def run_study(
         study.open_journal()  # another process may have written meanwhile
         journal.confirm(confirm, known)
         before = _written(study.folder)
+        study.lift_limit()
         for kind, fields in journal.first: journal.note_once(kind, **fields)
         try: failed, ended = run_stages(study)
         except Paused as pause:

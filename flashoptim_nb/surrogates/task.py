@@ -340,7 +340,7 @@ def predict(self: SurrogateTask, batch) -> torch.Tensor:  # (n, targets), in uni
 def state_dict(self: SurrogateTask) -> dict:
     "Weights, their mean, optimizer, loss scale, and what gradient release remembers."
     return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), shadow=self.ema_weights,
-                scale=self.scale.state_dict(), skipped=self.skipped, at=self.at)
+                scale=self.scale.state_dict(), skipped=self.skipped, at=self.at, in_a_row=self._in_a_row, bad_at=self._bad_at)
 
 @patch
 def load_state_dict(self: SurrogateTask, state: dict):
@@ -348,7 +348,8 @@ def load_state_dict(self: SurrogateTask, state: dict):
     self.model.load_state_dict(state["model"])
     self.optimizer.load_state_dict(state["optimizer"])
     self.scale.load_state_dict(state["scale"])
-    self.skipped, self.at, self._in_a_row = state["skipped"], state.get("at", 0), 0
+    self.skipped = state["skipped"]
+    self.at, self._in_a_row, self._bad_at = (state.get(key, 0) for key in ("at", "in_a_row", "bad_at"))  # earlier versions kept none
     if self.ema_weights is not None:
         for mine, its in zip(self.ema_weights, state["shadow"], strict=True): mine.copy_(its)
     if self.release and state.get("clip") is not None: self.release.clip = state["clip"].to(self.device)

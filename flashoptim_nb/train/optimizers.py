@@ -105,6 +105,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def step(self, closure=None):
         "Steps both, on the groups and states of this one, which loading replaces."
         loss = None if closure is None else closure()
+        for group in self.param_groups: choose("algorithm", group["algorithm"], _PARTS)  # also one that was set in place
         for name in _PARTS:
             if not (groups := [group for group in self.param_groups if group["algorithm"] == name]): continue
             if name not in self._parts: self._parts[name] = _PARTS[name](groups, **self._options[name])  # a copy has none

@@ -497,12 +497,15 @@ def test_a_time_that_is_over_is_neither_done_nor_failed_nor_an_interruption(word
     command = [*words.split(), "--device", "cpu", "--minutes", "1e-5", "--out", tmp_path]
     try:
         first, second = ran(capsys, *command), ran(capsys, *command)
+        with monkeypatch.context() as began:  # as where a run has written something
+            began.setattr("flashoptim_nb.study.runner._written", lambda folder, n=iter(range(9)): next(n))
+            over = ran(capsys, *command)
         monkeypatch.setattr("flashoptim_nb.cli.run.Stop.__call__", lambda self, *_: True)  # as after Ctrl-C
         stopped = ran(capsys, *command)
     finally:
         for number, how in keep.items(): signal.signal(number, how)
-    assert first[0] == TIME_UP == os.EX_TEMPFAIL and "the time is up" in "".join(first[1:])
-    assert second[0] == 2 and "give more with --minutes" in second[2]
+    assert over[0] == TIME_UP == os.EX_TEMPFAIL and "the time is up" in "".join(over[1:])
+    assert first[0] == second[0] == 2 and "give more with --minutes" in second[2]
     assert stopped[0] == 130 and "the time is up" not in stopped[2]
 
 

@@ -156,10 +156,11 @@ def test_workers_make_the_same_training_runs(whole, tmp_path, one_thread):
 
 
 def test_a_limit_of_time_stops_and_the_same_command_goes_on(tmp_path):
-    with pytest.raises(Interrupted, match="same command again"): study(tmp_path, minutes=1e-5).run()
+    with pytest.raises(UserError, match="before anything could be done"): study(tmp_path, minutes=1e-5).run()
     made = len(read_study(tmp_path / "h2-laptop"))
     assert study(tmp_path, experiments=["speed"]).run() == 0
     assert len(read_study(tmp_path / "h2-laptop")) > made
+    assert study(tmp_path, experiments=["speed"], minutes=1e-5).run() == 0  # nothing is left to make
     with pytest.raises(UserError, match="more than 0"): study(tmp_path, minutes=-1.0)
 
 

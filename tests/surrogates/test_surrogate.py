@@ -241,3 +241,10 @@ def test_a_network_that_does_not_cast_is_told_what_to_do():
         def build(self, width, **options): return Broken(width, **options)
     broken = task("flash", 0, domain=Faulty())
     with pytest.raises(RuntimeError, match="a fault of its own"): broken.step(1)
+
+
+def test_a_series_of_skipped_steps_goes_on_after_a_resume():
+    one, two = (task("flash", 0, domain=Holed(lambda row: True), epochs=3) for _ in range(2))
+    for n in range(1, 10): one.step(n)
+    two.load_state_dict(one.state_dict())
+    with pytest.warns(UserWarning, match="the last 10 of 10 steps of toy"): two.step(10)
