@@ -93,11 +93,21 @@ def predicted_seconds(
     return sum(took) * spec.recipe.steps / len(took), like.header["device"]
 
 
+def _unlike(spec: LMSpec, run: Run) -> str:
+    "In what a run's recipe is not that which is asked for, in words."
+    was = run.header["settings"]["recipe"]
+    return ", ".join(f"{key}={was[key]} and not {getattr(spec.recipe, key)}" for key in ("steps", "lr", "warmup") if was.get(key, getattr(spec.recipe, key)) != getattr(spec.recipe, key))
+
+
 def _tell_plan(folder, specs, tell, device):
     "Which runs would be made, and how long they took where they were measured; no time is carried over to another device."
     studies = [*sorted((data_root() / "records").glob("quality-*")), folder]
     runs = [run for study in studies for run in read_study(study)]
-    todo = [spec for spec in specs if not (run := recorded(folder / spec.id)) or run.status in AGAIN]
+    there = {spec.id: run for spec in specs if (run := recorded(folder / spec.id))}
+    for spec in specs:
+        if spec.id in there and (other := _unlike(spec, there[spec.id])):
+            raise UserError(f"{folder / spec.id} was made with {other}; name another folder (--out)")
+    todo = [spec for spec in specs if spec.id not in there or there[spec.id].status in AGAIN]
     known, total = [predicted_seconds(spec, runs, device) for spec in todo], Counter()
     for spec, found in zip(todo, known):
         if found: total[found[1]] += found[0]

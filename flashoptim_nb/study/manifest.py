@@ -98,12 +98,16 @@ def under_way(
     return f"has not ended; {there} of {len(planned)} planned runs are there"
 
 # %% ../../nbs/study/18_manifest.ipynb #ed9c3e4b
-def _mend(study: Path, runs: list[Run], shipped: bool) -> str:
-    "What to do where there is no manifest: a study that was killed has none yet, and one that is shipped is not gone on with."
+def _command(study: Path, runs: list[Run], shipped: bool) -> str:
+    "The command of a study's last run; none for one that is shipped, which is not gone on with."
     last = max((run for run in runs if not shipped), key=lambda run: str(run.header.get("started")), default=None)
-    if not last: return "restore it from a copy"
+    return command_for(last.header, study) if last else ""
+
+def _mend(study: Path, runs: list[Run], shipped: bool) -> str:
+    "What to do where there is no manifest: a study that was killed has none yet."
+    if not (again := _command(study, runs, shipped)): return "restore it from a copy"
     return ("the study's own command writes it when it ends or is stopped, so give that again on such a machine: "
-            f"{command_for(last.header, study)}; or restore it from a copy, if there is one")
+            f"{again}; or restore it from a copy, if there is one")
 
 # %% ../../nbs/study/18_manifest.ipynb #4e26ab85
 def manifest_problems(
@@ -114,6 +118,7 @@ def manifest_problems(
     "Runs that are missing, were added or were altered since the manifest was written, in words."
     runs = [run for run in runs if run.header.get("hypothesis") in protocols]
     kept, shipped = _read(study), study.resolve().parent == (data_root() / "records").resolve()
+    if (study / MANIFEST).is_dir(): return [f"{study / MANIFEST}: is a folder and no manifest; remove it, then {_mend(study, runs, shipped)}"]
     if kept is None:
         wanted = runs and (shipped or any(run.header.get("registration") for run in runs))
         return [f"{study}: has no {MANIFEST}, which names its runs; {_mend(study, runs, shipped)}"] * bool(wanted)
@@ -122,8 +127,9 @@ def manifest_problems(
     if under_way(study, runs) and not kept["absent"]:
         found.append(f"{study}: all runs are there, and its journal has no end: rows of it are missing")
     known = {*kept["planned"], "protocol"} if kept["planned"] else {*was}
-    found += [f"{study / run}: is in the manifest and not there; restore it from a copy" for run in was
-             if run not in there]
+    again = _command(study, runs, shipped)
+    found += [f"{study / run}: is in the manifest and not there; restore it from a copy" + f", or make it again on such a machine: {again}" * bool(again)
+              for run in was if run not in there]
     found += [f"{study / run}: was planned, and the manifest neither has it nor names it as absent"
               for run in kept["planned"] if run not in was and run not in kept["absent"]]
     for run, files in there.items():

@@ -439,6 +439,16 @@ def test_a_folder_in_a_records_place_is_a_problem_among_others(records, capsys):
         assert words in said, words
 
 
+def test_what_is_lost_of_a_study_is_told_with_its_command(records, capsys):
+    study = records / "h1-laptop"
+    shutil.rmtree(study / "1B-best-baseline-s0")
+    assert "s0: is in the manifest and not there; restore it from a copy, or make it again on such a machine: " in ran(capsys, "check", records)[2]
+    (study / "manifest.json").unlink()
+    (study / "manifest.json").mkdir()
+    said = ran(capsys, "check", records)[2]
+    assert "manifest.json: is a folder and no manifest; remove it, then the study's own command writes it" in said
+
+
 def test_what_cannot_be_read_leaves_the_rest_to_be_checked(records, capsys, monkeypatch):
     from flashoptim_nb.study import manifest
     def denied(study): raise PermissionError(13, "Permission denied", str(study / "x"))
@@ -518,6 +528,10 @@ def test_a_comparison_whose_time_is_over_says_so_in_its_status(tmp_path, capsys,
         status, out, _ = ran(capsys, *words, tmp_path)
     assert status == TIME_UP and "the time is up during optimizer_gentle-quality-adamw-s0; the same command goes on" in out
     assert ran(capsys, *words, tmp_path)[0] == 0
+    # a plan refuses what the command would
+    for other, said in (("5", "steps=3 and not 5"), ("3", None)):
+        status, out, told = ran(capsys, *[other if word == "3" else word for word in words], tmp_path, "--dry-run")
+        assert (status, bool(said), said in told if said else "0 runs to make of 1" in out) == (2 * bool(said), bool(said), True)
 
 
 @pytest.mark.parametrize("name", ["run", "verdict", "check", "quality"])
