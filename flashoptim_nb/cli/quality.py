@@ -118,14 +118,6 @@ def _tell_plan(folder, specs, tell, device):
     tell("; ".join([f"{len(todo)} runs to make of {len(specs)}", *told, "nothing was run"]))
 
 # %% ../../nbs/cli/01_quality.ipynb #7f52a0c8
-def _train(spec, folder, head, where, corpus, every, end) -> dict[str, float]:
-    "One run, stopped at the time `end`; its last loss on each held-out text, nats a token."
-    task = make_task(spec, where, corpus)
-    callbacks = [EvaluationCallback(task, corpus.track, every, spec.recipe.steps, corpus.evals), ThroughputCallback(task)]
-    fit(task, folder, head, steps=spec.recipe.steps, callbacks=callbacks, stopped=lambda: time.monotonic() > end)
-    rows = read_run(folder).of("eval")[-len(corpus.evals):]
-    return {row["set"]: row["nll"] / row["tokens"] for row in rows}
-
 def quality_folder(
     out: str | Path,  # folder of studies
     preset: str,  # of `QUALITY_PLANS`
@@ -134,6 +126,15 @@ def quality_folder(
     "Where the runs of a preset on a device are kept."
     origin = provenance(pick_device(str(device)))
     return Path(out) / study_name("quality", _SCALES[preset], origin["device"], origin["device_kind"])
+
+# %% ../../nbs/cli/01_quality.ipynb #8cf2211a
+def _train(spec, folder, head, where, corpus, every, end) -> dict[str, float]:
+    "One run, stopped at the time `end`; its last loss on each held-out text, nats a token."
+    task = make_task(spec, where, corpus)
+    callbacks = [EvaluationCallback(task, corpus.track, every, spec.recipe.steps, corpus.evals), ThroughputCallback(task)]
+    fit(task, folder, head, steps=spec.recipe.steps, callbacks=callbacks, stopped=lambda: time.monotonic() > end)
+    rows = read_run(folder).of("eval")[-len(corpus.evals):]
+    return {row["set"]: row["nll"] / row["tokens"] for row in rows}
 
 def quality(
     out: str | Path,  # folder of studies

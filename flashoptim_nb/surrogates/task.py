@@ -234,6 +234,7 @@ def _warn(self: SurrogateTask, kind: str, which: str):
     warnings.warn(f"{which} of {self.domain.name} under {self.config.name} taught nothing{', or a part of the weights' * bool(self.release)}, "
                   f"for their gradients are not finite; {self._not_finite(self._bad_at or self.at)}", stacklevel=4)
 
+# %% ../../nbs/surrogates/01_task.ipynb #c30d6d34
 @patch
 def set_lr(self: SurrogateTask, n: int) -> float:
     "Sets the learning rate of step `n`, in place where it lies on the device; returns it."
