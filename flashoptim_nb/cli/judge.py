@@ -186,11 +186,11 @@ def _way_out(study: Path, run, checkpoint: str, runs: list) -> str:
                 f"decision, again on such a machine: {command_for(run.header, study)}; else restore the runs from a copy")
     preset = protocol.presets.get(run.header.get("scale"))
     at = [stage.workload for stage in (protocol.stages(preset) if preset else ()) if stage.checkpoint == checkpoint]
-    here = [one.header for one in runs if not one.is_journal and one.header.get("role") in at]
+    only, here = [f"--{protocol.workload}s", *at] if at else [], [one.header for one in runs if not one.is_journal and one.header.get("role") in at]
     if here:  # of that stage what there is, and no more
-        at += ["--configs", *sorted({header["config"] for header in here}), "--seeds", *map(str, sorted({header["seed"] for header in here}))]
+        only += ["--configs", *sorted({header["config"] for header in here}), "--seeds", *map(str, sorted({header["seed"] for header in here}))]
     return ("where runs that it rests on were made again, the study's command takes it anew on such a machine: "
-            f"{command_for(run.header, study, [f'--{protocol.workload}s', *at] if at else [])}; else restore the runs from a copy")
+            f"{command_for(run.header, study, only)}; else restore the runs from a copy")
 
 def _replayed(study: Path, runs_of) -> list[str]:
     "What does not replay in a study of good records, in words; `runs_of` reads a study."

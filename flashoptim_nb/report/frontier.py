@@ -339,15 +339,9 @@ def cards_named(
     return f"{gpus} {card_name(device)}{'s' if gpus > 1 else ''}"
 
 # %% ../../nbs/report/16_frontier.ipynb #c11e87a1
-def _by_size(quantity: str, unit: str, runs: list[Run], intervals: bool = True) -> dict[str, str]:
-    "A quantity at each size as registered; what is only a bound also as its own runs are read post hoc."
-    after = _later(quantity, runs)
-    return {size: _said(e, after.get(size), unit, intervals) for size, e in _known(quantity, runs)}
-
-def _paired_on(size: str, runs: list[Run]) -> str:
-    "A size, the GPUs that its pairs took and the steps of its runs."
-    records = [name for quantity in ("memory_saving", "throughput_ratio") for at, e in _known(quantity, runs) if at == size for name in e.records]
-    used, card = runs_of(records, runs), best_evidence_of(runs=runs).device
+def _paired_on(size: str, estimates: Iterable[Estimate], runs: list[Run]) -> str:
+    "A size, the GPUs that the pairs of its estimates took and the steps of their runs."
+    used, card = runs_of([name for e in estimates for name in e.records], runs), best_evidence_of(runs=runs).device
     return ", ".join(filter(None, [size, cards_named(max(paired_gpus(used), default=1), card), _long(used)]))
 
 def stack_rows(
@@ -355,14 +349,19 @@ def stack_rows(
 ) -> list[dict[str, str]]:
     "What the stack changes beside the headline's reference: a row for memory, for speed and for cost, a column for each size."
     runs = [run for run in given_runs(runs, None) if run.header["hypothesis"] == "h1"]
-    cost = {size: "not established: " * (not established_saving(size, runs)) + words for size, words in _by_size("cost_saving", "share", runs).items()}
-    rows = {"peak memory, equal micro-batch, less by": _by_size("memory_saving", "share", runs, intervals=False),
-            "tokens a second": _by_size("throughput_ratio", "x", runs), "cost to equal loss, less by": cost}
+    known = {quantity: dict(_known(quantity, runs)) for quantity in ("memory_saving", "throughput_ratio", "cost_saving")}
+    def by_size(quantity, unit, intervals=True):  # as registered; what is only a bound also as its own runs are read post hoc
+        after = _later(quantity, runs)
+        return {size: _said(e, after.get(size), unit, intervals) for size, e in known[quantity].items()}
+    cost = {size: "not established: " * (not established_saving(size, runs)) + words for size, words in by_size("cost_saving", "share").items()}
+    rows = {"peak memory, equal micro-batch, less by": by_size("memory_saving", "share", intervals=False),
+            "tokens a second": by_size("throughput_ratio", "x"), "cost to equal loss, less by": cost}
     for size in cost:
         for card, e in [*by_card(Q("cost_saving", size), runs).items()][1:]:  # the first is the headline's own
             gpus = max(paired_gpus(runs_of(e.records, runs)), default=1)
             rows.setdefault(f"the same on {card_name(card)}s", {})[size] = _said(e, None, "share") + _aside(cards_named(gpus, card) * (gpus > 1))
-    heads = {size: _paired_on(size, runs) for size in PROTOCOL_SIZES if any(size in words for words in rows.values())}
+    heads = {size: _paired_on(size, [e for quantity in ("memory_saving", "throughput_ratio") if (e := known[quantity].get(size))], runs)
+             for size in PROTOCOL_SIZES if any(size in words for words in rows.values())}
     return [{"": what} | {head: words.get(size, "") for size, head in heads.items()} for what, words in rows.items() if words]
 
 # %% ../../nbs/report/16_frontier.ipynb #76095b2e
@@ -510,13 +509,14 @@ def show_frontier(
     used = runs_of(named, runs)
     scales = sorted({run.header["scale"] for run in used})
     mark = attributes(dict(result="frontier", scale=scales, runs=sorted(named))) if named else ""
-    html = f'<div class="results frontier">{frontier_svg(cells)}</div><p{mark}><strong>{escape(_claim_words(runs))}.</strong> {escape(_STACK)}</p>'
+    claim = _claim_words(runs)
+    html = f'<div class="results frontier">{frontier_svg(cells)}</div><p{mark}><strong>{escape(claim)}.</strong> {escape(_STACK)}</p>'
     listed = "".join(f"<li><strong>{what}</strong>: {escape(words)}.</li>" for what, words in said.items())
     alt, words = "What trains, how fast, for how much", "\n".join(f"- **{what}**: {words}." for what, words in said.items())
     rows = table(stack_rows(runs))
     star = "*" in rows.markdown
     return Rendered(f"{html}{rows.html}{f'<p>* {escape(_STAR)}</p>' * star}<ul{mark}>{listed}</ul>",
-                    f"![{alt}]({DRAWING})\n\n**{_claim_words(runs)}.** {_STACK}\n\n{rows.markdown}\n\n"
+                    f"![{alt}]({DRAWING})\n\n**{claim}.** {_STACK}\n\n{rows.markdown}\n\n"
                     + f"\\* {_STAR}\n\n" * star + words)
 
 # %% ../../nbs/report/16_frontier.ipynb #2ac51b66

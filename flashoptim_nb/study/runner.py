@@ -108,13 +108,13 @@ class Study:
     ):
         for name in experiments or (): choose("experiment", name, protocol.experiments)
         check_request(workers, minutes)
-        until = time.monotonic() + 60 * minutes if minutes else float("inf")
+        self.until = time.monotonic() + 60 * minutes if minutes else float("inf")
         self.protocol, self.whole, self.experiments = protocol, preset, experiments
         self.preset, self.device = (select_runs(preset, workloads, configs, protocol.workload, seeds),
                                     device_for(preset, device))
         self.folder = study_folder(Path(out), preset.name, self.device, protocol.name)
-        self.stopped, self.workers, self.graphs = lambda: stopped() or time.monotonic() > until, workers, graphs
-        self.told, self.time_up = stopped, lambda: time.monotonic() > until and not stopped()
+        self.stopped, self.workers, self.graphs = lambda: stopped() or time.monotonic() > self.until, workers, graphs
+        self.time_up = lambda: time.monotonic() > self.until and not stopped()
         self.console, self.journal, self.loaded = console or Console(stderr=True), Journal(self.folder), {}
         self.rank_timeout = rank_timeout
         self.options = dict(out=str(out), device=device, workloads=workloads, configs=configs, experiments=experiments,
@@ -142,8 +142,9 @@ class Study:
 
     def lift_limit(self):
         "Lets a study end whatever its minutes are, where no run is left to make."
+        if self.until == float("inf"): return
         stages = self.protocol.stages(self.preset, self.experiments)
-        if all(self.is_done(spec) for stage in stages for spec in self.specs(stage)): self.stopped, self.time_up = self.told, lambda: False
+        if all(self.is_done(spec) for stage in stages for spec in self.specs(stage)): self.until = float("inf")
 
     def data(self, workload: str):
         """A workload's data, loaded once; `Missing` where they cannot be had,

@@ -171,10 +171,14 @@ def _answers(domain: Domain, model: nn.Module, config: TrainConfig, batch) -> to
             "and what is made there likewise, or train under a configuration of fp32 weights: fp32, tf32, mixed_bf16") from error
 
 @patch
+def _parts(self: SurrogateTask, n: int) -> list[np.ndarray]:
+    "The numbers of the rows of each of the step's micro-batches."
+    return np.array_split(self.batch_indices(n), self.config.accumulate)
+
+@patch
 def micros(self: SurrogateTask, n: int) -> list:
     "The step's micro-batches, on the device."
-    return [self.domain.batch("train", part).to(self.device)
-            for part in np.array_split(self.batch_indices(n), self.config.accumulate)]
+    return [self.domain.batch("train", part).to(self.device) for part in self._parts(n)]
 
 @patch
 def error(self: SurrogateTask, batch) -> torch.Tensor:
@@ -211,8 +215,8 @@ def _floats(batch) -> dict[str, torch.Tensor]:
 @patch
 def _not_finite(self: SurrogateTask, n: int) -> str:
     "Why the gradient of step `n` may not be finite, and what to do."
-    parts, found = np.array_split(self.batch_indices(n), self.config.accumulate), {}
-    for rows, batch in zip(parts, self.micros(n)):
+    found = {}
+    for rows, batch in zip(self._parts(n), self.micros(n)):
         for name, t in _floats(batch).items():
             bad = (~t.isfinite()).reshape(len(t), -1).any(1).nonzero().flatten().tolist() if t.ndim else []
             if bad: found.setdefault(name, f" (row {rows[bad[0]]} of the training rows)" if len(t) == len(rows) else "")
