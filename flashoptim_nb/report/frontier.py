@@ -23,7 +23,7 @@ from ..measure.cost import cost_per_token, rate_of
 from ..measure.memory import HEADROOM
 from .render import Rendered, attributes, given_runs, runs_of, table
 from .rows import CARD, candidates, card_name, show_rows
-from .tables import best_evidence_of, by_card, gaps_by_card, in_nats, judged, measured_saving, paired_gpus
+from .tables import best_evidence_of, gaps_by_card, in_nats, judged, measured_saving, on_other_cards, paired_gpus
 from ..study.evidence import Estimate, Evidence
 from ..study.expression import Q, readable
 from ..study.h1.criteria import CRITERIA, H1
@@ -357,7 +357,7 @@ def stack_rows(
     rows = {"peak memory, equal micro-batch, less by": by_size("memory_saving", "share", intervals=False),
             "tokens a second": by_size("throughput_ratio", "x"), "cost to equal loss, less by": cost}
     for size in cost:
-        for card, e in [*by_card(Q("cost_saving", size), runs).items()][1:]:  # the first is the headline's own
+        for card, e in on_other_cards(Q("cost_saving", size), runs).items():
             gpus = max(paired_gpus(runs_of(e.records, runs)), default=1)
             rows.setdefault(f"the same on {card_name(card)}s", {})[size] = _said(e, None, "share") + _aside(cards_named(gpus, card) * (gpus > 1))
     heads = {size: _paired_on(size, [e for quantity in ("memory_saving", "throughput_ratio") if (e := known[quantity].get(size))], runs)

@@ -7,7 +7,8 @@ __all__ = ['SIGNS', 'CRITERION_WORDS', 'WHOLE_WORDS', 'tone', 'chip', 'show_stat
            'judged', 'show_criteria', 'show_verdict', 'plainly', 'show_missing', 'part_frame', 'show_rules',
            'decided_runs', 'verdict_banner', 'show_reasons', 'unlike_manifest', 'altered_note', 'post_hoc',
            'registration_note', 'show_changed_criteria', 'measured_saving', 'best_evidence_of', 'paced_by', 'by_card',
-           'gaps_by_card', 'paired_gpus', 'estimate_text', 'verdict_text', 'show_post_hoc', 'post_hoc_text']
+           'on_other_cards', 'gaps_by_card', 'paired_gpus', 'estimate_text', 'verdict_text', 'show_post_hoc',
+           'post_hoc_text']
 
 # %% ../../nbs/report/02_tables.ipynb #ed3755d0
 import re
@@ -503,6 +504,14 @@ def by_card(
     if here is None or here.scale == REHEARSAL: return {}
     found = {card: replace(here, device=card).estimate(q) for card in cards_of(here)}
     return {card: e for card, e in found.items() if e.value is not None}
+
+def on_other_cards(
+    q: Q,
+    runs: Iterable[Run] | None = None,
+) -> dict[str, Estimate]:
+    "Those estimates of GPU models that the headline does not speak of."
+    measured = by_card(q, runs)
+    return {card: e for card, e in measured.items() if card != best_evidence_of(runs=runs).device}
 
 def gaps_by_card(
     e: Evidence,
