@@ -7,8 +7,8 @@ __all__ = ['SIGNS', 'CRITERION_WORDS', 'WHOLE_WORDS', 'tone', 'chip', 'show_stat
            'judged', 'show_criteria', 'show_verdict', 'plainly', 'show_missing', 'part_frame', 'show_rules',
            'decided_runs', 'verdict_banner', 'show_reasons', 'unlike_manifest', 'altered_note', 'post_hoc',
            'registration_note', 'show_changed_criteria', 'measured_saving', 'best_evidence_of', 'paced_by', 'by_card',
-           'on_other_cards', 'gaps_by_card', 'paired_gpus', 'estimate_text', 'verdict_text', 'show_post_hoc',
-           'post_hoc_text']
+           'on_other_cards', 'savings_by_card', 'gaps_by_card', 'paired_gpus', 'estimate_text', 'verdict_text',
+           'show_post_hoc', 'post_hoc_text']
 
 # %% ../../nbs/report/02_tables.ipynb #ed3755d0
 import re
@@ -25,7 +25,7 @@ from ..study.evidence import Evidence, evidence_table, gpus_of, rank_devices
 from ..study.expression import Q, Status, quantities, readable
 from ..study.h1.criteria import H1
 from ..study.h1.posthoc import cards_of
-from ..study.h1.quantities import REFERENCE_PPL, quality_gaps
+from ..study.h1.quantities import PROTOCOL_SIZES, REFERENCE_PPL, quality_gaps
 from ..study.hypotheses import POST_HOC, criterion_of, hypothesis_of
 from ..study.hypothesis import Criterion, Hypothesis
 from ..study.protocols import PROTOCOLS
@@ -512,6 +512,17 @@ def on_other_cards(
     "Those estimates of GPU models that the headline does not speak of."
     measured = by_card(q, runs)
     return {card: e for card, e in measured.items() if card != best_evidence_of(runs=runs).device}
+
+def savings_by_card(
+    runs: Iterable[Run] | None = None,
+) -> dict[str, tuple[str, list[str]]]:
+    "The cost saving at each size, in words, by GPU model, the headline's own first, with the names of its runs."
+    words, names = {}, {}
+    for size in PROTOCOL_SIZES:
+        for card, e in by_card(Q("cost_saving", size), runs).items():
+            words.setdefault(card, []).append(f"{estimate_text(e, 'share')} at {size}")
+            names.setdefault(card, []).extend(e.records)
+    return {card: (", ".join(told), names[card]) for card, told in words.items()}
 
 def gaps_by_card(
     e: Evidence,
