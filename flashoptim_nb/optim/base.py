@@ -196,7 +196,7 @@ class FlashOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True):
         """As in torch.optim;
         under gradient release raises `ReleaseError` where the gradients to be dropped were used already."""
-        if self.release is not None: self.release._drop()
+        if self.release is not None: self.release._drop(set_to_none)
         super().zero_grad(set_to_none)
 
     def __getstate__(self):

@@ -8,6 +8,7 @@ __all__ = ['in_nested_backward', 'GradientReleaseHandle', 'check_releasable', 'e
 # %% ../../nbs/optim/12_release.ipynb #869737d3
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -58,6 +59,7 @@ class GradientReleaseHandle:
             self.clip = self._clip_after(grad_scaling(optimizer.grad_norm.detach().float().square(), optimizer.max_norm))
         self._seen: dict[torch.Tensor, int] = {}  # the same parameters, and the backward pass that released each
         self._groups: dict[torch.Tensor, dict] = {}  # each parameter's group, as this backward pass found them
+        self._options: list[tuple[dict, dict]] = []  # groups, and the options that this backward pass steps by
         self._units: dict = {}  # sharded parameters, and what gathers and reduces each (of FSDP2)
         self._streams: set = set()  # on which hooks have stepped, and which nobody has waited for
         # the backward pass, squares before it, whether it has not ended
@@ -103,6 +105,16 @@ def _watch(self: GradientReleaseHandle, params: Iterable[torch.Tensor]):
         if frozen: p.requires_grad_(False)
 
 # %% ../../nbs/optim/12_release.ipynb #8c0b0a32
+def _options_of(group: dict) -> dict:
+    "A group's options as they are now: a tensor with the number of its changes."
+    return {name: (x, x._version if isinstance(x, torch.Tensor) else 0) for name, x in group.items() if name != "params"}
+
+
+def _differ(a: tuple, b: tuple) -> bool:
+    "Whether an option is another than it was."
+    if isinstance(a[0], torch.Tensor) or isinstance(b[0], torch.Tensor): return a[0] is not b[0] or a[1] != b[1]
+    return a[0] != b[0]
+
 @patch
 def _begin(self: GradientReleaseHandle, task: int):
     "Begins a backward pass."
@@ -114,6 +126,7 @@ def _begin(self: GradientReleaseHandle, task: int):
     self._forget_failed()
     self._task, self._mark, self._running = task, len(self._squares), True
     self._groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
+    self._options = [(group, _options_of(group)) for group in self.optimizer.param_groups]
     if self.optimizer._host is not None: self.optimizer._host.begin()
     torch.autograd.Variable._execution_engine.queue_callback(self._ended)
 
@@ -284,6 +297,17 @@ def _refuse_second(self: GradientReleaseHandle, params: Iterable[torch.Tensor] =
     raise ReleaseError(_SECOND)
 
 @patch
+def _check_options(self: GradientReleaseHandle):
+    "Raises `ReleaseError` for options that were changed after the backward pass had stepped by them."
+    for i, group in enumerate(self.optimizer.param_groups):
+        now, before = _options_of(group), next((x for known, x in self._options if known is group), {})
+        for name in before:
+            if name in now and _differ(now[name], before[name]):
+                raise ReleaseError(f"gradient release: {name} of group {i} was changed after the backward pass, which had "
+                                   f"stepped by it already ({before[name][0]}, now {now[name][0]}): change it before the "
+                                   "backward pass, or after step() as a scheduler does")
+
+@patch
 @torch.no_grad()
 def _finish(self: GradientReleaseHandle):
     "Ends a step: keeps its norm, counts it if a gradient was not finite, readies the next clip coefficient."
@@ -302,8 +326,10 @@ def _finish(self: GradientReleaseHandle):
             if p.grad is not None: self._release(p, group)
     if opt._host is not None: opt._host.finish()
     self._close(len(self._squares))
-    self._seen, self._stepped, repeated, self._repeated = {}, True, self._repeated, False
+    used, repeated = bool(self._seen), self._repeated
+    self._seen, self._stepped, self._repeated = {}, True, False
     if repeated: self._refuse_second()
+    if used: self._check_options()
 
 # %% ../../nbs/optim/12_release.ipynb #e2bab406
 @patch
@@ -332,8 +358,11 @@ def _arrived(
     self._release(p, group)
 
 @patch
-def _drop(self: GradientReleaseHandle):
+def _drop(self: GradientReleaseHandle, to_none: bool):
     "What zero_grad() asks for; raises `ReleaseError` where the gradients to be dropped have been used."
+    if not to_none:
+        warnings.warn("zero_grad(set_to_none=False) under gradient release: released gradients are gone and not zero, so "
+                      "that a parameter which a batch does not reach stands still", stacklevel=4)
     self._forget_failed()
     if self._stepped and self._seen:
         raise ReleaseError("gradient release: zero_grad() after a backward pass, without step(): its gradients "
