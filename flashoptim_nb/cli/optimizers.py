@@ -173,7 +173,7 @@ def _fit(args) -> int:
     model = find_model(args.params, args.config, args.build, args.style, args.seq)
     found = what_fits(
         model, args.gpu, args.gpus, args.seq, configs=args.configs or tuple(FIT_HELP), loss=args.loss, micro=args.micro,
-        asked=args.params)
+        accumulate=args.accumulate, asked=args.params)
     print(json.dumps(found, indent=1) if args.json else visible(fit_words(found), keep="\n"))
     return 0 if any(row["fits"] for row in found["rows"]) else 1
 
@@ -201,7 +201,7 @@ def fit_parser(command):
         epilog="examples:\n"
                "  flashoptim-nb fit --params 7B                              a GPT of 7 billion on one H100\n"
                "  flashoptim-nb fit --params 13B --gpu A100-80GB --gpus 2 --seq 8192\n"
-               "  flashoptim-nb fit --params 3B --gpu 24GB --configs adamw flash_adamw_release\n"
+               "  flashoptim-nb fit --params 3B --gpu 24GB --accumulate --configs adamw flash_adamw\n"
                "  flashoptim-nb fit --config Llama-3.1-8B/config.json --gpu H200 --seq 4096\n"
                "  flashoptim-nb fit --config config.json --json              for programs; bytes\n"
                "  PYTHONPATH=. flashoptim-nb fit --build mymodels:make_small    what stands of any torch module\n\n"
@@ -227,11 +227,15 @@ def fit_parser(command):
         "--micro", type=int, metavar="B",
         help="show the bytes of this micro-batch (default: of the largest that fits, of up to 4,096); not with --build")
     fit.add_argument(
+        "--accumulate", action="store_true",
+        help="a step adds up the gradients of several micro-batches: those of earlier ones are there through the next "
+             "forward pass, and release frees none (default: a step is one micro-batch)")
+    fit.add_argument(
         "--loss", metavar="NAME",
         help="fused_linear, never the whole logits; or plain (default: plain for a config.json, else fused_linear); "
              "not with --build")
     fit.add_argument("--style", metavar="NAME", help="with --params: gpt2 or llama2 (default: gpt2)")
-    fit.add_argument("--json", action="store_true", help="an object: model, gpu, seq, loss, micro, most, rows, instead; bytes")
+    fit.add_argument("--json", action="store_true", help="an object: model, gpu, seq, loss, accumulate, micro, most, rows, instead; bytes")
 
 # %% ../../nbs/cli/06_optimizers.ipynb #77e1b620
 def _tell_gaps(runs: list, role: str):

@@ -186,11 +186,11 @@ def cell_words(
     head = (f"{row['size']:4} {row['style']:12} {row['seq']:5} {row['config']:19} micro {row['micro_batch']} "
             f"{row['checkpointing']:9}")
     if row["gpus"] > 1: head += f" x {row['gpus']} GPUs"
-    guess = f"predicted {row['predicted'] / 1e9:6.2f} GB" if row["predicted"] else "not predicted    "
+    guess = f"predicted {row['predicted'] / 2**30:6.2f} GiB" if row["predicted"] else "not predicted     "
     if row.get("peak") is None: return f"{head} {guess}, {'OUT OF MEMORY: ' * bool(row.get('oom'))}{row['reason']}"
     off = f" ({row['predicted'] / row['peak'] - 1:+.1%})" if row["predicted"] else ""
-    reserved = f", reserved {row['reserved'] / 1e9:6.2f}" if "reserved" in row else ""
-    return f"{head} {guess}, peak {row['peak'] / 1e9:6.2f}{off}{reserved}; {row['seconds']:.0f} s"
+    reserved = f", reserved {row['reserved'] / 2**30:6.2f}" if "reserved" in row else ""
+    return f"{head} {guess}, peak {row['peak'] / 2**30:6.2f}{off}{reserved}; {row['seconds']:.0f} s"
 
 def reason_to_skip(
     cell: Cell,

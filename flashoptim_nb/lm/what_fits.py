@@ -39,7 +39,7 @@ def largest_that_fits(
     seq: int,
     loss: str = "fused_linear",
     most: int = LARGEST_MICRO,  # sequences
-    **how,  # arguments of `predict`: checkpointing, gpus
+    **how,  # arguments of `predict`: checkpointing, gpus, accumulate
 ) -> int:
     "The largest micro-batch that stays within the budget; 0 where not even one sequence does."
     def within(budget): return lambda micro: _peak(model, name, loss, micro, seq, **how)["peak"] <= budget
@@ -64,10 +64,10 @@ def _last(fits, low: int, high: int) -> int:
     return low
 
 # %% ../../nbs/lm/19_what_fits.ipynb #360dbfa4
-def _standing(model: Counted, name: str, gpus: int, budget: float) -> dict:
+def _standing(model: Counted, name: str, gpus: int, budget: float, accumulate: bool = False) -> dict:
     "What stands of a model of which only the parameters are known."
     config = FIT_CONFIGS[ON_HOST.get(name, name)]
-    each = bytes_per_parameter(config.weights, config.states, config.release)
+    each = bytes_per_parameter(config.weights, config.states, config.release and not accumulate)
     counts = dict.fromkeys(("weights", "gradients", "masters", "states"), model.trained)
     counts["weights"] += model.frozen
     classes = {kind: each[kind] * n / gpus for kind, n in counts.items()}
@@ -128,8 +128,9 @@ def what_fits(
     configs: Iterable[str] = tuple(FIT_HELP),
     loss: str | None = None,  # fused_linear or plain; None: fused_linear for this package's GPT, plain for transformers
     micro: int | None = None,  # of which the bytes are shown; None: of the largest that fits
+    accumulate: bool = False,  # whether a step adds up the gradients of several micro-batches
     asked: str | None = None,  # the size that the model was found by; said where the model has another
-    # model, gpu, seq, loss, micro (asked for), most (tried), rows: config, checkpointing, micro, fits, peak, classes,
+    # model, gpu, seq, loss, accumulate, micro (asked for), most (tried), rows: config, checkpointing, micro, fits, peak, classes,
     # and instead: where no row fits, what would, as config, checkpointing, micro and gpus
 ) -> dict:
     "What fits: a row for each way of training and kind of checkpointing."
@@ -140,18 +141,20 @@ def what_fits(
     name, total = gpu_memory(gpu)
     configs, budget = [*configs], HEADROOM * total
     for one in configs: choose("configuration", one, FIT_HELP)
-    about = dict(gpu=dict(name=name, asked=gpu, count=gpus, bytes=total, usable=budget), micro=micro, most=LARGEST_MICRO)
+    about = dict(gpu=dict(name=name, asked=gpu, count=gpus, bytes=total, usable=budget), accumulate=accumulate, micro=micro,
+                 most=LARGEST_MICRO)
     if isinstance(model, Counted):
         said = dict(name=model.name, parameters=model.total, trained=model.trained)
         return dict(model=said) | about | _found(
-            lambda names, n: [_standing(model, one, n, budget) for one in names], configs, gpus, micro)
+            lambda names, n: [_standing(model, one, n, budget, accumulate) for one in names], configs, gpus, micro)
     if loss is None: loss = "fused_linear" if isinstance(model, GPTConfig) else "plain"
     choose("loss", loss, [*LOSSES])
     if seq > model.max_seq:
         raise UserError(f"a sequence of {seq:,} tokens was asked for, and the model has {model.max_seq:,} positions")
     kinds = [kind for kind in CHECKPOINTING if kind != "selective" or isinstance(model, GPTConfig)]
     def rows_of(names, n):
-        return [_trained(model, one, budget, seq, loss, micro, checkpointing=kind, gpus=n) for one in names for kind in kinds]
+        return [_trained(model, one, budget, seq, loss, micro, checkpointing=kind, gpus=n, accumulate=accumulate)
+                for one in names for kind in kinds]
     said = dict(parameters=count_of(model)["total"], layers=model.n_layer, width=model.d_model,
                 name=model.family if isinstance(model, Architecture) else model.style)
     # a stand-in's name is no number of parameters
@@ -219,6 +222,8 @@ def _head_words(found: dict) -> list[str]:
     if "seq" in found:
         lines[0] += f"; sequences of {found['seq']:,} tokens"
         lines.append(f"loss {found['loss']}: {_LOSS_WORDS[found['loss']]} (--loss)")
+    lines.append("a step of several micro-batches, whose gradients add up (--accumulate)" if found["accumulate"] else
+                 "a step of one micro-batch; where yours adds up the gradients of several: --accumulate")
     lines.append(f"{g['count']} x {g['name']}: {g['bytes'] / 2**30:.1f} GiB each, "
                  f"of which a plan fills {g['usable'] / 2**30:.1f}")
     if others := other_gpus(g["asked"], g["name"]):

@@ -74,7 +74,7 @@ def predicted_rows(
     runs: Iterable[Run] | None = None,  # None: all there are
 ) -> pd.DataFrame:
     """A row for each peak that was measured on a GPU: model, seq, config, micro, checkpointing, gpus,
-    peak and predicted (gigabytes), off (per cent)."""
+    peak and predicted (GiB), off (per cent)."""
     runs = given_runs(runs, None)
     found = [rows for rows in (_of_the_benchmark(runs), _of_the_study(runs)) if not rows.empty]
     if not found: return pd.DataFrame()
@@ -82,11 +82,11 @@ def predicted_rows(
     if "peak" not in rows: return pd.DataFrame()
     rows = rows[rows["peak"].notna() & rows["predicted"].notna()].reset_index(drop=True)
     return rows.assign(off=100 * (rows["predicted"] / rows["peak"] - 1),
-                       peak=rows["peak"] / 1e9, predicted=rows["predicted"] / 1e9)
+                       peak=rows["peak"] / 2**30, predicted=rows["predicted"] / 2**30)
 
 # %% ../../nbs/report/15_fits.ipynb #d24cea63
 _HEADS = dict(trained="model", batch="tokens a GPU", config="trained by", checkpointing="checkpointing",
-              peak="measured, GB", predicted="predicted, GB", off="off by, %")
+              peak="measured, GiB", predicted="predicted, GiB", off="off by, %")
 _FORMS = dict(peak=".2f", predicted=".2f", off="+.1f")
 
 def _trained(row) -> dict:
@@ -148,7 +148,7 @@ def sharded_sentence(
     peaks = {}
     for _, row in rows.iterrows():
         peaks.setdefault(row["config"], []).append(
-            f"{row['model']} on {row['gpus']:.0f} GPUs {row['peak']:.2f} GB (predicted {row['predicted']:.2f})")
+            f"{row['model']} on {row['gpus']:.0f} GPUs {row['peak']:.2f} GiB (predicted {row['predicted']:.2f})")
     said = [f"{name}, {', '.join(peaks[name])}" for name in sorted(peaks)]
     said = [f"Measured over several GPUs: {'; '.join(said)}."] * bool(said)
     left = [name for name in dict.fromkeys(cell.config for cell in CELLS_TWO) if name not in peaks]
