@@ -17,9 +17,9 @@ from .backend import tl, triton
 from .codec import (_code_m, _code_root, decode_m, decode_root, dequantize_m, dequantize_v, encode_m,
                                        encode_root, reciprocal, root)
 from .multi_tensor import (
-    BLOCK, TYPES, WARPS, GradPointers, TensorList, Operands, address, load, in_chunks, bounds_mask,
-    jit_for_constants, launch, load_weights, block_dithers, block_range, block_turn, device_guard, store, read_weights,
-    store_weights, block_offsets, write_weights)
+    BLOCK, GRAD_FACTOR, MOMENT_RATE, ROOT_FACTOR, SHRINK, SKIP, TYPES, WARPS, GradPointers, Operands, TensorList,
+    address, block_dithers, block_offsets, block_range, block_turn, bounds_mask, device_guard, in_chunks,
+    jit_for_constants, launch, load, load_weights, read_weights, store, store_weights, write_weights)
 from .rounding import dithers
 from .split import widen
 
@@ -105,7 +105,7 @@ def adamw_kernel(
     ALIGNED: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     "AdamW on many tensors of the same dtypes: program i steps the block that `blocks[i]` names."
-    if tl.load(step_scalars + 3) != 0.0: return
+    if tl.load(step_scalars + SKIP) != 0.0: return
     tensor, row, first, left = block_range(blocks, rows, tl.program_id(0), BLOCK)
     at, group = block_offsets(BLOCK)
     mask, group_mask = bounds_mask(at, left, MASK), group * 32 < left
@@ -120,7 +120,7 @@ def adamw_kernel(
     theta = load_weights(param, error_bits, mask, PARAM, BITS, MASK)
     g = widen(load(address(grads + tensor, first, GRAD, ALIGNED) + at, mask, MASK), GRAD)
     m, v = load(m_at, mask, MASK), load(v_at, mask, MASK)
-    factor = tl.load(step_scalars + 2)
+    factor = tl.load(step_scalars + GRAD_FACTOR)
     if MAXIMIZE: factor = -factor
     if L2:
         g = tl.fma(theta, l2, g * factor)
@@ -136,12 +136,12 @@ def adamw_kernel(
     m = tl.fma(g, weight1, m)
 
     theta, r = adamw_update(
-        theta, m, v, tl.load(step_scalars), tl.load(step_scalars + 1), eps, tl.load(step_scalars + 4), FLOOR)
+        theta, m, v, tl.load(step_scalars + MOMENT_RATE), tl.load(step_scalars + ROOT_FACTOR), eps, tl.load(step_scalars + SHRINK), FLOOR)
 
     if DITHERED:
         of_theta, of_m, of_v = block_dithers(turn, place, row, first, at, SHIFTED)
     else:
-        of_theta, of_m, of_v = 1.5, 1.5, 1.5
+        of_theta, of_m, of_v = 1.5, 1.5, 1.5  # to the nearest, see `encode_m`
     store_weights(param, error_bits, theta, mask, PARAM, BITS, MASK, of_theta, DITHERED)
     if QUANTIZED:
         m, scale = encode_m(m, COMPANDED, of_m, DITHERED)

@@ -14,9 +14,9 @@ import torch
 from .backend import tl, triton
 from .codec import _code_m, decode_m, dequantize_m, encode_m
 from .multi_tensor import (
-    BLOCK, TYPES, WARPS, GradPointers, Operands, TensorList, address, block_dithers, block_offsets, block_range,
-    block_turn, bounds_mask, device_guard, in_chunks, jit_for_constants, launch, load, load_weights,
-    read_weights, store, store_weights, write_weights)
+    BLOCK, GRAD_FACTOR, IS_FIRST, RATE, SHRINK, SKIP, TYPES, WARPS, GradPointers, Operands, TensorList, address,
+    block_dithers, block_offsets, block_range, block_turn, bounds_mask, device_guard, in_chunks, jit_for_constants,
+    launch, load, load_weights, read_weights, store, store_weights, write_weights)
 from .rounding import dithers
 from .split import widen
 
@@ -92,7 +92,7 @@ def momentum_kernel(
     MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     "SGD or Lion on many tensors of the same dtypes: program i steps the block that `blocks[i]` names."
-    if tl.load(step_scalars + 3) != 0.0: return
+    if tl.load(step_scalars + SKIP) != 0.0: return
     tensor, row, first, left = block_range(blocks, rows, tl.program_id(0), BLOCK)
     at, group = block_offsets(BLOCK)
     mask, group_mask = bounds_mask(at, left, MASK), group * 32 < left
@@ -103,7 +103,7 @@ def momentum_kernel(
 
     if DITHERED: turn, place = block_turn(step_scalars, row, first, SHIFTED)
     theta = load_weights(param, error_bits, mask, PARAM, BITS, MASK)
-    factor = tl.load(step_scalars + 2)
+    factor = tl.load(step_scalars + GRAD_FACTOR)
     if MAXIMIZE: factor = -factor
     g = widen(load(address(grads + tensor, first, GRAD, ALIGNED) + at, mask, MASK), GRAD) * factor
     if L2: g = tl.fma(theta, l2, g)
@@ -115,14 +115,14 @@ def momentum_kernel(
             u = sign(tl.fma(m - g, beta1, g))
             m = tl.fma(m, momentum, g * grad_weight)
         else:
-            m = tl.fma(m, momentum, g * tl.where(tl.load(step_scalars + 6) != 0.0, 1.0, grad_weight))
+            m = tl.fma(m, momentum, g * tl.where(tl.load(step_scalars + IS_FIRST) != 0.0, 1.0, grad_weight))
             u = tl.fma(m, momentum, g) if NESTEROV else m
 
     if DITHERED:
         of_theta, of_m, _ = block_dithers(turn, place, row, first, at, SHIFTED)
     else:
-        of_theta, of_m = 1.5, 1.5
-    store_weights(param, error_bits, tl.fma(u, -tl.load(step_scalars + 5), theta * tl.load(step_scalars + 4)), mask,
+        of_theta, of_m = 1.5, 1.5  # to the nearest, see `encode_m`
+    store_weights(param, error_bits, tl.fma(u, -tl.load(step_scalars + RATE), theta * tl.load(step_scalars + SHRINK)), mask,
                   PARAM, BITS, MASK, of_theta, DITHERED)
     if KEPT:
         if QUANTIZED:

@@ -17,9 +17,9 @@ import torch
 from .backend import INTERPRETED, tl, triton
 from .codec import _code_m, decode_m, dequantize_m, encode_m
 from .multi_tensor import (
-    BLOCK, TYPES, WARPS, GradPointers, Launch, Operands, TensorList, address, block_dithers, block_offsets,
-    block_range, block_turn, bounds_mask, in_chunks, jit_for_constants, launch, load, load_weights,
-    read_weights, store, store_weights, write_weights)
+    BLOCK, GRAD_FACTOR, RATE, SHRINK, SKIP, TYPES, WARPS, GradPointers, Launch, Operands, TensorList, address,
+    block_dithers, block_offsets, block_range, block_turn, bounds_mask, in_chunks, jit_for_constants, launch, load,
+    load_weights, read_weights, store, store_weights, write_weights)
 from .rounding import dithers
 from .split import round_narrow, widen
 
@@ -141,7 +141,7 @@ def directions_kernel(
     BLOCK: tl.constexpr,
 ):
     "Momentum and direction of many matrices: program i takes the block that `blocks[i]` names."
-    if tl.load(step_scalars + 3) != 0.0: return
+    if tl.load(step_scalars + SKIP) != 0.0: return
     tensor, row, first, left = block_range(blocks, rows, tl.program_id(0), BLOCK)
     at, group = block_offsets(BLOCK)
     mask, group_mask = bounds_mask(at, left, MASK), group * 32 < left
@@ -149,7 +149,7 @@ def directions_kernel(
     m_scale = address(row + 4, first // 32, tl.float16, ALIGNED) + group
 
     if DITHERED: turn, place = block_turn(step_scalars, row, first, SHIFTED)
-    factor = tl.load(step_scalars + 2)
+    factor = tl.load(step_scalars + GRAD_FACTOR)
     if MAXIMIZE: factor = -factor
     g = widen(load(address(grads + tensor, first, GRAD, ALIGNED) + at, mask, MASK), GRAD) * factor
     m = load(m_at, mask, MASK)
@@ -181,7 +181,7 @@ def moves_kernel(
     MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     "Moves many matrices along their directions: program i takes the block that `blocks[i]` names."
-    if tl.load(step_scalars + 3) != 0.0: return
+    if tl.load(step_scalars + SKIP) != 0.0: return
     tensor, row, first, left = block_range(blocks, rows, tl.program_id(0), BLOCK)
     at, group = block_offsets(BLOCK)
     mask = bounds_mask(at, left, MASK)
@@ -190,9 +190,9 @@ def moves_kernel(
     if DITHERED: turn, place = block_turn(step_scalars, row, first, SHIFTED)
     theta = load_weights(param, error_bits, mask, PARAM, BITS, MASK)
     o = widen(load(in_scratch(directions, tl.load(places + tensor) + first, ALIGNED) + at, mask, MASK), tl.bfloat16)
-    rate = tl.load(step_scalars + 5) * tl.load(ratios + tensor)
+    rate = tl.load(step_scalars + RATE) * tl.load(ratios + tensor)
     of_theta = block_dithers(turn, place, row, first, at, SHIFTED)[0] if DITHERED else 1.5
-    store_weights(param, error_bits, tl.fma(o, -rate, theta * tl.load(step_scalars + 4)), mask, PARAM, BITS, MASK,
+    store_weights(param, error_bits, tl.fma(o, -rate, theta * tl.load(step_scalars + SHRINK)), mask, PARAM, BITS, MASK,
                   of_theta, DITHERED)
 
 # %% ../../nbs/optim/20_muon_kernel.ipynb #81090bbe
