@@ -129,6 +129,8 @@ class SurrogateTask:
         self.skipped, self._order = 0, (-1, None)
         # the last step, the last that was skipped, how many in a row, what was warned of
         self.at, self._bad_at, self._in_a_row, self._said = 0, 0, 0, set()
+        # how many were skipped before one was not, and whether the loss was a number where one was skipped last
+        self._at_first, self._had_loss = 0, True
 
 # %% ../../nbs/surrogates/01_task.ipynb #6a30c00e
 @patch
@@ -220,8 +222,27 @@ def _not_finite(self: SurrogateTask, n: int) -> str:
         for name, t in _floats(batch).items():
             bad = (~t.isfinite()).reshape(len(t), -1).any(1).nonzero().flatten().tolist() if t.ndim else []
             if bad: found.setdefault(name, f" (row {rows[bad[0]]} of the training rows)" if len(t) == len(rows) else "")
-    if not found: return f"what step {n} was given is finite, so lower the learning rate, or choose a precision of wider range"
+    if not found: return f"what step {n} was given is finite{self._advice(n)}"
     return f"step {n} was given what is not finite in {', '.join(map(''.join, found.items()))}; leave such rows out, or mend them"
+
+@patch
+def _advice(self: SurrogateTask, n: int) -> str:
+    "What to do where step `n` was given what is finite and its gradient is not."
+    half, scale = self.config.autocast_dtype is torch.float16, self.scale.value
+    wider = ", or choose a precision of wider range" * half  # all others have that of fp32
+    # nothing was learned before, so the learning rate did nothing; gradient release learns from a part of a skipped step
+    fresh = n <= self._at_first and not self.release
+    if not self._had_loss:
+        if fresh: return f", and its loss is not, before anything was learned: look for NaN in the network's forward{wider}"
+        return f", and its loss is not, so lower the learning rate{wider}"
+    if half and scale > 1 and self.config.scaling == "static":
+        return (f", and so is its loss: the static loss scale of {scale:,.0f} is most likely too high, so lower `scale`"
+                f"{' or the learning rate' * (not fresh)}{wider}")
+    if half and scale > 1 and fresh:
+        return (f", and so is its loss: the loss scale is halved at each such step and is still {scale:,.0f}, so take more steps or begin with "
+                "a lower `scale`, or look for NaN in the network's backward")
+    if fresh: return f", and so is its loss, before anything was learned: look for NaN in the network's backward{wider}"
+    return f", so lower the learning rate{wider}"
 
 @patch
 def _warn_of_skipped(self: SurrogateTask, n: int, scale: float):
@@ -264,6 +285,7 @@ def step(self: SurrogateTask, n: int) -> dict:
     loss, norm = (t.item() for t in self.train_batch(self.micros(n)))
     bad, released = not math.isfinite(norm), self.release is not None
     self.skipped, self._in_a_row, self._bad_at, self.at = self.skipped + bad, (self._in_a_row + 1) * bad, n if bad else self._bad_at, n
+    if bad: self._at_first, self._had_loss = n if self.skipped == n else self._at_first, math.isfinite(loss)
     self._warn_of_skipped(n, scale)
     self.average(n)
     return dict(loss=loss, grad_norm=norm, lr=lr, skipped=bad and not released, partial=bad and released,
@@ -345,7 +367,8 @@ def predict(self: SurrogateTask, batch) -> torch.Tensor:  # (n, targets), in uni
 def state_dict(self: SurrogateTask) -> dict:
     "Weights, their mean, optimizer, loss scale, and what gradient release remembers."
     return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), shadow=self.ema_weights,
-                scale=self.scale.state_dict(), skipped=self.skipped, at=self.at, in_a_row=self._in_a_row, bad_at=self._bad_at)
+                scale=self.scale.state_dict(), skipped=self.skipped, at=self.at, in_a_row=self._in_a_row, bad_at=self._bad_at,
+                at_first=self._at_first, had_loss=self._had_loss)
 
 @patch
 def load_state_dict(self: SurrogateTask, state: dict):
@@ -354,7 +377,9 @@ def load_state_dict(self: SurrogateTask, state: dict):
     self.optimizer.load_state_dict(state["optimizer"])
     self.scale.load_state_dict(state["scale"])
     self.skipped = state["skipped"]
-    self.at, self._in_a_row, self._bad_at = (state.get(key, 0) for key in ("at", "in_a_row", "bad_at"))  # earlier versions kept none
+    self.at, self._in_a_row, self._bad_at, self._at_first = (
+        state.get(key, 0) for key in ("at", "in_a_row", "bad_at", "at_first"))  # earlier versions kept none
+    self._had_loss = state.get("had_loss", True)
     if self.ema_weights is not None:
         for mine, its in zip(self.ema_weights, state["shadow"], strict=True): mine.copy_(its)
     if self.release and state.get("clip") is not None: self.release.clip = state["clip"].to(self.device)

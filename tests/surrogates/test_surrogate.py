@@ -248,3 +248,52 @@ def test_a_series_of_skipped_steps_goes_on_after_a_resume():
     for n in range(1, 10): one.step(n)
     two.load_state_dict(one.state_dict())
     with pytest.warns(UserWarning, match="the last 10 of 10 steps of toy"): two.step(10)
+
+
+class Failing(Toy):
+    "Its loss (the answers) or its gradient alone is NaN."
+    def __init__(self, where): super().__init__(); self.where = where
+    def build(self, width, **options):
+        from flashoptim_nb.surrogates.domains.toy.domain import ToyNet
+        class Net(ToyNet):
+            def forward(net, batch):
+                found = super().forward(batch)
+                if self.where == "forward": return found * torch.nan
+                return found + torch.sqrt(0 * found)  # whose slope at 0 is infinite, times 0
+        return Net(width, **options)
+
+
+HIGH = 2.0**40  # a loss scale beyond fp16's range
+ADVICE = {  # configuration, its scale, the domain, the learning rate -> what is told, and what is not
+    "static": (("mixed_fp16_static", HIGH, Toy, 1e-3), "static loss scale of 1,099,511,627,776 .* lower `scale`, or choose a precision of wider", "learning rate"),
+    "dynamic": (("mixed_fp16", HIGH, Toy, 1e-3), "is still 1,073,741,824, so take more steps or begin with a lower `scale`, or look for NaN", "learning rate"),
+    "forward": (("mixed_fp16_static", 65536.0, "forward", 1e-3), "its loss is not, before .* NaN in the network's forward, or choose", "scale"),
+    "backward": (("fp32", 65536.0, "backward", 1e-3), "so is its loss, before .* NaN in the network's backward$", "scale"),
+    "unscaled": (("mixed_fp16", 1.0, "backward", 1e-3), "NaN in the network's backward, or choose a precision of wider", "`scale`"),
+    "released": (("flash_release", 65536.0, "backward", 1e-3), "so lower the learning rate$", "wider range"),
+    "rate": (("mixed_bf16", 65536.0, Toy, 1e38), "its loss is not, so lower the learning rate$", "wider range"),
+}
+
+
+@pytest.mark.parametrize("case", ADVICE)
+def test_what_to_do_about_skipped_steps_is_what_would_help(case):
+    import re
+    (name, scale, domain, lr), told, untold = ADVICE[case]
+    domain = domain() if domain is Toy else Failing(domain)
+    recipe = SURROGATE_RECIPE.replace(epochs=1, batch=32, lr=lr)
+    one = SurrogateTask(domain, CONFIGS[name].replace(scale=scale), recipe, seed=0)
+    with pytest.warns(UserWarning, match="taught nothing") as said:
+        for n in range(1, one.steps + 1): one.step(n)
+        if one.skipped == one.steps: one.surrogate()
+    for line in (str(row.message) for row in said if "taught nothing" in str(row.message)):
+        assert re.search(told, line) and untold not in line, line
+
+
+def test_a_static_scale_that_overflows_later_may_be_the_learning_rates_fault():
+    one, two = (task("mixed_fp16_static", 0, epochs=1) for _ in range(2))
+    whole = one.micros
+    two.micros = lambda n: [ToyBatch(batch.x, 1e8 * batch.y) for batch in whole(n)]
+    for n in range(1, one.steps): one.step(n)
+    two.load_state_dict(one.state_dict())  # which knows as much
+    with pytest.warns(UserWarning, match="static loss scale of 65,536 is most likely too high, so lower `scale` or the learning rate"):
+        two.step(two.steps)
