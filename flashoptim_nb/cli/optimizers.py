@@ -240,10 +240,13 @@ def fit_parser(command):
 # %% ../../nbs/cli/06_optimizers.ipynb #77e1b620
 def _tell_gaps(runs: list, role: str):
     "Prints how far the formats end from what they stand for, on each held-out text, among runs of as many steps."
+    from flashoptim_nb.base.records import REHEARSAL
     from flashoptim_nb.study.h1.quantities import OPTIMIZER_MARGIN_NATS
     from flashoptim_nb.report.optimizers import format_gaps
     texts = sorted({row["set"] for run in runs for row in run.of("eval") if "tracked" not in row["set"]})
     gaps = [(text, gap) for text in texts for _, gap in format_gaps(text, OPTIMIZER_MARGIN_NATS, runs, role).iterrows()]
+    if gaps and all(run.header["scale"] == REHEARSAL for run in runs):
+        print("  no evidence at this scale: these show that the comparison can be made here, not what a format keeps")
     for text, gap in gaps:
         found = (f"{gap['value']:+.4f} nats a token over {gap['n']} pair{'s' * (gap['n'] != 1)} of {gap['step']} steps, "
                  f"{gap['says']} at a margin of {OPTIMIZER_MARGIN_NATS}" if gap["n"] else f"no pair of {gap['step']} steps")

@@ -527,7 +527,10 @@ def test_a_comparison_whose_time_is_over_says_so_in_its_status(tmp_path, capsys,
         later.setattr("flashoptim_nb.cli.quality.time", argparse.Namespace(monotonic=lambda: next(ticks, 90)))
         status, out, _ = ran(capsys, *words, tmp_path)
     assert status == TIME_UP and "the time is up during optimizer_gentle-quality-adamw-s0; the same command goes on" in out
-    assert ran(capsys, *words, tmp_path)[0] == 0
+    status, out, _ = ran(capsys, *[word.replace("adamw", "flash_adamw") for word in words], tmp_path)
+    assert status == 0 and "nothing to compare" in out
+    status, out, _ = ran(capsys, *words, tmp_path)
+    assert status == 0 and "no evidence at this scale" in out.split(" at a margin of ")[0]
     # a plan refuses what the command would
     for other, said in (("5", "steps=3 and not 5"), ("3", None)):
         status, out, told = ran(capsys, *[other if word == "3" else word for word in words], tmp_path, "--dry-run")
