@@ -93,9 +93,9 @@ def under_way(
     "Says that a study has not ended, and how far it is; empty where it has, or keeps no journal."
     journal, kept = next((run for run in runs if run.is_journal), None), _read(study)
     if not (journal and kept) or journal.status != "unfinished" and not kept["absent"]: return ""
-    planned = kept["planned"]
+    planned, whose = kept["planned"], "its own plan" if kept.get("plan") == "one's own" else "the protocol"
     there = sum((study / run / ROWS).is_file() for run in planned)
-    return f"has not ended; {there} of {len(planned)} planned runs are there"
+    return f"has {there} of {whose}'s {len(planned)} runs; it has not ended"  # a command may ask for fewer than all
 
 # %% ../../nbs/study/18_manifest.ipynb #ed9c3e4b
 def _command(study: Path, runs: list[Run], shipped: bool) -> str:
