@@ -116,7 +116,7 @@ class Study:
         self.stopped, self.workers, self.graphs = lambda: stopped() or time.monotonic() > self.until, workers, graphs
         self.time_up = lambda: time.monotonic() > self.until and not stopped()
         self.console, self.journal, self.loaded = console or Console(stderr=True), Journal(self.folder), {}
-        self.rank_timeout = rank_timeout
+        self.rank_timeout, self.said_advice = rank_timeout, False
         self.options = dict(out=str(out), device=device, workloads=workloads, configs=configs, experiments=experiments,
                             seeds=seeds, graphs=graphs, workers=workers,
                             rank_timeout=rank_timeout)  # what a worker process makes the same study of
@@ -527,6 +527,12 @@ def left_out(
     return [*dict.fromkeys(name for key, name in wanted.items() if study.protocol.key_on_record(key) not in made)]
 
 # %% ../../nbs/study/13_runner.ipynb #251bbcd8
+def _say_advice(study: Study, decision: Decision):
+    "Says once, beside the first line of it, that what a checkpoint would do is advice."
+    if decision.enforced or decision.action == "continue" or study.said_advice: return
+    study.said_advice = True
+    study.say("  what a checkpoint *would* do is advice at this scale: nothing is cut short")
+
 def record_decision(
     study: Study,
     stage: Stage,
@@ -544,6 +550,7 @@ def record_decision(
         if last != dict(kind="decision") | (row := finite(asdict(decision))):
             journal.note("decision", **row)
             study.say(f"  {decision.words}")
+            _say_advice(study, decision)
     row = standing_decisions(journal.rows).get(id) or dict(enforced=False)
     return "continue" if not row["enforced"] or journal.confirmed(row) else row["action"]
 
@@ -595,8 +602,6 @@ def run_stages(
 def _say_end(study: Study, failed: int):
     name, out = study.protocol.name, study.folder.parent
     where = "" if out.resolve() == work_root() / "runs" else f" --records {shlex.quote(str(out))}"
-    if not study.preset.enforced:
-        study.say("  what a checkpoint *would* do is advice at this scale: nothing was cut short")
     study.say(
         f"{len(read_study(study.folder))} records in {study.folder}{f', {failed} runs failed' if failed else ''}; "
         f"next: flashoptim-nb verdict {name}{where}, flashoptim-nb book{where}")
