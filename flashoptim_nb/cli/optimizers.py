@@ -10,9 +10,11 @@ __all__ = ['bench_parser', 'timed_names', 'dimenet_names', 'memory_names', 'comp
 import argparse
 import json
 import math
+from contextlib import nullcontext
 
 from ..base.errors import UserError, absent, missing_module, visible
 from .options import TIME_UP, add_preset, add_where, listing
+from .run import Stop
 
 # %% ../../nbs/cli/06_optimizers.ipynb #5c6d2f94
 _BENCHMARKS = {
@@ -261,8 +263,10 @@ def _quality(args) -> int:
     from flashoptim_nb.study.loop import TimeUp
     chosen = dict(configs=args.configs) if args.configs else {}
     out, over = args.out or work_root() / "runs", ""
-    try: folder = quality(out, preset=args.scale, device=args.device, seeds=args.seeds, schedule=args.schedule,
-                          steps=args.steps, minutes=args.minutes, dry_run=args.dry_run, **chosen)
+    try:
+        with nullcontext(lambda: False) if args.dry_run else Stop() as stopped:
+            folder = quality(out, preset=args.scale, device=args.device, seeds=args.seeds, schedule=args.schedule,
+                             steps=args.steps, minutes=args.minutes, dry_run=args.dry_run, stopped=stopped, **chosen)
     except TimeUp as error: folder, over = quality_folder(out, args.scale, args.device), str(error)
     if args.dry_run: return 0
     if over: print(over)
@@ -291,7 +295,7 @@ def quality_parser(command):
                              "  flashoptim-nb quality --preset gpu --seeds 0 1 2 3 --configs adamw flash_adamw\n"
                              "  flashoptim-nb quality --preset long --schedule low --dry-run\n\n"
                              f"exit status: 0 if all runs are there, 2 if it cannot be done as it was asked; {TIME_UP} if the time of\n"
-                             "  --minutes is over, 130 after Ctrl-C: the same command goes on")
+                             "  --minutes is over and 130 if it was stopped by Ctrl-C or SIGTERM: the same command goes on")
     add_preset(quality, "how large a GPT, and for how long", required=True, metavar="NAME")
     quality.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="0 or more each (default: 0 1 2)")
     quality.add_argument("--configs", nargs="+", metavar="NAME", help="only these (default: all)")

@@ -8,7 +8,7 @@ __all__ = ['QUALITY_PLANS', 'SCHEDULES', 'quality_role', 'quality_spec', 'predic
 # %% ../../nbs/cli/01_quality.ipynb #3b1f8e55
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..base.errors import UserError, choose
@@ -128,11 +128,11 @@ def quality_folder(
     return Path(out) / study_name("quality", _SCALES[preset], origin["device"], origin["device_kind"])
 
 # %% ../../nbs/cli/01_quality.ipynb #8cf2211a
-def _train(spec, folder, head, where, corpus, every, end) -> dict[str, float]:
-    "One run, stopped at the time `end`; its last loss on each held-out text, nats a token."
+def _train(spec, folder, head, where, corpus, every, stopped) -> dict[str, float]:
+    "One run, until it is `stopped`; its last loss on each held-out text, nats a token."
     task = make_task(spec, where, corpus)
     callbacks = [EvaluationCallback(task, corpus.track, every, spec.recipe.steps, corpus.evals), ThroughputCallback(task)]
-    fit(task, folder, head, steps=spec.recipe.steps, callbacks=callbacks, stopped=lambda: time.monotonic() > end)
+    fit(task, folder, head, steps=spec.recipe.steps, callbacks=callbacks, stopped=stopped)
     rows = read_run(folder).of("eval")[-len(corpus.evals):]
     return {row["set"]: row["nll"] / row["tokens"] for row in rows}
 
@@ -148,9 +148,11 @@ def quality(
     minutes: float | None = None,  # no run is begun after so many, and one that is going on stops
     dry_run: bool = False,  # only tell which runs would be made, and how long they are likely to take
     tell=print,
+    stopped: Callable[[], bool] = lambda: False,  # asked between steps and runs
 ) -> Path:
     """Trains each configuration with each seed, the seeds one after the other,
-    so that what is cut off by time is whole pairs; returns the study's folder. Raises `TimeUp` where runs are left."""
+    so that what is cut off by time is whole pairs; returns the study's folder.
+    Raises `TimeUp` where its minutes leave runs to make, `Interrupted` where it was told to stop."""
     choose("preset", preset, QUALITY_PLANS)
     choose("schedule", schedule, SCHEDULES)
     seeds, configs = [*dict.fromkeys(seeds)], [*dict.fromkeys(configs)]
@@ -176,11 +178,14 @@ def quality(
             head = run_header(spec, where, data_hash=corpus.data_hash, study=folder.name, hypothesis="quality",
                               criteria_hash=H1.hash)
             if is_done(folder / spec.id, head): continue
+            if stopped(): raise Interrupted(f"stopped before {spec.id}; the same command goes on")
             if time.monotonic() > end and begun: raise TimeUp(f"the time is up before {spec.id}; the same command goes on")
             if time.monotonic() > end: raise UserError("the time was up before anything could be done: it takes longer to begin; give more minutes")
             begun = True
-            try: losses = _train(spec, folder / spec.id, head, where, corpus, part.track_every, end)
-            except Interrupted: raise TimeUp(f"the time is up during {spec.id}; the same command goes on") from None
+            try: losses = _train(spec, folder / spec.id, head, where, corpus, part.track_every, lambda: stopped() or time.monotonic() > end)
+            except Interrupted:
+                how, kind = ("stopped", Interrupted) if stopped() else ("the time is up", TimeUp)
+                raise kind(f"{how} during {spec.id}; the same command goes on") from None
             tell(f"{spec.id}: " + ", ".join(f"{text} {loss:.4f}" for text, loss in losses.items()))
             free(where)
     return folder

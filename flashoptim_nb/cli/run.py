@@ -16,10 +16,13 @@ from .options import PRICES, STATUS, add_preset, add_rates, add_where, listing, 
 
 # %% ../../nbs/cli/04_run.ipynb #057b68f2
 class Stop:
-    "Remembers that a signal asked the study to stop."
+    "Remembers that a signal asked the study to stop; as a context it gives the signals back."
     def __init__(self):
         self.asked = 0
-        for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, self)
+        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+    def __enter__(self): return self
+    def __exit__(self, *_):
+        for number, handler in self.before.items(): signal.signal(number, handler)
     def __call__(self, number=None, _frame=None):
         if number is None: return bool(self.asked)
         self.asked += 1

@@ -537,11 +537,28 @@ def test_a_comparison_whose_time_is_over_says_so_in_its_status(tmp_path, capsys,
         assert (status, bool(said), said in told if said else "0 runs to make of 1" in out) == (2 * bool(said), bool(said), True)
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_a_comparison_that_is_told_to_stop_goes_on_by_the_same_command(how, tmp_path, capsys, monkeypatch):
+    from flashoptim_nb.base.records import read_run
+    from flashoptim_nb.study import loop
+    words, take = "quality --preset laptop --seeds 0 --configs adamw --device cpu --steps 3 --out".split(), loop._take
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with monkeypatch.context() as told:
+        told.setattr(loop, "_take", lambda *given: (take(*given), signal.raise_signal(how))[0])
+        status, _, said = ran(capsys, *words, tmp_path)
+    assert status == 130 and "stopping after this step" in said
+    assert "stopped during optimizer_gentle-quality-adamw-s0; the same command goes on" in said
+    assert {number: signal.getsignal(number) for number in before} == before, "what comes later is stopped as ever"
+    run, = (path.parent for path in tmp_path.glob("*/*/checkpoint.safetensors"))
+    assert ran(capsys, *words, tmp_path)[0] == 0 and [row["step"] for row in read_run(run).of("step")] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("name", ["run", "verdict", "check", "quality"])
 def test_the_help_names_the_exit_statuses(name, capsys):
     status, out, _ = ran(capsys, name, "--help")
     told = out[out.index("exit status: "):]
     assert status == 0 and told.startswith("exit status: 0 if ") and "130" in told
+    assert ("130 if it was stopped by Ctrl-C or SIGTERM: the same command" in told) == (name in ("run", "quality"))
     assert ("75 if the time of" in told) == (name in ("run", "quality"))
 
 
