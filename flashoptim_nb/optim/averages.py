@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..base.errors import UserError, is_number
 from .backend import outside_autocast
 from .split import CODE_DTYPE, HALF_FORMATS, decode, encode
-from .base import FlashOptimizer, explained
+from .base import FlashOptimizer, explained, unwrapped
 from .checks import OptionError
 from .states import error_bit_width, first_error_bits
 from .shards import held, like, local
@@ -61,13 +61,16 @@ class AveragedMasters:
     @explained
     def __init__(
         self,
-        optimizer: FlashOptimizer,  # whose masters are averaged
+        optimizer: FlashOptimizer,  # whose masters are averaged, or Lightning's, Fabric's or Accelerate's wrapper of it
         model: nn.Module,  # whose parameters it steps, sharded already if they will be
         # of the exponential average, which begins at the first update; None: the mean of all updates
         decay: float | None = 0.999,
     ):
         if decay is not None and not is_number(decay, 0, 1):
             raise OptionError(f"decay={decay!r}: a number from 0 to 1 is needed, or None for a uniform average")
+        if not isinstance(optimizer := unwrapped(optimizer), FlashOptimizer):
+            raise OptionError(f"averages of the masters of a {type(optimizer).__name__}, which has none: give a Flash "
+                              "optimizer; another's weights are averaged by torch.optim.swa_utils.AveragedModel")
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.optimizer, self.model, self.decay, self.updates = optimizer, model, decay, 0
         self.params = {name: p for name, p in model.named_parameters() if id(p) in stepped}

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..base.errors import UserError
 from ..base.patch import patch
-from .base import FlashOptimizer, explained
+from .base import FlashOptimizer, explained, unwrapped
 from .checks import Arrival, ReleaseError, called, check_free, releaser
 from .gradients import GradScaling, grad_scaling, looks_at_gradients, over_all, sharding, sum_of_squares
 from .shards import local, over_shards
@@ -437,6 +437,7 @@ def enable_gradient_release(
         raise UserError("gradient release needs an optimizer that steps one parameter at a time, not "
                         f"{type(optimizer).__name__}: FlashAdamW(params, quantize=False, master_weight_bits=None) is "
                         "plain AdamW")
+    optimizer = unwrapped(optimizer)  # Lightning's and Fabric's wrappers are Flash optimizers by their class
     if not isinstance(model, nn.Module):
         raise UserError(f"gradient release of a {type(model).__name__}: give the model, a torch.nn.Module")
     if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):

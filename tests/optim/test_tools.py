@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from every import CLASSES, MAKERS
-from flashoptim_nb.optim import FlashAdamW, cast_model
+from flashoptim_nb.base.errors import UserError
+from flashoptim_nb.optim import AveragedMasters, FlashAdamW, cast_model, enable_gradient_release
+from flashoptim_nb.optim.state_dict import StateError
 
 KW = dict(lr=1e-2, weight_decay=0.1)
 X = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
@@ -270,3 +272,55 @@ def test_a_compiled_step(make):
     # compiled gradients round elsewhere
     for p, q in zip(ours.parameters(), theirs.parameters()):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-3, atol=1e-3)
+
+
+def _wrapped(kind, opt, model):
+    "An optimizer and its model as Lightning, Fabric and Accelerate hand them to a program."
+    if kind == "lightning":
+        from lightning.pytorch.core.optimizer import LightningOptimizer
+        return model, LightningOptimizer(opt)
+    if kind == "fabric":
+        from lightning.fabric import Fabric
+        return Fabric(accelerator="cpu", devices=1).setup(model, opt)
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    accelerate.state.AcceleratorState._reset_state(True)
+    try: return accelerate.Accelerator(cpu=True).prepare(model, opt)
+    finally: accelerate.state.AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("kind", ["lightning", "fabric"])
+def test_what_is_set_on_a_wrapper_reaches_the_optimizer(kind):
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    cast_model(model := net())
+    opt = FlashAdamW(model.parameters(), **KW)
+    outer, wrapper = _wrapped(kind, opt, model)
+    wrapper.max_norm, wrapper.compress_state_dict = 0.5, False
+    plain(model, opt, batches(dtype=torch.bfloat16))
+    assert float(wrapper.grad_norm) > 0 and "exp_avg" in wrapper.state_dict()["state"][0]
+    # a dict that is loaded, and what a scheduler does to step()
+    wrapper.load_state_dict(opt.state_dict() | dict(state={}))
+    assert not opt.state and opt._next_clip is None
+    torch.optim.lr_scheduler.ConstantLR(wrapper, factor=0.5)
+    assert opt.param_groups[0]["lr"] == KW["lr"] / 2 and "step" not in vars(opt)
+    handle = enable_gradient_release(model, wrapper)
+    assert handle.optimizer is opt and opt.release is wrapper.release is handle
+    plain(outer, opt, batches(dtype=torch.bfloat16))
+    assert float(opt.state[next(model.parameters())]["step"]) == 6 and float(opt._next_clip) < 1
+    handle.remove()
+    assert opt.release is wrapper.release is None
+
+
+@pytest.mark.parametrize("kind", ["lightning", "fabric", "accelerate"])
+def test_averages_by_a_wrapper(kind):
+    if kind != "accelerate": pytest.importorskip("lightning", reason="lightning is not installed")
+    cast_model(model := net())
+    outer, wrapper = _wrapped(kind, opt := FlashAdamW(model.parameters(), **KW), model)
+    average = AveragedMasters(wrapper, outer, decay=0.5)
+    plain(model, opt, batches(dtype=torch.bfloat16))
+    average.update()
+    with average.applied():
+        for asked in opt, wrapper:
+            with pytest.raises(StateError, match="leave applied"): asked.state_dict()
+        with pytest.raises(UserError, match="leave applied"): opt.step()
+    other = _wrapped(kind, torch.optim.SGD(model.parameters(), lr=0.1), model)[1]
+    with pytest.raises(UserError, match="averages of the masters of a SGD, which has none"): AveragedMasters(other, model)
