@@ -35,10 +35,21 @@ from .state_dict import StateError
 HEADS = ("head", "lm_head", "embed_out", "output", "unembed", "score", "classifier")  # names of output layers
 
 
+def _names_of(path: str) -> set[str]:  # of a module
+    """The last names by which a module is known: its own, and that of the layer it is a part of:
+    of a parametrization, of PEFT's copy, of a compiled layer, of a Sequential."""
+    parts = path.split(".")
+    for below in "parametrizations", "modules_to_save":
+        if below in parts: parts = parts[:parts.index(below)]
+    own = parts[-1:]
+    while len(parts) > 1 and (parts[-1].isdigit() or parts[-1] == "_orig_mod"): parts.pop()
+    return {*own, *parts[-1:]}
+
+
 @known_options
 def muon_groups(
     model: nn.Module,  # as it will be trained: what needs no gradient is left out
-    heads: Sequence[str] = HEADS,  # last names of modules whose matrices AdamW takes, beside embeddings
+    heads: Sequence[str] = HEADS,  # last names of layers whose matrices AdamW takes, beside embeddings
     *,
     lr: float | torch.Tensor = 1e-3,  # AdamW's, as in torch.optim.AdamW: FlashMuon's own lr is the matrices' alone
     betas: tuple[float, float] | None = None,  # AdamW's; None: those that FlashMuon is given
@@ -53,14 +64,17 @@ def muon_groups(
     heads = [heads] if isinstance(heads, str) else heads
     if not isinstance(heads, Iterable) or not all(isinstance(name, str) for name in heads):
         raise OptionError(f"heads={heads!r}: names of modules are needed, (\"lm_head\", ...)")
-    there = {name.rpartition(".")[2] for name, part in model.named_modules() if [*part.parameters(recurse=False)]}
+    there = {name for path, part in model.named_modules() if [*part.parameters(recurse=False)]
+             for name in _names_of(path)}
     if lost := [] if heads is HEADS else [name for name in heads if name not in there]:
         raise OptionError(f"heads={heads!r}: the model has no module {', '.join(map(repr, lost))} with parameters of "
                           f"its own; the last names of its modules are {', '.join(map(repr, sorted(there)))}")
     adamw = dict(algorithm="adamw", lr=lr, eps=eps, weight_decay=weight_decay) | (dict(betas=betas) if betas else {})
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    apart = {p for name, part in model.named_modules() for p in part.parameters(recurse=False)
-             if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) or part is head or name.rpartition(".")[2] in heads}
+    apart = set()
+    for path, part in model.named_modules():
+        if part is head or isinstance(part, (nn.Embedding, nn.EmbeddingBag)): apart |= {*part.parameters()}
+        elif not _names_of(path).isdisjoint(heads): apart |= {*part.parameters(recurse=False)}
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim == 2 and p not in apart]
     taken = {*matrices}

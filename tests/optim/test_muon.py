@@ -167,6 +167,32 @@ def test_adamws_options_are_its_own_unless_they_are_given():
         with pytest.raises(OptionError, match=f"unknown option '{wrong}'"): muon_groups(model, **{wrong: 0.1})
 
 
+def to_muon(model):
+    names = {p: name for name, p in model.named_parameters()}
+    return [names[p] for group in muon_groups(model) if group["algorithm"] == "muon" for p in group["params"]]
+
+
+def test_a_head_that_peft_trains_beside_its_adapters_is_adamws():
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2, vocab_size=97,
+        tie_word_embeddings=False))
+    how = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"])
+    for one in peft.get_peft_model(model, how), model:  # the second is given its head by name alone
+        found = to_muon(one)
+        assert found and all(".q_proj.lora_" in name for name in found), found
+        model.get_output_embeddings = lambda: None
+
+
+def test_hidden_layers_below_a_part_that_is_named_as_a_head_stay_muons():
+    transformers = pytest.importorskip("transformers")
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(
+        num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2, vocab_size=97))
+    assert {name for name, p in model.bert.encoder.named_parameters() if p.ndim == 2} == {
+        name.removeprefix("bert.encoder.") for name in to_muon(model) if "encoder" in name}
+    assert "classifier.weight" not in to_muon(model)
+
+
 @devices
 def test_bytes(device):
     "Counted in the tensors: weight 2, error bits 1, momentum 1, scales a 16th; AdamW's rest 5.125."
