@@ -20,7 +20,7 @@ from .base import FlashOptimizer, explained, unwrapped
 from .checks import OptionError
 from .states import error_bit_width, first_error_bits
 from .shards import held, like, local
-from .fp32_weights import tell_of_others
+from .fp32_weights import check_there, tell_of_others
 from .state_dict import StateError
 
 # %% ../../nbs/optim/14_averages.ipynb #09a10007
@@ -145,6 +145,7 @@ class AveragedMasters:
         new tensors, to be loaded into the model's fp32 twin."""
         names = {id(p): name for name, p in self._any().params.items()}
         entries = self.model.state_dict(keep_vars=True)
+        check_there(self.params, entries)
         mean = lambda t: like(t, self.average[names[id(t)]].clone())
         return {name: mean(t) if id(t) in names else t.detach().clone() if isinstance(t, torch.Tensor) else t
                 for name, t in entries.items()}

@@ -917,6 +917,39 @@ def test_weights_that_would_go_into_copies_are_refused():
     with pytest.raises(StateError, match="take off the hooks"): opt.set_fp32_model_state_dict(model, weights)
 
 
+def _clone(module, state, prefix, local): state[prefix + "weight"] = state[prefix + "weight"].clone()
+
+
+def _cut(module, state, prefix, local):
+    for i, part in enumerate(state.pop(prefix + "weight").chunk(2)): state[f"{prefix}part{i}"] = part
+
+
+@pytest.mark.parametrize("hook", [_clone, _cut])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_state_dict_with_one_copied_parameter_is_refused_by_whoever_looks_for_its_master(hook, steps):
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 2))
+    model[2].weight.requires_grad_(False)
+    cast_model(model)
+    opt = FlashAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    average = AveragedMasters(opt, model)
+    take_steps([p for p in model.parameters() if p.requires_grad], opt, steps)
+    average.update()
+    weights = opt.get_fp32_model_state_dict(model)
+    # of what it does not step nothing but the weights is known
+    off = model[2].register_state_dict_post_hook(hook)
+    assert torch.equal(opt.get_fp32_model_state_dict(model)["0.weight"], weights["0.weight"])
+    opt.set_fp32_model_state_dict(model, opt.get_fp32_model_state_dict(model))
+    average.model_state_dict()
+    off.remove()
+    model[1].register_state_dict_post_hook(hook)
+    given = {name: t.float() for name, t in model.state_dict().items()}
+    for ask in (lambda: opt.get_fp32_model_state_dict(model), lambda: opt.set_fp32_model_state_dict(model, given),
+                average.model_state_dict):
+        with pytest.raises(StateError, match="such as 1.weight, are not in the model's state dict"): ask()
+    # parameters of another model, in the same optimizer, ask nothing of this one
+    assert opt.get_fp32_model_state_dict(model[0]).keys() == {"weight", "bias"}
+
+
 @pytest.mark.parametrize("value, dtype", [(65519.99609375, torch.float16), (3.0238e38, BF16), (-65519.99609375, torch.float16)])
 def test_the_largest_weights_are_exported_within_their_range(value, dtype):
     model = nn.Linear(1, 1, bias=False)
