@@ -266,9 +266,11 @@ def _share(model, group, ignored):
             dist.broadcast(there, first, group)
             t.copy_(there)
 
+
 def _tell(module, name, child):
     """Where DistributedDataParallel takes a model: has the ranks begin alike.
     Where torch's AveragedModel takes its copy of one in 16 bits: warns that it will stand still."""
+    if torch.compiler.is_dynamo_compiling(): return  # which must not look at modules that are half made, such as its own
     if isinstance(module, DistributedDataParallel): _share(child, module.process_group, module.parameters_to_ignore)
     if isinstance(module, AveragedModel) and any(p.dtype in HALF_FORMATS for p in child.parameters()):
         warnings.warn("an AveragedModel of a model in 16 bits adds increments that are smaller than half the spacing "

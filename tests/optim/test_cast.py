@@ -509,3 +509,14 @@ def test_what_is_frozen_keeps_nothing_once_it_is_cast_again():
     whole = kept_bytes(model)
     cast_model(model)
     assert kept_bytes(model) == whole / 2 > 0
+
+
+def test_compiled_code_that_makes_modules_does_not_meet_the_hook_that_watches_wrappers():
+    "Compiled autograd makes modules of its own while it compiles."
+    model = nn.Linear(4, 1)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda x: model(x).sum().backward(), backend="eager")(torch.ones(2, 4))
+    assert torch.equal(model.weight.grad, torch.full((1, 4), 2.0))
+    made = torch.compile(lambda x: nn.Sequential(nn.ReLU())(x), backend="eager", fullgraph=True)
+    assert torch.equal(made(torch.ones(2)), torch.ones(2))

@@ -736,3 +736,18 @@ def test_a_step_of_no_gradients_leaves_the_next_to_be_clipped_as_the_first():
     assert handle.clip is None
     b(0).backward(); opt.step()
     same(moments(opt), want)
+
+
+def test_compiled_autograd_is_refused_in_words():
+    m = nn.Linear(4, 1); opt = FlashAdamW(m.parameters(), lr=1e-2); before = copies(m)
+    handle = enable_gradient_release(m, opt)
+    torch._dynamo.reset()
+    def backward():
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")): m(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(ReleaseError, match="compiled autograd"): backward()
+    assert all(torch.equal(p, q) for p, q in zip(m.parameters(), before)) and not opt.state
+    opt.zero_grad()
+    m(torch.ones(2, 4)).sum().backward(); opt.step()  # an ordinary one goes on
+    assert float(opt.state[m.weight]["step"]) == 1
+    handle.remove(); backward()  # and without release both
+    assert m.weight.grad is not None
