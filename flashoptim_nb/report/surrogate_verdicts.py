@@ -176,8 +176,7 @@ def verdict_sentence(runs: Iterable[Run] | None = None) -> Rendered:
                                                                   else "No failure or falsification criterion is met. ")
                     + (f"Missed: {'; '.join(misses)}. " if misses else "")
                     + (f"For it: {', '.join(met)}. " if met else "No success criterion is met. ")
-                    + (f"What would change it: the measurements against the claim, {len(harms)} in number, "
-                       "would have to come out on the other side of their thresholds; "
+                    + ("What would change it: each criterion named against the claim would have to come out otherwise; "
                        "while one failure or falsification criterion is met, nothing that speaks for the claim counts."
                        if harms else "What would change it: one measurement beyond one threshold of failure, "
                                      "in one domain, would turn it." if whole["status"] == "success"
