@@ -45,7 +45,7 @@ def _names_of(path: str) -> set[str]:  # of a module
     while len(parts) > 1 and (parts[-1].isdigit() or parts[-1] == "_orig_mod"): parts.pop()
     return {*own, *parts[-1:]}
 
-
+# %% ../../nbs/optim/21_muon.ipynb #db27bc09
 @known_options
 def muon_groups(
     model: nn.Module,  # as it will be trained: what needs no gradient is left out

@@ -121,6 +121,7 @@ def _differ(a: tuple, b: tuple) -> bool:
     if isinstance(a[0], torch.Tensor) or isinstance(b[0], torch.Tensor): return a[0] is not b[0] or a[1] != b[1]
     return a[0] != b[0]
 
+# %% ../../nbs/optim/12_release.ipynb #8c6b17f1
 @patch
 @torch.compiler.disable
 def _begin(self: GradientReleaseHandle, task: int):
@@ -318,6 +319,7 @@ def _check_options(self: GradientReleaseHandle):
                                    f"stepped by it already ({before[name][0]}, now {now[name][0]}): change it before the "
                                    "backward pass, or after step() as a scheduler does")
 
+# %% ../../nbs/optim/12_release.ipynb #065e379f
 @patch
 @torch.no_grad()
 def _finish(self: GradientReleaseHandle):

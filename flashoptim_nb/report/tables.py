@@ -524,6 +524,7 @@ def savings_by_card(
             names.setdefault(card, []).extend(e.records)
     return {card: (", ".join(told), names[card]) for card, told in words.items()}
 
+# %% ../../nbs/report/02_tables.ipynb #892e9d7f
 def gaps_by_card(
     e: Evidence,
     q: Q,  # a `quality_gap`

@@ -214,6 +214,7 @@ def _floats(batch) -> dict[str, torch.Tensor]:
     named = batch._asdict() if hasattr(batch, "_asdict") else getattr(batch, "__dict__", {})
     return {name: t for name, t in named.items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
 
+# %% ../../nbs/surrogates/01_task.ipynb #cc56a096
 @patch
 def _not_finite(self: SurrogateTask, n: int) -> str:
     "Why the gradient of step `n` may not be finite, and what to do."
@@ -244,6 +245,7 @@ def _advice(self: SurrogateTask, n: int) -> str:
     if fresh: return f", and so is its loss, before anything was learned: look for NaN in the network's backward{wider}"
     return f", so lower the learning rate{wider}"
 
+# %% ../../nbs/surrogates/01_task.ipynb #c71269c2
 @patch
 def _warn_of_skipped(self: SurrogateTask, n: int, scale: float):
     "Warns once of steps in a row that taught nothing, and at the last of a share of all."
