@@ -142,4 +142,4 @@ def test_a_peak_on_four_gpus_stands_beside_what_is_predicted_of_four():
     row = predicted_rows([run("13B-equal-flashoptim_full-s0-x4", memory, config="flashoptim_full", role="13B", arm="equal",
                               settings=settings)]).iloc[0]
     known = predict(model, stack.replace(attention="flash"), 1, 2048, gpus=4, accumulate=True)["peak"]
-    assert row["gpus"] == 4 and row["predicted"] == approx(known / 1e9)
+    assert row["gpus"] == 4 and row["predicted"] == approx(known / 2**30)
