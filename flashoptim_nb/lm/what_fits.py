@@ -236,7 +236,7 @@ def _head_words(found: dict) -> list[str]:
 def _notes(found: dict) -> list[str]:
     "What a reader of the table may stumble over."
     peaks = {(row["config"], row["checkpointing"]): row["peak"] for row in found["rows"]}
-    same = "seq" in found and any(peak == peaks.get((name.replace("_release", ""), kind))
+    same = "seq" in found and not found["accumulate"] and any(peak == peaks.get((name.replace("_release", ""), kind))
                                   for (name, kind), peak in peaks.items() if "_release" in name)
     return ["Where release changes gradients but not the peak, the peak lies at the end of the forward pass, "
             "before any gradient is there."] * same

@@ -145,7 +145,7 @@ class AveragedMasters:
         new tensors, to be loaded into the model's fp32 twin."""
         names = {id(p): name for name, p in self._any().params.items()}
         entries = self.model.state_dict(keep_vars=True)
-        check_there(self.params, entries)
+        check_there(self.model, self.params, entries)
         mean = lambda t: like(t, self.average[names[id(t)]].clone())
         return {name: mean(t) if id(t) in names else t.detach().clone() if isinstance(t, torch.Tensor) else t
                 for name, t in entries.items()}

@@ -11,7 +11,7 @@ __all__ = ['Init', 'FORMATS', 'NumericsError', 'explained', 'known_options', 'ch
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from functools import wraps
+from functools import cache, wraps
 from inspect import cleandoc, getsource, signature
 from typing import TypeVar
 
@@ -108,11 +108,20 @@ def check_option(
         raise OptionError(f"{name}={x!r}: True or False is needed")
 
 # %% ../../nbs/optim/08_base.ipynb #00dfddea
+# by name, as nobody here imports them: where each holds the optimizer inside
+_WRAPPERS = {"LightningOptimizer": "_optimizer", "_FabricOptimizer": "_optimizer", "AcceleratedOptimizer": "optimizer"}
+
+
+@cache
+def _held_by(kind: type) -> str | None:
+    "Under which attribute a wrapper's class holds an optimizer; None for other classes."
+    return next((_WRAPPERS[base.__name__] for base in kind.__mro__ if base.__name__ in _WRAPPERS), None)
+
+
 def unwrapped(optimizer):
-    "The optimizer inside Lightning's and Fabric's wrappers (`_optimizer`) or Accelerate's (`optimizer`), or itself."
-    held = getattr(optimizer, "__dict__", {})
-    inner = held.get("_optimizer", held.get("optimizer"))
-    return unwrapped(inner) if isinstance(inner, Optimizer) else optimizer
+    "The optimizer inside Lightning's, Fabric's or Accelerate's wrapper, or itself."
+    name = _held_by(type(optimizer))
+    return unwrapped(vars(optimizer)[name]) if name and name in vars(optimizer) else optimizer
 
 # %% ../../nbs/optim/08_base.ipynb #ba5e0005
 def check_groups(opt: "FlashOptimizer"):

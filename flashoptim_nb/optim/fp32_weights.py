@@ -29,16 +29,22 @@ def _memory(t):
 
 # %% ../../nbs/optim/23_fp32_weights.ipynb #3eef01db
 def check_there(
-    params: Mapping[str, torch.Tensor],  # of a model, that an optimizer steps, by name
+    model: nn.Module,
+    params: Mapping[str, torch.Tensor],  # of the model, that an optimizer steps, by name
     entries: Mapping,  # the model's state dict with `keep_vars=True`
     mark: Callable = id,  # by which a parameter is told among the entries
 ):
-    "Raises `StateError` where a parameter is not in its model's state dict as itself."
+    """Raises `StateError` where a model's state dict has a copy or a part of a parameter in its place;
+    what it leaves out as a whole is nobody's."""
+    entries = {name: t for name, t in entries.items() if isinstance(t, torch.Tensor)}
     there = {mark(t) for t in entries.values()}
-    if lost := [name for name, p in params.items() if mark(p) not in there]:
+    lost = [name for name, p in params.items() if mark(p) not in there]
+    known = {mark(t) for t in (*model.parameters(), *model.buffers())}
+    made = [name for name, t in entries.items() if mark(t) not in known]
+    if lost and made:
         raise StateError(f"{len(lost)} of the optimizer's parameters, such as {lost[0]}, are not in the model's state "
-                         "dict as themselves, and masters belong to no copies or parts of them: take off the hooks "
-                         "that change its state dict")
+                         f"dict as themselves, and others, such as {made[0]}, are: masters belong to no copies or parts; "
+                         "take off the hooks that change its state dict")
 
 # %% ../../nbs/optim/23_fp32_weights.ipynb #0fcf4c85
 def _first(opt, t):
@@ -96,7 +102,7 @@ def fp32_weights(
     known = {_memory(p): (error_bits, opt._made_for.get(p, p.dtype)) for p, error_bits in kept.items()}
     entries = model.state_dict(keep_vars=True)
     own = {_memory(p) for group in opt.param_groups for p in group["params"]}
-    check_there({name: p for name, p in model.named_parameters()
+    check_there(model, {name: p for name, p in model.named_parameters()
                  if _memory(p) in own and (_memory(p) in known or _first(opt, p))}, entries, _memory)
     tell_of_others(opt, model, "their 16-bit weights are widened, without the lower bits that another optimizer may have")
     if known and known.keys().isdisjoint(map(_memory, entries.values())):
@@ -178,7 +184,7 @@ def set_fp32_weights(
         # one counter for all new ones
         step = counters.setdefault((id(groups[t]), t.device), torch.zeros((), dtype=torch.float32, device=t.device))
         opt.state[t] = new_state(opt, groups[t], t, step)
-    check_there({name: p for name, p in model.named_parameters() if p in groups}, entries)
+    check_there(model, {name: p for name, p in model.named_parameters() if p in groups}, entries)
     if (parameters := {*model.parameters()}) and parameters.isdisjoint(entries.values()):
         raise StateError("the tensors in the model's state dict are none of its parameters, and no weights would change: "
                          "take off the hooks that copy its state dict")

@@ -35,15 +35,18 @@ from .state_dict import StateError
 HEADS = ("head", "lm_head", "embed_out", "output", "unembed", "score", "classifier")  # names of output layers
 
 
-def _names_of(path: str) -> set[str]:  # of a module
-    """The last names by which a module is known: its own, and that of the layer it is a part of:
-    of a parametrization, of PEFT's copy, of a compiled layer, of a Sequential."""
+def _name_of(path: str) -> str:
+    "The last name by which a module is known: of a parametrization, PEFT's copy or a compiled layer that of the layer."
     parts = path.split(".")
-    for below in "parametrizations", "modules_to_save":
-        if below in parts: parts = parts[:parts.index(below)]
-    own = parts[-1:]
-    while len(parts) > 1 and (parts[-1].isdigit() or parts[-1] == "_orig_mod"): parts.pop()
-    return {*own, *parts[-1:]}
+    if "parametrizations" in parts: parts = parts[:parts.index("parametrizations")]
+    if "modules_to_save" in parts: del parts[(i := parts.index("modules_to_save")):i + 2]  # and the adapter's name
+    return [part for part in parts if part != "_orig_mod"][-1] if parts != ["_orig_mod"] else ""
+
+
+def _last_matrix(part: nn.Sequential) -> list[torch.Tensor]:
+    "The parameters of the last layer that has a matrix."
+    layers = [[*layer.parameters(recurse=False)] for layer in part.modules()]
+    return next((params for params in reversed(layers) if any(p.ndim == 2 for p in params)), [])
 
 # %% ../../nbs/optim/21_muon.ipynb #db27bc09
 @known_options
@@ -64,8 +67,8 @@ def muon_groups(
     heads = [heads] if isinstance(heads, str) else heads
     if not isinstance(heads, Iterable) or not all(isinstance(name, str) for name in heads):
         raise OptionError(f"heads={heads!r}: names of modules are needed, (\"lm_head\", ...)")
-    there = {name for path, part in model.named_modules() if [*part.parameters(recurse=False)]
-             for name in _names_of(path)}
+    there = {_name_of(path) for path, part in model.named_modules()
+             if [*part.parameters(recurse=False)] or isinstance(part, nn.Sequential) and _last_matrix(part)}
     if lost := [] if heads is HEADS else [name for name in heads if name not in there]:
         raise OptionError(f"heads={heads!r}: the model has no module {', '.join(map(repr, lost))} with parameters of "
                           f"its own; the last names of its modules are {', '.join(map(repr, sorted(there)))}")
@@ -74,7 +77,8 @@ def muon_groups(
     apart = set()
     for path, part in model.named_modules():
         if part is head or isinstance(part, (nn.Embedding, nn.EmbeddingBag)): apart |= {*part.parameters()}
-        elif not _names_of(path).isdisjoint(heads): apart |= {*part.parameters(recurse=False)}
+        elif _name_of(path) in heads:
+            apart |= {*(_last_matrix(part) if isinstance(part, nn.Sequential) else part.parameters(recurse=False))}
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim == 2 and p not in apart]
     taken = {*matrices}

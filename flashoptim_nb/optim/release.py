@@ -65,7 +65,7 @@ class GradientReleaseHandle:
             self.clip = self._clip_after(grad_scaling(optimizer.grad_norm.detach().float().square(), optimizer.max_norm))
         self._seen: dict[torch.Tensor, int] = {}  # the same parameters, and the backward pass that released each
         self._groups: dict[torch.Tensor, dict] = {}  # each parameter's group, as this backward pass found them
-        self._options: list[tuple[dict, dict]] = []  # groups, and the options that this backward pass steps by
+        self._options: list[tuple[dict, list]] = []  # groups, and the options that the passes since step() step by
         self._units: dict = {}  # sharded parameters, and what gathers and reduces each (of FSDP2)
         self._streams: set = set()  # on which hooks have stepped, and which nobody has waited for
         # the backward pass, squares before it, whether it has not ended
@@ -111,15 +111,16 @@ def _watch(self: GradientReleaseHandle, params: Iterable[torch.Tensor]):
         if frozen: p.requires_grad_(False)
 
 # %% ../../nbs/optim/12_release.ipynb #8c0b0a32
-def _options_of(group: dict) -> dict:
-    "A group's options as they are now: a tensor with the number of its changes."
-    return {name: (x, x._version if isinstance(x, torch.Tensor) else 0) for name, x in group.items() if name != "params"}
+def _value(x):
+    "What an option is told from another by: a GPU's tensor by how often it was changed, as nobody waits for its value."
+    if isinstance(x, torch.Tensor):
+        return x.item() if x.device.type == "cpu" and x.numel() == 1 or x.is_inference() else (id(x), x._version)
+    return tuple(x) if isinstance(x, list) else x
 
 
-def _differ(a: tuple, b: tuple) -> bool:
-    "Whether an option is another than it was."
-    if isinstance(a[0], torch.Tensor) or isinstance(b[0], torch.Tensor): return a[0] is not b[0] or a[1] != b[1]
-    return a[0] != b[0]
+def _options_of(opt: FlashOptimizer) -> list[tuple[dict, list]]:
+    "The groups, and the options that each is stepped by as they are now, in the order of the defaults."
+    return [(group, [_value(group.get(name)) for name in opt.defaults]) for group in opt.param_groups]
 
 # %% ../../nbs/optim/12_release.ipynb #8c6b17f1
 @patch
@@ -138,7 +139,7 @@ def _begin(self: GradientReleaseHandle, task: int):
     self._forget_failed()
     self._task, self._mark, self._running = task, len(self._squares), True
     self._groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
-    self._options = [(group, _options_of(group)) for group in self.optimizer.param_groups]
+    if not self._seen: self._options = _options_of(self.optimizer)  # of the first pass before step()
     if self.optimizer._host is not None: self.optimizer._host.begin()
     torch.autograd.Variable._execution_engine.queue_callback(self._ended)
 
@@ -311,13 +312,13 @@ def _refuse_second(self: GradientReleaseHandle, params: Iterable[torch.Tensor] =
 @patch
 def _check_options(self: GradientReleaseHandle):
     "Raises `ReleaseError` for options that were changed after the backward pass had stepped by them."
-    for i, group in enumerate(self.optimizer.param_groups):
-        now, before = _options_of(group), next((x for known, x in self._options if known is group), {})
-        for name in before:
-            if name in now and _differ(now[name], before[name]):
+    before = {id(group): options for group, options in self._options}
+    for i, (group, options) in enumerate(_options_of(self.optimizer)):
+        for name, now, then in zip(self.optimizer.defaults, options, before.get(id(group), options)):
+            if now != then:
                 raise ReleaseError(f"gradient release: {name} of group {i} was changed after the backward pass, which had "
-                                   f"stepped by it already ({before[name][0]}, now {now[name][0]}): change it before the "
-                                   "backward pass, or after step() as a scheduler does")
+                                   f"stepped by {then if not isinstance(now, tuple) else 'the old one'} already; now it is "
+                                   f"{group[name]}: change it before the backward pass, or after step() as a scheduler does")
 
 # %% ../../nbs/optim/12_release.ipynb #065e379f
 @patch
@@ -367,6 +368,7 @@ def _arrived(
         if self._stepped: self._refuse_second([p])
         self._close(self._mark)  # a loop without step(): the backward pass before was a step
         self._seen, self._repeated = {q: t for q, t in self._seen.items() if t == task}, True
+        self._options = _options_of(self.optimizer)
     self._seen[p] = task
     self._release(p, group)
 
