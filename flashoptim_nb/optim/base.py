@@ -210,8 +210,7 @@ class FlashOptimizer(Optimizer):
         those that states are made by stay as they are. What is set on Lightning's or Fabric's wrapper of an optimizer,
         which takes the optimizer's class, goes to the optimizer."""
         inner = unwrapped(self)
-        wraps = inner is not self and isinstance(self, type(inner))
-        if wraps and name in vars(inner) and not callable(x):  # a step that somebody hooked is each one's own
+        if inner is not self and name in vars(inner) and not callable(x):  # a step that somebody hooked is each one's own
             setattr(inner, name, x)
             if name not in vars(self): return  # older wrappers have copies
         super().__setattr__(name, self._checked(name, x) if name in self.options else x)

@@ -77,6 +77,11 @@ def _towards(narrow, theta):
     return torch.where(strays, (own / 2 + other / 2).nextafter(own).clamp(-bound, bound), theta)
 
 # %% ../../nbs/optim/23_fp32_weights.ipynb #a896d0e3
+def _own(opt):
+    "What an optimizer steps, by its memory."
+    return {_memory(p) for group in opt.param_groups for p in group["params"]}
+
+
 def tell_of_others(
     opt,  # a FlashOptimizer
     model: nn.Module,
@@ -84,7 +89,7 @@ def tell_of_others(
     dtypes=HALF_FORMATS,  # of which that matters
 ):
     "Warns of parameters that are trained and not by this optimizer."
-    own = {_memory(p) for group in opt.param_groups for p in group["params"]}
+    own = _own(opt)
     if left := [name for name, p in model.named_parameters()
                 if p.requires_grad and p.dtype in dtypes and _memory(p) not in own]:
         warnings.warn(f"{len(left)} trained parameters of the model, such as {left[0]}, are not this optimizer's: {what}. "
@@ -101,9 +106,10 @@ def fp32_weights(
     kept = {p: error_bits for p, state in opt.state.items() if (error_bits := state.get("error_bits")) is not None}
     known = {_memory(p): (error_bits, opt._made_for.get(p, p.dtype)) for p, error_bits in kept.items()}
     entries = model.state_dict(keep_vars=True)
-    own = {_memory(p) for group in opt.param_groups for p in group["params"]}
-    check_there(model, {name: p for name, p in model.named_parameters()
-                 if _memory(p) in own and (_memory(p) in known or _first(opt, p))}, entries, _memory)
+    own = _own(opt)
+    with_bits = {name: p for name, p in model.named_parameters()
+                 if _memory(p) in own and (_memory(p) in known or _first(opt, p))}
+    check_there(model, with_bits, entries, _memory)
     tell_of_others(opt, model, "their 16-bit weights are widened, without the lower bits that another optimizer may have")
     if known and known.keys().isdisjoint(map(_memory, entries.values())):
         raise StateError("the optimizer steps none of the model's parameters, so that their error bits are not known: "

@@ -37,10 +37,10 @@ HEADS = ("head", "lm_head", "embed_out", "output", "unembed", "score", "classifi
 
 def _name_of(path: str) -> str:
     "The last name by which a module is known: of a parametrization, PEFT's copy or a compiled layer that of the layer."
-    parts = path.split(".")
+    parts = [part for part in path.split(".") if part != "_orig_mod"]
     if "parametrizations" in parts: parts = parts[:parts.index("parametrizations")]
     if "modules_to_save" in parts: del parts[(i := parts.index("modules_to_save")):i + 2]  # and the adapter's name
-    return [part for part in parts if part != "_orig_mod"][-1] if parts != ["_orig_mod"] else ""
+    return parts[-1] if parts else ""
 
 
 def _last_matrix(part: nn.Sequential) -> list[torch.Tensor]:
