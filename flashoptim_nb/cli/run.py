@@ -33,7 +33,7 @@ class Stop:
 # %% ../../nbs/cli/04_run.ipynb #6e2a35b5
 _OTHERS = {
     # options of the other hypothesis, and why they are none here
-    "h1": (("domains", "graphs"), "its runs are chosen by --sizes, --experiments, --configs and --seeds"),
+    "h1": (("domains", "graphs", "longer"), "its runs are chosen by --sizes, --experiments, --configs and --seeds"),
     "h2": (("sizes", "gpus", "timeout", "piece", "steps", "style"),
            "its runs are chosen by --domains, --configs and --experiments, each on one device; "
            "1x and 2x are part of a configuration's name"),
@@ -46,6 +46,11 @@ def _refuse_others(args):
         if getattr(args, name) is not None: raise UserError(f"--{name} is not an option of {args.hypothesis}: {why}")
 
 # %% ../../nbs/cli/04_run.ipynb #dd3395bd
+def _want_folder(args, option: str):
+    "Raises `UserError` where a plan of one's own would be written among the records of the preset's."
+    if not args.out: raise UserError(f"--{option} makes a plan of your own, which would take the preset's place; "
+                                     "name a folder for it with --out")
+
 def _h1_preset(preset, args):
     "The preset as the options change it; raises `UserError` for what cannot be had."
     from flashoptim_nb.study.h1.presets import PIECES, as_piece, in_style
@@ -53,7 +58,7 @@ def _h1_preset(preset, args):
     from flashoptim_nb.train.ranks import check_ranks, launched
     if args.steps is not None:
         if args.steps < 1: raise UserError(f"--steps is {args.steps}; at least 1 is needed")
-        if not args.out: raise UserError("--steps makes a plan of your own, which would take the preset's place; name a folder for it with --out")
+        _want_folder(args, "steps")
         preset = preset.replace(plans={size: plan.replace(recipe=plan.recipe.replace(steps=args.steps))
                                        for size, plan in preset.plans.items()})
     if args.piece is not None:
@@ -73,6 +78,15 @@ def _h1_preset(preset, args):
         preset = preset.replace(plans={size: plan.replace(gpus=gpus) for size, plan in preset.plans.items()})
     if not args.dry_run: check_ranks((args.workers or 1) * (gpus or 1), device_for(preset, args.device or preset.device))
     return preset
+
+# %% ../../nbs/cli/04_run.ipynb #8ca60de3
+def _h2_preset(preset, args):
+    "The preset as the options change it; raises `UserError` for what cannot be had."
+    from flashoptim_nb.study.h2.presets import trained_longer
+    if args.longer is None: return preset
+    if not args.longer > 0: raise UserError(f"--longer is {args.longer:g}; it has to be above 0")
+    _want_folder(args, "longer")
+    return trained_longer(preset, args.longer)
 
 # %% ../../nbs/cli/04_run.ipynb #e8b26ab2
 def _tell_gpus(preset, workers: int, args):
@@ -111,7 +125,7 @@ def _run(args) -> int:
     _refuse_others(args)
     protocol = PROTOCOLS[args.hypothesis]
     preset, workers = choose("scale", args.scale, protocol.presets), 1 if args.workers is None else args.workers
-    if args.hypothesis == "h1": preset = _h1_preset(preset, args)
+    preset = (_h1_preset if args.hypothesis == "h1" else _h2_preset)(preset, args)
     for name in args.arms or (): choose("experiment", name, protocol.experiments)
     check_request(workers, args.minutes)
     if args.timeout is not None and not args.timeout > 0:
@@ -177,6 +191,7 @@ def run_parser(command):
                      help="h1: a part of preset gpu, listed below, in the order of what decides most")
     run.add_argument("--steps", type=int, metavar="N", help="h1: train for so many steps (default: the preset's); "
                      "a plan of your own, which wants a folder of its own (--out)")
+    run.add_argument("--longer", type=float, metavar="K", help="h2: train K times the preset's epochs; a plan of your own, too")
     run.add_argument("--style", metavar="NAME", help="h1: the networks' architecture, gpt2 or llama2 (default: gpt2)")
     run.add_argument(
         "--graphs", action="store_true", default=None,
