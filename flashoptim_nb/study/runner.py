@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HELD', 'study_folder', 'device_for', 'check_request', 'Missing', 'Study', 'lacks', 'record_unavailable', 'perform',
            'record_failure', 'attempt', 'ProgressBar', 'reset_compile_cache', 'renew_rank', 'attempt_all', 'lanes',
-           'run_parallel', 'train_all_first', 'decide_stage', 'left_out', 'record_decision', 'note_stage',
-           'say_lacking', 'run_stages', 'run_study', 'dry_run']
+           'run_parallel', 'training_order', 'train_all_first', 'decide_stage', 'left_out', 'record_decision',
+           'note_stage', 'say_lacking', 'run_stages', 'run_study', 'dry_run']
 
 # %% ../../nbs/study/13_runner.ipynb #c2a14e0e
 import json
@@ -488,19 +488,26 @@ def run_parallel(
     if lost: study.say(f"  {lost} runs were not ended, for a worker died; the same command tries them again")
     return failed + lost
 
+# %% ../../nbs/study/13_runner.ipynb #c181ce5a
+def training_order(
+    specs: Iterable[RunSpec],
+    first: tuple[str, ...],  # configurations
+) -> list[RunSpec]:
+    """The first configurations first, seed by seed, so that a study that is cut short holds pairs;
+    of the workloads one after the other, for one waits for its solver while another computes."""
+    turn = defaultdict(count)
+    return sorted(sorted(specs, key=lambda spec: spec.seed), key=lambda spec: (spec.config not in first, next(turn[spec.workload])))
+
 # %% ../../nbs/study/13_runner.ipynb #365916eb
 def train_all_first(study: Study):
-    """Where checkpoints only advise, all training runs go on together before the stages are gone through:
-    the first configurations first."""
+    "Where checkpoints only advise, all training runs go on together before the stages are gone through."
     if study.workers < 2 or study.preset.enforced or study.protocol.in_stages: return
     training, specs = [name for name, one in study.protocol.experiments.items() if one.trains], []
     for stage in study.protocol.stages(study.preset, study.experiments):
         runs = Stage(stage.workload, tuple(run for run in stage.runs if run[0] in training))
         if runs.runs: note_stage(study, stage)
         specs += study.specs(runs)
-    turn = defaultdict(count)  # one workload waits for its solver while another computes
-    specs.sort(key=lambda spec: (spec.config not in study.protocol.first_configs, next(turn[spec.workload])))
-    specs = [spec for spec in specs if not isinstance(study.data(spec.workload), Missing) and not study.is_done(spec)]
+    specs = [spec for spec in training_order(specs, study.protocol.first_configs) if not isinstance(study.data(spec.workload), Missing) and not study.is_done(spec)]
     if len(specs) < 2: return
     study.journal.begin()
     run_parallel(study, specs)  # what failed is tried again, and counted, in its stage
