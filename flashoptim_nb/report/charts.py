@@ -17,7 +17,8 @@ import pandas as pd
 from IPython.display import display
 
 from ..lm.sizes import SIZES
-from .render import Rendered, load_runs, provenance_note, runs_of
+from ..base.records import Run
+from .render import Rendered, given_runs, provenance_note, runs_of
 from ..train.optimizers import COLOURS
 
 # %% ../../nbs/report/03_charts.ipynb #5050590f
@@ -95,14 +96,16 @@ def titled(
 def draw(
     chart: Callable,  # a function of this notebook
     rows: pd.DataFrame,  # its data
-    *args, **kwargs,  # the rest of what it takes
+    *args,
+    runs: Iterable[Run] | None = None,  # among which those that it names are found; None: all records
+    **kwargs,  # the rest of what it takes
 ):
     "Shows the chart and returns the provenance of its runs; or a sentence where there is nothing to draw."
     if rows.empty:
         said = "Nothing to draw: no such rows are recorded."
         return Rendered(f'<p class="not-run">{said}</p>', said)
     display(made := chart(rows, *args, **kwargs))
-    return provenance_note(runs_of(made.usermeta["flashoptim"]["runs"], load_runs(hypothesis=None)))
+    return provenance_note(runs_of(made.usermeta["flashoptim"]["runs"], given_runs(runs, None)))
 
 # %% ../../nbs/report/03_charts.ipynb #90d4eb06
 def thin(

@@ -287,14 +287,16 @@ def show_runs(
 def withdrawn_runs(
     folder: str | Path | None = None,  # by default data/withdrawn
     runs: Iterable[Run] | None = None,  # that may be those made again; None: all there are
+    hypothesis: str = "h1",  # whose runs
 ) -> pd.DataFrame:
     """A row for each run that was begun and set aside: why (its folder), card, took (steps), went (of how many,
     in words; a frontier is a search and takes none), and whether it was made again, whole."""
     folder = Path(folder or data_root() / "withdrawn")
-    whole = {(run.header["study"], run.id) for run in given_runs(runs) if run.status in ("finished", "oom")}
+    whole = {(run.header["study"], run.id) for run in given_runs(runs, hypothesis) if run.status in ("finished", "oom")}
     begun = []
     for path in sorted(folder.rglob(ROWS)):
-        for row in map(json.loads, path.read_text().splitlines()):
+        rows = [*map(json.loads, path.read_text().splitlines())]
+        for row in rows if rows[0]["hypothesis"] == hypothesis else ():
             if row["kind"] == "header":
                 steps = (row["settings"].get("recipe") or {}).get("steps") if row.get("arm") != "frontier" else None
                 begun.append({key: row.get(key) for key in _BESIDE} | dict(
