@@ -287,7 +287,7 @@ def records(tmp_path):
     return shutil.copytree(RECORDS, tmp_path / "records" / "h1-laptop").parent
 
 
-@pytest.mark.parametrize("folder", ["data/records", "data/pilot"])  # the pilot's study has the name of a later one
+@pytest.mark.parametrize("folder", ["data/records", "data/pilot", "data/longer"])  # studies of one name
 def test_committed_records_pass_the_checker(folder):
     status, out, error = command("check", repo_root() / folder)
     assert status == 0, error
