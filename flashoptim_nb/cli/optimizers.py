@@ -231,7 +231,8 @@ def fit_parser(command):
     fit.add_argument(
         "--accumulate", action="store_true",
         help="a step adds up the gradients of several micro-batches: those of earlier ones are there through the next "
-             "forward pass, and release frees none (default: a step is one micro-batch)")
+             "forward pass, and release frees them in the last one's backward pass, too late for the peak "
+             "(default: a step is one micro-batch)")
     fit.add_argument(
         "--loss", metavar="NAME",
         help="fused_linear, never the whole logits; or plain (default: plain for a config.json, else fused_linear); "

@@ -94,9 +94,9 @@ FIT_HELP = {
     "adamw_bf16": "torch.optim.AdamW over bf16 weights: its states are bf16, and small updates are lost",
     "bf16_fp32_states": "bf16 weights without masters, states in fp32 (FlashAdamW(quantize=False, master_weight_bits=None))",
     "flash_adamw": "FlashAdamW: bf16 weights with 8 error bits, 8-bit states",
-    "flash_adamw_release": "the same, each gradient used and freed in the backward pass",
+    "flash_adamw_release": "the same, each gradient used and freed in the backward pass of a step's last micro-batch",
     "flash_adamw_on_host": "FlashAdamW(offload_states=True): states and masters in the host's memory",
-    "flash_adamw_release_on_host": "the same, each gradient used and freed in the backward pass",
+    "flash_adamw_release_on_host": "the same, each gradient used and freed in the backward pass of a step's last micro-batch",
 }
 
 # %% ../../nbs/lm/09_fit.ipynb #41547f7c

@@ -74,7 +74,8 @@ def _standing(model: Counted, name: str, gpus: int, budget: float, accumulate: b
     classes["weights"] += model.fixed / gpus
     away = (classes["masters"] + classes["states"]) * (name in ON_HOST)
     if away: classes |= dict(masters=0.0, states=min(away, STAGING))
-    peak = sum(classes.values()) + config.release * each["weights"] * model.largest
+    # under release the largest gradient is there, but for gradients that add up: those are all there
+    peak = sum(classes.values()) + (config.release and not accumulate) * each["weights"] * model.largest
     return dict(config=name, checkpointing=None, micro=None, fits=peak <= budget, peak=peak,
                 classes=classes | dict(host=away), left=budget - peak)
 
@@ -236,8 +237,11 @@ def _head_words(found: dict) -> list[str]:
 def _notes(found: dict) -> list[str]:
     "What a reader of the table may stumble over."
     peaks = {(row["config"], row["checkpointing"]): row["peak"] for row in found["rows"]}
-    same = "seq" in found and not found["accumulate"] and any(peak == peaks.get((name.replace("_release", ""), kind))
-                                  for (name, kind), peak in peaks.items() if "_release" in name)
+    released = [(name, kind) for name, kind in peaks if "_release" in name]
+    if found["accumulate"]:
+        return ["Release frees gradients in the last micro-batch's backward pass. Until then they add up as any others do, "
+                "and the peak is as high as without it."] * bool(released)
+    same = "seq" in found and any(peaks[way] == peaks.get((way[0].replace("_release", ""), way[1])) for way in released)
     return ["Where release changes gradients but not the peak, the peak lies at the end of the forward pass, "
             "before any gradient is there."] * same
 

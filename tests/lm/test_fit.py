@@ -144,6 +144,11 @@ def test_the_table_says_what_the_host_holds_and_why_release_may_change_nothing(c
     assert "A10 22.5" in answer(capsys, "--params", "1B", "--gpu", "24GB")[1]
 
 
+def test_release_is_said_to_free_no_gradient_before_the_last_micro_batch(capsys):
+    for more in ((), ("--accumulate",)):
+        said = answer(capsys, "--params", "1B", "--configs", "flash_adamw_release", *more)[1]
+        assert ("Release frees gradients in the last micro-batch's backward pass." in said) == bool(more)
+
 
 def test_what_changes_nothing_is_refused(capsys, tmp_path, monkeypatch):
     (tmp_path / "of_mine.py").write_text("import torch\ndef make(): return torch.nn.Linear(8, 8)\n")
