@@ -219,6 +219,8 @@ def cast_weights(
     norms = ([name for name, _ in model.named_modules() if "norm" in name] if config.weights.endswith("norms32")
              else None)
     cast_model(model, masters=config.weights != "bf16", full_precision_recast_layers=norms)
+    if config.weights.endswith("grads32"):
+        for p in model.parameters(): p.grad_dtype = torch.float32
 
 # %% ../../nbs/train/01_optimizers.ipynb #977825ff
 def _own_options(config: TrainConfig, recipe: Recipe) -> dict:
@@ -226,14 +228,14 @@ def _own_options(config: TrainConfig, recipe: Recipe) -> dict:
     return dict(fused=config.fused, max_norm=recipe.clip, quantize=config.states.startswith("int8"),
                 companded=config.states != "int8_linear",
                 rounding="dithered" if config.states == "int8_dithered" else "nearest",
-                master_weight_bits=24 if config.weights.startswith("split24") else None)
+                master_weight_bits={"split24": 24, "split32": 32}.get(config.weights.partition("_")[0]))
 
 # %% ../../nbs/train/01_optimizers.ipynb #8176b4d1
 def _check_formats(config: TrainConfig, ours: bool):
     "Raises `UserError` for formats that an optimizer of this package, or another, does not have."
     if ours: states = [name for name in STATE_BYTES if name != "bf16"]
     else: states = ["bf16" if config.weights == "bf16" else "fp32"]  # of the weights' type
-    if config.states not in states or not ours and config.weights.startswith("split24"):
+    if config.states not in states or not ours and config.weights.startswith("split"):
         raise UserError(f"{config.optimizer} does not keep {config.states} states over {config.weights} weights; it keeps "
                         + (", ".join(states) if ours else "fp32 over fp32, and bf16 over bf16"))
 
