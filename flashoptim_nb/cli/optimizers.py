@@ -182,10 +182,11 @@ def _fit(args) -> int:
 # %% ../../nbs/cli/06_optimizers.ipynb #5c6d2f95
 def fit_names() -> str:
     from flashoptim_nb.lm.architecture import FAMILIES
-    from flashoptim_nb.lm.fit import FIT_HELP, GPUS, RANGE
+    from flashoptim_nb.lm.fit import FIT_HELP, FURTHER_HELP, GPUS, RANGE
     memory = {name: f"{mib / 1024:.1f} GiB" for name, mib in GPUS.items()}
     return "\n\n".join(
-        (f"sizes: {' to '.join(RANGE)} parameters", listing("ways of training", FIT_HELP), listing("GPUs", memory),
+        (f"sizes: {' to '.join(RANGE)} parameters", listing("ways of training", FIT_HELP),
+         listing("further ways, by --configs (no measured peaks)", FURTHER_HELP), listing("GPUs", memory),
          listing("architectures of a config.json", {name: family for name, (family, _) in FAMILIES.items()})))
 
 def _gpu_count(text: str) -> int:
@@ -204,6 +205,7 @@ def fit_parser(command):
                "  flashoptim-nb fit --params 7B                              a GPT of 7 billion on one H100\n"
                "  flashoptim-nb fit --params 13B --gpu A100-80GB --gpus 2 --seq 8192\n"
                "  flashoptim-nb fit --params 3B --gpu 24GB --accumulate --configs adamw flash_adamw\n"
+               "  flashoptim-nb fit --params 7B --configs flash_adamw flash_lion flash_muon\n"
                "  flashoptim-nb fit --config Llama-3.1-8B/config.json --gpu H200 --seq 4096\n"
                "  flashoptim-nb fit --config config.json --json              for programs; bytes\n"
                "  PYTHONPATH=. flashoptim-nb fit --build mymodels:make_small    what stands of any torch module\n\n"
@@ -224,7 +226,8 @@ def fit_parser(command):
     fit.add_argument("--seq", type=int, metavar="T",
                      help="tokens in a sequence (default: 2048, or as many as the model has positions); "
                           "not with --build")
-    fit.add_argument("--configs", nargs="+", metavar="NAME", help="only these ways of training (default: all)")
+    fit.add_argument("--configs", nargs="+", metavar="NAME",
+                     help="only these ways of training, of both lists below (default: all of the first)")
     fit.add_argument(
         "--micro", type=int, metavar="B",
         help="show the bytes of this micro-batch (default: of the largest that fits, of up to 4,096); not with --build")

@@ -11,14 +11,13 @@ from collections.abc import Iterable
 
 from ..base.errors import UserError, choose
 from .architecture import Architecture
-from .fit import (FIT_CONFIGS, FIT_HELP, GPUS, ON_HOST, Counted, Model, check_size, count_of, gpu_memory, other_gpus,
-                                  parameter_count, predict, rung_of, sold_as)
+from .fit import (FIT_CONFIGS, FIT_HELP, FURTHER_HELP, GPUS, ON_HOST, ONE_GPU, Counted, Model, bytes_of_each,
+                                  check_size, count_of, gpu_memory, other_gpus, parameter_count, predict, rung_of, sold_as)
 from .gpt import CHECKPOINTING, GPTConfig, LOSSES
 from .linear_ce import most_chunk_rows
 from .sizes import STAND_INS
 from ..measure.memory import HEADROOM
 from ..optim.host import STAGING
-from ..train.config import bytes_per_parameter
 
 # %% ../../nbs/lm/19_what_fits.ipynb #744db973
 def _peak(model: Model, name: str, loss: str, micro: int, seq: int, **how) -> dict[str, float]:
@@ -34,7 +33,7 @@ LARGEST_MICRO = 4096  # sequences: the largest micro-batch that is tried
 
 def largest_that_fits(
     model: Model,
-    name: str,  # of `FIT_HELP`
+    name: str,  # of `FIT_HELP` or `FURTHER_HELP`
     budget: float,  # bytes on each GPU
     seq: int,
     loss: str = "fused_linear",
@@ -67,7 +66,7 @@ def _last(fits, low: int, high: int) -> int:
 def _standing(model: Counted, name: str, gpus: int, budget: float, accumulate: bool = False) -> dict:
     "What stands of a model of which only the parameters are known."
     config = FIT_CONFIGS[ON_HOST.get(name, name)]
-    each = bytes_per_parameter(config.weights, config.states, config.release and not accumulate)
+    each = bytes_of_each(config, model.trained, model.matrices, accumulate)
     counts = dict.fromkeys(("weights", "gradients", "masters", "states"), model.trained)
     counts["weights"] += model.frozen
     classes = {kind: each[kind] * n / gpus for kind, n in counts.items()}
@@ -107,12 +106,20 @@ def _found(rows_of, configs: list[str], gpus: int, micro: int | None) -> dict:
     def cheapest(names, n):
         return [offer(min(fitting, key=_cost), n)] if (fitting := [row for row in rows_of(names, n) if row["fits"]]) else []
     fewer = max(rows, key=lambda row: row["micro"] or 0)
+    shared = [name for name in configs if name not in ONE_GPU] or [*FIT_HELP]
     return dict(rows=rows, instead=[
         *([offer(fewer, gpus, fewer["micro"])] if fewer["micro"] else []),
         *cheapest([name for name in FIT_HELP if name not in configs], gpus),
-        *next(filter(None, (cheapest(configs, n) for n in _MORE_GPUS if n > gpus)), [])])
+        *next(filter(None, (cheapest(shared, n) for n in _MORE_GPUS if n > gpus)), [])])
 
 # %% ../../nbs/lm/19_what_fits.ipynb #f6e3bcfa
+def _check_ways(configs: list[str], gpus: int):
+    "Raises `UserError` for a way of training that is not known, or not over so many GPUs."
+    for one in configs: choose("configuration", one, FIT_HELP | FURTHER_HELP)
+    if gpus > 1 and (alone := [one for one in configs if one in ONE_GPU]):
+        raise UserError(f"{', '.join(alone)} over {gpus:,} GPUs: FSDP2 makes gradients of its shards in the weights' type, "
+                        "bf16; leave it out, or ask about one GPU")
+
 def _check_counted(**given):
     "Raises `UserError` for what would change nothing of a model whose parameters alone are known."
     if idle := [what for what, value in given.items() if value is not None]:
@@ -126,7 +133,7 @@ def what_fits(
     gpus: int = 1,  # how many; FSDP2 divides the model
     seq: int | None = None,  # tokens in a sequence; None: 2048, or as many as the model has positions
     *,
-    configs: Iterable[str] = tuple(FIT_HELP),
+    configs: Iterable[str] = tuple(FIT_HELP),  # of these and of `FURTHER_HELP`
     loss: str | None = None,  # fused_linear or plain; None: fused_linear for this package's GPT, plain for transformers
     micro: int | None = None,  # of which the bytes are shown; None: of the largest that fits
     accumulate: bool = False,  # whether a step adds up the gradients of several micro-batches
@@ -141,7 +148,7 @@ def what_fits(
         if n is not None: check_size(what, n)
     name, total = gpu_memory(gpu)
     configs, budget = [*configs], HEADROOM * total
-    for one in configs: choose("configuration", one, FIT_HELP)
+    _check_ways(configs, gpus)
     about = dict(gpu=dict(name=name, asked=gpu, count=gpus, bytes=total, usable=budget), accumulate=accumulate, micro=micro,
                  most=LARGEST_MICRO)
     if isinstance(model, Counted):
@@ -174,7 +181,7 @@ def _refusal(found: dict) -> str:
     g, least = found["gpu"], min(found["rows"], key=lambda row: row["peak"])
     names = [*dict.fromkeys(row["config"] for row in found["rows"])]
     what = "what stands" if "seq" not in found else f"a micro-batch of {found['micro']}" if found["micro"] else "one sequence"
-    ways = "any way of training" if len(names) == len(FIT_HELP) else " or ".join(names)
+    ways = "any way of training" if {*names} >= {*FIT_HELP} else " or ".join(names)
     said = (f"Does not fit: {what} by {ways} on {g['count']} x {g['name']}; the least peak is {least['peak'] / 2**30:.1f} "
             f"GiB of {g['usable'] / 2**30:.1f}, by {_row_words(least)}.")
     offers = [f"micro-batch {one['micro']} by " * bool(one["micro"]) + _row_words(one)
@@ -281,5 +288,5 @@ def fit_words(
         lines.append("Activations are not known without running the model: what stands is counted, and they come on top.")
     if any(row["classes"].get("host") for row in found["rows"]):
         lines.append("host: memory of the host for each GPU, and no part of the peak.")
-    names = {row["config"]: FIT_HELP[row["config"]] for row in found["rows"]}
+    names = {row["config"]: (FIT_HELP | FURTHER_HELP)[row["config"]] for row in found["rows"]}
     return "\n".join(lines + ["", *(f"{name:27} {words}" for name, words in names.items())])

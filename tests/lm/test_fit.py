@@ -2,9 +2,12 @@
 import json
 
 import pytest
+import torch
 
 from flashoptim_nb.cli.main import main
-from flashoptim_nb.lm.fit import FIT_CONFIGS, architecture_of, gpt_of, predict
+from flashoptim_nb.lm.cells import Cell, measure_cell, predicted
+from flashoptim_nb.lm.fit import FIT_CONFIGS, FIT_HELP, FURTHER_HELP, architecture_of, gpt_of, predict
+from flashoptim_nb.lm.gpt import GPT
 from flashoptim_nb.report.fits import predicted_rows
 
 
@@ -21,6 +24,18 @@ def test_every_recorded_peak_is_predicted_within_5_percent():
 def test_known_peaks(size, config, micro, how, peak):
     found = predict(gpt_of(size), FIT_CONFIGS[config].replace(loss="fused_linear"), micro, 2048, **how)["peak"]
     assert found / 1e9 == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize("style", ["gpt2", "llama2"])
+@pytest.mark.parametrize("name", FIT_CONFIGS)
+def test_the_bytes_of_a_way_are_those_that_its_optimizer_holds(name, style):
+    cell = Cell(size="tiny", seq=64, style=style, config=name)
+    held, said = measure_cell(cell, torch.device("cpu")), predicted(cell)
+    sizes = [p.numel() for p in GPT(gpt_of("tiny", style, 64)).parameters()]
+    released = 2 * max(sizes) * FIT_CONFIGS[name].release  # one gradient at a time is there
+    assert {kind: held[kind] for kind in ("weights", "gradients", "masters")} == dict(
+        weights=said["weights"], gradients=said["gradients"] + released, masters=said["masters"])
+    assert 0 < held["states"] - said["states"] <= 4 * len(sizes)  # counters of steps, of each parameter or a group
 
 
 @pytest.mark.parametrize("family, key, more", [  # transformers' classes of the others have no such parameters
@@ -148,6 +163,24 @@ def test_release_is_said_to_free_no_gradient_before_the_last_micro_batch(capsys)
     for more in ((), ("--accumulate",)):
         said = answer(capsys, "--params", "1B", "--configs", "flash_adamw_release", *more)[1]
         assert ("Release frees gradients in the last micro-batch's backward pass." in said) == bool(more)
+
+
+def test_further_ways_are_shown_where_they_are_asked_for(capsys):
+    ways = lambda *words: {row["config"] for row in json.loads(answer(capsys, "--params", "1B", *words, "--json")[1])["rows"]}
+    assert ways() == {*FIT_HELP} and ways("--configs", *FURTHER_HELP, "adamw") == {*FURTHER_HELP, "adamw"}
+    said = answer(capsys, "--params", "1B", "--configs", "flash_muon")[1]
+    assert said.endswith(f"{FURTHER_HELP['flash_muon']}\n") and "adamw_bf16" not in said
+    with pytest.raises(SystemExit): main(["fit", "--help"])
+    told = capsys.readouterr().out
+    assert all(f"\n  {name} " in told for name in FIT_HELP | FURTHER_HELP)
+
+
+def test_fp32_gradients_are_asked_about_on_one_gpu_alone(capsys):
+    words = ("--params", "70B", "--configs", "flash_adamw_grads32")
+    status, out, err = answer(capsys, *words, "--gpus", "2")
+    assert status == 2 and not out and "flash_adamw_grads32 over 2 GPUs: FSDP2 makes gradients" in err
+    instead = json.loads(answer(capsys, *words, "--gpu", "H200", "--json")[1])["instead"]
+    assert instead and not any(one["config"] == "flash_adamw_grads32" for one in instead)
 
 
 def test_what_changes_nothing_is_refused(capsys, tmp_path, monkeypatch):
