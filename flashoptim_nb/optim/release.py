@@ -22,7 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..base.errors import UserError
 from ..base.patch import patch
-from .base import FlashOptimizer, explained, unwrapped
+from .base import FORMATS, FlashOptimizer, explained, unwrapped
+from .buckets import identical
 from .checks import Arrival, ReleaseError, called, check_free, releaser
 from .gradients import GradScaling, grad_scaling, looks_at_gradients, over_all, sharding, sum_of_squares
 from .shards import local, over_shards
@@ -65,7 +66,7 @@ class GradientReleaseHandle:
             self.clip = self._clip_after(grad_scaling(optimizer.grad_norm.detach().float().square(), optimizer.max_norm))
         self._seen: dict[torch.Tensor, int] = {}  # the same parameters, and the backward pass that released each
         self._groups: dict[torch.Tensor, dict] = {}  # each parameter's group, as this backward pass found them
-        self._options: list[tuple[dict, list]] = []  # groups, and the options that the passes since step() step by
+        self._options: list[tuple[dict, list, list]] = []  # of `_options_of`: what the passes since step() step by
         self._units: dict = {}  # sharded parameters, and what gathers and reduces each (of FSDP2)
         self._streams: set = set()  # on which hooks have stepped, and which nobody has waited for
         # the backward pass, squares before it, whether it has not ended
@@ -118,9 +119,16 @@ def _value(x):
     return tuple(x) if isinstance(x, list) else x
 
 
-def _options_of(opt: FlashOptimizer) -> list[tuple[dict, list]]:
-    "The groups, and the options that each is stepped by as they are now, in the order of the defaults."
-    return [(group, [_value(group.get(name)) for name in opt.defaults]) for group in opt.param_groups]
+# options of the whole optimizer that steps go by and that may be set while it trains
+_WHOLE = [name for name in FlashOptimizer.options if name not in (*FORMATS, "compress_state_dict")]
+
+
+def _options_of(opt: FlashOptimizer) -> list[tuple[dict, list, list]]:
+    """The groups, their parameters, and what they are stepped by as it is now:
+    options in the order of the defaults, and the whole optimizer's."""
+    whole = [getattr(opt, name) for name in _WHOLE]
+    return [(group, [*group["params"]], [*(_value(group.get(name)) for name in opt.defaults), *whole])
+            for group in opt.param_groups]
 
 # %% ../../nbs/optim/12_release.ipynb #8c6b17f1
 @patch
@@ -310,15 +318,22 @@ def _refuse_second(self: GradientReleaseHandle, params: Iterable[torch.Tensor] =
     raise ReleaseError(_SECOND)
 
 @patch
-def _check_options(self: GradientReleaseHandle):
+def _check_options(
+    self: GradientReleaseHandle,
+    seen: Iterable[torch.Tensor],  # what the backward pass stepped, which may be in other groups by now
+):
     "Raises `ReleaseError` for options that were changed after the backward pass had stepped by them."
-    before = {id(group): options for group, options in self._options}
-    for i, (group, options) in enumerate(_options_of(self.optimizer)):
-        for name, now, then in zip(self.optimizer.defaults, options, before.get(id(group), options)):
-            if now != then:
-                raise ReleaseError(f"gradient release: {name} of group {i} was changed after the backward pass, which had "
-                                   f"stepped by {then if not isinstance(now, tuple) else 'the old one'} already; now it is "
-                                   f"{group[name]}: change it before the backward pass, or after step() as a scheduler does")
+    if identical(found := _options_of(opt := self.optimizer), self._options): return
+    before = {id(group): options for group, _, options in self._options}
+    for i, (group, params, options) in enumerate(found):
+        for old in {id(self._groups.get(p)) for p in params if p in seen}:
+            for name, now, then in zip((*opt.defaults, *_WHOLE), options, before.get(old, options)):
+                if now == then: continue
+                own = name in opt.defaults
+                raise ReleaseError(f"gradient release: {name}{f' of group {i}' * own} was changed after the backward pass, "
+                                   f"which had stepped by {then if not isinstance(now, tuple) else 'the old one'} already; "
+                                   f"now it is {group[name] if own else now}: change it before the backward pass, or after "
+                                   "step() as a scheduler does")
 
 # %% ../../nbs/optim/12_release.ipynb #065e379f
 @patch
@@ -340,10 +355,10 @@ def _finish(self: GradientReleaseHandle):
             if p.grad is not None: self._release(p, group)
     if opt._host is not None: opt._host.finish()
     self._close(len(self._squares))
-    used, repeated = bool(self._seen), self._repeated
+    seen, repeated = self._seen, self._repeated
     self._seen, self._stepped, self._repeated = {}, True, False
     if repeated: self._refuse_second()
-    if used: self._check_options()
+    if seen: self._check_options(seen)
 
 # %% ../../nbs/optim/12_release.ipynb #e2bab406
 @patch

@@ -554,6 +554,41 @@ def test_two_optimizers_on_one_model():
     enable_gradient_release(b, shared)
 
 
+def _replaced(opt, m): opt.param_groups[0] = opt.param_groups[0] | dict(lr=0.5)
+def _moved(opt, m):
+    opt.param_groups[1]["params"].remove(m.rare.weight)
+    opt.param_groups[0]["params"].append(m.rare.weight)
+
+
+@pytest.mark.parametrize("change, says", [
+    *((lambda opt, m, name=name, x=x: setattr(opt, name, x), f"{name} was changed") for name, x in dict(
+        max_norm=0.5, skip_nonfinite=True, rounding="nearest", check_numerics=True, fused=False).items()),
+    (_replaced, "lr of group 0 was changed .* stepped by 0.01 already; now it is 0.5"),
+    (_moved, "lr of group 0 was changed .* stepped by 0.0 already; now it is 0.01")])
+def test_what_steps_go_by_and_is_changed_between_backward_and_step_is_refused(change, says):
+    m = Model()
+    own = [*m.rare.parameters()]
+    opt = FlashAdamW([dict(params=[p for p in m.parameters() if all(p is not q for q in own)]), dict(params=own, lr=0.0)],
+                     lr=1e-2)
+    enable_gradient_release(m, opt)
+    for _ in range(2): m(0).backward(); opt.step()
+    m(1).backward()
+    change(opt, m)
+    with pytest.raises(ReleaseError, match=says): opt.step()
+    m(2).backward(); opt.step()  # by what it is now
+
+
+def test_what_no_step_goes_by_may_change_between_backward_and_step():
+    m = Model()
+    opt = FlashAdamW([dict(params=m.parameters(), name="all")], lr=1e-2)
+    enable_gradient_release(m, opt)
+    m(0).backward()
+    opt.compress_state_dict = False
+    opt.param_groups[0] = opt.param_groups[0] | dict(name="each")  # another dict that says the same
+    opt.add_param_group(dict(params=[nn.Parameter(torch.ones(2))], lr=0.5))
+    opt.step()
+
+
 def test_a_parameter_moved_to_another_group_or_out_of_the_optimizer():
     m = Model()
     opt = FlashAdamW(
