@@ -44,7 +44,7 @@ def _masters(opt, params):
     bits = error_bit_width(narrow.dtype, opt.master_weight_bits)
     if not bits: return narrow.float()
     kept = [opt.state.get(p, {}).get("error_bits") for p in params]
-    kept = [first_error_bits(p, bits, keep=True) if error_bits is None and not opt.state.get(p) else error_bits
+    kept = [first_error_bits(p, bits, keep=True) if error_bits is None else error_bits
             for p, error_bits in zip(params, kept)]
     none = lambda p: torch.zeros(local(p).numel(), dtype=CODE_DTYPE[bits], device=narrow.device)
     return decode(narrow, torch.cat([none(p) if error_bits is None else local(error_bits).to(narrow.device).reshape(-1)

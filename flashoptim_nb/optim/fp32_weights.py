@@ -48,8 +48,8 @@ def check_there(
 
 # %% ../../nbs/optim/23_fp32_weights.ipynb #0fcf4c85
 def _first(opt, t):
-    "The error bits that an entry without a state begins with, and its dtype; None where nothing is known."
-    if not isinstance(t, torch.Tensor) or opt.state.get(t): return None
+    "The error bits that an entry whose state has none begins with, and its dtype; None where nothing is known."
+    if not isinstance(t, torch.Tensor): return None
     error_bits = first_error_bits(t, error_bit_width(t.dtype, opt.master_weight_bits), keep=True)
     return None if error_bits is None else (error_bits, t.dtype)
 

@@ -67,10 +67,12 @@ def _exported(
 
 # %% ../../nbs/optim/09_state_dict.ipynb #787611d0
 def _begins(opt, group, p):
-    """Whether a parameter's state begins when it is saved: something was taken out of it,
-    or there is none yet and the cast kept what it rounded away, which only a state can carry."""
-    if state := opt.state.get(p): return bool({"step", *state_kinds(opt, group, p)} - {"error_bits"} - state.keys())
-    return first_error_bits(p, error_bit_width(p.dtype, opt.master_weight_bits), keep=True) is not None
+    """Whether a parameter's state begins, or is made whole, when it is saved: something was taken out of it,
+    or the cast kept what it rounded away, which only a state can carry, and no state has it yet."""
+    state = opt.state.get(p) or {}
+    if state and {"step", *state_kinds(opt, group, p)} - {"error_bits"} - state.keys(): return True
+    bits = error_bit_width(p.dtype, opt.master_weight_bits)
+    return "error_bits" not in state and first_error_bits(p, bits, keep=True) is not None
 
 # %% ../../nbs/optim/09_state_dict.ipynb #630405cc
 def _stated(opt):
@@ -294,24 +296,6 @@ def _saved_error_bits(p, saved, origin, where):
     if not origin.public and error_bits.dtype != CODE_DTYPE[bits]: raise refused(f"where its group says {bits} bits")
     return _whole(error_bits, CODE_DTYPE[bits], f"{where}: error_bits")
 
-# %% ../../nbs/optim/09_state_dict.ipynb #18308654
-def _no_error_bits(p, bits): return like(p, torch.zeros(local(p).shape, dtype=CODE_DTYPE[bits], device=p.device))
-
-
-def _error_bits(opt, p, saved, origin, where):
-    "The error bits of one parameter in this optimizer's width; an empty dict where it keeps none."
-    bits = error_bit_width(p.dtype, opt.master_weight_bits)
-    if bits is None: return {}
-    error_bits = _saved_error_bits(p, saved, origin, where)
-    if error_bits is None:
-        rounded = first_error_bits(p, bits, keep=True)
-        return {"error_bits": _no_error_bits(p, bits) if rounded is None else rounded.clone()}
-    error_bits = error_bits.detach().to(state_device(opt, p), copy=True)
-    if error_bits.dtype != CODE_DTYPE[bits]:
-        narrow = local(p.detach()).to(error_bits.device)
-        error_bits = like(p, compute_ecc_bits(decode(narrow, local(error_bits)), narrow, 2 + bits // 8))
-    return {"error_bits": error_bits.contiguous()}
-
 # %% ../../nbs/optim/09_state_dict.ipynb #e0dafa95
 def _steps(saved, where):
     "Steps that a parameter has taken; torch's SGD counts none, and what has a state took one."
@@ -321,6 +305,25 @@ def _steps(saved, where):
         raise StateError(f"{where}: step is {saved['step']!r}; a number of steps, 0 to 2^31, is needed: the "
                          "checkpoint is damaged")
     return t
+
+# %% ../../nbs/optim/09_state_dict.ipynb #18308654
+def _no_error_bits(p, bits): return like(p, torch.zeros(local(p).shape, dtype=CODE_DTYPE[bits], device=p.device))
+
+
+def _error_bits(opt, p, saved, origin, where):
+    """The error bits of one parameter in this optimizer's width; an empty dict where it keeps none, or where they are what
+    the cast took, which goes on waiting for the first step: it knows of which weights it is, and others may be loaded."""
+    bits = error_bit_width(p.dtype, opt.master_weight_bits)
+    if bits is None: return {}
+    error_bits, rounded = _saved_error_bits(p, saved, origin, where), first_error_bits(p, bits, keep=True)
+    if error_bits is None: return {"error_bits": _no_error_bits(p, bits)} if rounded is None else {}
+    error_bits = error_bits.detach().to(state_device(opt, p), copy=True)
+    if error_bits.dtype != CODE_DTYPE[bits]:
+        narrow = local(p.detach()).to(error_bits.device)
+        error_bits = like(p, compute_ecc_bits(decode(narrow, local(error_bits)), narrow, 2 + bits // 8))
+    began = rounded is not None and not _steps(saved, where) and torch.equal(
+        local(error_bits), local(rounded).to(error_bits.device))
+    return {} if began else {"error_bits": error_bits.contiguous()}
 
 # %% ../../nbs/optim/09_state_dict.ipynb #a17c9e54
 def _check_decay(opt, group, kind, where):
@@ -462,11 +465,11 @@ def _has_16_bits(p):
     return any(torch.equal(p, p.to(narrow).to(p.dtype)) for narrow in (torch.bfloat16, torch.float16))
 
 
-def _warn_of_lost_bits(opt, groups, saved, states):
+def _warn_of_lost_bits(opt, groups, saved):
     "Warns where the saved weights had lower bits that neither this optimizer nor its weights have."
     for i, p in ((i, p) for g, own in zip(groups, opt.param_groups) for i, p in zip(g["params"], own["params"])):
         bits = saved.get(i, {}).get("error_bits")
-        if not isinstance(bits, torch.Tensor) or "error_bits" in states.get(p, {}): continue
+        if not isinstance(bits, torch.Tensor) or error_bit_width(p.dtype, opt.master_weight_bits): continue
         if not local(bits).any() or not _has_16_bits(p): continue
         warnings.warn("the state dict has the lower bits of its weights, and neither this optimizer nor the weights have them: "
                       "make it with master_weight_bits as it was saved, over weights in 16 bits, "
@@ -516,10 +519,11 @@ def load_state(
         own.update(new)
     opt.state.clear(); opt.state.update(states)
     opt._made_for = {p: p.dtype for p in states}
-    for p in states: first_error_bits(p, None)  # what casting kept for a first state is not needed any more
+    for p, state in states.items():  # what casting kept is not needed any more
+        if "error_bits" in state or opt.master_weight_bits is None: first_error_bits(p, None)
     origin = _origin(groups[0], "group 0")
     _warn_of_options(origin.options, _stated(opt), states)
-    _warn_of_lost_bits(opt, groups, saved, states)
+    _warn_of_lost_bits(opt, groups, saved)
     clip = origin.clip
     opt._next_clip = None if clip is None else torch.full((), clip, dtype=torch.float32, device=opt.skipped_steps.device)
     opt._largest = {}

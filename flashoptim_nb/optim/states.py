@@ -149,7 +149,7 @@ def new_state(
     zeros = lambda dtype: like(p, torch.zeros(local(p).shape, dtype=dtype, device=where))
     state, opt._made_for[p] = {"step": step}, p.dtype
     rounded = first_error_bits(p, bits := error_bit_width(p.dtype, opt.master_weight_bits), keep)
-    if bits: state["error_bits"] = zeros(CODE_DTYPE[bits]) if rounded is None else rounded
+    if bits: state["error_bits"] = zeros(CODE_DTYPE[bits]) if rounded is None else rounded.clone() if keep else rounded
     for key, code in opt._moments_of(group).items():
         if opt.quantize:
             state |= {f"{key}::quantized": zeros(code), f"{key}::scales": scales_like(

@@ -138,7 +138,7 @@ class SurrogateTask:
 def weights(self: SurrogateTask) -> list[torch.Tensor]:
     "The weights in fp32, in the order of `model.parameters()`: narrow ones joined with their error bits."
     def error_bits(p):  # before its first step a weight has those that the cast kept
-        if p in self.optimizer.state: return self.optimizer.state[p].get("error_bits")
+        if (kept := self.optimizer.state.get(p, {}).get("error_bits")) is not None: return kept
         return first_error_bits(p, error_bit_width(p.dtype, getattr(self.optimizer, "master_weight_bits", None)), keep=True)
     found = [(p.detach(), error_bits(p)) for p in self.model.parameters()]
     return [p.float() if bits is None else decode(p, bits) for p, bits in found]

@@ -986,6 +986,38 @@ def test_weights_that_come_after_a_save_begin_without_the_casts_lower_bits():
     assert torch.equal(opt.get_fp32_model_state_dict(layer)["weight"], layer.weight.float())
 
 
+def _own(model, opt): return opt.state_dict()  # put back as it is: what Accelerate's prepare() does
+def _torchs(model, opt):
+    adamw = torch.optim.AdamW(params := [p.detach().float().requires_grad_() for p in model.parameters()], lr=0.0, weight_decay=0.0)
+    take_steps(params, adamw, 2)
+    return adamw.state_dict()
+
+
+@pytest.mark.parametrize("bits", [24, 32])
+@pytest.mark.parametrize("dict_of", [_own, _torchs])
+def test_states_that_are_loaded_before_the_weights_leave_the_casts_lower_bits_to_the_weights(dict_of, bits):
+    exact = (model := nn.Linear(33, 8)).weight.detach().clone()
+    cast_model(model)
+    opt = FlashAdamW(model.parameters(), lr=0.0, weight_decay=0.0, master_weight_bits=bits)
+    opt.load_state_dict(states := dict_of(model, opt))
+    for t in (t for s in states["state"].values() for t in s.values()): t.zero_()  # the caller's own
+    average = AveragedMasters(opt, model); average.update()
+    kept = copy.deepcopy((model.state_dict(), opt.state_dict()))
+    near = 0.02 * (model.weight.float() - exact).abs().max()
+    def master(): return opt.get_fp32_model_state_dict(model)["weight"]
+    for found in master(), average.average["weight"]: assert (found - exact).abs().max() < near
+    with torch.no_grad(): model.weight.copy_(other := torch.randn(8, 33).bfloat16())
+    assert torch.equal(master(), other.float())
+    model.load_state_dict(kept[0])
+    for states in dict(state={}), {}:  # a reset, and a checkpoint of before the first step
+        opt.load_state_dict(kept[1] | states)
+        assert (master() - exact).abs().max() < near
+    take_steps([*model.parameters()], opt, 1)
+    assert (master() - exact).abs().max() < near and opt.state[model.weight]["error_bits"].any()
+    with torch.no_grad(): model.weight.copy_(other)
+    assert not torch.equal(master(), other.float())  # from the first step on they are the state's
+
+
 def test_fp32_weights_begin_the_states_of_all_that_is_trained():
     cast_model(model := nn.Sequential(nn.Linear(33, 8), nn.BatchNorm1d(8), nn.Linear(8, 2).requires_grad_(False)))
     opt = FlashAdamW(model.parameters(), lr=1e-3)

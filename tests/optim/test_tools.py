@@ -310,6 +310,15 @@ def test_what_is_set_on_a_wrapper_reaches_the_optimizer(kind):
     assert opt.release is wrapper.release is None
 
 
+def test_weights_that_are_loaded_after_prepare_begin_where_they_are():
+    "It saves and loads the optimizer's states, which begin so, with what the cast took from other weights."
+    cast_model(model := net())
+    _, wrapper = _wrapped("accelerate", FlashAdamW(model.parameters(), **KW), model)
+    torch.manual_seed(1)
+    model.load_state_dict(loaded := {name: torch.randn_like(t) for name, t in model.state_dict().items()})
+    for name, t in wrapper.optimizer.get_fp32_model_state_dict(model).items(): assert torch.equal(t, loaded[name].float())
+
+
 @pytest.mark.parametrize("kind", ["lightning", "fabric", "accelerate"])
 def test_averages_by_a_wrapper(kind):
     if kind != "accelerate": pytest.importorskip("lightning", reason="lightning is not installed")
