@@ -628,6 +628,7 @@ def resident_bytes(
             total["weights"] += p.numel() * p.element_size()
             total["gradients"] += 0 if p.grad is None else p.grad.numel() * p.grad.element_size()
             for key, t in opt.state.get(p, {}).items():
+                if not isinstance(t, torch.Tensor): continue  # its user's
                 kind = "masters" if key == "error_bits" else "scales" if key.endswith("::scales") else "states"
                 if key != "step" and t.device != p.device: kind = "host"
                 total[kind] += 0 if key == "step" else t.numel() * t.element_size()

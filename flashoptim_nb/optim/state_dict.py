@@ -434,12 +434,15 @@ def _states(opt, groups, saved, options):
                 _check_saved(saved[i].get(key), p, shape, None, f"{where}: {key}")
                 states[p][key] = saved[i][key].detach().to(
                     state_device(opt, p), torch.float32, copy=True).contiguous()
+            known = {"step", "error_bits", *opt.moments, *opt._state_shapes(p)}
+            states[p] |= {key: x.detach().to(p.device, copy=True) if isinstance(x, torch.Tensor) else deepcopy(x)
+                          for key, x in saved[i].items() if key.partition("::")[0] not in known}  # its user's
     return states
 
 # %% ../../nbs/optim/09_state_dict.ipynb #05f7f888
 def _have_codes(states):
     "Whether any of these states is rounded in a way that there is a choice of."
-    return any(t.dtype in (torch.int8, torch.uint8) for state in states.values() for t in state.values())
+    return any(getattr(t, "dtype", None) in (torch.int8, torch.uint8) for state in states.values() for t in state.values())
 
 
 def _warn_of_options(before, own, states):

@@ -1018,6 +1018,24 @@ def test_states_that_are_loaded_before_the_weights_leave_the_casts_lower_bits_to
     assert not torch.equal(master(), other.float())  # from the first step on they are the state's
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_its_user_put_into_a_state_comes_back_as_it_does_in_torch(kind):
+    cls, options = KINDS[kind]
+    params, opt = stepped(cls, **options)
+    opt.state[params[0]] |= dict(seen=7, mine=(mine := torch.linspace(0, 1, 5)), names=["a"])
+    take_steps(params, opt, 1)
+    saved = on_disk(opt.state_dict())
+    again = cls(copies(params), lr=1e-3, **options)
+    again.load_state_dict(saved)
+    kept = again.state[again.param_groups[0]["params"][0]]
+    assert kept["seen"] == 7 and kept["names"] == ["a"] and torch.equal(kept["mine"], mine)
+    for x in kept["mine"], saved["state"][0]["names"]: x.clear() if isinstance(x, list) else x.zero_()
+    assert kept["names"] == ["a"] and torch.equal(saved["state"][0]["mine"], mine)  # copies
+    assert again.bytes_per_parameter()["total"] > 0  # where not all are tensors
+    for one in opt, again: take_steps(one.param_groups[0]["params"], one, 2, first=9)
+    for p, q in zip(params, again.param_groups[0]["params"]): assert torch.equal(p, q)
+
+
 def test_fp32_weights_begin_the_states_of_all_that_is_trained():
     cast_model(model := nn.Sequential(nn.Linear(33, 8), nn.BatchNorm1d(8), nn.Linear(8, 2).requires_grad_(False)))
     opt = FlashAdamW(model.parameters(), lr=1e-3)
