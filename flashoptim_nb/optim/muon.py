@@ -36,8 +36,9 @@ HEADS = ("head", "lm_head", "embed_out", "output", "unembed", "score", "classifi
 
 
 def _name_of(path: str) -> str:
-    "The last name by which a module is known: of a parametrization, PEFT's copy or a compiled layer that of the layer."
-    parts = [part for part in path.split(".") if part != "_orig_mod"]
+    """The last name by which a module is known: of a parametrization, PEFT's copy, a layer with adapters or a compiled
+    one that of the layer."""
+    parts = [part for part in path.split(".") if part not in ("_orig_mod", "base_layer")]
     if "parametrizations" in parts: parts = parts[:parts.index("parametrizations")]
     if "modules_to_save" in parts: del parts[(i := parts.index("modules_to_save")):i + 2]  # and the adapter's name
     return parts[-1] if parts else ""
@@ -47,6 +48,12 @@ def _last_matrix(part: nn.Sequential) -> list[torch.Tensor]:
     "The parameters of the last layer that has a matrix."
     layers = [[*layer.parameters(recurse=False)] for layer in part.modules()]
     return next((params for params in reversed(layers) if any(p.ndim == 2 for p in params)), [])
+
+# %% ../../nbs/optim/21_muon.ipynb #e0bf4735
+def _has_adapters(part: nn.Module) -> bool:
+    "Whether a module is PEFT's layer around another, with adapters beside it."
+    return any(kind.__name__ == "BaseTunerLayer" for kind in type(part).__mro__)  # by name, as nobody here imports it
+
 
 # %% ../../nbs/optim/21_muon.ipynb #db27bc09
 @known_options
@@ -79,6 +86,8 @@ def muon_groups(
         if part is head or isinstance(part, (nn.Embedding, nn.EmbeddingBag)): apart |= {*part.parameters()}
         elif _name_of(path) in heads:
             apart |= {*(_last_matrix(part) if isinstance(part, nn.Sequential) else part.parameters(recurse=False))}
+    for part in model.modules():  # adapters go where the layer goes that they are attached to
+        if _has_adapters(part) and not apart.isdisjoint(part.parameters()): apart |= {*part.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim == 2 and p not in apart]
     taken = {*matrices}

@@ -167,9 +167,9 @@ def test_adamws_options_are_its_own_unless_they_are_given():
         with pytest.raises(OptionError, match=f"unknown option '{wrong}'"): muon_groups(model, **{wrong: 0.1})
 
 
-def to_muon(model):
+def to_muon(model, **how):
     names = {p: name for name, p in model.named_parameters()}
-    return [names[p] for group in muon_groups(model) if group["algorithm"] == "muon" for p in group["params"]]
+    return [names[p] for group in muon_groups(model, **how) if group["algorithm"] == "muon" for p in group["params"]]
 
 
 def test_a_head_that_peft_trains_beside_its_adapters_is_adamws():
@@ -182,6 +182,20 @@ def test_a_head_that_peft_trains_beside_its_adapters_is_adamws():
         found = to_muon(one)
         assert found and all(".q_proj.lora_" in name for name in found), found
         model.get_output_embeddings = lambda: None
+
+
+def test_adapters_go_where_the_layer_goes_that_they_are_attached_to():
+    peft = pytest.importorskip("peft")
+    def adapted(**how):
+        how = peft.LoraConfig(r=2, target_modules=["embed", "up", "down", "head"], **how)
+        return peft.get_peft_model(Net(), how)
+    for how in dict(), dict(use_dora=True), dict(bias="all"):
+        found = to_muon(adapted(**how))
+        assert len(found) == 4 and all(".up.lora_" in name or ".down.lora_" in name for name in found), found
+    named = to_muon(adapted(), heads=["up", "head"])
+    assert len(named) == 2 and all(".down.lora_" in name for name in named)
+    rows = peft.get_peft_model(Net(), peft.LoraConfig(r=2, target_modules=["up"], trainable_token_indices=dict(embed=[1, 2])))
+    assert all(".up.lora_" in name for name in to_muon(rows)) and any("tokens" in n for n, p in rows.named_parameters() if p.requires_grad)
 
 
 def test_hidden_layers_below_a_part_that_is_named_as_a_head_stay_muons():
