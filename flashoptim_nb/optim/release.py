@@ -458,16 +458,23 @@ def enable_gradient_release(
 ) -> GradientReleaseHandle:
     """Steps each parameter inside the backward pass and frees its gradient;
     raises `UserError` where that cannot be right. Clip with the optimizer's `max_norm`: after the backward pass there
-    are no gradients left, and `torch.nn.utils.clip_grad_norm_` returns 0 and does nothing, which is not noticed.
+    are no gradients left, and `torch.nn.utils.clip_grad_norm_`, by which Lightning, Fabric and Accelerate clip, returns
+    0 and does nothing, which is not noticed.
 
     >>> handle = enable_gradient_release(model, optimizer)  # the loop stays as it is
     >>> handle.remove()  # gradients are kept again
     """
-    if not isinstance(optimizer, FlashOptimizer):
+    if not isinstance(inner := unwrapped(optimizer), FlashOptimizer):
         raise UserError("gradient release needs an optimizer that steps one parameter at a time, not "
-                        f"{type(optimizer).__name__}: FlashAdamW(params, quantize=False, master_weight_bits=None) is "
+                        f"{type(inner).__name__}: FlashAdamW(params, quantize=False, master_weight_bits=None) is "
                         "plain AdamW")
-    optimizer = unwrapped(optimizer)  # Lightning's and Fabric's wrappers are Flash optimizers by their class
+    if not isinstance(optimizer, FlashOptimizer):  # Lightning's and Fabric's wrappers are by their class
+        raise ReleaseError(f"gradient release to Accelerate's {type(optimizer).__name__}, under which a loop may go wrong "
+                           "unnoticed: accelerator.clip_grad_norm_ finds no gradients and clips nothing, and schedules do "
+                           "not hear of steps that a loss scale skips. Give the optimizer inside, optimizer.optimizer; clip "
+                           "by its max_norm; train in bf16, which needs no loss scale; and while not "
+                           "accelerator.sync_gradients call accelerator.backward(loss) in `with handle.accumulate():`")
+    optimizer = inner
     if not isinstance(model, nn.Module):
         raise UserError(f"gradient release of a {type(model).__name__}: give the model, a torch.nn.Module")
     if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):

@@ -1,4 +1,5 @@
 """The optimizers inside other people's loops: each trains a few steps and ends where a plain loop ends."""
+import contextlib
 import copy
 
 import pytest
@@ -317,6 +318,33 @@ def test_weights_that_are_loaded_after_prepare_begin_where_they_are():
     torch.manual_seed(1)
     model.load_state_dict(loaded := {name: torch.randn_like(t) for name, t in model.state_dict().items()})
     for name, t in wrapper.optimizer.get_fp32_model_state_dict(model).items(): assert torch.equal(t, loaded[name].float())
+
+
+def test_release_under_accelerate_is_refused_with_the_way_that_works():
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    def trained(release):
+        accelerate.state.AcceleratorState._reset_state(True)
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+        cast_model(model := net())
+        opt = FlashAdamW(model.parameters(), **KW)
+        model, wrapper, schedule, loader = accelerator.prepare(
+            model, opt, torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.1, 6),
+            torch.utils.data.DataLoader(batches(dtype=torch.bfloat16)[:5], batch_size=None))
+        if release:
+            with pytest.raises(UserError, match="clips nothing.*Give the optimizer inside, optimizer.optimizer.*max_norm"):
+                enable_gradient_release(model, wrapper)
+            assert opt.release is None
+            handle = enable_gradient_release(model, wrapper.optimizer)
+        for x, y in loader:
+            with accelerator.accumulate(model):
+                loss = nn.functional.mse_loss(model(x), y)
+                with handle.accumulate() if release and not accelerator.sync_gradients else contextlib.nullcontext():
+                    accelerator.backward(loss)
+                wrapper.step(); schedule.step(); wrapper.zero_grad()
+        accelerate.state.AcceleratorState._reset_state(True)
+        assert float(opt.state[next(model.parameters())]["step"]) == 3
+        return model
+    for p, q in zip(trained(False).parameters(), trained(True).parameters()): assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("kind", ["lightning", "fabric", "accelerate"])
