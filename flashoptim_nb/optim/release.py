@@ -66,7 +66,7 @@ class GradientReleaseHandle:
             self.clip = self._clip_after(grad_scaling(optimizer.grad_norm.detach().float().square(), optimizer.max_norm))
         self._seen: dict[torch.Tensor, int] = {}  # the same parameters, and the backward pass that released each
         self._groups: dict[torch.Tensor, dict] = {}  # each parameter's group, as this backward pass found them
-        self._options: list[tuple[dict, list, list]] = []  # of `_options_of`: what the passes since step() step by
+        self._options: list[tuple[dict, list]] = []  # of `_options_of`: what the passes since step() step by
         self._units: dict = {}  # sharded parameters, and what gathers and reduces each (of FSDP2)
         self._streams: set = set()  # on which hooks have stepped, and which nobody has waited for
         # the backward pass, squares before it, whether it has not ended
@@ -123,12 +123,10 @@ def _value(x):
 _WHOLE = [name for name in FlashOptimizer.options if name not in (*FORMATS, "compress_state_dict")]
 
 
-def _options_of(opt: FlashOptimizer) -> list[tuple[dict, list, list]]:
-    """The groups, their parameters, and what they are stepped by as it is now:
-    options in the order of the defaults, and the whole optimizer's."""
+def _options_of(opt: FlashOptimizer) -> list[tuple[dict, list]]:
+    "The groups, and what each is stepped by as it is now: options in the order of the defaults, and the whole optimizer's."
     whole = [getattr(opt, name) for name in _WHOLE]
-    return [(group, [*group["params"]], [*(_value(group.get(name)) for name in opt.defaults), *whole])
-            for group in opt.param_groups]
+    return [(group, [*(_value(group.get(name)) for name in opt.defaults), *whole]) for group in opt.param_groups]
 
 # %% ../../nbs/optim/12_release.ipynb #8c6b17f1
 @patch
@@ -323,10 +321,12 @@ def _check_options(
     seen: Iterable[torch.Tensor],  # what the backward pass stepped, which may be in other groups by now
 ):
     "Raises `ReleaseError` for options that were changed after the backward pass had stepped by them."
-    if identical(found := _options_of(opt := self.optimizer), self._options): return
-    before = {id(group): options for group, _, options in self._options}
-    for i, (group, params, options) in enumerate(found):
-        for old in {id(self._groups.get(p)) for p in params if p in seen}:
+    found, groups = _options_of(opt := self.optimizer), self._groups
+    stayed = all(groups.get(p, group) is group for group in opt.param_groups for p in group["params"])
+    if stayed and identical(found, self._options): return
+    before = {id(group): options for group, options in self._options}
+    for i, (group, options) in enumerate(found):
+        for old in {id(groups.get(p)) for p in group["params"] if p in seen}:
             for name, now, then in zip((*opt.defaults, *_WHOLE), options, before.get(old, options)):
                 if now == then: continue
                 own = name in opt.defaults
