@@ -245,20 +245,26 @@ def _checked(study: Path, looked: list[tuple], runs_of, key: Path | None) -> tup
 
 # %% ../../nbs/cli/05_judge.ipynb #c6ac0c36
 def _check(args) -> int:
-    from flashoptim_nb.base.records import ROWS, examine, read_study
+    from flashoptim_nb.base.records import ROWS, complete, examine, read_study
     from flashoptim_nb.study.content import twins
-    found, told, whole, runs_of = [], [], [], lru_cache(maxsize=None)(read_study)
+    found, told, whole = [], [], []
     records = {study: sorted(study.glob(f"*/{ROWS}")) for study in named_studies(args.folders)}
     n = sum(map(len, records.values()))
-    with _bar("checking the records", n, quiet=bool(args.sign)) as counted:  # ssh-keygen asks for a passphrase
-        for study, paths in records.items():
-            looked = [(examine(path.parent), counted())[0] for path in paths]
+    with _bar("checking the records", n + len(records), quiet=bool(args.sign)) as counted:  # ssh-keygen asks for a passphrase
+        # all of them first: decisions rest on studies beside their own, which need not be read a second time
+        every = {study: [(examine(path.parent), counted())[0] for path in paths] for study, paths in records.items()}
+        @lru_cache(maxsize=None)
+        def runs_of(study):
+            runs = [run for run, _ in every.get(study, [(None, [])])]
+            return [complete(run) for run in runs] if all(runs) else read_study(study)
+        for study, looked in every.items():
             try: wrong, said = _checked(study, looked, runs_of, args.sign)
             except OSError as error:  # what stands in the way of one study leaves the others to be looked at
                 wrong = [line for _, lines in looked for line in lines]
                 wrong, said = wrong + [f"{study}: {error.filename or study} cannot be read: {error.strerror or error}"], []
             found, told = found + wrong, told + said
             whole.append([run for run, _ in looked if run])
+            counted()
     found += twins(whole)
     for line in told: print(visible(line))
     for line in found: print(visible(line), file=sys.stderr)

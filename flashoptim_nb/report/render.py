@@ -137,10 +137,14 @@ def study_folders(
 # header fields without which a run cannot be judged
 IDENTITY = ("run", "hypothesis", "study", "scale", "config", "device", "device_kind")
 
-@lru_cache(maxsize=4)
-def _read(studies: tuple[Path, ...], stamp: tuple) -> tuple[Run, ...]:
-    "`stamp` only tells a changed file from the one that was read before."
-    return tuple(run for study in studies for run in read_study(study))
+@lru_cache(maxsize=32)
+def _read(study: Path, stamp: tuple) -> tuple[Run, ...]:
+    """Read once, whichever studies are asked for beside it;
+    `stamp` only tells a changed file from the one that was read before."""
+    return tuple(read_study(study))
+
+def _stamp(study: Path) -> tuple:
+    return tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(study.glob(f"*/{ROWS}")))
 
 def load_runs(
     folders: Iterable[str | Path] | None = None,  # as `study_folders` takes them; by default `record_folders()`
@@ -150,9 +154,7 @@ def load_runs(
 ) -> list[Run]:
     """Every run of a hypothesis that ended, from all studies, and their journals, which end when a study does;
     raises `RecordError` for a damaged record."""
-    studies = tuple(study_folders(folders).values())
-    files = sorted(path for study in studies for path in study.glob(f"*/{ROWS}"))
-    runs = _read(studies, tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+    runs = [run for study in study_folders(folders).values() for run in _read(study, _stamp(study))]
     for run in runs:
         if lacks := [key for key in IDENTITY if not run.header.get(key)]:
             raise RecordError(f"{run.folder}: its header misses {', '.join(lacks)}; "

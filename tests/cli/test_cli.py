@@ -288,25 +288,25 @@ def records(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["data/records", "data/pilot", "data/longer"])  # studies of one name
-def test_committed_records_pass_the_checker(folder):
-    status, out, error = command("check", repo_root() / folder)
+def test_committed_records_pass_the_checker(folder, capsys):
+    status, out, error = ran(capsys, "check", repo_root() / folder)
     assert status == 0, error
     assert "every decision replays" in out
 
 
-def test_a_verdict_tells_of_records_that_differ_from_their_manifest(records):
+def test_a_verdict_tells_of_records_that_differ_from_their_manifest(records, capsys):
     rows = records / "h1-laptop" / "protocol" / "rows.jsonl"
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
-    status, out, error = command("verdict", "h1", "--records", records)
+    status, out, error = ran(capsys, "verdict", "h1", "--records", records)
     assert status == 0 and "differ from their manifest" in out
-    status, out, error = command("verdict", "h1", "--records", records, "--json")
+    status, out, error = ran(capsys, "verdict", "h1", "--records", records, "--json")
     assert all("differ from their manifest" in entry["altered"] for entry in json.loads(out))
 
 
-def test_a_verdict_tells_of_runs_that_did_not_end(records):
+def test_a_verdict_tells_of_runs_that_did_not_end(records, capsys):
     rows = records / "h1-laptop" / "1B-best-baseline-s0" / "rows.jsonl"
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
-    status, out, error = command("verdict", "h1", "--records", records)
+    status, out, error = ran(capsys, "verdict", "h1", "--records", records)
     assert status == 0 and "1 of its runs did not end and are left out (1B-best-baseline-s0)" in error
 
 
