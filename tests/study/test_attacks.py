@@ -183,7 +183,17 @@ ATTACKS = {  # what was tried: (the study, how, what is found)
 
 def found_in(study):
     "What is said of a study's records, its runs and its manifest."
-    looked = [examine(path.parent) for path in sorted(study.glob(f"*/{ROWS}"))]
+    return said_of(study, looked_at(study))
+
+
+def looked_at(study, before=()):
+    "Each record examined; of what was looked at before, only the journal: the rest of a study is as it was."
+    known = {run.folder: (run, lines) for run, lines in before if run.id != "protocol"}
+    return [known.get(path.parent) or examine(path.parent) for path in sorted(study.glob(f"*/{ROWS}"))]
+
+
+def said_of(study, looked):
+    "What there is to say of records that were looked at."
     runs = [run for run, _ in looked if run]
     return [line for _, lines in looked for line in lines] + content_problems(runs) + manifest_problems(study, runs, PROTOCOLS)
 
@@ -220,17 +230,19 @@ def registered_copy(tmp_path):
 def test_an_empty_plan_fits_no_registration(tmp_path):
     study = registered_copy(tmp_path)
     path, told = study / "manifest.json", "names other runs than its registration planned"
-    assert not any(told in line for line in found_in(study))
+    looked = looked_at(study)
+    assert not any(told in line for line in said_of(study, looked))
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(planned=[], absent=[])))
-    assert any(told in line for line in found_in(study))
+    assert any(told in line for line in manifest_problems(study, [run for run, _ in looked], PROTOCOLS))
 
 
 def test_a_run_that_is_gone_is_not_counted_as_there(tmp_path):
     study = registered_copy(tmp_path)
-    def said(): return under_way(study, read_study(study))
-    there = int(said().removeprefix("has ").split()[0])
-    shutil.rmtree(study / "1B-best-baseline-s0")
-    assert said().startswith(f"has {there - 1} of the protocol's ") and said().endswith(" runs; it has not ended")
+    runs, gone = read_study(study), study / "1B-best-baseline-s0"
+    there = int(under_way(study, runs).removeprefix("has ").split()[0])
+    shutil.rmtree(gone)
+    said = under_way(study, [run for run in runs if run.folder != gone])
+    assert said.startswith(f"has {there - 1} of the protocol's ") and said.endswith(" runs; it has not ended")
 
 
 def test_runs_that_an_extension_added_are_not_dropped_from_the_plan(tmp_path):
@@ -240,11 +252,12 @@ def test_runs_that_an_extension_added_are_not_dropped_from_the_plan(tmp_path):
     for folder in runs_like(study, "*-x4"): shutil.rmtree(folder)
     sealed(study / "1B-best-baseline-s0", of("header", registration=last["hash"]))
     path, told = study / "manifest.json", "names other runs than its registration planned"
+    runs = [run for run, _ in looked_at(study)]
     def follow(row):
         planned, there = row["object"]["plan"]["gpu"]["runs"], digests(study)
         path.write_text(json.dumps(dict(plan="the protocol's", planned=planned, runs=there,
                                         absent=[run for run in planned if run not in there])))
-        return any(told in line for line in found_in(study))
+        return any(told in line for line in manifest_problems(study, runs, PROTOCOLS))
     assert [follow(row) for row in (last, before)] == [False, True]
 
 
@@ -254,9 +267,10 @@ def test_a_registered_run_needs_its_search_and_goes_at_its_pace(tmp_path):
         return row | dict(tried=[{key: value / 2 if key == "tokens_per_s" else value for key, value in one.items()}
                                  for one in row["tried"]])
     sealed(study / "protocol", lambda rows: [halved(row) if row["kind"] == "search" else row for row in rows])
-    assert any("where the journal's search timed" in line for line in found_in(study))
+    looked = looked_at(study)
+    assert any("where the journal's search timed" in line for line in said_of(study, looked))
     sealed(study / "protocol", lambda rows: [row for row in rows if row["kind"] != "search"])
-    assert any("has no search for it" in line for line in found_in(study))
+    assert any("has no search for it" in line for line in said_of(study, looked_at(study, looked)))
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 8])
