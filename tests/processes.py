@@ -1,6 +1,7 @@
 """Tests that need a process of their own."""
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -8,13 +9,14 @@ import time
 from pathlib import Path
 
 
-def pass_in_the_interpreter(path, some):
-    """The tests of a file that `-k some` chooses pass where Triton interprets its kernels,
-    which has to be decided before Triton is imported."""
-    path = Path(path)
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-k", some, "-p", "no:cacheprovider", path.name],
-                          cwd=path.parent, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+def pass_in_the_interpreter(folder, chosen):
+    """The tests that are chosen pass where Triton interprets its kernels, which has to be decided before Triton is imported:
+    of each file of a folder those that `-k` with its words finds, all in one process, and there are some."""
+    some = " or ".join(f"({name} and ({words}))" for name, words in chosen.items())
+    done = subprocess.run([sys.executable, "-m", "pytest", "-v", "-x", "-k", some, "-p", "no:cacheprovider", *chosen],
+                          cwd=folder, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    for name in chosen: assert re.search(rf"{re.escape(name)}::.* PASSED", done.stdout), done.stdout[-4000:]
 
 
 def _run(source, words, env, told):

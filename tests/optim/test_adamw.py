@@ -15,12 +15,11 @@ from flashoptim_nb.optim.adamw_kernel import AdamWScalars, adamw_fused, adamw_re
 from flashoptim_nb.optim.codec import dequantize_m, dequantize_v
 from flashoptim_nb.optim.multi_tensor import COLUMNS, TYPES, TensorList, Operands, new_operands
 from flashoptim_nb.optim.split import decode, round_narrow
-from processes import pass_in_the_interpreter
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 kernel = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="needs CUDA, or TRITON_INTERPRET=1: see test_kernel_in_the_interpreter")
+    DEVICE == "cpu" and not INTERPRETED, reason="needs CUDA, or TRITON_INTERPRET=1: see test_interpreted.py")
 
 B1, B2, LR, WD, EPS = 0.9, 0.95, 1e-2, 0.1, 1e-8
 
@@ -185,12 +184,6 @@ def test_kernel_extremes(rng_seed):
         if t > 8: g.zero_()
         fused([x._replace(grad=g.bfloat16())], scalars(eps=0.0 if t % 2 else EPS), t)
         assert all(y.isfinite().all() for y in values(x)), t
-
-
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernel's own tests run in this process")
-def test_kernel_in_the_interpreter():
-    "The tests above that are marked `kernel`, where there is no GPU."
-    pass_in_the_interpreter(__file__, "kernel")
 
 
 @triton.jit

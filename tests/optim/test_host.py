@@ -15,7 +15,7 @@ from every import MAKERS, OPTIONS
 from flashoptim_nb.optim import AveragedMasters, FlashAdamW, FlashSGD, OptionError, cast_model, enable_gradient_release
 from flashoptim_nb.optim.base import FlashOptimizer
 from flashoptim_nb.optim.split import INTERPRETED
-from processes import pass_in_the_interpreter, ranks_agree
+from processes import ranks_agree
 
 CUDA = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if CUDA else "cpu"
@@ -86,11 +86,6 @@ def test_same_bits_in_other_dtypes(dtype):
     a, oa, b, ob = pair(dtype=dtype)
     for model, opt in (a, oa), (b, ob): train(model, opt)
     assert_same(a, oa, b, ob)
-
-
-@pytest.mark.skipif(CUDA or INTERPRETED, reason="the kernels run in this process")
-def test_kernels_in_the_interpreter():
-    pass_in_the_interpreter(__file__, "test_same_bits and release and max_norm")
 
 
 @pytest.mark.parametrize("release", [False, True], ids=["step", "release"])

@@ -12,7 +12,6 @@ from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.optim.split import INTERPRETED
 from flashoptim_nb.optim import FlashAdamW, FlashSGD, OptionError
 from every import MAKERS
-from processes import pass_in_the_interpreter
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 CUTS = {"every other column": lambda b: b[:, ::2], "a column": lambda b: b[:, 3], "every other row": lambda b: b[::2],
@@ -222,11 +221,3 @@ def test_a_shard_that_is_a_view(interpret):
         [sys.executable, "-c", SHARDS], env=os.environ | {"TRITON_INTERPRET": interpret, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True, text=True)
     assert "right" in done.stdout, done.stderr[-2000:]
-
-
-@pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="the kernels run in this process")
-def test_in_tritons_interpreter():
-    "Some of the tests of this file, as many as take a few seconds."
-    some = ("(fused-torch.bfloat16-FlashAdamW and column) or (place-fused-contiguous and transposed) "
-            "or (state and fused-exp_avg)")
-    pass_in_the_interpreter(__file__, some)

@@ -13,12 +13,11 @@ from flashoptim_nb.optim.multi_tensor import TensorList, Operands, new_operands
 from flashoptim_nb.optim.momentum_kernel import MomentumScalars, momentum_fused, momentum_reference
 from flashoptim_nb.optim.split import decode
 from flashoptim_nb.optim import FlashAdam, FlashAdamW, FlashLion, FlashSGD, FlashSGDW, OptionError
-from processes import pass_in_the_interpreter
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 kernel = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="needs CUDA, or TRITON_INTERPRET=1: see test_kernel_in_the_interpreter")
+    DEVICE == "cpu" and not INTERPRETED, reason="needs CUDA, or TRITON_INTERPRET=1: see test_interpreted.py")
 
 LR = 1e-2
 RULES = {"plain": MomentumScalars(LR, weight_decay=0.1), "momentum": MomentumScalars(
@@ -101,12 +100,6 @@ def test_kernel_errs_at_most_twice_as_much(rule, dtype, bits, quantize, dithered
             # where terms cancel, in a tensor of one value, their rounding is left
             if ref is not None:
                 assert_2x(mine, torchs, ref, floor=1e-6 * max(1.0, float(before.norm() / ref.norm())))
-
-
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernel's own tests run in this process")
-def test_kernel_in_the_interpreter():
-    "The tests above that are marked `kernel`, where there is no GPU."
-    pass_in_the_interpreter(__file__, "kernel")
 
 
 PAIRS = [(FlashSGD, torch.optim.SGD, dict(lr=0.05)),

@@ -10,7 +10,7 @@ import flashoptim_nb.optim.muon as muon
 from flashoptim_nb.optim import FlashMuon, NumericsError, OptionError, cast_model, enable_gradient_release, muon_groups
 from flashoptim_nb.optim.muon_kernel import newton_schulz, newton_schulz_stack, symmetric_reference
 from flashoptim_nb.optim.split import decode
-from processes import on_ranks, pass_in_the_interpreter, ranks_agree
+from processes import on_ranks, ranks_agree
 
 SHAPES = [(16, 16), (33, 7), (7, 33), (40, 24), (16, 16), (1, 5)]
 on_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -71,9 +71,6 @@ def test_a_stack_is_as_near_as_the_published_iteration(device):
         true = torch.stack([newton_schulz(x.double(), dtype=torch.float64) for x in u])
         off = lambda x: (x.double() - true).norm().item()
         assert off(newton_schulz_stack(u.clone(), halves=halves)) < 2 * off(torch.stack([newton_schulz(x) for x in u]))
-
-
-def test_the_kernels_in_the_interpreter(): pass_in_the_interpreter(__file__, "fused_is_the_reference and cpu")
 
 
 @devices

@@ -12,12 +12,10 @@ from torch import nn
 
 from flashoptim_nb.base.errors import UserError
 from flashoptim_nb.optim.split import decode
-from flashoptim_nb.optim.split import INTERPRETED
 from every import CLASSES
 from flashoptim_nb.optim import (AveragedMasters, FlashAdam, FlashAdamW, FlashLion, FlashMuon, FlashSGD, FlashSGDW,
                                  GradientError, NumericsError, OptionError, StateError, cast_model, enable_gradient_release)
 from flashoptim_nb.optim.checks import check_options
-from processes import pass_in_the_interpreter
 
 KW = dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
 
@@ -371,12 +369,6 @@ def test_weights_that_no_longer_fit_their_state(change, fresh):
     assert all(torch.equal(x.detach(), b) for x, b in zip((p, q), before)) and late not in optimizer.state
     for i, s in optimizer.state_dict()["state"].items():
         for k, t in s.items(): assert torch.equal(t, states[i][k]), k
-
-
-@pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="the fused path's own tests run in this process")
-def test_the_fused_path_looks_too():
-    "The tests of `no_longer_fit` in Triton's interpreter."
-    pass_in_the_interpreter(__file__, "no_longer_fit")
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -16,7 +16,6 @@ from flashoptim_nb.optim.multi_tensor import COLUMNS, Operands, TensorList, new_
 from flashoptim_nb.optim.rounding import Place, dither_tile, dithers, run_turn, step_turn
 from flashoptim_nb.optim.split import decode, encode
 from every import MAKERS
-from processes import pass_in_the_interpreter
 
 settings.register_profile("rounding", deadline=None, max_examples=40)
 settings.load_profile("rounding")
@@ -24,7 +23,7 @@ settings.load_profile("rounding")
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 kernel = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="needs CUDA, or TRITON_INTERPRET=1: see test_kernel_in_the_interpreter")
+    DEVICE == "cpu" and not INTERPRETED, reason="needs CUDA, or TRITON_INTERPRET=1: see test_interpreted.py")
 places = st.one_of(st.integers(0, 100), st.integers(0, 2**35))
 steps = st.integers(1, 2**24 - 1)
 
@@ -47,12 +46,6 @@ def test_the_kernel_has_the_same_dithers(t, place):
         out = torch.empty(3, 512, device=DEVICE)
         _dithers[(1,)](out, torch.tensor(float(t), device=DEVICE), torch.tensor(place, device=DEVICE), shifted)
         assert torch.equal(out - 1.5, dithers(t, [(place, 512)], DEVICE))
-
-
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernel's own tests run in this process")
-def test_kernel_in_the_interpreter():
-    "The tests above that are marked `kernel`, where there is no GPU."
-    pass_in_the_interpreter(__file__, "kernel")
 
 
 @given(steps, st.lists(st.tuples(places, st.integers(1, 100)), min_size=1, max_size=4), st.data())
