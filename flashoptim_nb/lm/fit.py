@@ -101,9 +101,9 @@ FIT_HELP = {  # what is shown by default
     "adamw_bf16": "torch.optim.AdamW over bf16 weights: its states are bf16, and small updates are lost",
     "bf16_fp32_states": "bf16 weights without masters, states in fp32 (FlashAdamW(quantize=False, master_weight_bits=None))",
     "flash_adamw": "FlashAdamW: bf16 weights with 8 error bits, 8-bit states",
-    "flash_adamw_release": "the same, each gradient used and freed in the backward pass of a step's last micro-batch",
+    "flash_adamw_release": "flash_adamw, each gradient used and freed in the backward pass of a step's last micro-batch",
     "flash_adamw_on_host": "FlashAdamW(offload_states=True): states and masters in the host's memory",
-    "flash_adamw_release_on_host": "the same, each gradient used and freed in the backward pass of a step's last micro-batch",
+    "flash_adamw_release_on_host": "flash_adamw_on_host, each gradient used and freed in the backward pass of a step's last micro-batch",
 }
 FURTHER_HELP = {  # what is shown where it is asked for
     "flash_adamw_states": "FlashAdamW over fp32 weights, no cast_model: 8-bit states alone, products in bf16 by autocast",
@@ -299,7 +299,8 @@ def _counted(name: str, model: torch.nn.Module) -> Counted:
     trained = [p.numel() for p in floating if p.requires_grad]
     if not trained: raise UserError(f"{name!r} made a model none of whose parameters needs a gradient")
     total = lambda ps: sum(p.numel() for p in ps)
-    matrices = [p for group in muon_groups(model) if group["algorithm"] == "muon" for p in group["params"]]
+    matrices = [p for group in muon_groups(model) if group["algorithm"] == "muon" for p in group["params"]
+                if p.is_floating_point()]
     return Counted(name=name, total=total(params), largest=max(trained), frozen=total(floating) - sum(trained),
                    others=total(others), fixed=sum(p.numel() * p.element_size() for p in others), matrices=total(matrices))
 

@@ -29,7 +29,7 @@ from .buckets import LIVE_OPTIMIZERS, ParamBucket, build_buckets, cached_buckets
 from .checks import (
     OptionError, ParametersError, as_param_list, called, check_gradient, check_group_form, check_group_names, check_options,
     check_parameters, check_shared, check_states, check_taken)
-from .states import error_bit_width, read_state, write_state
+from .states import error_bit_width, first_error_bits, read_state, write_state
 from .codec import SCALE_MAX
 from .shards import local
 from .gradients import GradScaling, compute_grad_scaling, looks_at_gradients
@@ -230,7 +230,12 @@ class FlashOptimizer(Optimizer):
         coming = dict(_next_clip=self.release._coming()) if known else {}
         kept = {k: v for k, v in self.__dict__.items()
                 if k in self.options or k in ("grad_norm", "skipped_steps", "_made_for", "_next_clip")} | coming
-        return super().__getstate__() | kept | {"release": None, "_largest": {}, "_cached": {}}
+        kept |= super().__getstate__() | {"release": None, "_largest": {}, "_cached": {}}
+        waits = {p: first_error_bits(p, error_bit_width(p.dtype, self.master_weight_bits), keep=True)
+                 for p, state in self.state.items() if "error_bits" not in state}  # a copy has no cast to wait for
+        kept["state"] = {p: state if waits.get(p) is None else state | {"error_bits": waits[p].clone()}
+                         for p, state in self.state.items()}
+        return kept
 
     def __setstate__(self, state: dict):
         "A copy is an optimizer of its own; one that an earlier version pickled goes on as it did."

@@ -80,7 +80,8 @@ def muon_groups(
         raise OptionError(f"heads={heads!r}: the model has no module {', '.join(map(repr, lost))} with parameters of "
                           f"its own; the last names of its modules are {', '.join(map(repr, sorted(there)))}")
     adamw = dict(algorithm="adamw", lr=lr, eps=eps, weight_decay=weight_decay) | (dict(betas=betas) if betas else {})
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    try: head = getattr(model, "get_output_embeddings", lambda: None)()
+    except (NotImplementedError, TypeError): head = None  # one that a model's writer left open, or means otherwise
     apart = set()
     for path, part in model.named_modules():
         if part is head or isinstance(part, (nn.Embedding, nn.EmbeddingBag)): apart |= {*part.parameters()}

@@ -315,15 +315,15 @@ def _error_bits(opt, p, saved, origin, where):
     the cast took, which goes on waiting for the first step: it knows of which weights it is, and others may be loaded."""
     bits = error_bit_width(p.dtype, opt.master_weight_bits)
     if bits is None: return {}
-    error_bits, rounded = _saved_error_bits(p, saved, origin, where), first_error_bits(p, bits, keep=True)
-    if error_bits is None: return {"error_bits": _no_error_bits(p, bits)} if rounded is None else {}
+    if (error_bits := _saved_error_bits(p, saved, origin, where)) is None:
+        return {"error_bits": _no_error_bits(p, bits)} if first_error_bits(p, bits, keep=True) is None else {}
     error_bits = error_bits.detach().to(state_device(opt, p), copy=True)
+    waits = first_error_bits(p, 8 * error_bits.element_size(), keep=True)
+    if waits is not None and not _steps(saved, where) and torch.equal(local(error_bits), local(waits).to(error_bits.device)): return {}
     if error_bits.dtype != CODE_DTYPE[bits]:
         narrow = local(p.detach()).to(error_bits.device)
         error_bits = like(p, compute_ecc_bits(decode(narrow, local(error_bits)), narrow, 2 + bits // 8))
-    began = rounded is not None and not _steps(saved, where) and torch.equal(
-        local(error_bits), local(rounded).to(error_bits.device))
-    return {} if began else {"error_bits": error_bits.contiguous()}
+    return {"error_bits": error_bits.contiguous()}
 
 # %% ../../nbs/optim/09_state_dict.ipynb #a17c9e54
 def _check_decay(opt, group, kind, where):
@@ -397,6 +397,13 @@ def _check_names(groups, own):
                              "go by these numbers: "
                              "give the optimizer the parameters in the order in which they were saved")
 
+# %% ../../nbs/optim/09_state_dict.ipynb #ab605b27
+def _copied(x, device):
+    "What a user put into a state, with its tensors on a device; what is neither a tensor nor holds any stays what it is, as in torch."
+    if isinstance(x, torch.Tensor): return x.detach().to(device, copy=True)
+    if isinstance(x, dict): return {key: _copied(value, device) for key, value in x.items()}
+    return type(x)(_copied(value, device) for value in x) if type(x) in (list, tuple) else x
+
 # %% ../../nbs/optim/09_state_dict.ipynb #f9a13cea
 def _check_ranks(origin, own, saved, where):
     "Raises `StateError` for eight-bit moments whose groups of 32 another number of ranks cuts elsewhere."
@@ -435,8 +442,8 @@ def _states(opt, groups, saved, options):
                 states[p][key] = saved[i][key].detach().to(
                     state_device(opt, p), torch.float32, copy=True).contiguous()
             known = {"step", "error_bits", *opt.moments, *opt._state_shapes(p)}
-            states[p] |= {key: x.detach().to(p.device, copy=True) if isinstance(x, torch.Tensor) else deepcopy(x)
-                          for key, x in saved[i].items() if key.partition("::")[0] not in known}  # its user's
+            states[p] |= {key: _copied(x, p.device) for key, x in saved[i].items()  # its user's
+                          if key.partition("::")[0] not in known}
     return states
 
 # %% ../../nbs/optim/09_state_dict.ipynb #05f7f888

@@ -449,3 +449,13 @@ def _saved(what):
     torch.save(what, kept := io.BytesIO())
     kept.seek(0)
     return kept
+
+
+def test_a_model_that_leaves_its_head_open_has_groups():
+    class Open(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(10, 10)
+        def get_output_embeddings(self): raise NotImplementedError
+    muon, adamw = muon_groups(model := Open())
+    assert muon["params"] == [model.layer.weight] and adamw["params"] == [model.layer.bias]

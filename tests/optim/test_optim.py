@@ -542,7 +542,47 @@ def test_what_casting_rounds_away_survives_loading_torchs_state():
     optimizer.load_state_dict(adamw.state_dict())
     for found in (early, optimizer.get_fp32_model_state_dict(model)["weight"]):
         assert (found - exact).abs().max() < 0.02 * (model.weight.float() - exact).abs().max()
+    assert model._cast_error_bits  # they know of which weights they are, and others may be loaded
+    for p in model.parameters(): p.grad = torch.zeros_like(p)
+    optimizer.step()
     assert not model._cast_error_bits
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_a_copy_of_a_loaded_optimizer_has_what_the_cast_took(copied):
+    model = nn.Linear(33, 8)
+    exact = model.weight.detach().clone()
+    cast_model(model)
+    optimizer = FlashAdamW(model.parameters())
+    optimizer.load_state_dict(optimizer.state_dict())
+    state = copied(optimizer).state_dict()["state"][0]
+    assert torch.equal(state["error_bits"], optimizer.state_dict()["state"][0]["error_bits"])
+    assert (optimizer.get_fp32_model_state_dict(model)["weight"] - exact).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("load", [False, True])
+def test_weights_made_wider_before_the_first_step_are_exported_as_they_were_cast(load):
+    model = nn.Linear(33, 8)
+    exact = model.weight.detach().clone()
+    cast_model(model)
+    optimizer = FlashAdamW(model.parameters())
+    if load: optimizer.load_state_dict(optimizer.state_dict())
+    model.float()
+    assert (optimizer.get_fp32_model_state_dict(model)["weight"] - exact).abs().max() < 1e-5
+    model.half()
+    with pytest.raises(StateError, match="take the fp32 weights before such a change"): optimizer.get_fp32_model_state_dict(model)
+
+
+@pytest.mark.parametrize("saved, own", [(24, 32), (32, 24), (24, 24), (32, 32)])
+def test_weights_loaded_after_a_first_state_of_another_width_begin_where_they_are(saved, own):
+    def new(bits):
+        torch.manual_seed(0)
+        cast_model(model := nn.Linear(33, 8))
+        return model, FlashAdamW(model.parameters(), master_weight_bits=bits)
+    (_, first), (model, optimizer) = new(saved), new(own)
+    optimizer.load_state_dict(first.state_dict())
+    model.load_state_dict(weights := {name: torch.randn_like(t) for name, t in model.state_dict().items()})
+    assert torch.equal(optimizer.get_fp32_model_state_dict(model)["weight"], weights["weight"].float())
 
 
 @pytest.mark.parametrize("change", [lambda w: w.copy_(w.flip(0)), lambda w: w.data.copy_(w.data.flip(0)),

@@ -6,6 +6,7 @@
 __all__ = ['SURROGATE_PRESETS', 'SurrogatePreset', 'plans_of', 'trained_longer']
 
 # %% ../../../nbs/study/h2/04_presets.ipynb #6a60c003
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -54,8 +55,13 @@ def _gpu_cuts(plans: dict[str, DomainPlan]) -> tuple[str, ...]:
             *(f"true evaluations a run, of {' and '.join(of)}, 20 -> {most}" for most, of in fewer.items()),
             "100 runs of GFlowNet and of Bayesian optimization -> 20 (4 for each surrogate)")
 
+def _full_cuts(plans: dict[str, DomainPlan]) -> tuple[str, ...]:
+    "What the protocol's own plan cuts where it is trained for another length."
+    epochs = [f"{plan.recipe.epochs:g} ({name})" for name, plan in plans.items() if plan.recipe.epochs != 100]
+    return (f"epochs 100 -> {', '.join(epochs)}",) if epochs else ()
+
 _budget = 48 << 20
-_CUTS = dict(laptop=lambda plans: _laptop_cuts(plans, _budget), gpu=_gpu_cuts, full=lambda plans: ())
+_CUTS = dict(laptop=lambda plans: _laptop_cuts(plans, _budget), gpu=_gpu_cuts, full=_full_cuts)
 _laptop, _gpu = plans_of("laptop"), plans_of("gpu")
 SURROGATE_PRESETS = {preset.name: preset for preset in (
     SurrogatePreset(
@@ -74,8 +80,10 @@ def trained_longer(
     preset: SurrogatePreset,
     times: float,  # the preset's epochs
 ) -> SurrogatePreset:
-    "The preset with every domain's epochs multiplied; raises `UserError` for a factor that is not above 0."
-    if not 0 < times < float("inf"): raise UserError(f"trained {times:g} times as long; it has to be a number above 0")
-    def epochs(plan): return int(n) if (n := times * plan.recipe.epochs) == int(n) else n
-    plans = {name: plan.replace(recipe=plan.recipe.replace(epochs=epochs(plan))) for name, plan in preset.plans.items()}
+    "The preset with every domain's epochs multiplied; raises `UserError` for a factor by which they are no whole numbers."
+    def epochs(plan, name):
+        n = round(times * plan.recipe.epochs) if 0 < times < 1e6 else 0
+        if n >= 1 and math.isclose(n, times * plan.recipe.epochs): return n
+        raise UserError(f"trained {times:g} times as long as {plan.recipe.epochs:g} epochs ({name}); a whole number of epochs is needed")
+    plans = {name: plan.replace(recipe=plan.recipe.replace(epochs=epochs(plan, name))) for name, plan in preset.plans.items()}
     return preset.replace(plans=plans, keep=max(1, round(times * preset.keep)), cut=_CUTS[preset.name](plans))
