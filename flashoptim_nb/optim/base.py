@@ -222,28 +222,6 @@ class FlashOptimizer(Optimizer):
         if self.release is not None: self.release._drop(set_to_none)
         super().zero_grad(set_to_none)
 
-    def __getstate__(self):
-        "torch keeps only groups and states when an optimizer is copied or pickled; the options go with them."
-        check_at_home(self)
-        # between backward and step; of shards other ranks would have to be asked
-        known = self.release is not None and not self.release._shards()
-        coming = dict(_next_clip=self.release._coming()) if known else {}
-        kept = {k: v for k, v in self.__dict__.items()
-                if k in self.options or k in ("grad_norm", "skipped_steps", "_made_for", "_next_clip")} | coming
-        kept |= super().__getstate__() | {"release": None, "_largest": {}, "_cached": {}}
-        waits = {p: first_error_bits(p, error_bit_width(p.dtype, self.master_weight_bits), keep=True)
-                 for p, state in self.state.items() if "error_bits" not in state}  # a copy has no cast to wait for
-        kept["state"] = {p: state if waits.get(p) is None else state | {"error_bits": waits[p].clone()}
-                         for p, state in self.state.items()}
-        return kept
-
-    def __setstate__(self, state: dict):
-        "A copy is an optimizer of its own; one that an earlier version pickled goes on as it did."
-        super().__setstate__({"rounding": "nearest", "offload_states": False, "_host": None, "_next_clip": None,
-                              "_lent": False} | state)
-        if self.offload_states: self._host = HostStates()
-        LIVE_OPTIMIZERS.add(self)
-
     def invalidate(self):
         "Lets go of what was remembered of parameters and states: they were replaced."
         self._cached.clear()
@@ -451,6 +429,31 @@ def _add_group(self: FlashOptimizer, group: dict, params: list):
     if self.release is not None:
         self._check_release()
         self.release._watch(group["params"])
+
+# %% ../../nbs/optim/08_base.ipynb #87c02fea
+@patch
+def __getstate__(self: FlashOptimizer):
+    "torch keeps only groups and states when an optimizer is copied or pickled; the options go with them."
+    check_at_home(self)
+    # between backward and step; of shards other ranks would have to be asked
+    known = self.release is not None and not self.release._shards()
+    coming = dict(_next_clip=self.release._coming()) if known else {}
+    kept = {k: v for k, v in self.__dict__.items()
+            if k in self.options or k in ("grad_norm", "skipped_steps", "_made_for", "_next_clip")} | coming
+    kept |= Optimizer.__getstate__(self) | {"release": None, "_largest": {}, "_cached": {}}
+    waits = {p: first_error_bits(p, error_bit_width(p.dtype, self.master_weight_bits), keep=True)
+             for p, state in self.state.items() if "error_bits" not in state}  # a copy has no cast to wait for
+    kept["state"] = {p: state if waits.get(p) is None else state | {"error_bits": waits[p].clone()}
+                     for p, state in self.state.items()}
+    return kept
+
+@patch
+def __setstate__(self: FlashOptimizer, state: dict):
+    "A copy is an optimizer of its own; one that an earlier version pickled goes on as it did."
+    first = dict(rounding="nearest", offload_states=False, _host=None, _next_clip=None, _lent=False)
+    Optimizer.__setstate__(self, first | state)
+    if self.offload_states: self._host = HostStates()
+    LIVE_OPTIMIZERS.add(self)
 
 # %% ../../nbs/optim/08_base.ipynb #4e67509b
 @patch
