@@ -255,8 +255,8 @@ def _check(args) -> int:
         every = {study: [(examine(path.parent), counted())[0] for path in paths] for study, paths in records.items()}
         @lru_cache(maxsize=None)
         def runs_of(study):
-            runs = [run for run, _ in every.get(study, [(None, [])])]
-            return [complete(run) for run in runs] if all(runs) else read_study(study)
+            runs = [run for run, _ in every.get(study, ())]
+            return [complete(run) for run in runs] if runs and all(runs) else read_study(study)
         for study, looked in every.items():
             try: wrong, said = _checked(study, looked, runs_of, args.sign)
             except OSError as error:  # what stands in the way of one study leaves the others to be looked at

@@ -18,7 +18,7 @@ from .backend import outside_autocast
 from .split import CODE_DTYPE, HALF_FORMATS, decode, encode
 from .base import FlashOptimizer, explained, unwrapped
 from .checks import OptionError
-from .states import error_bit_width, first_error_bits
+from .states import error_bit_width, error_bits_of
 from .shards import held, like, local
 from .fp32_weights import check_there, tell_of_others
 from .state_dict import StateError
@@ -43,9 +43,7 @@ def _masters(opt, params):
     narrow = torch.cat([local(p.detach()).reshape(-1) for p in params])
     bits = error_bit_width(narrow.dtype, opt.master_weight_bits)
     if not bits: return narrow.float()
-    kept = [opt.state.get(p, {}).get("error_bits") for p in params]
-    kept = [first_error_bits(p, bits, keep=True) if error_bits is None else error_bits
-            for p, error_bits in zip(params, kept)]
+    kept = [error_bits_of(opt, p) for p in params]
     none = lambda p: torch.zeros(local(p).numel(), dtype=CODE_DTYPE[bits], device=narrow.device)
     return decode(narrow, torch.cat([none(p) if error_bits is None else local(error_bits).to(narrow.device).reshape(-1)
                                      for p, error_bits in zip(params, kept)]))

@@ -29,7 +29,7 @@ from .buckets import LIVE_OPTIMIZERS, ParamBucket, build_buckets, cached_buckets
 from .checks import (
     OptionError, ParametersError, as_param_list, called, check_gradient, check_group_form, check_group_names, check_options,
     check_parameters, check_shared, check_states, check_taken)
-from .states import error_bit_width, first_error_bits, read_state, write_state
+from .states import error_bit_width, error_bits_of, read_state, write_state
 from .codec import SCALE_MAX
 from .shards import local
 from .gradients import GradScaling, compute_grad_scaling, looks_at_gradients
@@ -441,10 +441,9 @@ def __getstate__(self: FlashOptimizer):
     kept = {k: v for k, v in self.__dict__.items()
             if k in self.options or k in ("grad_norm", "skipped_steps", "_made_for", "_next_clip")} | coming
     kept |= Optimizer.__getstate__(self) | {"release": None, "_largest": {}, "_cached": {}}
-    waits = {p: first_error_bits(p, error_bit_width(p.dtype, self.master_weight_bits), keep=True)
-             for p, state in self.state.items() if "error_bits" not in state}  # a copy has no cast to wait for
-    kept["state"] = {p: state if waits.get(p) is None else state | {"error_bits": waits[p].clone()}
-                     for p, state in self.state.items()}
+    kept["state"] = {  # a copy alone has no cast to begin at
+        p: state if "error_bits" in state or (bits := error_bits_of(self, p)) is None else state | {"error_bits": bits.clone()}
+        for p, state in self.state.items()}
     return kept
 
 @patch

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from .shards import like, local
 from .split import HALF_FORMATS, compute_ecc_bits, decode
 from .state_dict import StateError, check_at_home
-from .states import cast_error_of, error_bit_width, first_error_bits, fold_of, new_state
+from .states import error_bit_width, first_error_bits, new_state, widened_error_bits
 
 # %% ../../nbs/optim/23_fp32_weights.ipynb #2025f3d0
 def _memory(t):
@@ -52,10 +52,7 @@ def _first(opt, t):
     if not isinstance(t, torch.Tensor): return None
     error_bits = first_error_bits(t, error_bit_width(t.dtype, opt.master_weight_bits), keep=True)
     if error_bits is not None: return error_bits, t.dtype
-    kept = cast_error_of(t)  # .float() and .half() came between
-    if kept is None or kept.dtype == t.dtype or not opt.master_weight_bits or kept.error_bits.shape != t.shape: return None
-    same = torch.equal(local(kept.fold).to(t.device), fold_of(t.detach().to(kept.dtype)))
-    return (kept.error_bits, kept.dtype) if same else None
+    return widened_error_bits(t) if opt.master_weight_bits else None
 
 
 def _in_fp32(t, known, name):

@@ -21,7 +21,7 @@ from .split import CODE_DTYPE, HALF_FORMATS, compute_ecc_bits, decode
 from .buckets import own_states
 from .checks import called, wrong_decay
 from .rounding import ROUNDINGS
-from .states import error_bit_width, first_error_bits, state_device, state_kinds
+from .states import error_bit_width, error_bits_of, first_error_bits, state_device, state_kinds
 from .shards import from_shard, held, like, local, scale_shape, scales_like
 
 # %% ../../nbs/optim/09_state_dict.ipynb #e9813702
@@ -71,8 +71,7 @@ def _begins(opt, group, p):
     or the cast kept what it rounded away, which only a state can carry, and no state has it yet."""
     state = opt.state.get(p) or {}
     if state and {"step", *state_kinds(opt, group, p)} - {"error_bits"} - state.keys(): return True
-    bits = error_bit_width(p.dtype, opt.master_weight_bits)
-    return "error_bits" not in state and first_error_bits(p, bits, keep=True) is not None
+    return "error_bits" not in state and error_bits_of(opt, p) is not None
 
 # %% ../../nbs/optim/09_state_dict.ipynb #630405cc
 def _stated(opt):

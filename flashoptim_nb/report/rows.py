@@ -296,7 +296,7 @@ def withdrawn_runs(
     begun = []
     for path in sorted(folder.rglob(ROWS)):
         rows = [*map(json.loads, path.read_text().splitlines())]
-        for row in rows if rows[0]["hypothesis"] == hypothesis else ():
+        for row in rows if rows and rows[0]["hypothesis"] == hypothesis else ():
             if row["kind"] == "header":
                 steps = (row["settings"].get("recipe") or {}).get("steps") if row.get("arm") != "frontier" else None
                 begun.append({key: row.get(key) for key in _BESIDE} | dict(

@@ -509,8 +509,8 @@ def training_order(
 ) -> list[RunSpec]:
     """The first configurations first, seed by seed, so that a study that is cut short holds pairs;
     of the workloads one after the other, for one waits for its solver while another computes."""
-    turn = defaultdict(count)
-    return sorted(sorted(specs, key=lambda spec: spec.seed), key=lambda spec: (spec.config not in first, next(turn[spec.workload])))
+    turn, by_seed = defaultdict(count), sorted(specs, key=lambda spec: spec.seed)
+    return sorted(by_seed, key=lambda spec: (spec.config not in first, next(turn[spec.workload])))
 
 # %% ../../nbs/study/13_runner.ipynb #365916eb
 def train_all_first(study: Study):
@@ -521,7 +521,8 @@ def train_all_first(study: Study):
         runs = Stage(stage.workload, tuple(run for run in stage.runs if run[0] in training))
         if runs.runs: note_stage(study, stage)
         specs += study.specs(runs)
-    specs = [spec for spec in training_order(specs, study.protocol.first_configs) if not isinstance(study.data(spec.workload), Missing) and not study.is_done(spec)]
+    specs = [spec for spec in training_order(specs, study.protocol.first_configs)
+             if not isinstance(study.data(spec.workload), Missing) and not study.is_done(spec)]
     if len(specs) < 2: return
     study.journal.begin()
     run_parallel(study, specs)  # what failed is tried again, and counted, in its stage

@@ -22,7 +22,7 @@ from ..base.errors import UserError, choose
 from ..base.patch import patch
 from ..optim import FlashOptimizer
 from ..optim.split import decode
-from ..optim.states import error_bit_width, first_error_bits
+from ..optim.states import error_bits_of
 from ..optim.release import enable_gradient_release
 from .precision import LossScale, forward_in, take_step, tf32
 from ..train.config import SURROGATE_CONFIGS, Recipe, TrainConfig
@@ -137,10 +137,7 @@ class SurrogateTask:
 @torch.no_grad()
 def weights(self: SurrogateTask) -> list[torch.Tensor]:
     "The weights in fp32, in the order of `model.parameters()`: narrow ones joined with their error bits."
-    def error_bits(p):  # before its first step a weight has those that the cast kept
-        if (kept := self.optimizer.state.get(p, {}).get("error_bits")) is not None: return kept
-        return first_error_bits(p, error_bit_width(p.dtype, getattr(self.optimizer, "master_weight_bits", None)), keep=True)
-    found = [(p.detach(), error_bits(p)) for p in self.model.parameters()]
+    found = [(p.detach(), error_bits_of(self.optimizer, p)) for p in self.model.parameters()]
     return [p.float() if bits is None else decode(p, bits) for p, bits in found]
 
 @patch

@@ -15,6 +15,7 @@ from ...lm.plan import A100_40, Accelerator, H200
 from ...surrogates.plans import DomainPlan
 from ...surrogates.registry import domains
 from ..presets import Preset
+from .quantities import EPOCHS
 
 # %% ../../../nbs/study/h2/04_presets.ipynb #6a60c009
 @dataclass(frozen=True, kw_only=True)
@@ -41,24 +42,27 @@ def _laptop_cuts(plans: dict[str, DomainPlan], budget: int) -> tuple[str, ...]:
     epochs = " or ".join(f"{n:g}" for n in sorted({plan.recipe.epochs for plan in plans.values()}))
     own = "".join(
         f", of {plan.budget >> 20} for {domains()[name].candidates}" for name, plan in plans.items() if plan.budget)
-    return (f"epochs 100 -> {epochs}", "rows: a few hundred", "seeds 5 -> 3", "surrogates of some thousand parameters",
+    return (f"epochs {EPOCHS} -> {epochs}", "rows: a few hundred", "seeds 5 -> 3", "surrogates of some thousand parameters",
             "learning rate 3e-4 -> 3e-3 with a cosine", "100 optimizer runs -> 6 (2 for each surrogate)",
             f"a budget of {budget >> 20} MiB{own}")
 
+def _epochs(plans: dict[str, DomainPlan]) -> str:
+    return ", ".join(f"{plan.recipe.epochs:g} ({name})" for name, plan in plans.items())
+
 def _gpu_cuts(plans: dict[str, DomainPlan]) -> tuple[str, ...]:
     "What one GPU cuts against the protocol."
-    epochs, fewer = ", ".join(f"{plan.recipe.epochs:g} ({name})" for name, plan in plans.items()), defaultdict(list)
+    fewer = defaultdict(list)
     for name, plan in plans.items():
         if plan.solve.most < 20: fewer[plan.solve.most].append(domains()[name].candidates)
-    return (f"epochs 100 -> {epochs}, with a cosine instead of a constant learning rate",
+    return (f"epochs {EPOCHS} -> {_epochs(plans)}, with a cosine instead of a constant learning rate",
             *(cut for name in plans for cut in domains()[name].cuts.get("gpu", ())),
             *(f"true evaluations a run, of {' and '.join(of)}, 20 -> {most}" for most, of in fewer.items()),
             "100 runs of GFlowNet and of Bayesian optimization -> 20 (4 for each surrogate)")
 
 def _full_cuts(plans: dict[str, DomainPlan]) -> tuple[str, ...]:
     "What the protocol's own plan cuts where it is trained for another length."
-    epochs = [f"{plan.recipe.epochs:g} ({name})" for name, plan in plans.items() if plan.recipe.epochs != 100]
-    return (f"epochs 100 -> {', '.join(epochs)}",) if epochs else ()
+    other = {name: plan for name, plan in plans.items() if plan.recipe.epochs != EPOCHS}
+    return (f"epochs {EPOCHS} -> {_epochs(other)}",) if other else ()
 
 _budget = 48 << 20
 _CUTS = dict(laptop=lambda plans: _laptop_cuts(plans, _budget), gpu=_gpu_cuts, full=_full_cuts)
