@@ -104,7 +104,7 @@ def fp32_weights(
 ) -> dict[str, torch.Tensor]:  # names as in model.state_dict(), new tensors
     "The model's state dict in fp32, masters joined with their error bits; what is not floating point stays."
     check_at_home(opt)
-    kept = {p: error_bits for p, state in opt.state.items() if (error_bits := state.get("error_bits")) is not None}
+    kept = {p: state["error_bits"] for p, state in opt.state.items() if state and state.get("error_bits") is not None}
     known = {_memory(p): (error_bits, opt._made_for.get(p, p.dtype)) for p, error_bits in kept.items()}
     entries = model.state_dict(keep_vars=True)
     own = _own(opt)

@@ -248,7 +248,7 @@ def _agree(self: GradientReleaseHandle, shards: list[torch.Tensor]):
     for p in shards: alike.setdefault(sharding(p), []).append(p)
     for params in alike.values():
         zero = torch.zeros((), dtype=torch.float32, device=params[0].device)
-        own = [state[p]["step"] if p in state and "step" in state[p] else zero for p in params]
+        own = [(state.get(p) or {}).get("step", zero) for p in params]
         torch._foreach_copy_(own, list(over_shards(torch.stack(own), params[0], dist.ReduceOp.MAX).unbind()))
 
 # %% ../../nbs/optim/12_release.ipynb #0dda4411

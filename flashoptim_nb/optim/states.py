@@ -132,7 +132,7 @@ def error_bits_of(
     p: torch.Tensor,  # a parameter of its
 ) -> torch.Tensor | None:
     "The error bits of a parameter as they are: its state's, or before its first step what the cast kept."
-    if (kept := opt.state.get(p, {}).get("error_bits")) is not None: return kept
+    if (kept := (opt.state.get(p) or {}).get("error_bits")) is not None: return kept
     return first_error_bits(p, error_bit_width(p.dtype, getattr(opt, "master_weight_bits", None)), keep=True)
 
 # %% ../../nbs/optim/17_states.ipynb #91b4d0e7

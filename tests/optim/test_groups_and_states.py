@@ -492,6 +492,25 @@ def test_no_state_at_all_of_one_that_does_not_step():
     assert list(opt.state_dict()["state"]) == [0] and opt.state[ps[0]]["step"] == 2
 
 
+def test_a_state_of_none_is_none_wherever_states_are_read():
+    "`opt.state[p] = None` starts a parameter anew, and what reads states without stepping takes it so, too."
+    model = nn.Linear(4, 3).bfloat16()
+    opt = FlashAdamW(model.parameters(), check_numerics=True)
+    def step():
+        for p in model.parameters(): p.grad = torch.ones_like(p)
+        opt.step()
+    step()
+    whole = opt.bytes_per_parameter()
+    opt.state[model.weight] = None
+    assert list(opt.state_dict()["state"]) == [1]
+    assert 0 < opt.bytes_per_parameter()["masters"] < whole["masters"]
+    assert torch.equal(opt.get_fp32_model_state_dict(model)["weight"], model.weight.float())
+    assert list(copy.deepcopy(opt).state_dict()["state"]) == [1]
+    step()
+    assert opt.state[model.weight]["step"] == 1 and opt.state[model.bias]["step"] == 2
+    assert opt.bytes_per_parameter() == whole
+
+
 def test_options_beside_a_learning_rate_in_a_tensor_are_looked_at():
     p = nn.Parameter(torch.ones(8))
     opt = FlashAdamW([p], lr=torch.tensor(1e-2))
