@@ -29,7 +29,7 @@ from .buckets import LIVE_OPTIMIZERS, ParamBucket, build_buckets, cached_buckets
 from .checks import (
     OptionError, ParametersError, as_param_list, called, check_gradient, check_group_form, check_group_names, check_options,
     check_parameters, check_shared, check_states, check_taken)
-from .states import error_bit_width, error_bits_of, read_state, write_state
+from .states import error_bit_width, error_bits_of, read_state, state_of, write_state
 from .codec import SCALE_MAX
 from .shards import local
 from .gradients import GradScaling, compute_grad_scaling, looks_at_gradients
@@ -442,9 +442,9 @@ def __getstate__(self: FlashOptimizer):
             if k in self.options or k in ("grad_norm", "skipped_steps", "_made_for", "_next_clip")} | coming
     kept |= Optimizer.__getstate__(self) | {"release": None, "_largest": {}, "_cached": {}}
     kept["state"] = dict(self.state)
-    for p, state in self.state.items():  # a copy alone has no cast to begin at
-        if "error_bits" in (state or {}) or (bits := error_bits_of(self, p)) is None: continue
-        kept["state"][p] = (state or {}) | {"error_bits": bits.clone()}
+    for p in self.state:  # a copy alone has no cast to begin at
+        if "error_bits" in (state := state_of(self, p)) or (bits := error_bits_of(self, p)) is None: continue
+        kept["state"][p] = state | {"error_bits": bits.clone()}
     return kept
 
 @patch
@@ -606,7 +606,7 @@ def check_scales(
     work: Iterable,  # pairs of a group and those of its parameters that step
 ):
     "Raises `NumericsError` where a quantized moment has left its format's range."
-    scales = [(p, k, local(t)) for _, params in work for p in params for k, t in (opt.state.get(p) or {}).items()
+    scales = [(p, k, local(t)) for _, params in work for p in params for k, t in state_of(opt, p).items()
               if k.endswith("::scales") and local(t).numel()]
     largest = [float(t.max()) for _, _, t in scales]
     if found := [(p, k) for (p, k, _), size in zip(scales, largest) if size >= SCALE_MAX]:
@@ -635,7 +635,7 @@ def resident_bytes(
             n += p.numel()
             total["weights"] += p.numel() * p.element_size()
             total["gradients"] += 0 if p.grad is None else p.grad.numel() * p.grad.element_size()
-            for key, t in (opt.state.get(p) or {}).items():
+            for key, t in state_of(opt, p).items():
                 if not isinstance(t, torch.Tensor): continue  # its user's
                 kind = "masters" if key == "error_bits" else "scales" if key.endswith("::scales") else "states"
                 if key != "step" and t.device != p.device: kind = "host"

@@ -20,7 +20,7 @@ from .backend import HAS_TRITON, INTERPRETED
 from .checks import check_options, overlapping, overlaps_itself, placements_of
 from .multi_tensor import TYPES, GradPointers, TensorList, Operands
 from .shards import first_place, like, local
-from .states import new_state, state_kinds, state_operands
+from .states import new_state, state_kinds, state_of, state_operands
 # importable from here, as models pickled by earlier versions look it up
 from .checks import GradientError, OptionError, ParametersError
 from .states import CastError
@@ -73,7 +73,7 @@ def own_states(
     counters = {}
     for n, (group, params) in enumerate(pairs):
         for p in params:
-            state, kinds = opt.state.get(p) or {}, state_kinds(opt, group, p)
+            state, kinds = state_of(opt, p), state_kinds(opt, group, p)
             own = {k: _in_a_row(state[k], uses[id(state[k])] > 1) for k in kinds if k in state}
             # without its moments a state starts anew
             step = state.get("step") if own.keys() - {"error_bits"} or kinds.keys() <= {"error_bits"} else None

@@ -31,7 +31,7 @@ from .base import explained
 from .checks import extent
 from .buckets import LIVE_OPTIMIZERS
 from .multi_tensor import device_guard
-from .states import cast_error_of, first_error_bits, stash_cast_error
+from .states import cast_error_of, first_error_bits, stash_cast_error, state_of
 from .shards import like, local
 
 # %% ../../nbs/optim/13_cast.ipynb #125f2b2c
@@ -240,7 +240,7 @@ def _beside(p):
     "What is known of a parameter's lower bits before its first step: kept by a cast, or in a state that a state dict began."
     if (kept := cast_error_of(p)) is not None: return [kept.error_bits, kept.fold]
     return [state["error_bits"] for opt in LIVE_OPTIMIZERS
-            if (state := opt.state.get(p)) and "error_bits" in state and not state["step"]]
+            if "error_bits" in (state := state_of(opt, p)) and not state["step"]]
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from ..base.errors import UserError, is_number
 from .shards import local, scale_count
 from .split import HALF_FORMATS
-from .states import cast_error_of, state_device, state_kinds
+from .states import cast_error_of, state_device, state_kinds, state_of
 
 # %% ../../nbs/optim/18_checks.ipynb #c8225618
 class OptionError(UserError, ValueError):
@@ -164,7 +164,7 @@ def check_states(
         if opt._update_one is not None and isinstance(p, DTensor):
             raise OptionError(f"{called(opt, p)} is sharded: {type(opt).__name__} steps whole "
                               "parameters in their shapes, of which a rank has a part; train it without FSDP2")
-        if not isinstance(state := opt.state.get(p) or {}, dict):
+        if not isinstance(state := state_of(opt, p), dict):
             raise OptionError(f"the state of {called(opt, p)} is a {type(state).__name__}: a "
                               "dict is needed, an empty one to start anew")
         kinds, shapes, homes = state_kinds(opt, group, p), opt._state_shapes(p), {p.device, state_device(opt, p)}

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from .shards import like, local
 from .split import HALF_FORMATS, compute_ecc_bits, decode
 from .state_dict import StateError, check_at_home
-from .states import error_bit_width, first_error_bits, new_state, widened_error_bits
+from .states import error_bit_width, first_error_bits, new_state, state_of, widened_error_bits
 
 # %% ../../nbs/optim/23_fp32_weights.ipynb #2025f3d0
 def _memory(t):
@@ -104,7 +104,7 @@ def fp32_weights(
 ) -> dict[str, torch.Tensor]:  # names as in model.state_dict(), new tensors
     "The model's state dict in fp32, masters joined with their error bits; what is not floating point stays."
     check_at_home(opt)
-    kept = {p: state["error_bits"] for p, state in opt.state.items() if state and state.get("error_bits") is not None}
+    kept = {p: error_bits for p in opt.state if (error_bits := state_of(opt, p).get("error_bits")) is not None}
     known = {_memory(p): (error_bits, opt._made_for.get(p, p.dtype)) for p, error_bits in kept.items()}
     entries = model.state_dict(keep_vars=True)
     own = _own(opt)
@@ -144,7 +144,7 @@ def _taken(t, new, name):
 # %% ../../nbs/optim/23_fp32_weights.ipynb #7580936e
 def _split(opt, t, wide, taken, name):
     "The error bits to go beside an entry; None where none are kept."
-    error_bits, made_for = (opt.state.get(t) or {}).get("error_bits"), opt._made_for.get(t, t.dtype)
+    error_bits, made_for = state_of(opt, t).get("error_bits"), opt._made_for.get(t, t.dtype)
     if error_bits is None: bits = error_bit_width(t.dtype, opt.master_weight_bits)
     elif (error_bits.shape, made_for) == (t.shape, t.dtype): bits = 8 * error_bits.element_size()
     else: raise StateError(f"{name} is {t.dtype} {tuple(t.shape)} now and its state was made for {made_for} weights "
@@ -205,12 +205,12 @@ def set_fp32_weights(
     for name, t in entries.items():
         local(t.detach()).copy_(given[name][1])
         if (error_bits := beside.get(name)) is None: continue
-        if not opt.state.get(t): begin(t)
+        if not state_of(opt, t): begin(t)
         if "error_bits" in opt.state[t]: local(opt.state[t]["error_bits"]).copy_(error_bits)
         else: opt.state[t]["error_bits"] = like(t, error_bits)
     for t in entries.values(): first_error_bits(t, None)  # of the weights that were there before
     # all or none: torch.distributed.checkpoint takes what has no state beside what has one for never trained
     for p in groups if counters else ():
-        if p.requires_grad and not opt.state.get(p): begin(p)
+        if p.requires_grad and not state_of(opt, p): begin(p)
     opt._largest = {}
     opt.invalidate()

@@ -27,7 +27,7 @@ from .buckets import identical
 from .checks import Arrival, ReleaseError, called, check_free, releaser
 from .gradients import GradScaling, grad_scaling, looks_at_gradients, over_all, sharding, sum_of_squares
 from .shards import local, over_shards
-from .states import at_rest, scale_moments
+from .states import at_rest, scale_moments, state_of
 
 # %% ../../nbs/optim/12_release.ipynb #3f81c0d7
 def in_nested_backward() -> bool:
@@ -244,11 +244,11 @@ def _shards(self: GradientReleaseHandle) -> list[torch.Tensor]:
 def _agree(self: GradientReleaseHandle, shards: list[torch.Tensor]):
     """All shards of a parameter count alike:
     one that was left as it is, or is empty, counts what the others counted."""
-    alike, state = {}, self.optimizer.state
+    alike = {}
     for p in shards: alike.setdefault(sharding(p), []).append(p)
     for params in alike.values():
         zero = torch.zeros((), dtype=torch.float32, device=params[0].device)
-        own = [(state.get(p) or {}).get("step", zero) for p in params]
+        own = [state_of(self.optimizer, p).get("step", zero) for p in params]
         torch._foreach_copy_(own, list(over_shards(torch.stack(own), params[0], dist.ReduceOp.MAX).unbind()))
 
 # %% ../../nbs/optim/12_release.ipynb #0dda4411

@@ -21,7 +21,7 @@ from .split import CODE_DTYPE, HALF_FORMATS, compute_ecc_bits, decode
 from .buckets import own_states
 from .checks import called, wrong_decay
 from .rounding import ROUNDINGS
-from .states import error_bit_width, error_bits_of, first_error_bits, state_device, state_kinds
+from .states import error_bit_width, error_bits_of, first_error_bits, state_device, state_kinds, state_of
 from .shards import from_shard, held, like, local, scale_shape, scales_like
 
 # %% ../../nbs/optim/09_state_dict.ipynb #e9813702
@@ -69,7 +69,7 @@ def _exported(
 def _begins(opt, group, p):
     """Whether a parameter's state begins, or is made whole, when it is saved: something was taken out of it,
     or the cast kept what it rounded away, which only a state can carry, and no state has it yet."""
-    state = opt.state.get(p) or {}
+    state = state_of(opt, p)
     if state and {"step", *state_kinds(opt, group, p)} - {"error_bits"} - state.keys(): return True
     return "error_bits" not in state and error_bits_of(opt, p) is not None
 
