@@ -66,7 +66,8 @@ class GradientReleaseHandle:
             self.clip = self._clip_after(grad_scaling(optimizer.grad_norm.detach().float().square(), optimizer.max_norm))
         self._seen: dict[torch.Tensor, int] = {}  # the same parameters, and the backward pass that released each
         self._groups: dict[torch.Tensor, dict] = {}  # each parameter's group, as this backward pass found them
-        self._options: list[tuple[dict, list]] = []  # of `_options_of`: what the passes since step() step by
+        self._options: list[tuple[dict, list]] = []  # of `_options_of`: what this backward pass steps by
+        self._changed: tuple | None = None  # of `_change`: what earlier passes of the step had stepped by
         self._units: dict = {}  # sharded parameters, and what gathers and reduces each (of FSDP2)
         self._streams: set = set()  # on which hooks have stepped, and which nobody has waited for
         # the backward pass, squares before it, whether it has not ended
@@ -128,6 +129,30 @@ def _options_of(opt: FlashOptimizer) -> list[tuple[dict, list]]:
     whole = [getattr(opt, name) for name in _WHOLE]
     return [(group, [*(_value(group.get(name)) for name in opt.defaults), *whole]) for group in opt.param_groups]
 
+# %% ../../nbs/optim/12_release.ipynb #6d1f0a32
+_CHANGED = ("gradient release: {} was changed after the backward pass, which had stepped by {} already; now it is {}: "
+            "change it before the backward pass, or after step() as a scheduler does")
+
+
+@patch
+def _change(self: GradientReleaseHandle) -> tuple | None:  # what `_CHANGED` says; words would wait for a GPU's rate
+    "An option that was changed after a backward pass of this step had stepped by it, and what it was and is."
+    if not self._seen: return None
+    if self._changed: return self._changed
+    found, groups = _options_of(opt := self.optimizer), self._groups
+    stayed = all(groups.get(p, group) is group for group in opt.param_groups for p in group["params"])
+    if stayed and identical(found, self._options): return None
+    before = {id(group): options for group, options in self._options}
+    for i, (group, options) in enumerate(found):
+        # what was stepped may be in other groups by now
+        for old in {id(groups.get(p)) for p in group["params"] if p in self._seen}:
+            for name, now, then in zip((*opt.defaults, *_WHOLE), options, before.get(old, options)):
+                if now == then: continue
+                own = name in opt.defaults
+                return (f"{name}{f' of group {i}' * own}", "the old one" if isinstance(now, tuple) else then,
+                        group[name] if own else now)
+    return None
+
 # %% ../../nbs/optim/12_release.ipynb #8c6b17f1
 @patch
 @torch.compiler.disable
@@ -144,8 +169,9 @@ def _begin(self: GradientReleaseHandle, task: int):
                            "(gradient_checkpointing_kwargs in Hugging Face's Trainer)")
     self._forget_failed()
     self._task, self._mark, self._running = task, len(self._squares), True
+    self._changed = self._change()  # by which the passes before stepped; this one steps by what is there now
     self._groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
-    if not self._seen: self._options = _options_of(self.optimizer)  # of the first pass before step()
+    self._options = _options_of(self.optimizer)
     if self.optimizer._host is not None: self.optimizer._host.begin()
     torch.autograd.Variable._execution_engine.queue_callback(self._ended)
 
@@ -307,33 +333,11 @@ _SECOND = ("gradient release: a second backward pass over the same parameters be
            "have been added up, and the first were used already: "
            "wrap all but the last in `with handle.accumulate():`, call step() after each, or freeze with "
            "requires_grad_(False) what a pass is not to train")
-
-
 @patch
 def _refuse_second(self: GradientReleaseHandle, params: Iterable[torch.Tensor] = ()):
     "Refuses a second backward pass and drops its gradients, which no later `step()` is to take."
     for p in params: p.grad = None
     raise ReleaseError(_SECOND)
-
-@patch
-def _check_options(
-    self: GradientReleaseHandle,
-    seen: Iterable[torch.Tensor],  # what the backward pass stepped, which may be in other groups by now
-):
-    "Raises `ReleaseError` for options that were changed after the backward pass had stepped by them."
-    found, groups = _options_of(opt := self.optimizer), self._groups
-    stayed = all(groups.get(p, group) is group for group in opt.param_groups for p in group["params"])
-    if stayed and identical(found, self._options): return
-    before = {id(group): options for group, options in self._options}
-    for i, (group, options) in enumerate(found):
-        for old in {id(groups.get(p)) for p in group["params"] if p in seen}:
-            for name, now, then in zip((*opt.defaults, *_WHOLE), options, before.get(old, options)):
-                if now == then: continue
-                own = name in opt.defaults
-                raise ReleaseError(f"gradient release: {name}{f' of group {i}' * own} was changed after the backward pass, "
-                                   f"which had stepped by {then if not isinstance(now, tuple) else 'the old one'} already; "
-                                   f"now it is {group[name] if own else now}: change it before the backward pass, or after "
-                                   "step() as a scheduler does")
 
 # %% ../../nbs/optim/12_release.ipynb #065e379f
 @patch
@@ -355,10 +359,10 @@ def _finish(self: GradientReleaseHandle):
             if p.grad is not None: self._release(p, group)
     if opt._host is not None: opt._host.finish()
     self._close(len(self._squares))
-    seen, repeated = self._seen, self._repeated
-    self._seen, self._stepped, self._repeated = {}, True, False
+    repeated, changed = self._repeated, self._change()
+    self._seen, self._stepped, self._repeated, self._changed = {}, True, False, None
     if repeated: self._refuse_second()
-    if seen: self._check_options(seen)
+    if changed: raise ReleaseError(_CHANGED.format(*changed))
 
 # %% ../../nbs/optim/12_release.ipynb #e2bab406
 @patch
@@ -383,7 +387,7 @@ def _arrived(
         if self._stepped: self._refuse_second([p])
         self._close(self._mark)  # a loop without step(): the backward pass before was a step
         self._seen, self._repeated = {q: t for q, t in self._seen.items() if t == task}, True
-        self._options = _options_of(self.optimizer)
+        self._changed = None  # between two steps
     self._seen[p] = task
     self._release(p, group)
 

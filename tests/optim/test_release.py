@@ -578,6 +578,36 @@ def test_what_steps_go_by_and_is_changed_between_backward_and_step_is_refused(ch
     m(2).backward(); opt.step()  # by what it is now
 
 
+def in_parts(release=True):
+    "Two layers in groups of their own, each with a backward pass of its own before `step()`."
+    torch.manual_seed(0)
+    net = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    opt = FlashAdamW([dict(params=layer.parameters()) for layer in net], lr=1e-2)
+    if release: enable_gradient_release(net, opt)
+    return net, opt, lambda i: net[i](torch.ones(2, 4)).square().sum().backward()
+
+
+def test_a_group_that_was_replaced_after_the_pass_that_stepped_it_is_refused_after_further_passes_too():
+    net, opt, backward = in_parts()
+    for _ in range(2): backward(0); backward(1); opt.step()
+    backward(0)
+    opt.param_groups[0] = opt.param_groups[0] | dict(lr=0.5)
+    backward(1)
+    with pytest.raises(ReleaseError, match="lr of group 0 was changed .* stepped by 0.01 already; now it is 0.5"): opt.step()
+    backward(0); backward(1); opt.step()  # by what it is now
+
+
+def test_a_rate_may_be_set_until_the_first_pass_that_steps_by_it():
+    (a, o, whole), (b, r, released) = in_parts(release=False), in_parts()
+    for n in range(3):
+        for opt, backward in (o, whole), (r, released):
+            for i in range(2):
+                opt.param_groups[i]["lr"] = 0.1 / (1 + n + i)
+                backward(i)
+            opt.step(); opt.zero_grad()
+    assert equal(a, b)
+
+
 def test_what_no_step_goes_by_may_change_between_backward_and_step():
     m = Model()
     opt = FlashAdamW([dict(params=m.parameters(), name="all")], lr=1e-2)
