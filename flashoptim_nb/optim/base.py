@@ -606,11 +606,11 @@ def check_scales(
     work: Iterable,  # pairs of a group and those of its parameters that step
 ):
     "Raises `NumericsError` where a quantized moment has left its format's range."
-    scales = [(p, k, local(t)) for _, params in work for p in params for k, t in state_of(opt, p).items()
-              if k.endswith("::scales") and local(t).numel()]
+    scales = [(p, key, local(t)) for _, params in work for p in params for key in opt.moments
+              if (t := state_of(opt, p).get(f"{key}::scales")) is not None and local(t).numel()]
     largest = [float(t.max()) for _, _, t in scales]
-    if found := [(p, k) for (p, k, _), size in zip(scales, largest) if size >= SCALE_MAX]:
-        raise NumericsError(f"{found[0][1].partition('::')[0]} of {called(opt, found[0][0])} "
+    if found := [(p, key) for (p, key, _), size in zip(scales, largest) if size >= SCALE_MAX]:
+        raise NumericsError(f"{found[0][1]} of {called(opt, found[0][0])} "
                             f"is at {SCALE_MAX:.0f}, the largest it can be in 8 bits: gradients are too large; scale "
                             "the loss down, or keep fp32 moments with quantize=False")
 

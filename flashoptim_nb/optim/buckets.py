@@ -20,7 +20,7 @@ from .backend import HAS_TRITON, INTERPRETED
 from .checks import check_options, overlapping, overlaps_itself, placements_of
 from .multi_tensor import TYPES, GradPointers, TensorList, Operands
 from .shards import first_place, like, local
-from .states import new_state, state_kinds, state_of, state_operands
+from .states import moment_keys, new_state, state_kinds, state_of, state_operands
 # importable from here, as models pickled by earlier versions look it up
 from .checks import GradientError, OptionError, ParametersError
 from .states import CastError
@@ -86,8 +86,8 @@ def own_states(
             if any(state.get(k) is not t for k, t in own.items()): state.update(own)
             # of a group that was given another algorithm; one that keeps none for now may take its own up again
             if mine := opt._moments_of(group):
-                others = opt.moments.keys() - mine.keys()
-                for k in [k for k in state if k.partition("::")[0] in others]: del state[k]
+                for key in opt.moments.keys() - mine.keys():
+                    for k in moment_keys(key): state.pop(k, None)
             opt._made_for.setdefault(p, p.dtype)
 
 # %% ../../nbs/optim/07_buckets.ipynb #3f9c7202

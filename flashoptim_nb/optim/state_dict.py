@@ -21,7 +21,7 @@ from .split import CODE_DTYPE, HALF_FORMATS, compute_ecc_bits, decode
 from .buckets import own_states
 from .checks import called, wrong_decay
 from .rounding import ROUNDINGS
-from .states import error_bit_width, error_bits_of, first_error_bits, state_device, state_kinds, state_of
+from .states import error_bit_width, error_bits_of, first_error_bits, moment_keys, state_device, state_kinds, state_of
 from .shards import from_shard, held, like, local, scale_shape, scales_like
 
 # %% ../../nbs/optim/09_state_dict.ipynb #e9813702
@@ -126,11 +126,11 @@ def _viewed(t, dtype):
     return from_shard(view, t.device_mesh, t.placements, t.shape, t.stride()) if isinstance(t, DTensor) else view
 
 
-def _public(state, p):
-    "A parameter's state in the public package's layout."
-    out = state | {"step": state["step"].long()}
+def _public(opt, state, p):
+    "A parameter's state in the public package's layout; what its user put there stays as it is."
+    out, scales = state | {"step": state["step"].long()}, {f"{key}::scales" for key in opt.moments}
     for key, t in state.items():
-        if key.endswith("::scales") and p.dtype == torch.bfloat16: out[key] = _viewed(t, p.dtype)
+        if key in scales and p.dtype == torch.bfloat16: out[key] = _viewed(t, p.dtype)
         if key == "error_bits": out[key] = t.to(p.dtype) if t.dtype == torch.int8 else _viewed(t, p.dtype)
     return out
 
@@ -155,7 +155,7 @@ def saved_public_state(opt) -> dict:
             "initial_lr": float(group["lr"]), **group, **reference, "master_bytewidth": width, "quantize": opt.quantize}
         out["param_groups"][n] = group
         for i, p in zip(group["params"], own["params"]):
-            if i in out["state"]: out["state"][i] = _public(out["state"][i], p)
+            if i in out["state"]: out["state"][i] = _public(opt, out["state"][i], p)
     return out
 
 # %% ../../nbs/optim/09_state_dict.ipynb #a9db8495
@@ -425,7 +425,7 @@ def _states(opt, groups, saved, options):
         _check_ranks(origin, own, [(saved[i], p) for i, p in zip(g["params"], own["params"]) if saved.get(i)],
                      f"group {n} of the state dict")
         for i, p in ((i, p) for i, p in zip(g["params"], own["params"]) if saved.get(i)):
-            if any(key.startswith("exp_avg_sq") for key in saved[i]) and "exp_avg_sq" not in opt.moments:
+            if "exp_avg_sq" not in opt.moments and not saved[i].keys().isdisjoint(moment_keys("exp_avg_sq")):
                 raise StateError(f"parameter {i} has a second moment, which {type(opt).__name__} does not keep: "
                                  "this is the state of another kind of optimizer")
             t = _steps(saved[i], where := f"parameter {i}")
@@ -433,16 +433,14 @@ def _states(opt, groups, saved, options):
             states[p] = {"step": step} | _error_bits(opt, p, saved[i], origin, where)
             # a group whose momentum is 0 for now may take its own up again
             moments = opt._moments_of(own | options[n]) or [
-                key for key in opt.moments if any(name.partition("::")[0] == key and saved[i][name] is not None
-                                                  for name in saved[i])]
+                key for key in opt.moments if any(saved[i].get(name) is not None for name in moment_keys(key))]
             for key in moments: states[p] |= _moment(opt, p, saved[i], key, origin, where)
             for key, shape in opt._state_shapes(p).items():
                 _check_saved(saved[i].get(key), p, shape, None, f"{where}: {key}")
                 states[p][key] = saved[i][key].detach().to(
                     state_device(opt, p), torch.float32, copy=True).contiguous()
-            known = {"step", "error_bits", *opt.moments, *opt._state_shapes(p)}
-            states[p] |= {key: _copied(x, p.device) for key, x in saved[i].items()  # its user's
-                          if key.partition("::")[0] not in known}
+            known = {"step", "error_bits", *opt._state_shapes(p), *(name for key in opt.moments for name in moment_keys(key))}
+            states[p] |= {key: _copied(x, p.device) for key, x in saved[i].items() if key not in known}  # its user's
     return states
 
 # %% ../../nbs/optim/09_state_dict.ipynb #05f7f888

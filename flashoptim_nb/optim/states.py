@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['state_of', 'error_bit_width', 'CastError', 'cast_error_of', 'stash_cast_error', 'first_error_bits',
-           'widened_error_bits', 'error_bits_of', 'state_kinds', 'state_device', 'new_state', 'state_operands',
-           'read_state', 'write_state', 'scale_moments', 'at_rest']
+           'widened_error_bits', 'error_bits_of', 'moment_keys', 'state_kinds', 'state_device', 'new_state',
+           'state_operands', 'read_state', 'write_state', 'scale_moments', 'at_rest']
 
 # %% ../../nbs/optim/17_states.ipynb #5a7e0003
 import warnings
@@ -142,6 +142,13 @@ def error_bits_of(
     "The error bits of a parameter as they are: its state's, or before its first step what the cast kept."
     if (kept := state_of(opt, p).get("error_bits")) is not None: return kept
     return first_error_bits(p, error_bit_width(p.dtype, getattr(opt, "master_weight_bits", None)), keep=True)
+
+# %% ../../nbs/optim/17_states.ipynb #6d1f0a41
+def moment_keys(
+    key: str,  # of `FlashOptimizer.moments`
+) -> tuple[str, str, str]:
+    "Names under which a moment may be kept: as values in fp32, or as codes and their scales. Others are the user's own."
+    return key, f"{key}::quantized", f"{key}::scales"
 
 # %% ../../nbs/optim/17_states.ipynb #91b4d0e7
 def state_kinds(

@@ -250,6 +250,19 @@ def test_a_resumed_run_is_an_uninterrupted_one(device, how):
         for key, t in opt.state[p].items(): assert torch.equal(t, second.state[q][key]), key
 
 
+def test_a_group_that_is_given_another_algorithm_lets_go_of_the_moments_of_the_old_and_of_nothing_else():
+    p = nn.Parameter(torch.ones(16, 16))
+    opt = FlashMuon([dict(params=[p], algorithm="adamw")])
+    for algorithm in "adamw", "muon":
+        opt.param_groups[0]["algorithm"] = algorithm
+        p.grad = torch.ones_like(p)
+        opt.step()
+        opt.state[p]["exp_avg::mine"] = 7
+    assert opt.state[p].keys() == {"step", "momentum_buffer::quantized", "momentum_buffer::scales", "exp_avg::mine"}
+    p.grad = torch.ones_like(p); opt.step()
+    assert opt.state[p]["exp_avg::mine"] == 7
+
+
 def test_a_vector_is_refused_and_nothing_is_changed():
     layer = nn.Linear(4, 3)
     for bad in layer.parameters(), [layer.bias], [dict(params=[nn.Parameter(torch.ones(2, 3, 4))])]:

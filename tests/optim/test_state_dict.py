@@ -1036,6 +1036,31 @@ def test_what_its_user_put_into_a_state_comes_back_as_it_does_in_torch(kind):
     for p, q in zip(params, again.param_groups[0]["params"]): assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_its_user_put_into_a_state_may_be_named_after_what_is_there(kind):
+    "It is told from the optimizer's own by its whole name."
+    cls, options = KINDS[kind]
+    params, opt = stepped(cls, **options)
+    names = [f"{name}::mine" for name in ("step", "error_bits", "momentum_buffer", "exp_avg", "exp_avg_sq")]
+    mine = dict.fromkeys([*names, "mine::scales"], torch.linspace(0, 1, 5)) | {"more::scales": "of no tensor"}
+    opt.state[params[0]] |= mine
+    take_steps(params, opt, 1)
+    public = on_disk(opt.public_state_dict())
+    for saved in on_disk(opt.state_dict()), public:
+        again = cls(copies(params), lr=1e-3, **options)
+        again.load_state_dict(saved)
+        for kept in saved["state"][0], again.state[again.param_groups[0]["params"][0]]:
+            assert kept["more::scales"] == mine["more::scales"]
+            for name in [*names, "mine::scales"]: assert torch.equal(kept[name], mine[name]), name
+
+
+def test_what_its_user_calls_scales_is_no_moments():
+    params, opt = stepped(FlashAdamW, check_numerics=True)
+    opt.state[params[0]] |= {"mine::scales": torch.full((3,), 1e6), "more::scales": "of no tensor"}
+    take_steps(params, opt, 1)
+    assert opt.state[params[0]]["step"] == 5
+
+
 def test_fp32_weights_begin_the_states_of_all_that_is_trained():
     cast_model(model := nn.Sequential(nn.Linear(33, 8), nn.BatchNorm1d(8), nn.Linear(8, 2).requires_grad_(False)))
     opt = FlashAdamW(model.parameters(), lr=1e-3)
