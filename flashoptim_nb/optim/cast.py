@@ -240,7 +240,7 @@ def _beside(p):
     "What is known of a parameter's lower bits before its first step: kept by a cast, or in a state that a state dict began."
     if (kept := cast_error_of(p)) is not None: return [kept.error_bits, kept.fold]
     return [state["error_bits"] for opt in LIVE_OPTIMIZERS
-            if "error_bits" in (state := state_of(opt, p)) and not state["step"]]
+            if "error_bits" in (state := state_of(opt, p)) and not state.get("step")]  # without a counter it begins at 0
 
 
 @torch.no_grad()

@@ -463,13 +463,20 @@ def spread(t):
     dist.broadcast(other, 0)
     return (t != other).sum().item()
 
-def trained(cast=cast_model, ignored=(), early=False):
+def early(opt, model): opt.state_dict()  # as Accelerate asks for
+
+def without_counters(opt, model):
+    "Lower bits are in the states alone, which have not begun to count."
+    opt.set_fp32_model_state_dict(model, opt.get_fp32_model_state_dict(model))
+    for state in opt.state.values(): del state["step"]
+
+def trained(cast=cast_model, ignored=(), before=lambda opt, model: None):
     torch.manual_seed(rank)
     model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)).to(kind)
     cast(model)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     opt = FlashAdamW(model.parameters(), lr=1e-5)
-    if early: opt.state_dict()  # as Accelerate asks for
+    before(opt, model)
     DistributedDataParallel(model)
     whole = torch.cat([t.flatten() for t in opt.get_fp32_model_state_dict(model).values()])
     for n in range(20):
@@ -477,8 +484,8 @@ def trained(cast=cast_model, ignored=(), early=False):
         opt.step()
     return {name: spread(t) for name, t in opt.get_fp32_model_state_dict(model).items()}, whole
 
-for early in False, True:
-    apart, begun = trained(early=early)
+for before in lambda opt, model: None, early, without_counters:
+    apart, begun = trained(before=before)
     assert not any(apart.values()) and (begun != begun.bfloat16()).any(), apart
 for some in lambda model: cast_model(model, masters=rank == 0), lambda model: cast_model(model) if rank == 0 else model.bfloat16():
     assert not any(trained(some)[0].values())  # none has any
