@@ -211,6 +211,19 @@ before, counted = shards(m), counters(m, opt)
 train(m, opt, 1, torch.float32, handle, first=4, on=lambda loss: loss * torch.nan if rank else loss)
 assert all(map(torch.equal, before, shards(m))) and torch.equal(counted, counters(m, opt)) and int(opt.skipped_steps) == 2
 
+# a state of None is none: a parameter that a pass leaves out stays without one, and one that steps begins anew,
+# on one rank by itself with the count of the others
+m = sharded(torch.float32); opt = FlashAdamW(m.parameters(), lr=1e-2, max_norm=1.0)
+left, anew, alone, wanted = m.a.weight, m.b.weight, m.c.weight, True
+handle = enable_gradient_release(m, opt, pre_step=lambda p, group: wanted or p is not left)
+train(m, opt, 2, torch.float32, handle)
+for p in left, anew, *[alone] * (rank == 0): opt.state[p] = None
+wanted = False; train(m, opt, 1, torch.float32, handle, first=2)
+assert opt.state[left] is None
+for p in {*m.parameters()} - {left}: assert opt.state[p]["step"] == (1 if p is anew else 3), (p.shape, opt.state[p]["step"])
+wanted = True; train(m, opt, 1, torch.float32, handle, first=3)
+assert counters(m, opt).tolist() == [1.0 if p is left else 2.0 if p is anew else 4.0 for p in m.parameters()], counters(m, opt)
+
 # parameters that are sharded and parameters that are not, in one optimizer: each counts once in the norm of either step
 torch.manual_seed(0)
 whole, cut = nn.Linear(6, 6).to(kind), nn.Linear(6, 6).to(kind)
