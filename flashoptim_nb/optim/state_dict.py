@@ -404,12 +404,12 @@ def _copied(x, device):
     return type(x)(_copied(value, device) for value in x) if type(x) in (list, tuple) else x
 
 # %% ../../nbs/optim/09_state_dict.ipynb #f9a13cea
-def _check_ranks(origin, own, saved, where):
+def _check_ranks(opt, origin, own, saved, where):
     "Raises `StateError` for eight-bit moments whose groups of 32 another number of ranks cuts elsewhere."
     ranks = origin.ranks, _ranks_of(own)
     if None in ranks or ranks[0] == ranks[1]: return
     for state, p in saved:
-        if not p.dim() or not p.numel() or not any(key.endswith("::scales") for key in state): continue
+        if not p.dim() or not p.numel() or not any(f"{key}::scales" in state for key in opt.moments): continue
         shards = [-(-len(p) // n) * (p.numel() // len(p)) for n in ranks]
         if any(n % GROUP and n < p.numel() for n in shards):
             raise StateError(f"{where} was saved over {ranks[0]} ranks and is loaded over {ranks[1]}, and a parameter of "
@@ -422,7 +422,7 @@ def _states(opt, groups, saved, options):
     counters, states = {}, {}  # a counter belongs to one group: each group that steps advances its own
     for n, (g, own) in enumerate(zip(groups, opt.param_groups)):
         origin = _origin(g, f"group {n} of the state dict")
-        _check_ranks(origin, own, [(saved[i], p) for i, p in zip(g["params"], own["params"]) if saved.get(i)],
+        _check_ranks(opt, origin, own, [(saved[i], p) for i, p in zip(g["params"], own["params"]) if saved.get(i)],
                      f"group {n} of the state dict")
         for i, p in ((i, p) for i, p in zip(g["params"], own["params"]) if saved.get(i)):
             if "exp_avg_sq" not in opt.moments and not saved[i].keys().isdisjoint(moment_keys("exp_avg_sq")):
@@ -572,7 +572,7 @@ def deal_anew(
             kept = dict(state.get(i, ()))
             for key, t in [*kept.items()]:
                 name = key.removesuffix("::quantized")
-                if name != key:
+                if name != key and name in getattr(opt, "moments", ()):
                     kept[key], kept[f"{name}::scales"] = _regrouped(p, t, kept[f"{name}::scales"], ranks, companded)
                 elif isinstance(t, torch.Tensor) and t.shape == p.shape and t.dim(): kept[key] = dealt(p, t)
             state[i] = kept

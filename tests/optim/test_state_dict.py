@@ -863,11 +863,12 @@ def test_averages_in_the_weights_place_are_not_stepped():
         opt.step_param(model.weight)
 
 
-@pytest.mark.parametrize("rows, fits", [(96, False), (128, True), (24, True)])
-def test_groups_of_codes_that_another_number_of_ranks_cuts_are_refused(monkeypatch, rows, fits):
+@pytest.mark.parametrize("rows, codes, fits", [(96, True, False), (128, True, True), (24, True, True), (96, False, True)])
+def test_groups_of_codes_that_another_number_of_ranks_cuts_are_refused(monkeypatch, rows, codes, fits):
     p = torch.nn.Parameter(torch.ones(rows, 1 if rows > 24 else 64))
-    opt = FlashAdamW([p])
+    opt = FlashAdamW([p], compress_state_dict=codes)
     ones_stepped(opt, p, 1)
+    opt.state[p]["mine::scales"] = 7  # its user's, in groups of nothing
     monkeypatch.setattr(state_dict, "_ranks_of", lambda group: 2)
     saved = copy.deepcopy(opt.state_dict())
     assert saved["param_groups"][0]["state_format"].endswith("ranks=2")
