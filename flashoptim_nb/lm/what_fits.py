@@ -210,7 +210,7 @@ def _answer(found: dict) -> str:
     mildest = min(fitting, key=_cost)
     chosen = f"Of the ways that fit, this gives up least: {_row_words(mildest)}"
     if "seq" not in found: return f"{chosen} ({_given_up(mildest)}). Activations come on top."
-    most = max(fitting, key=lambda row: row["micro"])
+    most = min(fitting, key=lambda row: (-row["micro"], _cost(row)))
     largest = f"Largest micro-batch: {most['micro']}, by {_row_words(most)}."
     chosen += f", micro-batch up to {mildest['micro']} ({_given_up(mildest)})."
     return f"Micro-batch {found['micro']} fits. {chosen} {largest}" if found["micro"] else f"{largest} {chosen}"

@@ -170,7 +170,7 @@ class FlashOptimizer(Optimizer):
         check_numerics: bool = False,  # refuse lost steps, gradients and moments out of range; waits for the GPU
         decouple_lr: bool = False,  # decay by weight_decay * lr / first lr, so that the two are chosen apart
         max_norm: float | None = None,  # clip to this global gradient norm inside the step; None: no clipping
-        # leave out a step with NaN or infinity; None: where the norm is formed anyway
+        # leave out a step with NaN or infinity; None: where `max_norm` forms the norm, beside which it cannot be False
         skip_nonfinite: bool | None = None,
         companded: bool = True,  # the paper's 8-bit code; False: a linear one, for comparison
         # states and error bits in the host's pinned memory, streamed through each step: for models that do not fit
@@ -189,6 +189,10 @@ class FlashOptimizer(Optimizer):
                      fused=fused, check_numerics=check_numerics, decouple_lr=decouple_lr, max_norm=max_norm,
                      skip_nonfinite=skip_nonfinite, companded=companded, offload_states=offload_states,
                      rounding=rounding)
+        if max_norm is not None and skip_nonfinite is False:
+            raise OptionError(f"skip_nonfinite=False beside max_norm={max_norm!r}, which passes over steps with NaN or "
+                              "infinity, for nothing can be clipped by their norm: leave it out, or clip in the loop "
+                              "with torch.nn.utils.clip_grad_norm_")
         # `_cached`: buckets of the last step, see `optim.buckets`; `release`: the active GradientReleaseHandle
         self.__dict__ |= given | dict(_cached={}, release=None, _host=None, _next_clip=None, _lent=False)
         if offload_states: self._host = HostStates()
@@ -218,7 +222,8 @@ class FlashOptimizer(Optimizer):
     @torch.compiler.disable
     def zero_grad(self, set_to_none: bool = True):
         """As in torch.optim;
-        under gradient release raises `ReleaseError` where the gradients to be dropped were used already."""
+        under gradient release, in a loop that has called `step()` once, raises `ReleaseError` where the gradients
+        to be dropped were used already."""
         if self.release is not None: self.release._drop(set_to_none)
         super().zero_grad(set_to_none)
 

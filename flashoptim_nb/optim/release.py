@@ -393,7 +393,7 @@ def _arrived(
 
 @patch
 def _drop(self: GradientReleaseHandle, to_none: bool):
-    "What zero_grad() asks for; raises `ReleaseError` where the gradients to be dropped have been used."
+    "What zero_grad() asks for; once a step() has been called, raises `ReleaseError` where the gradients to be dropped were used."
     if not to_none:
         warnings.warn("zero_grad(set_to_none=False) under gradient release: released gradients are gone and not zero, so "
                       "that a parameter which a batch does not reach stands still", stacklevel=4)

@@ -8,6 +8,7 @@ __all__ = ['MANIFEST', 'digests', 'write_manifest', 'own_plan', 'under_way', 'ma
 # %% ../../nbs/study/18_manifest.ipynb #6a313b20
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -98,10 +99,12 @@ def under_way(
     return f"has {there} of {whose}'s {len(planned)} runs; it has not ended"  # a command may ask for fewer than all
 
 # %% ../../nbs/study/18_manifest.ipynb #ed9c3e4b
-def _command(study: Path, runs: list[Run], shipped: bool) -> str:
-    "The command of a study's last run; none for one that is shipped, which is not gone on with."
-    last = max((run for run in runs if not shipped), key=lambda run: str(run.header.get("started")), default=None)
-    return command_for(last.header, study) if last else ""
+def _command(study: Path, runs: list[Run], shipped: bool, wanted: str = "") -> str:
+    """The command of the run whose name is most like the wanted one's, another seed of it at best, of several the last;
+    none for a study that is shipped, which is not gone on with."""
+    def like(run): return len(os.path.commonprefix([run.header["run"], wanted])), str(run.header.get("started"))
+    found = max((run for run in runs if not shipped), key=like, default=None)
+    return command_for(found.header, study) if found else ""
 
 def _mend(study: Path, runs: list[Run], shipped: bool) -> str:
     "What to do where there is no manifest: a study that was killed has none yet."
@@ -127,8 +130,8 @@ def manifest_problems(
     if under_way(study, runs) and not kept["absent"]:
         found.append(f"{study}: all runs are there, and its journal has no end: rows of it are missing")
     known = {*kept["planned"], "protocol"} if kept["planned"] else {*was}
-    again = _command(study, runs, shipped)
-    found += [f"{study / run}: is in the manifest and not there; restore it from a copy" + f", or make it again on such a machine: {again}" * bool(again)
+    found += [f"{study / run}: is in the manifest and not there; restore it from a copy"
+              + (f", or make it again on such a machine: {again}" if (again := _command(study, runs, shipped, run)) else "")
               for run in was if run not in there]
     found += [f"{study / run}: was planned, and the manifest neither has it nor names it as absent"
               for run in kept["planned"] if run not in was and run not in kept["absent"]]

@@ -192,6 +192,13 @@ def test_options_in_a_group_that_are_not_the_optimizers():
     FlashAdamW([dict(params=[p], max_norm=1.0, skip_nonfinite=None)], max_norm=1.0)
 
 
+def test_clipping_by_a_norm_that_is_not_finite_is_refused():
+    from flashoptim_nb.optim import OptionError
+    p = nn.Parameter(torch.zeros(4))
+    with pytest.raises(OptionError, match="skip_nonfinite=False beside max_norm=1.0"): FlashAdamW([p], max_norm=1.0, skip_nonfinite=False)
+    assert FlashAdamW([p], max_norm=1.0).skip_nonfinite and not FlashAdamW([p], skip_nonfinite=False).skip_nonfinite
+
+
 def test_options_dealt_out_to_ranks(monkeypatch):
     "Each rank would clip by the norm of its own share."
     from flashoptim_nb.optim import OptionError
