@@ -546,6 +546,12 @@ def estimate_text(
     "An estimate as `value_text` has it."
     return value_text(dict(value=e.value, interval=[e.lo, e.hi], bound=e.bound, unit=unit))
 
+# %% ../../nbs/report/02_tables.ipynb #a344f16e
+def _how_many(formula: str) -> str:
+    "Of how many of its parts a criterion asks, where that is neither one of them nor all."
+    found = re.match(r"at least (\d+) of: (.*)", formula)
+    return f"asks {found[1]} of {found[2].count('; ') + 1}" if found else ""
+
 # %% ../../nbs/report/02_tables.ipynb #a344f170
 def verdict_text(
     entries: list[dict],  # of the judge
@@ -559,7 +565,7 @@ def verdict_text(
             lines += [f"{whole['id']} {side_text(whole)}{' (the headline)' if whole.get('headline') else ''}: "
                       f"{whole['status'].upper()}", f"  {whole['reason']}", ""]
         for e in (e for e in mine if e["kind"] != "overall"):
-            lines.append(f"  {e['id']:6} {e['title']:18} {e['status']:26} {'' if e['scale'] is None else e['scale']}")
+            lines.append(f"  {e['id']:6} {e['title']:18} {e['status']:26} {e['scale'] or '':10} {_how_many(e['formula'])}".rstrip())
             if statements: lines += wrap(e["statement"], 100, initial_indent=" " * 9, subsequent_indent=" " * 9)
             lines += [f"{'':26}{line}" for line in _parts(e)]
         lines.append("")
