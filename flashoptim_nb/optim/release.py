@@ -67,7 +67,7 @@ class GradientReleaseHandle:
         self._seen: dict[torch.Tensor, int] = {}  # the same parameters, and the backward pass that released each
         self._groups: dict[torch.Tensor, dict] = {}  # each parameter's group, as this backward pass found them
         self._options: list[tuple[dict, list]] = []  # of `_options_of`: what this backward pass steps by
-        self._changed: tuple | None = None  # of `_change`: what earlier passes of the step had stepped by
+        self._stepped_by: dict[torch.Tensor, list] = {}  # what earlier passes of the step released, and by which options
         self._units: dict = {}  # sharded parameters, and what gathers and reduces each (of FSDP2)
         self._streams: set = set()  # on which hooks have stepped, and which nobody has waited for
         # the backward pass, squares before it, whether it has not ended
@@ -135,18 +135,23 @@ _CHANGED = ("gradient release: {} was changed after the backward pass, which had
 
 
 @patch
+def _by_now(self: GradientReleaseHandle) -> dict[torch.Tensor, list]:
+    "What was released since `step()`, and the options that each was stepped by."
+    options = {id(group): options for group, options in self._options}
+    return {p: self._stepped_by.get(p) or options[id(self._groups[p])] for p in self._seen}
+
+@patch
 def _change(self: GradientReleaseHandle) -> tuple | None:  # what `_CHANGED` says; words would wait for a GPU's rate
     "An option that was changed after a backward pass of this step had stepped by it, and what it was and is."
     if not self._seen: return None
-    if self._changed: return self._changed
     found, groups = _options_of(opt := self.optimizer), self._groups
     stayed = all(groups.get(p, group) is group for group in opt.param_groups for p in group["params"])
-    if stayed and identical(found, self._options): return None
-    before = {id(group): options for group, options in self._options}
+    if stayed and not self._stepped_by and identical(found, self._options): return None
+    stepped_by = self._by_now()
     for i, (group, options) in enumerate(found):
         # what was stepped may be in other groups by now
-        for old in {id(groups.get(p)) for p in group["params"] if p in self._seen}:
-            for name, now, then in zip((*opt.defaults, *_WHOLE), options, before.get(old, options)):
+        for old in {id(old): old for p in group["params"] if (old := stepped_by.get(p))}.values():
+            for name, now, then in zip((*opt.defaults, *_WHOLE), options, old):
                 if now == then: continue
                 own = name in opt.defaults
                 return (f"{name}{f' of group {i}' * own}", "the old one" if isinstance(now, tuple) else then,
@@ -169,7 +174,7 @@ def _begin(self: GradientReleaseHandle, task: int):
                            "(gradient_checkpointing_kwargs in Hugging Face's Trainer)")
     self._forget_failed()
     self._task, self._mark, self._running = task, len(self._squares), True
-    self._changed = self._change()  # by which the passes before stepped; this one steps by what is there now
+    self._stepped_by = self._by_now()  # this pass steps by what is there now
     self._groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
     self._options = _options_of(self.optimizer)
     if self.optimizer._host is not None: self.optimizer._host.begin()
@@ -360,7 +365,7 @@ def _finish(self: GradientReleaseHandle):
     if opt._host is not None: opt._host.finish()
     self._close(len(self._squares))
     repeated, changed = self._repeated, self._change()
-    self._seen, self._stepped, self._repeated, self._changed = {}, True, False, None
+    self._seen, self._stepped_by, self._stepped, self._repeated = {}, {}, True, False
     if repeated: self._refuse_second()
     if changed: raise ReleaseError(_CHANGED.format(*changed))
 
@@ -387,7 +392,7 @@ def _arrived(
         if self._stepped: self._refuse_second([p])
         self._close(self._mark)  # a loop without step(): the backward pass before was a step
         self._seen, self._repeated = {q: t for q, t in self._seen.items() if t == task}, True
-        self._changed = None  # between two steps
+        self._stepped_by = {}
     self._seen[p] = task
     self._release(p, group)
 

@@ -9,6 +9,7 @@ __all__ = ['MANIFEST', 'digests', 'write_manifest', 'own_plan', 'under_way', 'ma
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -100,9 +101,11 @@ def under_way(
 
 # %% ../../nbs/study/18_manifest.ipynb #ed9c3e4b
 def _command(study: Path, runs: list[Run], shipped: bool, wanted: str = "") -> str:
-    """The command of the run whose name is most like the wanted one's, another seed of it at best, of several the last;
+    """The command of the run whose name has most of the wanted one's, another seed of it at best, of several the last;
     none for a study that is shipped, which is not gone on with."""
-    def like(run): return len(os.path.commonprefix([run.header["run"], wanted])), str(run.header.get("started"))
+    def parts(name): return re.sub(r"-s\d+", "", str(name)).split("-")  # role, experiment, configuration
+    def like(run):
+        return len(os.path.commonprefix([parts(run.header.get("run")), parts(wanted)])), str(run.header.get("started"))
     found = max((run for run in runs if not shipped), key=like, default=None)
     return command_for(found.header, study) if found else ""
 

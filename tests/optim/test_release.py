@@ -597,6 +597,28 @@ def test_a_group_that_was_replaced_after_the_pass_that_stepped_it_is_refused_aft
     backward(0); backward(1); opt.step()  # by what it is now
 
 
+def test_a_rate_may_be_restored_after_a_pass_that_stepped_nothing_by_it():
+    (a, o, whole), (b, r, released) = in_parts(release=False), in_parts()
+    for opt, backward in (o, whole), (r, released):
+        for _ in range(3):
+            backward(0)
+            opt.param_groups[0]["lr"] = 0.0
+            backward(1)
+            opt.param_groups[0]["lr"] = 0.01
+            opt.step(); opt.zero_grad()
+    assert equal(a, b)
+
+
+def test_a_group_that_was_away_during_a_pass_is_held_to_what_it_stepped_by():
+    net, opt, backward = in_parts()
+    for _ in range(2): backward(0); backward(1); opt.step()
+    backward(0)
+    group = opt.param_groups.pop(0)
+    backward(1)
+    opt.param_groups.insert(0, group | dict(lr=0.5))
+    with pytest.raises(ReleaseError, match="lr of group 0 was changed .* stepped by 0.01 already; now it is 0.5"): opt.step()
+
+
 def test_a_rate_may_be_set_until_the_first_pass_that_steps_by_it():
     (a, o, whole), (b, r, released) = in_parts(release=False), in_parts()
     for n in range(3):
