@@ -22,7 +22,7 @@ import pandas as pd
 
 from ..base.records import REHEARSAL, Run
 from ..study.evidence import Evidence, evidence_table, gpus_of, rank_devices
-from ..study.expression import Q, Status, quantities, readable
+from ..study.expression import Count, Formula, Q, Status, quantities, readable
 from ..study.h1.criteria import H1
 from ..study.h1.posthoc import cards_of
 from ..study.h1.quantities import PROTOCOL_SIZES, REFERENCE_PPL, quality_gaps
@@ -547,10 +547,9 @@ def estimate_text(
     return value_text(dict(value=e.value, interval=[e.lo, e.hi], bound=e.bound, unit=unit))
 
 # %% ../../nbs/report/02_tables.ipynb #a344f16e
-def _how_many(formula: str) -> str:
+def _how_many(formula: Formula) -> str:
     "Of how many of its parts a criterion asks, where that is neither one of them nor all."
-    found = re.match(r"at least (\d+) of: (.*)", formula)
-    return f"asks {found[1]} of {found[2].count('; ') + 1}" if found else ""
+    return f"asks {formula.k} of {len(formula.parts)}" if isinstance(formula, Count) and formula.k not in (None, 1) else ""
 
 # %% ../../nbs/report/02_tables.ipynb #a344f170
 def verdict_text(
@@ -565,7 +564,7 @@ def verdict_text(
             lines += [f"{whole['id']} {side_text(whole)}{' (the headline)' if whole.get('headline') else ''}: "
                       f"{whole['status'].upper()}", f"  {whole['reason']}", ""]
         for e in (e for e in mine if e["kind"] != "overall"):
-            lines.append(f"  {e['id']:6} {e['title']:18} {e['status']:26} {e['scale'] or '':10} {_how_many(e['formula'])}".rstrip())
+            lines.append(f"  {e['id']:6} {e['title']:18} {e['status']:26} {e['scale'] or '':10} {_how_many(criterion_of(e['id']).formula)}".rstrip())
             if statements: lines += wrap(e["statement"], 100, initial_indent=" " * 9, subsequent_indent=" " * 9)
             lines += [f"{'':26}{line}" for line in _parts(e)]
         lines.append("")
