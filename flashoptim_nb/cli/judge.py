@@ -188,7 +188,8 @@ def _way_out(study: Path, run, checkpoint: str, runs: list) -> str:
     at = [stage.workload for stage in (protocol.stages(preset) if preset else ()) if stage.checkpoint == checkpoint]
     only, here = [f"--{protocol.workload}s", *at] if at else [], [one.header for one in runs if not one.is_journal and one.header.get("role") in at]
     if here:  # of that stage what there is, and no more
-        only += ["--configs", *sorted({header["config"] for header in here}), "--seeds", *map(str, sorted({header["seed"] for header in here}))]
+        for name in ("config", "seed"):
+            only += [f"--{name}s", *map(str, sorted({one[name] for one in here if one.get(name) is not None}))]
     return ("where runs that it rests on were made again, the study's command takes it anew on such a machine: "
             f"{command_for(run.header, study, only)}; else restore the runs from a copy")
 

@@ -295,6 +295,8 @@ def cast_model(
     cast_buffers: Sequence[str | torch.Tensor] | None = None,
 ) -> None:
     """Casts a model for training with a Flash optimizer; what is tied or shares memory goes on so.
+    What the weights have beyond 16 bits is in the optimizer's states from its first step on, and lost with it: where one
+    optimizer follows another, `new.load_state_dict(old.state_dict())` takes it over.
     Raises `UserError`, with nothing changed, for what cannot be cast and for names that match nothing.
 
     Usage::

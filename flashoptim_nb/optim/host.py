@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARE', 'SLAB', 'LINE', 'STAGING', 'PARTS', 'HostMemoryError', 'free_host_memory', 'check_room', 'ranks_here',
-           'Place', 'Span', 'Slice', 'Part', 'Load', 'Pipe', 'check_capture', 'HostStates']
+           'HostPlace', 'Span', 'Slice', 'Part', 'Load', 'Pipe', 'check_capture', 'HostStates']
 
 # %% ../../nbs/optim/19_host.ipynb #40570103
 import os
@@ -87,7 +87,7 @@ SLAB = 1 << 30  # bytes
 LINE = 64  # bytes: tensors begin at whole cache lines
 
 
-class Place(NamedTuple):
+class HostPlace(NamedTuple):
     "Where a state's tensor lies on the host."
     tensor: torch.Tensor  # this rank's part
     shown: torch.Tensor  # the same as it is in the state: sharded where the parameter is
@@ -169,7 +169,7 @@ class Slice(NamedTuple):
 def _slices(
     kinds: dict[str, torch.dtype],  # of `state_kinds`
     shapes: dict[str, tuple],  # of those that are not of the parameter's shape, nor scales
-    places: dict[str, Place],  # of the parameter
+    places: dict[str, HostPlace],  # of the parameter
     span: Span,
     whole: bool,  # whether it is stepped in its own shape
 ) -> list[Slice]:
@@ -373,7 +373,7 @@ class HostStates:
     "The states of an optimizer with `offload_states`: where they lie, and how they come to the device and back."
 
     def __init__(self):
-        self.places: dict[torch.Tensor, dict[str, Place]] = {}  # parameter -> state's key -> where it lies
+        self.places: dict[torch.Tensor, dict[str, HostPlace]] = {}  # parameter -> state's key -> where it lies
         self.pipes: dict[torch.device, Pipe] = {}
 
     def _missing(self, opt) -> list[tuple]:
@@ -413,7 +413,7 @@ def reserve(self: HostStates, opt):
             t = _carved(slabs[i], start, shape, dtype) if slabs else torch.empty(shape, dtype=dtype)
             sharded = scales_like if key.endswith("::scales") else like
             shown = t if key in opt._state_shapes(p) else sharded(p, t)
-            made.append((p, key, Place(t, shown, slabs[i], start)))
+            made.append((p, key, HostPlace(t, shown, slabs[i], start)))
     for p, key, place in made: self.places.setdefault(p, {})[key] = place
 
 @patch

@@ -143,6 +143,11 @@ def saved_public_state(opt) -> dict:
         raise StateError(f"{called(opt, changed[0])} is {changed[0].dtype} now and its state "
                          f"was made for {opt._made_for[changed[0]]}: save before such a change of the model, or save "
                          "state_dict()")
+    rounded = (p for g in opt.param_groups if not opt.quantize and opt._moments_of(g) for p in g["params"]
+               if p.dtype in HALF_FORMATS)
+    if (p := next(rounded, None)) is not None:
+        raise StateError(f"quantize=False: the public package keeps the moments of {called(opt, p)} in {p.dtype}, and would "
+                         "round these fp32 ones; save state_dict()")
     beyond = {"state_format", "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "reference_lr",
               "decoupled_weight_decay"}  # the last comes with torch's own AdamW
     out = opt.state_dict()

@@ -315,15 +315,23 @@ def odd_memory(run: Run, journal: Run | None = None) -> Iterator[str]:
 # %% ../../nbs/study/16_content.ipynb #9845f593
 CHANGES = "+changes"  # behind a commit's name: the files differed from it
 
+def _instant(text: str) -> datetime | None:
+    "A date and time with its zone; None for what is none."
+    try: at = datetime.fromisoformat(text)
+    except ValueError: return None
+    return at if at.tzinfo else None
+
 def odd_commit(run: Run, journal: Run | None = None) -> Iterator[str]:
-    "A commit that is not in this repository, or is younger than the run, or a run of a day that is to come."
-    name, started = run.header.get("commit"), run.header.get("started")
-    if started and datetime.fromisoformat(started) > datetime.now(timezone.utc) + timedelta(days=1):
+    "A commit that is not in this repository, or is younger than the run, or a run of a day that is to come or is none."
+    name, started, at_start = run.header.get("commit"), run.header.get("started"), None
+    if started and not (at_start := _instant(started)):
+        yield f"it began at {started!r}, which is no time with its zone; such is 2026-11-25T10:00:00+00:00"
+    elif at_start and at_start > datetime.now(timezone.utc) + timedelta(days=1):
         yield f"it began at {started}, which is still to come"
     if not name or not has_history(): return
     if not (at := committed(name.removesuffix(CHANGES))):
         yield f"its commit {name} is not in the history of this repository"
-    elif started and datetime.fromisoformat(started) < at:
+    elif at_start and at_start < at:
         yield f"it began at {started}, before its commit {name} was made ({at.isoformat()})"
 
 # %% ../../nbs/study/16_content.ipynb #44cc8184

@@ -80,7 +80,7 @@ def _plan_problems(study: Path, kept: dict, runs: list[Run], shipped: bool, prot
     "A plan that is called the protocol's, or is carried as registered, and is neither."
     hashes = {hash for run in runs if (hash := run.header.get("registration"))}
     if own_plan(study) and not (hashes or shipped): return []
-    asked = {(run.header["hypothesis"], run.header.get("scale")) for run in runs}
+    asked = {(run.header["hypothesis"], scale) for run in runs if (scale := run.header.get("scale"))}
     plans = [{*plan} for name, scale in asked for plan in _plans(protocols[name], scale, hashes)]
     # an empty plan is none, and what is registered has one
     fits = {*kept["planned"]} in plans if kept["planned"] else not (hashes and any(plans))

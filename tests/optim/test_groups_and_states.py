@@ -4,6 +4,7 @@ import copy
 import gc
 import math
 import os
+import pickle
 from collections import defaultdict
 
 import pytest
@@ -697,3 +698,42 @@ def test_a_group_that_is_called_muons_afterwards_is_refused():
     opt.step()
     opt.param_groups[0]["algorithm"] = "muon"
     with pytest.raises(OptionError, match="use FlashMuon"): opt.step()
+
+
+@pytest.mark.parametrize("check_numerics", [False, True])
+def test_a_schedule_that_ends_at_zero_may_end_below_it_by_its_rounding(check_numerics):
+    "torch's LinearLR from a third to 0 ends at -3e-20; what is truly negative is refused by a step and by a load."
+    def train(cls, **also):
+        p = nn.Parameter(torch.ones(64))
+        opt = cls([p], lr=1e-3, **also)
+        schedule = torch.optim.lr_scheduler.LinearLR(opt, start_factor=1 / 3, end_factor=0.0, total_iters=10)
+        for _ in range(12):
+            p.grad = torch.ones(64); opt.step(); schedule.step()
+        return p, opt
+    (p, opt), (q, _) = train(FlashAdamW, quantize=False, check_numerics=check_numerics), train(torch.optim.AdamW)
+    assert -1e-12 < opt.param_groups[0]["lr"] < 0
+    close([p], [q])
+    again = FlashAdamW([nn.Parameter(torch.ones(64))], lr=1e-3)
+    again.load_state_dict(opt.state_dict())
+    opt.param_groups[0]["lr"] = -1e-11
+    with pytest.raises(OptionError, match="0 or more"): opt.step()
+
+
+def test_what_setstate_is_not_given_stays():
+    "As torch.optim's own load does, and people who throw all states away: `rounding` fell back to an old pickle's."
+    opt, ps = three()
+    feed(ps, 0); opt.step()
+    opt.max_norm, opt.rounding = 2.0, "dithered"
+    opt.__setstate__(dict(state=defaultdict(dict)))
+    assert (opt.rounding, opt.max_norm, len(opt.param_groups)) == ("dithered", 2.0, len(opt.param_groups))
+    feed(ps, 1); opt.step()
+    assert all(opt.state[p]["step"] == 1 for g in opt.param_groups for p in g["params"])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))], ids=["deepcopy", "pickle"])
+def test_a_copy_takes_a_state_for_a_parameter_without_one(copied):
+    opt = copied(FlashAdamW([nn.Parameter(torch.ones(4))]))
+    (p,) = opt.param_groups[0]["params"]
+    opt.state[p]["slow"] = p.detach().clone()
+    p.grad = torch.ones(4); opt.step()
+    assert {"slow", "step"} <= opt.state[p].keys()

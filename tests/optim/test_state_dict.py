@@ -177,6 +177,10 @@ def test_a_state_dict_for_the_public_package(kind, bits, compress):
                 t.view(torch.uint8) if t.dim() else t), (key)
     assert {k: v for k, v in written["param_groups"][0].items() if k != "nesterov"} == described["param_groups"][0]
     with pytest.raises(StateError, match="companded"): FlashLion(weights([BF16]), companded=False).public_state_dict()
+    # that package would keep these moments in 16 bits
+    with pytest.raises(StateError, match="quantize=False"): stepped(FlashAdamW, quantize=False)[1].public_state_dict()
+    assert stepped(FlashAdamW, (FP32,), quantize=False)[1].public_state_dict()["state"]
+    assert stepped(FlashSGD, quantize=False)[1].public_state_dict()["state"], "no momentum, nothing to round"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flashoptim") is None,

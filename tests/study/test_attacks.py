@@ -7,6 +7,7 @@ import pytest
 from flashoptim_nb.base.config import content_hash
 from flashoptim_nb.base.machine import data_root
 from flashoptim_nb.base.records import ROWS, _line, _seal, examine, read_study
+from flashoptim_nb.cli.main import main
 from flashoptim_nb.study.content import content_problems
 from flashoptim_nb.study.manifest import digests, manifest_problems, under_way
 from flashoptim_nb.study.protocols import PROTOCOLS
@@ -321,3 +322,20 @@ def test_rows_that_were_rewritten_with_their_manifest_lose_the_signature(tmp_pat
 
 # The rest of the twenty-two: a diverged seed that ends on a number is a test of test_verdict.py, and so is a run that
 # was left out of a pair; success at the kinder GPU is shown in the chapter on the verdict.
+
+
+@pytest.mark.parametrize("name, run", [("h1-laptop", "1B-best-baseline-s0"), ("h2-laptop", "molecules-train-flash_release-s2"),
+                                       ("h1-laptop", "protocol")])
+@pytest.mark.parametrize("change, told", [
+    (lambda header: header.pop("scale"), "scale"), (lambda header: header.pop("seed", None), ""),
+    (lambda header: header.pop("config", None), ""), (lambda header: header.update(started="yesterday"), "no time with its zone"),
+    (lambda header: header.update(started="2026-11-25T10:00:00"), "no time with its zone")],
+    ids=["no scale", "no seed", "no configuration", "no date", "no zone"])
+def test_a_header_that_lacks_something_is_told_in_words(name, run, change, told, tmp_path, capsys):
+    study = shutil.copytree(data_root() / "records" / name, tmp_path / name)
+    def changed(rows):
+        change(rows[0])
+        return rows
+    sealed(study / run, changed)
+    assert main(["check", str(tmp_path)]) == 1
+    assert told in capsys.readouterr().err
