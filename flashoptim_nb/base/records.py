@@ -6,7 +6,7 @@
 __all__ = ['ROWS', 'LONGEST_ROW', 'JOURNAL', 'REHEARSAL', 'DISK_FULL', 'RECORDS', 'REQUIRED', 'PLACEHOLDER', 'NO_SIZE',
            'RecordError', 'RowError', 'finite', 'Run', 'read_run', 'incomplete', 'complete', 'read_study', 'frame',
            'study_name', 'study_origin', 'find_studies', 'attempts', 'disk_error', 'RunWriter', 'record_folders',
-           'only_writer', 'check_place', 'command_for', 'examine', 'problems']
+           'only_writer', 'check_place', 'misses', 'command_for', 'examine', 'problems']
 
 # %% ../../nbs/base/05_records.ipynb #d55de7ee
 import argparse
@@ -409,12 +409,19 @@ PLACEHOLDER = re.compile(r"unknown\b|not reported\b", re.I)  # what is written w
 NO_SIZE = ("role", "size")  # a study's journal belongs to none
 
 # %% ../../nbs/base/05_records.ipynb #a1c78d6b
+def misses(
+    header: dict,  # of a run
+) -> list[str]:  # of `REQUIRED`
+    "The fields that a header lacks, or has nothing in."
+    wanted = [key for key in REQUIRED if header.get("arm") != JOURNAL or key not in NO_SIZE]
+    return [key for key in wanted if header.get(key) in (None, "", {})]
+
 def _origin_problems(header: dict) -> list[str]:
     "What a header does not say, or says twice and differently."
     wanted = [key for key in REQUIRED if header.get("arm") != JOURNAL or key not in NO_SIZE]
     told = {key: header.get(key) for key in wanted}
     settings = header.get("settings") or {}
-    return ([f"misses {REQUIRED[key]} (header field {key!r})" for key, value in told.items() if value in (None, "", {})]
+    return ([f"misses {REQUIRED[key]} (header field {key!r})" for key in misses(header)]
             + [f"does not say {REQUIRED[key]}, but {value!r} (header field {key!r}); "
                "mend the machine (FLASHOPTIM_COMMIT names a commit where git cannot) and run again"
                for key, value in told.items() if isinstance(value, str) and PLACEHOLDER.match(value)]

@@ -225,7 +225,7 @@ def _without_journal(study: Path, runs: list) -> list[str]:
 # %% ../../nbs/cli/05_judge.ipynb #09f1a2ed
 def _checked(study: Path, looked: list[tuple], runs_of, key: Path | None) -> tuple[list[str], list[str]]:
     "What is wrong with a study whose records were looked at, and what else there is to say of it."
-    from flashoptim_nb.base.records import complete
+    from flashoptim_nb.base.records import complete, misses
     from flashoptim_nb.study.content import content_problems
     from flashoptim_nb.study.manifest import manifest_problems, own_plan, under_way
     from flashoptim_nb.study.protocols import PROTOCOLS
@@ -237,7 +237,8 @@ def _checked(study: Path, looked: list[tuple], runs_of, key: Path | None) -> tup
            + registration_problems(runs, PROTOCOLS) + manifest_problems(study, runs, PROTOCOLS))
     try:
         for run in runs: complete(run)
-        if len(runs) == len(looked): bad += _replayed(study, lambda folder: runs if folder == study else runs_of(folder))
+        # what a decision rests on cannot be told of a header that lacks something, which stands in `bad`
+        if len(runs) == len(looked) and not any(misses(run.header) for run in runs): bad += _replayed(study, lambda folder: runs if folder == study else runs_of(folder))
     except UserError as error:
         if not bad: bad = [f"{study}: its decisions cannot be taken again: {error}"]
     if key and not bad: sign(study, key)

@@ -139,10 +139,10 @@ class FlashOptimizer(Optimizer):
 
     Weights that are changed in place from outside (`p.zero_()`, `model.load_state_dict(...)` alone) keep the error
     bits of the old ones, up to half a 16-bit spacing: take `error_bits` out of the states, and they begin at the new
-    weights. To give a state other values, put a tensor into it or copy into the one there; but put `step` in, for
-    parameters that step together share theirs, and begin a parameter anew with `optimizer.state[p].clear()`. After
-    giving a state's tensor other memory (`t.data = ...`) call `invalidate()`: a step with the kernel sees that of the
-    first and last parameter alone.
+    weights. To give a state other values, put a tensor into it or copy into the one there; but put `step` in:
+    parameters that step together share theirs, and the next step refuses what was written into it for some of them. To
+    begin a parameter anew, `optimizer.state[p].clear()`. After giving a state's tensor other memory (`t.data = ...`)
+    call `invalidate()`: a step with the kernel sees that of the first and last parameter alone.
     """
 
     moments: dict[str, torch.dtype] = {}  # state key -> dtype of its 8-bit codes: int8 is signed, uint8 0 or more
@@ -291,7 +291,8 @@ class FlashOptimizer(Optimizer):
         load_state(self, state_dict)
 
     def public_state_dict(self) -> dict:
-        "A state dict that the public package loads bit for bit; raises `StateError` for what that package lacks."
+        """A state dict that the public package loads bit for bit; raises `StateError` for what that package lacks.
+        It rounds fp32 moments (`quantize=False`) of 16-bit weights, of which a warning tells."""
         return saved_public_state(self)
 
     def get_fp32_model_state_dict(
@@ -378,8 +379,8 @@ def _decays(self: FlashOptimizer, group: dict) -> dict[str, float]:
     if not self.decoupled: return dict(weight_decay=0.0, l2=group["weight_decay"])
     if not self.decouple_lr: return dict(weight_decay=group["weight_decay"], l2=0.0)
     # the second of an optimizer that an earlier version pickled
-    lr = group.get("reference_lr", group.get("initial_lr"))
-    if lr: return dict(weight_decay=group["weight_decay"] / lr, l2=0.0)
+    lr = group.get("reference_lr", group.get("initial_lr")) or 0.0
+    if lr > ROUNDED_ZERO: return dict(weight_decay=group["weight_decay"] / lr, l2=0.0)
     if not float(group["weight_decay"]): return dict(weight_decay=0.0, l2=0.0)
     raise OptionError("decouple_lr=True with lr=0: weight decay is relative to the lr that a group was made "
                       "with; give its largest lr and let a scheduler warm up, or weight_decay=0")
@@ -470,8 +471,8 @@ def _collect(self: FlashOptimizer) -> list[tuple[dict, ParamBucket]]:
     """Each group's buckets with the gradients at hand;
     whatever is wrong with groups, states or gradients is raised before anything changes."""
     if self._host is not None: check_capture()
-    made = None if self.check_numerics else cached_buckets(self, self.param_groups)
-    if made is None:
+    made = cached_buckets(self, self.param_groups)
+    if made is None or self.check_numerics:
         check_groups(self)
         work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         for group, params in work:
@@ -485,8 +486,8 @@ def _collect(self: FlashOptimizer) -> list[tuple[dict, ParamBucket]]:
 def _collect_one(self: FlashOptimizer, p: torch.Tensor, group: dict) -> list[ParamBucket]:
     "A single parameter with its gradient, as a bucket."
     if self._host is not None: check_capture()
-    made = None if self.check_numerics else cached_buckets(self, [group], p)
-    if made is None:
+    made = cached_buckets(self, [group], p)
+    if made is None or self.check_numerics:
         check_options(self, [group])
         check_parameters([[p]])
         check_states(self, group, [p])
@@ -510,6 +511,7 @@ def _apply(
         elif scaling.skip is None or not scaling.skip > 0:
             self._update(bucket, group, next_step(bucket.step), scaling.multiplier)
         bucket.write_back()
+        bucket.counted()
     # kernels write unnoticed, and what is still to be differentiated may have kept the old values
     if bucket.tensors is not None and not bucket.sharded: increment_version(bucket.params)
     bucket.drop()

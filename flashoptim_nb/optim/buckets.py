@@ -17,7 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .backend import HAS_TRITON, INTERPRETED
-from .checks import check_options, overlapping, overlaps_itself, placements_of
+from .checks import OptionError, called, check_options, overlapping, overlaps_itself, placements_of
 from .multi_tensor import TYPES, GradPointers, TensorList, Operands
 from .shards import first_place, like, local
 from .states import moment_keys, new_state, state_kinds, state_of, state_operands
@@ -171,6 +171,7 @@ class ParamBucket:
         self.addresses = _addresses((*self.local, *self.kept))
         # where states lie on the host: what goes to the device and back together
         self.parts = None if opt._host is None else opt._host.parts_of(opt, group, self)
+        self.counted()
 
     def take(self, grads: Sequence[torch.Tensor], at: tuple[int, ...] | None = None, found: GradPointers | None = None):
         """Sets the gradients of the next step, in the parameters' order, flat or contiguous;
@@ -178,6 +179,19 @@ class ParamBucket:
         self.grads, self.at = grads, at
         self.grad_pointers = found or (self.tensors.grad_pointers(grads, at) if self.tensors else None)
         if self.tensors: self.tensors.keep_for_replays(self.grad_pointers)
+
+    def counted(self):
+        "Remembers the counter as a step leaves it."
+        self.version = self.step._version
+
+    def check_counter(self, opt):
+        """Raises `OptionError` where a program wrote into the counter for some of the parameters: it is the others', too.
+        Who writes into it once for each, as a reset of all does, is understood."""
+        if (self.step._version - self.version) % (n := len(self.params)) == 0: return
+        if any(state_of(opt, p).get("step") is not self.step for p in self.params): return
+        raise OptionError(
+            f"the step of {called(opt, self.params[0])} was changed in place, and {n} parameters that step together share "
+            "it: begin one anew with optimizer.state[p].clear(), or put another tensor into its state")
 
     def with_grads(self) -> list[Operands]:
         "The operands for the reference."
@@ -280,6 +294,8 @@ def cached_buckets(
     """Each group's buckets of those parameters that have gradients, as they were in the last step;
     None where something changed."""
     if (known := opt._cached.get(one)) is None: return None
+    for buckets in known.made:
+        for bucket in buckets: bucket.check_counter(opt)
     states = _states(opt, one)
     if not identical((groups, states), (known.groups, known.states)):
         lists = [

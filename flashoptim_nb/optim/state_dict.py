@@ -136,21 +136,17 @@ def _public(opt, state, p):
 
 # %% ../../nbs/optim/09_state_dict.ipynb #8047bcf3
 def saved_public_state(opt) -> dict:
-    "A state dict that the public package loads bit for bit; raises `StateError` for what that package lacks."
+    """A state dict that the public package loads bit for bit; raises `StateError` for what that package lacks.
+    It rounds fp32 moments of 16-bit weights, of which a warning tells."""
     if not opt.companded or any(g.get("maximize") for g in opt.param_groups):
         raise StateError("companded=False or maximize=True: the public package has neither; save state_dict()")
     if changed := [p for p in opt.state if opt._made_for.get(p, p.dtype) != p.dtype]:
         raise StateError(f"{called(opt, changed[0])} is {changed[0].dtype} now and its state "
                          f"was made for {opt._made_for[changed[0]]}: save before such a change of the model, or save "
                          "state_dict()")
-    rounded = (p for g in opt.param_groups if not opt.quantize and opt._moments_of(g) for p in g["params"]
-               if p.dtype in HALF_FORMATS)
-    if (p := next(rounded, None)) is not None:
-        raise StateError(f"quantize=False: the public package keeps the moments of {called(opt, p)} in {p.dtype}, and would "
-                         "round these fp32 ones; save state_dict()")
     beyond = {"state_format", "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "reference_lr",
               "decoupled_weight_decay"}  # the last comes with torch's own AdamW
-    out = opt.state_dict()
+    out, rounded = opt.state_dict(), []
     width = {None: 0, 24: 3, 32: 4}[opt.master_weight_bits]
     for n, own in enumerate(opt.param_groups):
         group = {key: x for key, x in out["param_groups"][n].items() if key not in beyond}
@@ -160,7 +156,12 @@ def saved_public_state(opt) -> dict:
             "initial_lr": float(group["lr"]), **group, **reference, "master_bytewidth": width, "quantize": opt.quantize}
         out["param_groups"][n] = group
         for i, p in zip(group["params"], own["params"]):
-            if i in out["state"]: out["state"][i] = _public(opt, out["state"][i], p)
+            if i not in out["state"]: continue
+            out["state"][i] = state = _public(opt, out["state"][i], p)
+            if p.dtype in HALF_FORMATS and not opt.moments.keys().isdisjoint(state): rounded.append(p)
+    if rounded:
+        warnings.warn(f"quantize=False: the public package keeps the moments of {called(opt, rounded[0])} in "
+                      f"{rounded[0].dtype}, and rounds these fp32 ones when it loads them", stacklevel=3)
     return out
 
 # %% ../../nbs/optim/09_state_dict.ipynb #a9db8495
@@ -525,7 +526,7 @@ def load_state(
         ours = not {"state_format", "master_bytewidth"}.isdisjoint(g)
         # what had no key of its own kept it there; steps that did not go by it kept none
         kept = _origin(g, "").options.get("decouple_lr") != "False"
-        if opt.decouple_lr and ours and kept and new.get("initial_lr"):
+        if opt.decouple_lr and ours and kept and (new.get("initial_lr") or 0.0) > 0.0:
             _warn_of_reference(own.get("reference_lr"), float(new["initial_lr"]), public="master_bytewidth" in g)
             own["reference_lr"] = float(new["initial_lr"])
         own.update(new)

@@ -717,6 +717,8 @@ def test_a_schedule_that_ends_at_zero_may_end_below_it_by_its_rounding(check_num
     again.load_state_dict(opt.state_dict())
     opt.param_groups[0]["lr"] = -1e-11
     with pytest.raises(OptionError, match="0 or more"): opt.step()
+    with pytest.raises(OptionError, match="decouple_lr=True with lr=0"):  # which it would be divided by
+        FlashAdamW([nn.Parameter(torch.ones(4))], lr=-3e-20, weight_decay=0.1, decouple_lr=True)
 
 
 def test_what_setstate_is_not_given_stays():
@@ -737,3 +739,35 @@ def test_a_copy_takes_a_state_for_a_parameter_without_one(copied):
     opt.state[p]["slow"] = p.detach().clone()
     p.grad = torch.ones(4); opt.step()
     assert {"slow", "step"} <= opt.state[p].keys()
+
+
+@pytest.mark.parametrize("check_numerics", [False, True])
+def test_a_counter_that_others_share_is_not_written_into(check_numerics):
+    "The idiom that begins one layer afresh began its whole group afresh; in torch each parameter counts by itself."
+    def both():
+        for make in (FlashAdamW, torch.optim.AdamW):
+            also = dict(quantize=False, check_numerics=check_numerics) if make is FlashAdamW else {}
+            yield make(ps := parameters(), lr=1e-2, **also), ps
+    (ours, mine), (theirs, its) = both()
+    def step(*pairs, t):
+        for opt, ps in pairs: feed(ps, t); opt.step()
+    step((ours, mine), (theirs, its), t=0)
+    def reset(opt, ps):
+        for p in ps:
+            for x in opt.state[p].values(): x.zero_()
+    reset(ours, mine); reset(theirs, its)  # all of them: each is written into once
+    step((ours, mine), (theirs, its), t=1)
+    close(mine, its)
+    reset(ours, mine[1:3])
+    before = [p.detach().clone() for p in mine]
+    feed(mine, 2)
+    for _ in range(2):
+        with pytest.raises(OptionError, match="share"): ours.step()
+    assert all(map(torch.equal, mine, before))
+    reset(theirs, its[1:3])
+    for p in mine[1:3]: ours.state[p]["step"] = torch.zeros(())
+    for p in mine[:1] + mine[3:]: ours.state[p]["step"] = torch.full((), 1.0)
+    step((ours, mine), (theirs, its), t=2)
+    ours.state[mine[0]].clear(); theirs.state[its[0]].clear()
+    step((ours, mine), (theirs, its), t=3)
+    close(mine, its)

@@ -177,10 +177,23 @@ def test_a_state_dict_for_the_public_package(kind, bits, compress):
                 t.view(torch.uint8) if t.dim() else t), (key)
     assert {k: v for k, v in written["param_groups"][0].items() if k != "nesterov"} == described["param_groups"][0]
     with pytest.raises(StateError, match="companded"): FlashLion(weights([BF16]), companded=False).public_state_dict()
-    # that package would keep these moments in 16 bits
-    with pytest.raises(StateError, match="quantize=False"): stepped(FlashAdamW, quantize=False)[1].public_state_dict()
-    assert stepped(FlashAdamW, (FP32,), quantize=False)[1].public_state_dict()["state"]
-    assert stepped(FlashSGD, quantize=False)[1].public_state_dict()["state"], "no momentum, nothing to round"
+
+
+def test_what_the_public_package_rounds_is_told():
+    "It keeps unquantized moments in the weights' dtype."
+    with pytest.warns(UserWarning, match="rounds these"): stepped(FlashAdamW, quantize=False)[1].public_state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for cls, dtype, options in (FlashAdamW, FP32, dict(quantize=False)), (FlashSGD, BF16, dict(quantize=False)), (FlashAdamW, BF16, {}):
+            assert stepped(cls, (dtype,), **options)[1].public_state_dict()["state"]
+        FlashAdamW(weights([BF16]), quantize=False).public_state_dict()  # has no moments yet
+        narrow, wide = weights([BF16, FP32])
+        opt = FlashAdamW([narrow.requires_grad_(False), wide], quantize=False)
+        take_steps([wide], opt, 1)
+        opt.public_state_dict()  # nor has what is frozen
+    _, opt = stepped(FlashSGD, momentum=0.9, quantize=False)
+    opt.param_groups[0]["momentum"] = 0.0  # for now
+    with pytest.warns(UserWarning, match="rounds these"): opt.public_state_dict()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flashoptim") is None,

@@ -324,7 +324,8 @@ def test_rows_that_were_rewritten_with_their_manifest_lose_the_signature(tmp_pat
 # was left out of a pair; success at the kinder GPU is shown in the chapter on the verdict.
 
 
-@pytest.mark.parametrize("name, run", [("h1-laptop", "1B-best-baseline-s0"), ("h2-laptop", "molecules-train-flash_release-s2"),
+@pytest.mark.parametrize("name, run", [("h1-laptop", "1B-best-baseline-s0"), ("h1-laptop", "1B-best-flashoptim_full-s0"),
+                                       ("h2-laptop", "molecules-train-flash_release-s2"),
                                        ("h1-laptop", "protocol")])
 @pytest.mark.parametrize("change, told", [
     (lambda header: header.pop("scale"), "scale"), (lambda header: header.pop("seed", None), ""),
