@@ -22,7 +22,7 @@ from .multi_tensor import TYPES, GradPointers, TensorList, Operands
 from .shards import first_place, like, local
 from .states import moment_keys, new_state, state_kinds, state_of, state_operands
 # importable from here, as models pickled by earlier versions look it up
-from .checks import GradientError, OptionError, ParametersError
+from .checks import GradientError, ParametersError
 from .states import CastError
 
 try: from torch._C._dynamo.guards import TensorGuards  # what torch.compile looks at its inputs with: one call for all
@@ -191,7 +191,8 @@ class ParamBucket:
         if any(state_of(opt, p).get("step") is not self.step for p in self.params): return
         raise OptionError(
             f"the step of {called(opt, self.params[0])} was changed in place, and {n} parameters that step together share "
-            "it: begin one anew with optimizer.state[p].clear(), or put another tensor into its state")
+            "it: begin one anew with optimizer.state[p].clear(), put another tensor into its state, or, where all of them "
+            "are meant, call optimizer.invalidate()")
 
     def with_grads(self) -> list[Operands]:
         "The operands for the reference."

@@ -758,16 +758,23 @@ def test_a_counter_that_others_share_is_not_written_into(check_numerics):
     reset(ours, mine); reset(theirs, its)  # all of them: each is written into once
     step((ours, mine), (theirs, its), t=1)
     close(mine, its)
+    for opt, ps in (ours, mine), (theirs, its):  # a program that writes into each tensor once means all of them, and says so
+        for x in {id(x): x for p in ps for x in opt.state[p].values()}.values(): x.zero_()
+    feed(mine, 2)
+    with pytest.raises(OptionError, match="invalidate"): ours.step()
+    ours.invalidate()
+    step((ours, mine), (theirs, its), t=2)
+    close(mine, its)
     reset(ours, mine[1:3])
     before = [p.detach().clone() for p in mine]
-    feed(mine, 2)
+    feed(mine, 3)
     for _ in range(2):
         with pytest.raises(OptionError, match="share"): ours.step()
     assert all(map(torch.equal, mine, before))
     reset(theirs, its[1:3])
     for p in mine[1:3]: ours.state[p]["step"] = torch.zeros(())
     for p in mine[:1] + mine[3:]: ours.state[p]["step"] = torch.full((), 1.0)
-    step((ours, mine), (theirs, its), t=2)
-    ours.state[mine[0]].clear(); theirs.state[its[0]].clear()
     step((ours, mine), (theirs, its), t=3)
+    ours.state[mine[0]].clear(); theirs.state[its[0]].clear()
+    step((ours, mine), (theirs, its), t=4)
     close(mine, its)
