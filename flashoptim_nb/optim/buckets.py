@@ -136,6 +136,7 @@ def untangle(
 # %% ../../nbs/optim/07_buckets.ipynb #5c18147e
 def _addresses(tensors): return tuple(map(torch.Tensor.data_ptr, tensors))
 
+def _writes(t): return 0 if t.is_inference() else t._version  # in place so far; under inference mode nobody counts
 
 class ParamBucket:
     "Parameters that a kernel steps together: alike in dtype, gradient's dtype, device, placements and step counter."
@@ -182,12 +183,12 @@ class ParamBucket:
 
     def counted(self):
         "Remembers the counter as a step leaves it."
-        self.version = self.step._version
+        self.version = _writes(self.step)
 
     def check_counter(self, opt):
         """Raises `OptionError` where a program wrote into the counter for some of the parameters: it is the others', too.
         Who writes into it once for each, as a reset of all does, is understood."""
-        if (self.step._version - self.version) % (n := len(self.params)) == 0: return
+        if (_writes(self.step) - self.version) % (n := len(self.params)) == 0: return
         if any(state_of(opt, p).get("step") is not self.step for p in self.params): return
         raise OptionError(
             f"the step of {called(opt, self.params[0])} was changed in place, and {n} parameters that step together share "

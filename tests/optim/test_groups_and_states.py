@@ -778,3 +778,12 @@ def test_a_counter_that_others_share_is_not_written_into(check_numerics):
     ours.state[mine[0]].clear(); theirs.state[its[0]].clear()
     step((ours, mine), (theirs, its), t=4)
     close(mine, its)
+
+
+def test_steps_under_inference_mode_go_on():
+    "Where torch counts no writes into a tensor."
+    ours, theirs = parameters(), parameters()
+    for opt, ps in (FlashAdamW(ours, lr=1e-2, quantize=False), ours), (torch.optim.AdamW(theirs, lr=1e-2), theirs):
+        with torch.inference_mode():
+            for t in range(3): feed(ps, t); opt.step()
+    close(ours, theirs)
