@@ -409,23 +409,23 @@ PLACEHOLDER = re.compile(r"unknown\b|not reported\b", re.I)  # what is written w
 NO_SIZE = ("role", "size")  # a study's journal belongs to none
 
 # %% ../../nbs/base/05_records.ipynb #a1c78d6b
+def _wanted(header: dict) -> list[str]: return [key for key in REQUIRED if header.get("arm") != JOURNAL or key not in NO_SIZE]
+
 def misses(
     header: dict,  # of a run
 ) -> list[str]:  # of `REQUIRED`
     "The fields that a header lacks, or has nothing in."
-    wanted = [key for key in REQUIRED if header.get("arm") != JOURNAL or key not in NO_SIZE]
-    return [key for key in wanted if header.get(key) in (None, "", {})]
+    return [key for key in _wanted(header) if header.get(key) in (None, "", {})]
 
 def _origin_problems(header: dict) -> list[str]:
     "What a header does not say, or says twice and differently."
-    wanted = [key for key in REQUIRED if header.get("arm") != JOURNAL or key not in NO_SIZE]
-    told = {key: header.get(key) for key in wanted}
+    told = {key: header.get(key) for key in _wanted(header)}
     settings = header.get("settings") or {}
     return ([f"misses {REQUIRED[key]} (header field {key!r})" for key in misses(header)]
             + [f"does not say {REQUIRED[key]}, but {value!r} (header field {key!r}); "
                "mend the machine (FLASHOPTIM_COMMIT names a commit where git cannot) and run again"
                for key, value in told.items() if isinstance(value, str) and PLACEHOLDER.match(value)]
-            + [f"its header says {key} {header[key]!r}, its settings {settings[key]!r}" for key in wanted
+            + [f"its header says {key} {header[key]!r}, its settings {settings[key]!r}" for key in told
                if key in settings and key in header and settings[key] != header[key]])
 
 # %% ../../nbs/base/05_records.ipynb #fdcd8c79

@@ -188,8 +188,7 @@ def _way_out(study: Path, run, checkpoint: str, runs: list) -> str:
     at = [stage.workload for stage in (protocol.stages(preset) if preset else ()) if stage.checkpoint == checkpoint]
     only, here = [f"--{protocol.workload}s", *at] if at else [], [one.header for one in runs if not one.is_journal and one.header.get("role") in at]
     if here:  # of that stage what there is, and no more
-        for name in ("config", "seed"):
-            only += [f"--{name}s", *map(str, sorted({one[name] for one in here if one.get(name) is not None}))]
+        only += ["--configs", *sorted({header["config"] for header in here}), "--seeds", *map(str, sorted({header["seed"] for header in here}))]
     return ("where runs that it rests on were made again, the study's command takes it anew on such a machine: "
             f"{command_for(run.header, study, only)}; else restore the runs from a copy")
 
@@ -238,7 +237,8 @@ def _checked(study: Path, looked: list[tuple], runs_of, key: Path | None) -> tup
     try:
         for run in runs: complete(run)
         # what a decision rests on cannot be told of a header that lacks something, which stands in `bad`
-        if len(runs) == len(looked) and not any(misses(run.header) for run in runs): bad += _replayed(study, lambda folder: runs if folder == study else runs_of(folder))
+        if len(runs) == len(looked) and not any(misses(run.header) for run in runs):
+            bad += _replayed(study, lambda folder: runs if folder == study else runs_of(folder))
     except UserError as error:
         if not bad: bad = [f"{study}: its decisions cannot be taken again: {error}"]
     if key and not bad: sign(study, key)

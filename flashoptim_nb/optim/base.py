@@ -472,7 +472,7 @@ def _collect(self: FlashOptimizer) -> list[tuple[dict, ParamBucket]]:
     whatever is wrong with groups, states or gradients is raised before anything changes."""
     if self._host is not None: check_capture()
     made = cached_buckets(self, self.param_groups)
-    if made is None or self.check_numerics:
+    if made is None:
         check_groups(self)
         work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         for group, params in work:
@@ -487,7 +487,7 @@ def _collect_one(self: FlashOptimizer, p: torch.Tensor, group: dict) -> list[Par
     "A single parameter with its gradient, as a bucket."
     if self._host is not None: check_capture()
     made = cached_buckets(self, [group], p)
-    if made is None or self.check_numerics:
+    if made is None:
         check_options(self, [group])
         check_parameters([[p]])
         check_states(self, group, [p])

@@ -136,7 +136,9 @@ def untangle(
 # %% ../../nbs/optim/07_buckets.ipynb #5c18147e
 def _addresses(tensors): return tuple(map(torch.Tensor.data_ptr, tensors))
 
+
 def _writes(t): return 0 if t.is_inference() else t._version  # in place so far; under inference mode nobody counts
+
 
 class ParamBucket:
     "Parameters that a kernel steps together: alike in dtype, gradient's dtype, device, placements and step counter."
@@ -294,10 +296,11 @@ def cached_buckets(
     one: torch.Tensor | None = None,  # the only parameter that is to step; None: all
 ) -> list[list[ParamBucket]] | None:
     """Each group's buckets of those parameters that have gradients, as they were in the last step;
-    None where something changed."""
+    None where something changed, or all is to be looked at, as `check_numerics` asks."""
     if (known := opt._cached.get(one)) is None: return None
     for buckets in known.made:
         for bucket in buckets: bucket.check_counter(opt)
+    if opt.check_numerics: return None
     states = _states(opt, one)
     if not identical((groups, states), (known.groups, known.states)):
         lists = [

@@ -328,8 +328,8 @@ def test_rows_that_were_rewritten_with_their_manifest_lose_the_signature(tmp_pat
                                        ("h2-laptop", "molecules-train-flash_release-s2"),
                                        ("h1-laptop", "protocol")])
 @pytest.mark.parametrize("change, told", [
-    (lambda header: header.pop("scale"), "scale"), (lambda header: header.pop("seed", None), ""),
-    (lambda header: header.pop("config", None), ""), (lambda header: header.update(started="yesterday"), "no time with its zone"),
+    (lambda header: header.pop("scale"), "misses the scale"), (lambda header: header.pop("seed"), "misses the seed"),
+    (lambda header: header.pop("config"), "misses the configuration's name"), (lambda header: header.update(started="yesterday"), "no time with its zone"),
     (lambda header: header.update(started="2026-11-25T10:00:00"), "no time with its zone")],
     ids=["no scale", "no seed", "no configuration", "no date", "no zone"])
 def test_a_header_that_lacks_something_is_told_in_words(name, run, change, told, tmp_path, capsys):
